@@ -1,0 +1,55 @@
+"""Which device and which communication backend this process uses, decided by what is there.
+
+Call `prepare()` before anything imports ``megatron.core``; on a machine without CUDA it applies `parallel.cpu`, with
+CUDA it imports none of it.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import socket
+
+import torch
+import torch.distributed as dist
+
+_prepared = False
+
+
+def on_gpu() -> bool:
+    """Whether CUDA can be used."""
+    return torch.cuda.is_available()
+
+
+def device() -> torch.device:
+    """Where this rank's tensors live."""
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu() else torch.device("cpu")
+
+
+def backend_name() -> str:
+    """``nccl`` with CUDA, else ``gloo``."""
+    return "nccl" if on_gpu() else "gloo"
+
+
+def prepare() -> None:
+    """Make ``import megatron.core`` safe on this machine. Idempotent."""
+    global _prepared
+    if _prepared:
+        return
+    if on_gpu():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    else:
+        from megatron_evomoe.parallel import cpu
+
+        cpu.adapt()
+    _prepared = True
+
+
+def init_process_group(timeout_minutes: float) -> None:
+    """Join torchrun's world; outside torchrun, be a world of one on a free port."""
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group(backend_name(), timeout=datetime.timedelta(minutes=timeout_minutes))

@@ -1,0 +1,80 @@
+"""The step's tensors, from the one reading rank of a replica to the ranks that need them.
+
+Tokens, labels and token types of the *whole step* are a few hundred kilobytes, so they travel at once: every pipeline
+stage then knows its token types without any coupling per microbatch. Pixels go to the first stage's TP group only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+
+from megatron_evomoe.parallel import backend
+from megatron_evomoe.parallel.topology import Topology
+
+
+@dataclass(kw_only=True)
+class Step:
+    """One optimizer step's samples on this rank: M microbatches of b rows and s positions."""
+
+    tokens: torch.Tensor
+    """int64 [M, b, s]"""
+    labels: torch.Tensor
+    """int64 [M, b, s], −100 where nothing is supervised"""
+    token_types: torch.Tensor
+    """int64 [M, b, s]: text, vision, padding (data/conversation.py)"""
+    pixel_values: list[torch.Tensor]
+    """per microbatch uint8 [n, 3, S, S]; empty list off the first pipeline stage"""
+    keys: list[list[str]] = field(default_factory=list)
+    """per microbatch; known to the reading rank only"""
+
+
+def to_replica(step: Step | None, topology: Topology, image_size: int) -> Step:
+    """Give the reading rank's `step` to its TP x PP x CP ranks. Communicates unless the replica is one rank."""
+    from megatron.core import parallel_state as ps
+
+    where = backend.device()
+    group = ps.get_model_parallel_group()
+    if dist.get_world_size(group) * ps.get_context_parallel_world_size() > 1:
+        step = _broadcast(step, topology, image_size, where)
+    assert step is not None
+    for name in ("tokens", "labels", "token_types"):
+        setattr(step, name, getattr(step, name).to(where, non_blocking=True))
+    step.pixel_values = [p.to(where, non_blocking=True) for p in step.pixel_values]
+    return step
+
+
+def _broadcast(step: Step | None, topology: Topology, image_size: int, where: torch.device) -> Step:
+    from megatron.core import parallel_state as ps
+
+    group = ps.get_model_parallel_group()
+    source = dist.get_global_rank(group, 0)
+    header = torch.zeros(3, dtype=torch.int64, device=where)
+    if topology.reads_data:
+        assert step is not None
+        header.copy_(torch.tensor(step.tokens.shape))
+    dist.broadcast(header, source, group=group)
+    m, b, s = header.tolist()
+    # int32 halves the bytes; image counts ride in the same message
+    text = torch.empty(3 * m * b * s + m, dtype=torch.int32, device=where)
+    if topology.reads_data:
+        assert step is not None
+        counts = torch.tensor([len(p) for p in step.pixel_values])
+        flat = [step.tokens.flatten(), step.labels.flatten(), step.token_types.flatten(), counts]
+        text.copy_(torch.cat(flat))
+    dist.broadcast(text, source, group=group)
+    images_per_microbatch = text[3 * m * b * s :].tolist()
+    tokens, labels, types = text[: 3 * m * b * s].long().view(3, m, b, s)
+    pixels: list[torch.Tensor] = []
+    if topology.first_stage:
+        tp_group = ps.get_tensor_model_parallel_group()
+        stacked = torch.empty(sum(images_per_microbatch), 3, image_size, image_size, dtype=torch.uint8, device=where)
+        if topology.reads_data:
+            assert step is not None
+            stacked.copy_(torch.cat(step.pixel_values))
+        if dist.get_world_size(tp_group) > 1 and len(stacked):
+            dist.broadcast(stacked, dist.get_global_rank(tp_group, 0), group=tp_group)
+        pixels = list(stacked.split(images_per_microbatch))
+    return Step(tokens=tokens, labels=labels, token_types=types, pixel_values=pixels, keys=step.keys if step else [])

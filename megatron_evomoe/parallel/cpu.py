@@ -1,0 +1,153 @@
+"""What megatron-core asks of CUDA, answered by the CPU.
+
+megatron-core is written for CUDA, yet its maths runs anywhere. This module is the closed list of adaptations that let
+it run over gloo, each with its reason. It is imported by `parallel.backend` only where no CUDA is available, so a GPU
+run contains none of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+
+def adapt() -> None:
+    """Apply everything: the CUDA names first (megatron.core reads some at import), then megatron.core's own places."""
+    _answer_cuda_calls()
+    _redirect_cuda_device()
+    _adapt_rng()
+    _adapt_dispatcher()
+    _adapt_optimizer()
+
+
+class _Immediate:
+    """Stands for ``torch.cuda.Stream`` and ``Event``: a CPU op is done when it returns, so there is nothing to wait for."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def record_event(self, *args: Any) -> _Immediate:
+        return self
+
+    def query(self) -> bool:
+        return True
+
+    def _nothing(self, *args: Any) -> None:
+        pass
+
+    wait_stream = wait_event = record = wait = synchronize = _nothing
+
+
+def _answer_cuda_calls() -> None:
+    cuda = torch.cuda
+    cuda.current_device = lambda: "cpu"  # used as a `device=` argument everywhere
+    cuda.Stream = cuda.Event = _Immediate  # type: ignore[misc, assignment]
+    cuda.current_stream = cuda.default_stream = lambda *args: _Immediate()
+    cuda.stream = lambda stream: contextlib.nullcontext()
+    cuda.synchronize = lambda *args, **kwargs: None
+    cuda.get_rng_state = lambda device=None: torch.get_rng_state()
+    cuda.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
+    cuda.manual_seed = lambda seed: torch.manual_seed(seed)
+    cuda.nvtx.range_push = cuda.nvtx.range_pop = lambda *args: None
+    for name in ("Float", "Int", "Long", "Half", "BFloat16", "Double"):
+        setattr(cuda, f"{name}Tensor", getattr(torch, f"{name}Tensor"))
+
+
+def _is_cuda(value: Any) -> bool:
+    return isinstance(value, (str, torch.device)) and str(value).startswith("cuda")
+
+
+def _redirect_cuda_device() -> None:
+    """``device="cuda"`` is written out in schedules, clipping and optimizers."""
+
+    def on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        @functools.wraps(factory)
+        def wrapped(*args: Any, **kwargs: Any) -> torch.Tensor:
+            if _is_cuda(kwargs.get("device")):
+                kwargs["device"] = "cpu"
+            return factory(*args, **kwargs)
+
+        return wrapped
+
+    for name in ("tensor", "zeros", "empty", "ones", "full", "rand", "randn", "arange",
+                 "zeros_like", "empty_like", "ones_like", "full_like"):
+        setattr(torch, name, on_cpu(getattr(torch, name)))
+    to = torch.Tensor.to
+
+    def to_cpu(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = "cpu"
+        return to(self, *("cpu" if _is_cuda(a) else a for a in args), **kwargs)
+
+    torch.Tensor.to = to_cpu  # type: ignore[method-assign, assignment]
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+
+
+def _adapt_rng() -> None:
+    """The RNG tracker and activation recompute keep the CUDA generator's state; here that is the CPU generator's."""
+    import megatron.core.tensor_parallel.random as rng
+
+    rng._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+    rng._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
+
+
+def _adapt_dispatcher() -> None:
+    import megatron.core.transformer.moe.moe_utils as moe_utils
+    import megatron.core.transformer.moe.token_dispatcher as dispatcher
+
+    # Without Transformer Engine this name is undefined in 0.16.1, and router_gating_linear reads it.
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+
+    def to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        # all_to_all wants its split sizes as numpy; the original converts CUDA tensors only.
+        return tensor.detach().numpy() if torch.is_tensor(tensor) and as_numpy else tensor
+
+    dispatcher.maybe_move_tensor_to_cpu = to_host
+
+
+@contextlib.contextmanager
+def _types_named_as_on_cuda() -> Iterator[None]:
+    """The optimizers sort parameters by comparing ``param.type()`` with ``'torch.cuda.FloatTensor'`` and the like."""
+    original = torch.Tensor.type
+
+    def renamed(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs:
+            return original(self, *args, **kwargs)
+        return original(self).replace("torch.", "torch.cuda.", 1)
+
+    torch.Tensor.type = renamed  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        torch.Tensor.type = original  # type: ignore[method-assign]
+
+
+def _adapt_optimizer() -> None:
+    from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer
+
+    def renaming(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            with _types_named_as_on_cuda():
+                return function(*args, **kwargs)
+
+        return wrapped
+
+    for cls in (distrib_optimizer.DistributedOptimizer, optimizer.Float16OptimizerWithFloat16Params):
+        cls.__init__ = renaming(cls.__init__)
+    optimizer.clip_grad_by_total_norm_fp32 = renaming(clip_grads.clip_grad_by_total_norm_fp32)
+
+    def set_states(self: Any, model_param: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
+        # torch's Adam keeps a `step` in its per-parameter state; the original looks it up in `tensors`: KeyError.
+        group, order = self.model_param_group_index_map[model_param]
+        main = self.optimizer.param_groups[group]["params"][order]
+        for key, target in {"param": main, **self.optimizer.state[main]}.items():
+            if key != "step":
+                target.copy_(tensors[key])
+
+    distrib_optimizer.DistributedOptimizer._set_main_param_and_optimizer_states = set_states

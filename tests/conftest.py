@@ -1,0 +1,24 @@
+"""Shared by all tests: megatron-core made importable, and one-process groups for tests of single modules."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_evomoe.parallel import backend
+
+backend.prepare()
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def one_rank():
+    """A world of one with megatron-core's groups (TP = PP = EP = 1) and its RNG tracker seeded."""
+    from megatron.core import parallel_state, tensor_parallel
+
+    backend.init_process_group(timeout_minutes=1)
+    parallel_state.initialize_model_parallel(1, 1)
+    tensor_parallel.model_parallel_cuda_manual_seed(123)
+    yield
+    parallel_state.destroy_model_parallel()
+    torch.distributed.destroy_process_group()
