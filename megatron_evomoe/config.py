@@ -232,7 +232,7 @@ class OptimizerConfig:
     """Peak learning rate."""
     min_lr: float = 0.0
     """Learning rate at the end."""
-    lr_decay_style: Literal["cosine", "linear", "constant", "WSD", "inverse-square-root"] = "cosine"
+    lr_decay_style: Literal["cosine", "linear", "constant", "inverse-square-root"] = "cosine"
     """Shape of the decay."""
     lr_warmup_fraction: float = 0.03
     """Share of `train_iters` over which the rate rises from 0."""
@@ -294,8 +294,6 @@ class CheckpointConfig:
     """Load weights only: no optimizer, step, RNG or data position."""
     ckpt_step: Optional[int] = None
     """Resume from this step rather than the newest."""
-    async_save: bool = False
-    """Write in the background; the tracker file moves when all data is on disk."""
 
 
 @dataclass(kw_only=True)

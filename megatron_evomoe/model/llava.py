@@ -1,0 +1,126 @@
+"""Encode, project, splice, decode: the vision-language model composed of megatron-core parts.
+
+b rows, s positions, C width, n images of t positions each. Activations inside the decoder are [s, b, C].
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.enums import ModelType
+from megatron.core.transformer.module import MegatronModule
+
+from megatron_evomoe.config import RunConfig
+from megatron_evomoe.data.conversation import IGNORE_INDEX, VISION
+from megatron_evomoe.data.image import CLIP_MEAN, CLIP_STD, SIGLIP_MEAN, SIGLIP_STD, normalize
+from megatron_evomoe.model.language import build_language_model
+from megatron_evomoe.model.projector import build_projector
+from megatron_evomoe.model.vision import build_vision_model
+
+
+class LlavaModel(MegatronModule):
+    """Vision tower and projector (first pipeline stage only) before a `GPTModel`.
+
+    `forward` gives the loss per position where labels are given and this is the last stage, logits without labels, and
+    hidden states on earlier stages.
+    """
+
+    def __init__(self, config: RunConfig, *, stage_kind: str, pre_process: bool = True, post_process: bool = True,
+                 vp_stage: int | None = None) -> None:
+        self.language_model: torch.nn.Module
+        language = build_language_model(config, stage_kind=stage_kind, pre_process=pre_process,
+                                        post_process=post_process, vp_stage=vp_stage)
+        super().__init__(config=language.config)
+        self.run_config = config
+        self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
+        # read by megatron-core's schedules and gradient finalisation
+        self.model_type = ModelType.encoder_or_decoder
+        self.share_embeddings_and_output_weights = language.share_embeddings_and_output_weights
+        self.vision_model = build_vision_model(config) if pre_process else None
+        self.vision_projection = build_projector(config) if pre_process else None
+        self.language_model = language
+        siglip = config.vision.model_type == "siglip"
+        self.pixel_mean, self.pixel_std = (SIGLIP_MEAN, SIGLIP_STD) if siglip else (CLIP_MEAN, CLIP_STD)
+
+    def set_input_tensor(self, input_tensor: torch.Tensor) -> None:
+        """Hidden states from the stage before; called by the schedule."""
+        self.language_model.set_input_tensor(input_tensor)
+
+    def shared_embedding_or_output_weight(self) -> torch.Tensor:
+        """The tied matrix; gradient finalisation sums it over first and last stage."""
+        return self.language_model.shared_embedding_or_output_weight()
+
+    def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """uint8 [n, 3, S, S] to projected features [n, t, C]. A frozen tower runs without autograd."""
+        assert self.vision_model is not None and self.vision_projection is not None
+        pixels = normalize(pixel_values, dtype=self.config.params_dtype, mean=self.pixel_mean, std=self.pixel_std)
+        trains_tower = any(p.requires_grad for p in self.vision_model.parameters())
+        with torch.set_grad_enabled(trains_tower and torch.is_grad_enabled()):
+            features = self.vision_model(pixels)
+        return self.vision_projection(features)
+
+    def embed(self, tokens: torch.Tensor, token_types: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Word embeddings with image features at the vision positions, [s, b, C] (this rank's part of s under SP)."""
+        words = self.language_model.embedding(input_ids=tokens, position_ids=_positions(tokens))
+        is_vision = token_types == VISION
+        features = self.encode_images(pixel_values).to(words.dtype)
+        # With no image at all `features` is [0, t, C]: the scatter moves nothing, and its backward still hands every
+        # projector parameter a zero gradient, so ranks with and without images stay in step.
+        spliced = words.transpose(0, 1).masked_scatter(is_vision.unsqueeze(-1), features)
+        hidden = spliced.transpose(0, 1).contiguous()
+        if self.config.sequence_parallel:
+            hidden = tensor_parallel.scatter_to_sequence_parallel_region(hidden)
+        if self.training and self.config.recompute_granularity == "full":
+            # Re-entrant recompute drops the gradients inside a block none of whose inputs wants one, as below the first
+            # trained FFN of `evolve`.
+            hidden = hidden if hidden.requires_grad else hidden.detach().requires_grad_()
+        return hidden
+
+    def forward(self, tokens: torch.Tensor, token_types: torch.Tensor, pixel_values: torch.Tensor | None = None,
+                labels: torch.Tensor | None = None) -> torch.Tensor:
+        """Run this pipeline stage.
+
+        Args:
+            tokens: int64 [b, s]; ids at vision positions are ignored.
+            token_types: int64 [b, s] of `data.conversation`'s TEXT, VISION, PADDING.
+            pixel_values: uint8 [n, 3, S, S], in the order their positions occur row by row; first stage only.
+            labels: int64 [b, s], already shifted; IGNORE_INDEX where nothing is supervised.
+
+        Returns:
+            float [b, s] loss per position (undefined where ignored), or [b, s, V] logits without labels; before the last
+            stage hidden states [s, b, C].
+        """
+        decoder_input = None
+        if self.pre_process:
+            assert pixel_values is not None
+            decoder_input = self.embed(tokens, token_types, pixel_values)
+        types = token_types
+        if self.config.sequence_parallel:
+            tp = self.config.tensor_model_parallel_size
+            types = types.chunk(tp, dim=1)[tensor_parallel_rank()].contiguous()
+        # ignored positions get some valid id; the caller masks their loss
+        targets = labels.masked_fill(labels == IGNORE_INDEX, 0) if labels is not None else None
+        return self.language_model(
+            input_ids=tokens, position_ids=_positions(tokens), attention_mask=None, decoder_input=decoder_input,
+            labels=targets, padding_mask=types,
+        )
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        """Parts under `vision_model.`, `vision_projection.` and `language_model.`."""
+        out = {}
+        for name in ("vision_model", "vision_projection", "language_model"):
+            module = getattr(self, name)
+            if module is not None:
+                out.update(module.sharded_state_dict(f"{prefix}{name}.", sharded_offsets, metadata))
+        return out
+
+
+def tensor_parallel_rank() -> int:
+    """This rank's index in its TP group."""
+    from megatron.core import parallel_state
+
+    return parallel_state.get_tensor_model_parallel_rank()
+
+
+def _positions(tokens: torch.Tensor) -> torch.Tensor:
+    return torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)

@@ -1,0 +1,68 @@
+"""Every random generator of a run, as tensors a checkpoint can hold: Python's, NumPy's, torch's and megatron-core's."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as ps
+from megatron.core import tensor_parallel
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+from megatron_evomoe.parallel import backend
+
+
+def layout() -> dict[str, int]:
+    """World size and degrees; generator states are of use to the same layout only."""
+    return {
+        "world": dist.get_world_size(),
+        "tensor": ps.get_tensor_model_parallel_world_size(),
+        "pipeline": ps.get_pipeline_model_parallel_world_size(),
+        "virtual": ps.get_virtual_pipeline_model_parallel_world_size() or 1,
+        "context": ps.get_context_parallel_world_size(),
+        "expert": ps.get_expert_model_parallel_world_size(),
+        "expert_tensor": ps.get_expert_tensor_parallel_world_size(),
+    }
+
+
+def _states() -> dict[str, torch.Tensor]:
+    version, words, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    assert version == 3 and name == "MT19937"
+    states = {
+        "python": torch.tensor(words, dtype=torch.int64),
+        "python_gauss": torch.tensor([gauss is not None, gauss or 0.0], dtype=torch.float64),
+        "numpy": torch.tensor([*keys.tolist(), position, has_gauss], dtype=torch.int64),
+        "numpy_gauss": torch.tensor([cached], dtype=torch.float64),
+        "torch": torch.get_rng_state(),
+    }
+    if backend.on_gpu():
+        states["cuda"] = torch.cuda.get_rng_state()
+    for key, state in tensor_parallel.get_cuda_rng_tracker().get_states().items():
+        states[f"tracker.{key}"] = state
+    return states
+
+
+def sharded_state() -> dict[str, ShardedTensor]:
+    """One row per rank of every generator."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    return {
+        name: ShardedTensor.from_rank_offsets(f"rng.{name}", state.cpu().unsqueeze(0), (0, rank, world))
+        for name, state in _states().items()
+    }
+
+
+def set_state(loaded: dict[str, torch.Tensor]) -> None:
+    """Put back what `sharded_state` saved."""
+    states = {name: row.squeeze(0) for name, row in loaded.items()}
+    has_gauss, gauss = states["python_gauss"].tolist()
+    random.setstate((3, tuple(states["python"].tolist()), gauss if has_gauss else None))
+    *keys, position, numpy_has_gauss = states["numpy"].tolist()
+    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, numpy_has_gauss, states["numpy_gauss"].item()))
+    torch.set_rng_state(states["torch"])
+    if backend.on_gpu():
+        torch.cuda.set_rng_state(states["cuda"])
+    tracker = {name.split(".", 1)[1]: state for name, state in states.items() if name.startswith("tracker.")}
+    tensor_parallel.get_cuda_rng_tracker().set_states(tracker)

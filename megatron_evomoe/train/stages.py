@@ -1,0 +1,76 @@
+"""What each stage trains and freezes. The recipe, as data (docs/stages.md)."""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_evomoe.config import ConfigError, RunConfig
+
+PARTS = ("vision", "projector", "language", "first_expert", "experts", "router")
+
+TRAINS: dict[str, tuple[str, ...]] = {
+    "align": ("projector",),
+    "warmup": ("projector", "language"),
+    "dense": ("projector", "language"),  # the dense baseline: stage I going on
+    "evolve": ("first_expert",),
+    "route": ("router",),
+}
+"""Stage kind -> parts trained by default (paper, section "Training"); `train.trainable` overrides it."""
+
+STARTS_FROM: dict[str, tuple[str, ...]] = {
+    "align": ("align", "pretrained"),
+    "warmup": ("align", "warmup", "dense", "pretrained"),
+    "dense": ("align", "warmup", "dense", "pretrained"),
+    "evolve": ("warmup", "dense", "align", "pretrained"),
+    "route": ("evolve", "route", "warmup", "dense", "align", "pretrained"),
+}
+"""Stage kind -> kinds whose checkpoint it can start from."""
+
+
+def part_of(name: str, stage_kind: str, moe_layers: set[int], first_layer: int) -> str:
+    """The part a parameter belongs to.
+
+    Args:
+        name: as in `LlavaModel.named_parameters()`.
+        stage_kind: decides what the FFN of a MoE layer is: the first expert in `evolve`, experts in `route`.
+        moe_layers: decoder layers (global, from 0) that are or will be mixtures.
+        first_layer: global index of this pipeline chunk's first layer.
+    """
+    if name.startswith("vision_model."):
+        return "vision"
+    if name.startswith("vision_projection."):
+        return "projector"
+    if ".mlp.router." in name:
+        return "router"
+    if ".mlp.experts." in name:
+        return "experts"
+    if stage_kind == "evolve" and ".mlp." in name:
+        layer = int(name.split("decoder.layers.")[1].split(".")[0]) + first_layer
+        if layer in moe_layers:
+            return "first_expert"
+    return "language"
+
+
+def trained_parts(config: RunConfig, stage_kind: str) -> tuple[str, ...]:
+    """The parts that get gradients in this stage. Raises `ConfigError` on an unknown part."""
+    parts = tuple(config.train.trainable) or TRAINS[stage_kind]
+    for part in parts:
+        if part not in PARTS:
+            raise ConfigError(f"trainable names {part!r}; parts are {', '.join(PARTS)}")
+    if "experts" in parts and "language" not in parts and stage_kind != "route":
+        raise ConfigError(f"stage kind {stage_kind!r} has no separate experts to train; use 'first_expert' or 'language'")
+    return parts
+
+
+def freeze(model: torch.nn.Module, config: RunConfig, stage_kind: str, first_layer: int) -> dict[str, int]:
+    """Let only the stage's parts require gradients; returns this rank's parameter count per part."""
+    parts = trained_parts(config, stage_kind)
+    pattern = config.moe.layer_pattern(config.language.num_layers)
+    moe_layers = {i for i, is_moe in enumerate(pattern) if is_moe}
+    counts = dict.fromkeys(PARTS, 0)
+    for name, parameter in model.named_parameters():
+        part = part_of(name, stage_kind, moe_layers, first_layer)
+        counts[part] += parameter.numel()
+        wanted = part in parts or (part in ("experts", "router") and "language" in parts)
+        parameter.requires_grad_(wanted)
+    return counts
