@@ -270,8 +270,10 @@ class TrainConfig:
     """For `selective`: any of core_attn, moe, mlp, layernorm, moe_act."""
     recompute_num_layers: int = 1
     """For `full`: layers per recomputed block."""
-    eval_iters: int = 0
-    """Held-out samples × this many batches when a stage ends; 0 evaluates everything in `eval_data`."""
+    eval_samples: int = 0
+    """Held-out questions asked when a stage ends; 0 asks everything in `eval_data`."""
+    eval_batch_size: int = 64
+    """Questions decoded together on each replica."""
     deterministic_mode: bool = False
     """Only deterministic kernels (CUDA; the CPU path always is)."""
     trainable: list[str] = field(default_factory=list)

@@ -78,13 +78,30 @@ def save(directory: Path, *, modules: list[torch.nn.Module], optimizer: Any, sch
         CheckpointError: not enough free disk (checked before anything is written), or the write failed. The checkpoints
             written before stay as they are.
     """
+    state = _state(modules, optimizer, scheduler, is_loading=False)
+    return _write(directory, state, record, config_yaml, keep)
+
+
+def save_weights(directory: Path, parts: dict[str, torch.nn.Module], record: Record, config_yaml: str) -> Path:
+    """Write weights alone, as something a first stage can start from (`pretrained_checkpoint`). Communicates.
+
+    Args:
+        parts: `vision_model`, `vision_projection`, `language_model`: whichever there are.
+
+    Raises:
+        CheckpointError: as `save`.
+    """
+    state = {k: v for name, part in parts.items() for k, v in part.sharded_state_dict(f"{name}.", metadata=METADATA).items()}
+    return _write(directory, {"model": state}, record, config_yaml, keep=0)
+
+
+def _write(directory: Path, state: dict[str, Any], record: Record, config_yaml: str, keep: int) -> Path:
     final = directory / f"iter_{record.step:07d}"
     pending = directory / f"saving_{record.step:07d}"
     error = None
     if dist.get_rank() == 0:
         shutil.rmtree(pending, ignore_errors=True)
         pending.mkdir(parents=True)
-    state = _state(modules, optimizer, scheduler, is_loading=False)
     _require_free_space(directory, state)
     try:
         dist_checkpointing.save(state, str(pending), content_metadata=METADATA)

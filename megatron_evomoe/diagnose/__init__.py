@@ -1,0 +1,1 @@
+"""What routing and experts did: measures, their records, and figures from the records alone."""

@@ -12,7 +12,7 @@ from megatron.core.transformer.module import MegatronModule
 
 from megatron_evomoe.config import RunConfig
 from megatron_evomoe.data.conversation import IGNORE_INDEX, VISION
-from megatron_evomoe.data.image import CLIP_MEAN, CLIP_STD, SIGLIP_MEAN, SIGLIP_STD, normalize
+from megatron_evomoe.data.image import processor_for
 from megatron_evomoe.model.language import build_language_model
 from megatron_evomoe.model.projector import build_projector
 from megatron_evomoe.model.vision import build_vision_model
@@ -39,8 +39,7 @@ class LlavaModel(MegatronModule):
         self.vision_model = build_vision_model(config) if pre_process else None
         self.vision_projection = build_projector(config) if pre_process else None
         self.language_model = language
-        siglip = config.vision.model_type == "siglip"
-        self.pixel_mean, self.pixel_std = (SIGLIP_MEAN, SIGLIP_STD) if siglip else (CLIP_MEAN, CLIP_STD)
+        self._normalize = processor_for(config).normalize
 
     def set_input_tensor(self, input_tensor: torch.Tensor) -> None:
         """Hidden states from the stage before; called by the schedule."""
@@ -53,7 +52,7 @@ class LlavaModel(MegatronModule):
     def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """uint8 [n, 3, S, S] to projected features [n, t, C]. A frozen tower runs without autograd."""
         assert self.vision_model is not None and self.vision_projection is not None
-        pixels = normalize(pixel_values, dtype=self.config.params_dtype, mean=self.pixel_mean, std=self.pixel_std)
+        pixels = self._normalize(pixel_values, self.config.params_dtype)
         trains_tower = any(p.requires_grad for p in self.vision_model.parameters())
         with torch.set_grad_enabled(trains_tower and torch.is_grad_enabled()):
             features = self.vision_model(pixels)

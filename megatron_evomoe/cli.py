@@ -1,0 +1,119 @@
+"""``python -m megatron_evomoe COMMAND``. Each command imports what it needs, so that the light ones start at once."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+
+COMMANDS = ("train", "make-shards", "inspect-data", "doctor", "plot")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse, run, and turn errors meant for users into one line and exit status 2."""
+    parser = argparse.ArgumentParser(prog="python -m megatron_evomoe", description="EvoMoE on megatron-core.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{" + ",".join(COMMANDS) + "}")
+    argv = sys.argv[1:] if argv is None else argv
+    asked = argv[0] if argv else ""
+    for name in COMMANDS:
+        sub = commands.add_parser(name, help=_HELP[name])
+        if name == asked:
+            sub.set_defaults(run=_ADD[name](sub))
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        return args.run(args)
+    except _user_errors() as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _user_errors() -> tuple[type[Exception], ...]:
+    from megatron_evomoe.checkpoint.record import CheckpointError
+    from megatron_evomoe.config import ConfigError
+    from megatron_evomoe.data.errors import DataError
+
+    return ConfigError, CheckpointError, DataError
+
+
+def _add_train(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
+    from megatron_evomoe.config import add_flags
+
+    parser.add_argument("--config", help="YAML file; flags win over it")
+    parser.add_argument("--stage", action="append", help="run only this stage (may be given several times)")
+    parser.add_argument("--preset", dest="cfg_preset", help="named model shape")
+    add_flags(parser)
+    return _train
+
+
+def _train(args: argparse.Namespace) -> int:
+    from megatron_evomoe.config import flags_from, load_config
+    from megatron_evomoe.parallel import backend
+
+    warnings.filterwarnings("ignore", module=r"megatron\.core.*|torch\.distributed.*|wandb.*")
+    config = load_config(args.config, flags_from(args))
+    backend.prepare()
+    import torch.distributed as dist
+
+    from megatron_evomoe.train.loop import train
+    from megatron_evomoe.train.step import NonFiniteError
+
+    backend.init_process_group(config.parallel.distributed_timeout_minutes)
+    try:
+        train(config, args.stage)
+    except (*_user_errors(), NonFiniteError) as error:
+        if dist.get_rank() == 0 or isinstance(error, OSError):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+def _add_make_shards(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
+    from megatron_evomoe.data import make_shards
+
+    make_shards.add_arguments(parser)
+    return make_shards.run
+
+
+def _add_inspect_data(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
+    from megatron_evomoe.data import inspect
+
+    inspect.add_arguments(parser)
+    return inspect.run
+
+
+def _add_plot(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
+    from megatron_evomoe.diagnose import plots
+
+    plots.add_arguments(parser)
+    return plots.run
+
+
+def _add_doctor(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
+    from megatron_evomoe import doctor
+
+    doctor.add_arguments(parser)
+    return doctor.run
+
+
+_HELP = {
+    "train": "run the stages of a configuration, under torchrun or alone",
+    "make-shards": "LLaVA JSON and an image folder to webdataset shards",
+    "inspect-data": "show decoded samples with the supervised span marked",
+    "doctor": "versions, devices, and what is missing with its remedy",
+    "plot": "draw a run's figures from its JSONL files",
+}
+_ADD = {
+    "train": _add_train,
+    "make-shards": _add_make_shards,
+    "inspect-data": _add_inspect_data,
+    "doctor": _add_doctor,
+    "plot": _add_plot,
+}
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -1,0 +1,172 @@
+"""One stored sample to model inputs, and several of them to a microbatch.
+
+Shapes: b rows of a microbatch, s positions after padding, S the image side, n images of the microbatch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypedDict
+
+import torch
+
+from megatron_evomoe.config import DataConfig
+from megatron_evomoe.data.conversation import (
+    IGNORE_INDEX,
+    IMAGE_TOKEN,
+    PADDING,
+    VISION,
+    EncodedSample,
+    encode,
+    encode_prompt,
+    parse_turns,
+)
+from megatron_evomoe.data.errors import SampleError
+from megatron_evomoe.data.image import ImageProcessor, decode_image
+from megatron_evomoe.data.shards import RawSample, ShardDataset
+from megatron_evomoe.data.tokenizer import Tokenizer
+
+
+class MicroBatch(TypedDict):
+    """What the model reads. A row that lost its sample is PADDING throughout, without labels or images."""
+
+    tokens: torch.Tensor
+    """int64 [b, s]."""
+    labels: torch.Tensor
+    """int64 [b, s], -100 where nothing is learned; already shifted."""
+    token_types: torch.Tensor
+    """int64 [b, s] of TEXT, VISION, PADDING."""
+    pixel_values: torch.Tensor
+    """uint8 [n, 3, S, S], in order of occurrence row by row; n may be 0."""
+    keys: list[str]
+    """b sample keys, those of unusable samples too."""
+
+
+@dataclass
+class Row:
+    """One slot of a microbatch, as a worker hands it over. `sample` is None when it cannot be used; `problem` says why."""
+
+    key: str
+    shard: str
+    sample: EncodedSample | None
+    images: list[torch.Tensor] = field(default_factory=list)
+    problem: tuple[str, str] | None = None
+
+
+class EvalSample(NamedTuple):
+    """One question: the prompt up to where the answer starts, and what the answer should be."""
+
+    prompt: EncodedSample
+    answer: str
+    images: torch.Tensor
+    """uint8 [n, 3, S, S], those of the prompt."""
+    metadata: dict[str, Any]
+    """The record without its conversations, with `key`, `shard` and `turn`."""
+
+
+@dataclass(frozen=True)
+class Preparer:
+    """Everything between the shard and a row, in one object that a worker process holds."""
+
+    dataset: ShardDataset
+    tokenizer: Tokenizer
+    processor: ImageProcessor
+    template: str
+    tokens_per_image: int
+    seq_length: int
+    long_samples: str
+    max_image_pixels: int
+
+    @classmethod
+    def from_config(cls, dataset: ShardDataset, tokenizer: Tokenizer, processor: ImageProcessor, data: DataConfig, *,
+                    template: str, tokens_per_image: int) -> Preparer:
+        """Limits and policies from the data section."""
+        return cls(dataset, tokenizer, processor, template, tokens_per_image, seq_length=data.seq_length,
+                   long_samples=data.long_samples, max_image_pixels=data.max_image_pixels)
+
+    def row(self, i: int) -> Row:
+        """Sample i; one that is no good becomes an empty row that says why."""
+        key, shard = self.dataset.key(i), str(self.dataset.shard(i))
+        try:
+            sample, images = self._prepare(self.dataset.read(i))
+        except SampleError as error:
+            return Row(key, shard, None, problem=(error.reason, error.message))
+        return Row(key, shard, sample, images)
+
+    def _prepare(self, raw: RawSample) -> tuple[EncodedSample, list[torch.Tensor]]:
+        # text first: it is cheap, and a sample that is refused for it needs no decoding
+        sample = encode(raw.record.get("conversations"), len(raw.images), self.tokenizer, self.template, self.tokens_per_image)
+        kept = len(raw.images)
+        if len(sample.tokens) > self.seq_length:
+            if self.long_samples == "skip":
+                raise SampleError("too-long", f"{len(sample.tokens)} tokens, seq_length is {self.seq_length}")
+            sample, kept = truncate(sample, self.seq_length, self.tokens_per_image)
+        if not sample.num_supervised:
+            raise SampleError("no-supervision", "no token of this sample is supervised")
+        return sample, [self.processor(decode_image(data, self.max_image_pixels)) for data in raw.images[:kept]]
+
+
+def truncate(sample: EncodedSample, seq_length: int, tokens_per_image: int) -> tuple[EncodedSample, int]:
+    """Cut the end off; returns the sample and how many of its images are left.
+
+    An image is kept whole or not at all, so that features and positions still agree.
+
+    Raises:
+        SampleError: too-long, when nothing supervised would be left.
+    """
+    end = seq_length
+    vision_before_end = sum(kind == VISION for kind in sample.token_types[:end])
+    kept, partial = divmod(vision_before_end, tokens_per_image)
+    if partial:  # the cut lies in an image (adjacent images are told apart by their length)
+        end -= partial
+    cut = EncodedSample(sample.tokens[:end], sample.labels[:end], sample.token_types[:end])
+    if not cut.num_supervised:
+        raise SampleError("too-long", f"{len(sample.tokens)} tokens, and cutting to seq_length {seq_length} leaves no answer")
+    return cut, kept
+
+
+def collate(rows: Sequence[Row], pixels: torch.Tensor, length: int, pad_id: int) -> MicroBatch:
+    """Rows to tensors of `length` positions; `pixels` are the rows' images, uint8 [n, 3, S, S]."""
+    shape = (len(rows), length)
+    tokens = torch.full(shape, pad_id, dtype=torch.int64)
+    labels = torch.full(shape, IGNORE_INDEX, dtype=torch.int64)
+    types = torch.full(shape, PADDING, dtype=torch.int64)
+    for i, row in enumerate(rows):
+        if row.sample is not None:
+            n = len(row.sample.tokens)
+            tokens[i, :n] = torch.tensor(row.sample.tokens)
+            labels[i, :n] = torch.tensor(row.sample.labels)
+            types[i, :n] = torch.tensor(row.sample.token_types)
+    return MicroBatch(tokens=tokens, labels=labels, token_types=types, pixel_values=pixels, keys=[row.key for row in rows])
+
+
+def stack_images(images: Sequence[torch.Tensor], size: int) -> torch.Tensor:
+    """uint8 [n, 3, S, S]; also for none."""
+    return torch.stack(list(images)) if images else torch.empty((0, 3, size, size), dtype=torch.uint8)
+
+
+def prepare_eval(
+    raw: RawSample, tokenizer: Tokenizer, processor: ImageProcessor, template: str, tokens_per_image: int,
+    *, max_image_pixels: int = 50_000_000,
+) -> list[EvalSample]:
+    """One `EvalSample` per human/gpt pair, with the turns before it as context.
+
+    Raises:
+        SampleError: as `encode` and `decode_image` do.
+    """
+    turns = parse_turns(raw.record.get("conversations"), len(raw.images))
+    pixels = stack_images([processor(decode_image(data, max_image_pixels)) for data in raw.images], processor.size)
+    metadata = {key: value for key, value in raw.record.items() if key != "conversations"}
+    samples: list[EvalSample] = []
+    for end, turn in enumerate(turns):
+        if turn.role != "gpt":
+            continue
+        context = [{"from": t.role, "value": t.text} for t in turns[:end]]
+        seen = sum(t.text.count(IMAGE_TOKEN) for t in turns[:end] if t.role == "human")
+        prompt = encode_prompt(context, seen, tokenizer, template, tokens_per_image)
+        samples.append(EvalSample(prompt, turn.text, pixels[:seen], {**metadata, "key": raw.key, "shard": raw.shard,
+                                                                     "turn": len(samples)}))
+    if not samples:
+        raise SampleError("no-conversation", "no gpt turn, so nothing to compare with")
+    return samples

@@ -1,0 +1,266 @@
+"""LLaVA conversations to token ids, token types and labels.
+
+A conversation is laid out as *segments*, each known to be prompt or answer before anything is encoded, and the label mask
+follows from that. Nothing is ever searched for in decoded text (LLaVA #1166, #1706, #1710: masks that went wrong silently).
+The prompt for generation is the same list of segments cut before an answer, so it is a prefix of the training sequence.
+
+Layouts follow LLaVA and MoE-LLaVA; [] is supervised, END the template's end-of-turn token:
+
+    plain              <image> [caption \\n END]                  what the human says beside the image is dropped
+    v1 phi stablelm    SYSTEM USER: q ASSISTANT:[ a END]USER: …   they differ in END only
+    qwen               <|im_start|>system\\nSYSTEM<|im_end|>\\n<|im_start|>user\\nq<|im_end|>\\n<|im_start|>assistant\\n[a END]
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from megatron_evomoe.config import ConfigError
+from megatron_evomoe.data.errors import SampleError
+from megatron_evomoe.data.tokenizer import Tokenizer
+
+IMAGE_TOKEN = "<image>"
+IGNORE_INDEX = -100
+TEXT, VISION, PADDING = 0, 1, 2
+
+_VICUNA = ("A chat between a curious user and an artificial intelligence assistant. "
+           "The assistant gives helpful, detailed, and polite answers to the user's questions.")
+_ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "system": "system"}
+
+
+@dataclass
+class EncodedSample:
+    """One sequence of s positions.
+
+    `tokens[i]` is the input id (pad_id where an image feature goes), `labels[i]` the id to predict at i, that is tokens[i+1]
+    where that is part of an answer, else -100; `token_types[i]` is TEXT or VISION.
+    """
+
+    tokens: list[int]
+    labels: list[int]
+    token_types: list[int]
+
+    @property
+    def num_supervised(self) -> int:
+        """Positions with a label."""
+        return sum(label != IGNORE_INDEX for label in self.labels)
+
+
+@dataclass(frozen=True)
+class Template:
+    """How turns become text; `markup` pieces must be single tokens of the tokenizer."""
+
+    style: Literal["plain", "roles", "chatml"]
+    system: str = ""
+    end: str | None = None
+    """The end-of-turn piece; the tokenizer's own end of text where it lacks this one."""
+    markup: tuple[str, ...] = ()
+
+
+TEMPLATES: dict[str, Template] = {
+    "plain": Template(style="plain"),
+    "v1": Template(style="roles", system=_VICUNA, end="</s>"),
+    "phi": Template(style="roles", system=_VICUNA, end="<|endoftext|>"),
+    "stablelm": Template(style="roles", system=_VICUNA, end="<|endoftext|>"),
+    "qwen": Template(style="chatml", system="You are a helpful assistant.", end="<|im_end|>",
+                     markup=("<|im_start|>", "<|im_end|>")),
+}
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One message with its outer whitespace removed."""
+
+    role: Literal["human", "gpt", "system"]
+    text: str
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A piece of a sequence: plain text, a special token by name, the end-of-turn token, or an image."""
+
+    kind: Literal["text", "special", "end", "image"]
+    text: str = ""
+    answer: bool = False
+    first_of_answer: bool = False
+
+
+def parse_turns(conversations: Any, num_images: int | None = None) -> list[Turn]:
+    """Check a LLaVA ``conversations`` list and bring it to [system,] human, gpt, human, gpt … [, human].
+
+    As in LLaVA, a gpt turn before the first human one is dropped, and a single ``<image>`` at either end of a turn moves to
+    its front, on a line of its own. Any other number or place stays as written. ``num_images=None`` skips the count.
+
+    Raises:
+        SampleError: no-conversation, bad-turn (not a role and a text), turn-order, empty-answer, image-count.
+    """
+    if not isinstance(conversations, list) or not conversations:
+        raise SampleError("no-conversation", f"conversations is {_short(conversations)}; a list of turns is expected")
+    turns = [_parse_turn(turn) for turn in conversations]
+    system = [turns.pop(0)] if turns[0].role == "system" else []
+    if turns and turns[0].role == "gpt":
+        turns.pop(0)
+    if not turns:
+        raise SampleError("no-conversation", "no human turn")
+    for i, turn in enumerate(turns):
+        if turn.role != ("human", "gpt")[i % 2]:
+            raise SampleError("turn-order", f"turn {i} is {turn.role!r}; human and gpt must alternate")
+        if turn.role == "gpt" and not turn.text:
+            raise SampleError("empty-answer", f"gpt turn {i} is empty")
+    found = sum(turn.text.count(IMAGE_TOKEN) for turn in turns if turn.role == "human")
+    if num_images is not None and found != num_images:
+        raise SampleError("image-count", f"{found} {IMAGE_TOKEN} in the text, {num_images} images in the sample")
+    return system + turns
+
+
+def _parse_turn(turn: Any) -> Turn:
+    if not isinstance(turn, dict) or not isinstance(turn.get("value"), str) or turn.get("from") not in _ROLES:
+        raise SampleError("bad-turn", f'{_short(turn)} is no {{"from": "human"|"gpt"|"system", "value": text}}')
+    role, text = _ROLES[turn["from"]], turn["value"].strip()
+    if role == "human" and text.count(IMAGE_TOKEN) == 1 and (text.startswith(IMAGE_TOKEN) or text.endswith(IMAGE_TOKEN)):
+        text = f"{IMAGE_TOKEN}\n{text.replace(IMAGE_TOKEN, '').strip()}".strip()
+    return Turn(role, text)  # type: ignore[arg-type]
+
+
+def encode(conversations: Any, num_images: int, tokenizer: Tokenizer, template: str, tokens_per_image: int) -> EncodedSample:
+    """A training sequence; every gpt turn is supervised, its end-of-turn token included.
+
+    Raises:
+        SampleError: what `parse_turns` raises, and no-conversation when there is no gpt turn.
+        ConfigError: the template is unknown or needs tokens this tokenizer lacks.
+    """
+    turns = parse_turns(conversations, num_images)
+    if not any(turn.role == "gpt" for turn in turns):
+        raise SampleError("no-conversation", "no gpt turn, so nothing to learn from")
+    return _encode_pieces(list(layout(turns, _template(template))), tokenizer, _template(template), tokens_per_image)
+
+
+def encode_prompt(conversations: Any, num_images: int, tokenizer: Tokenizer, template: str, tokens_per_image: int) -> EncodedSample:
+    """`encode` up to where the last answer starts; nothing is supervised.
+
+    The last answer is the last turn if that is gpt's, else the one still to be written. `num_images` counts those of the
+    turns given. Raises as `encode` does, but a lone human turn is fine.
+    """
+    turns = parse_turns(conversations, num_images)
+    pieces = list(layout(turns, _template(template)))
+    if turns[-1].role == "gpt":
+        pieces = pieces[: max(i for i, piece in enumerate(pieces) if piece.first_of_answer)]
+    sample = _encode_pieces(pieces, tokenizer, _template(template), tokens_per_image)
+    return EncodedSample(sample.tokens, [IGNORE_INDEX] * len(sample.tokens), sample.token_types)
+
+
+def stop_ids(tokenizer: Tokenizer, template: str) -> set[int]:
+    """Ids that end an answer in generation."""
+    return {_end_id(tokenizer, _template(template)), tokenizer.eos_id}
+
+
+def check_template(tokenizer: Tokenizer, template: str) -> None:
+    """Raise `ConfigError` when `template` cannot be written with `tokenizer`; cheap, so call it before training starts."""
+    lacking = [piece for piece in _template(template).markup if tokenizer.special_id(piece) is None]
+    if lacking:
+        raise ConfigError(f"conversation template {template!r} needs the special tokens {', '.join(lacking)}, which this tokenizer "
+                          "lacks; use template v1, or a tokenizer that has them")
+
+
+def layout(turns: Sequence[Turn], template: Template) -> Iterator[Piece]:
+    """Turns to pieces: the one place that knows how a template looks, for training and generation alike."""
+    system = template.system
+    if turns[0].role == "system":
+        system, turns = turns[0].text, turns[1:]
+    if template.style == "roles":
+        yield Piece("text", f"{system} " if system else "")
+    elif template.style == "chatml" and system:
+        yield from (Piece("special", "<|im_start|>"), Piece("text", f"system\n{system}"), Piece("special", "<|im_end|>"))
+    for i, turn in enumerate(turns):
+        if turn.role == "human":
+            yield from _human(turn.text, template, newline=bool(system) or i > 0)
+        else:
+            text = {"plain": f"{turn.text}\n", "roles": f" {turn.text}", "chatml": turn.text}[template.style]
+            yield Piece("text", text, answer=True, first_of_answer=True)
+            yield Piece("end", answer=True)
+
+
+def _human(text: str, template: Template, *, newline: bool) -> Iterator[Piece]:
+    if template.style == "plain":
+        yield from (Piece("image") for _ in range(text.count(IMAGE_TOKEN)))
+    elif template.style == "roles":
+        yield from _with_images(f"USER: {text} ASSISTANT:")
+    else:
+        if newline:
+            yield Piece("text", "\n")
+        yield Piece("special", "<|im_start|>")
+        yield from _with_images(f"user\n{text}")
+        yield from (Piece("special", "<|im_end|>"), Piece("text", "\n"))
+        yield from (Piece("special", "<|im_start|>"), Piece("text", "assistant\n"))
+
+
+def _with_images(text: str) -> Iterator[Piece]:
+    for part in re.split(f"({re.escape(IMAGE_TOKEN)})", text):
+        if part == IMAGE_TOKEN:
+            yield Piece("image")
+        elif part:
+            yield Piece("text", part)
+
+
+def _encode_pieces(pieces: Sequence[Piece], tokenizer: Tokenizer, template: Template, tokens_per_image: int) -> EncodedSample:
+    tokens: list[int] = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    types, supervised = [TEXT] * len(tokens), [False] * len(tokens)
+    for i, (text, is_answer, kind) in enumerate(_merge(pieces)):
+        if kind == "image":
+            ids = [tokenizer.pad_id] * tokens_per_image
+        elif kind == "end":
+            ids = [_end_id(tokenizer, template)]
+        elif kind == "special":
+            ids = [_special_id(tokenizer, text)]
+        else:
+            # a pretrained tokenizer that puts a space before every text has seen it before the first word, and only there
+            ids = tokenizer.encode((getattr(tokenizer, "text_prefix", "") if i == 0 else "") + text)
+        tokens += ids
+        types += [VISION if kind == "image" else TEXT] * len(ids)
+        supervised += [is_answer] * len(ids)
+    following = zip(tokens[1:], supervised[1:], strict=True)
+    labels = [token if answer else IGNORE_INDEX for token, answer in following]
+    return EncodedSample(tokens, [*labels, IGNORE_INDEX] if tokens else [], types)
+
+
+def _merge(pieces: Sequence[Piece]) -> Iterator[tuple[str, bool, str]]:
+    """Join neighbouring prompt texts, so that they are tokenized as the running text they are; answers stay apart."""
+    pending = ""
+    for piece in pieces:
+        if piece.kind == "text" and not piece.answer:
+            pending += piece.text
+            continue
+        if pending:
+            yield pending, False, "text"
+            pending = ""
+        yield piece.text, piece.answer, piece.kind
+    if pending:
+        yield pending, False, "text"
+
+
+def _end_id(tokenizer: Tokenizer, template: Template) -> int:
+    if template.end in template.markup:
+        return _special_id(tokenizer, str(template.end))
+    found = tokenizer.special_id(template.end) if template.end else None
+    return tokenizer.eos_id if found is None else found
+
+
+def _special_id(tokenizer: Tokenizer, piece: str) -> int:
+    found = tokenizer.special_id(piece)
+    if found is None:
+        raise ConfigError(f"the conversation template needs the special token {piece}, which this tokenizer lacks; use template v1")
+    return found
+
+
+def _template(name: str) -> Template:
+    if name not in TEMPLATES:
+        raise ConfigError(f"unknown conversation template {name!r}; known: {', '.join(TEMPLATES)}")
+    return TEMPLATES[name]
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,157 @@
+"""Bytes to pixels: strict decoding, PIL-equal resizing in torch, normalisation on the device.
+
+Shapes: H, W of the file; S the model's side; n images of a batch. Pixels stay uint8 until `ImageProcessor.normalize`, which is
+a quarter of the bandwidth of float32 batches (data-loading measurements in docs/data.md).
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import simplejpeg
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch.nn import functional as F
+
+from megatron_evomoe.config import ConfigError, RunConfig
+from megatron_evomoe.data.errors import SampleError
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+SIGLIP_MEAN, SIGLIP_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # never "all": Pillow's EPS reader starts Ghostscript
+_ORIENTATION = 0x0112
+_MAX_ASPECT = 200  # longer strips are no pictures, and padding one to a square takes (ratio x area) pixels
+_CROP_ASPECT = 8
+_PAD_SIDE = 8192
+
+
+def decode_image(data: bytes, max_pixels: int = 50_000_000) -> np.ndarray:
+    """Decode to RGB uint8 [H, W, 3], upright (EXIF orientation applied, once).
+
+    The size is read from the header and refused before anything is decoded. JPEG goes through simplejpeg, the one decoder that
+    raises on corrupt bytes where others return wrong pixels; what it does not know (CMYK) and the other formats, by content
+    and not by name, through Pillow. Transparency is dropped, the first frame of an animation taken.
+
+    Raises:
+        SampleError: corrupt-image, image-too-large, image-shape (longer than 200 : 1).
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of large files; the limit here is ours
+            header = Image.open(io.BytesIO(data), formats=_FORMATS)
+    except Image.DecompressionBombError as error:
+        raise SampleError("image-too-large", str(error)) from None
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        what = f"{len(data)} bytes that are no {', '.join(_FORMATS)} file" if isinstance(error, UnidentifiedImageError) else error
+        raise SampleError("corrupt-image", str(what)) from None
+    width, height = header.size
+    if width * height > max_pixels:
+        raise SampleError("image-too-large", f"{width} x {height} is more than max_image_pixels {max_pixels}")
+    if max(width, height) > _MAX_ASPECT * min(width, height):
+        raise SampleError("image-shape", f"{width} x {height} is longer than {_MAX_ASPECT} : 1")
+    try:
+        is_plain_jpeg = data[:3] == b"\xff\xd8\xff" and header.mode in ("RGB", "L")
+        pixels = simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True) if is_plain_jpeg else _decode_with_pillow(header)
+        return _upright(pixels, header.getexif().get(_ORIENTATION, 1))
+    except (OSError, ValueError, SyntaxError, EOFError, IndexError, Image.DecompressionBombError) as error:
+        raise SampleError("corrupt-image", str(error)) from None
+
+
+def _decode_with_pillow(image: Image.Image) -> np.ndarray:
+    if image.mode.startswith("I"):  # 16 bits of grey; convert("RGB") would clip at 255 rather than scale
+        grey = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
+        return np.stack([grey] * 3, axis=-1)
+    return np.asarray(image.convert("RGB"))
+
+
+def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Undo one of the eight EXIF orientations of uint8 [H, W, 3]."""
+    if orientation in (5, 6, 7, 8):
+        pixels = pixels.transpose(1, 0, 2)
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return np.ascontiguousarray(pixels)
+
+
+class ImageProcessor:
+    """An image of any size to the square the vision tower takes.
+
+    `pad` pads to a square with the mean colour and resizes (LLaVA's ``expand2square``); `square` resizes the short side and crops
+    the centre (CLIP's own). Both are bicubic with antialiasing and agree with PIL to 0.02 of 255 on average.
+    """
+
+    def __init__(
+        self, size: int, aspect_ratio: Literal["pad", "square"] = "pad",
+        mean: Sequence[float] = CLIP_MEAN, std: Sequence[float] = CLIP_STD,
+    ) -> None:
+        if aspect_ratio not in ("pad", "square"):
+            raise ConfigError(f"image_aspect_ratio {aspect_ratio!r} must be 'pad' or 'square'")
+        if size < 1 or min(std) <= 0:
+            raise ConfigError(f"image size {size} and std {tuple(std)} must be positive")
+        self.size, self.aspect_ratio, self.mean, self.std = size, aspect_ratio, tuple(mean), tuple(std)
+
+    def __call__(self, pixels: np.ndarray) -> torch.Tensor:
+        """uint8 [H, W, 3] to uint8 [3, S, S], contiguous."""
+        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+            raise ValueError(f"expected uint8 [H, W, 3], got {pixels.dtype} {pixels.shape}")
+        if not pixels.flags.writeable:  # torch warns about read-only memory that it will not write to
+            pixels = pixels.copy()
+        image = torch.from_numpy(pixels).permute(2, 0, 1)[None]  # [1, 3, H, W], channels last as decoded
+        image = self._pad_and_resize(image) if self.aspect_ratio == "pad" else self._resize_and_crop(image)
+        return image[0].contiguous()
+
+    def normalize(self, batch: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """uint8 [n, 3, S, S] to (x / 255 - mean) / std in `dtype`, on the batch's device; n may be 0."""
+        mean = torch.tensor(self.mean, device=batch.device).view(1, 3, 1, 1)
+        std = torch.tensor(self.std, device=batch.device).view(1, 3, 1, 1)
+        return ((batch.float() / 255 - mean) / std).to(dtype)
+
+    def _pad_and_resize(self, image: torch.Tensor) -> torch.Tensor:
+        height, width = image.shape[2:]
+        side = canvas_height = canvas_width = max(height, width)
+        # Bicubic resizing is separable, horizontal pass first, and rows of one colour are not worth that pass: a wide image is
+        # narrowed before it is padded, to the same bits. For a tall one this swaps the passes and rounds differently, so only
+        # one whose square would take hundreds of megabytes is shortened first.
+        if width > height:
+            canvas_width = self.size
+        elif side > _PAD_SIDE:
+            canvas_height = self.size
+        image = _resize(image, canvas_height if height == side else height, canvas_width if width == side else width)
+        colour = torch.tensor([int(m * 255) for m in self.mean], dtype=torch.uint8).view(1, 3, 1, 1)
+        canvas = colour.expand(1, 3, canvas_height, canvas_width).clone(memory_format=torch.channels_last)
+        top, left = (canvas_height - image.shape[2]) // 2, (canvas_width - image.shape[3]) // 2
+        canvas[:, :, top : top + image.shape[2], left : left + image.shape[3]] = image
+        return _resize(canvas, self.size, self.size)
+
+    def _resize_and_crop(self, image: torch.Tensor) -> torch.Tensor:
+        height, width = image.shape[2:]
+        limit = _CROP_ASPECT * min(height, width)  # far ends of a strip would be resized only to be cropped away
+        for dim, side in ((2, height), (3, width)):
+            if side > limit:
+                image = image.narrow(dim, (side - limit) // 2, limit)
+        height, width = image.shape[2:]
+        short = min(height, width)
+        new_height, new_width = (int(self.size * side / short) for side in (height, width))
+        image = _resize(image, new_height, new_width)
+        top, left = (new_height - self.size) // 2, (new_width - self.size) // 2
+        return image[:, :, top : top + self.size, left : left + self.size]
+
+
+def processor_for(config: RunConfig) -> ImageProcessor:
+    """The processor of a run: the tower's size and the mean and deviation its kind was trained with."""
+    mean, std = (SIGLIP_MEAN, SIGLIP_STD) if config.vision.model_type == "siglip" else (CLIP_MEAN, CLIP_STD)
+    return ImageProcessor(config.vision.image_size, config.data.image_aspect_ratio, mean, std)
+
+
+def _resize(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """uint8 [1, 3, h, w] to uint8 [1, 3, height, width] as PIL's BICUBIC does."""
+    if image.shape[2:] == (height, width):
+        return image
+    return F.interpolate(image, size=(height, width), mode="bicubic", antialias=True, align_corners=False)

@@ -1,0 +1,188 @@
+"""The training data of one data-parallel replica, step by step, resumable at any number of ranks and workers.
+
+THE property: the global order is a function of (seed, epoch, position) alone (`data.order`). A global batch is a slice of
+it, a replica's microbatches are a slice of that, and workers only fetch: batches come back in the order asked for.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from megatron_evomoe.config import ConfigError, DataConfig
+from megatron_evomoe.data.batch import EvalSample, MicroBatch, Preparer, Row, collate, prepare_eval, stack_images
+from megatron_evomoe.data.conversation import check_template
+from megatron_evomoe.data.errors import DataError
+from megatron_evomoe.data.image import ImageProcessor
+from megatron_evomoe.data.order import SampleOrder, replica_positions
+from megatron_evomoe.data.shards import ShardDataset
+from megatron_evomoe.data.tokenizer import Tokenizer
+
+__all__ = ["EvalSample", "MicroBatch", "SampleOrder", "StepBatch", "TrainLoader", "prepare_eval"]
+
+logger = logging.getLogger(__name__)
+
+_MIN_READ_TO_JUDGE = 100
+_EXAMPLES = 5
+
+
+@dataclass
+class StepBatch:
+    """What one replica computes in one optimizer step."""
+
+    microbatches: list[MicroBatch]
+    position: int
+    """Cursor after this step: samples consumed over all replicas since the run began. Save it; resume with it."""
+    epoch: int
+    """The pass over the data in which this step begins."""
+    skipped: dict[str, int] = field(default_factory=dict)
+    """Unusable samples of this step on this replica, by reason."""
+
+
+class _Rows(Dataset):
+    """Sample number to row; batches become (rows, pixels), so that pixels cross processes as one shared tensor."""
+
+    def __init__(self, preparer: Preparer) -> None:
+        self.preparer = preparer
+
+    def __getitems__(self, indices: list[int]) -> tuple[list[Row], torch.Tensor]:
+        rows = [self.preparer.row(i) for i in indices]
+        pixels = stack_images([image for row in rows for image in row.images], self.preparer.processor.size)
+        for row in rows:
+            row.images = []
+        return rows, pixels
+
+
+def _as_is(batch: tuple[list[Row], torch.Tensor]) -> tuple[list[Row], torch.Tensor]:
+    return batch
+
+
+def _start_worker(_: int) -> None:
+    torch.set_num_threads(1)  # the processes are the parallelism; a forked thread pool would also be a broken one
+
+
+class TrainLoader:
+    """Endless iterator of `StepBatch` from `start_position` on; every `iter()` begins where the last step handed out ended.
+
+    `read` and `skipped` count this replica's samples since construction.
+    """
+
+    def __init__(
+        self,
+        dataset: ShardDataset,
+        tokenizer: Tokenizer,
+        image_processor: ImageProcessor,
+        data_config: DataConfig,
+        tokens_per_image: int,
+        *,
+        micro_batch_size: int,
+        global_batch_size: int,
+        data_parallel_rank: int,
+        data_parallel_size: int,
+        seed: int,
+        start_position: int = 0,
+        pad_to_multiple_of: int = 1,
+        template: str | None = None,
+        shuffle: bool = True,
+        pin_memory: bool = False,
+    ) -> None:
+        """`template` defaults to the data section's.
+
+        Raises:
+            ConfigError: batch sizes that do not divide, a padding multiple that seq_length is no multiple of, a template
+                the tokenizer cannot write, or an empty data set.
+        """
+        if micro_batch_size < 1 or global_batch_size < 1 or global_batch_size % (micro_batch_size * data_parallel_size):
+            raise ConfigError(f"global_batch_size {global_batch_size} must be a multiple of micro_batch_size {micro_batch_size} x "
+                              f"data-parallel size {data_parallel_size}")
+        seq_length, multiple = data_config.seq_length, pad_to_multiple_of
+        if seq_length % multiple:
+            raise ConfigError(f"seq_length {seq_length} must be a multiple of {multiple}, to which sequences are padded; "
+                              f"use {-(-seq_length // multiple) * multiple}")
+        if not 0 <= data_parallel_rank < data_parallel_size or start_position < 0:
+            raise ConfigError(f"data-parallel rank {data_parallel_rank} of {data_parallel_size} at position {start_position}: "
+                              "out of range")
+        template = template or data_config.conversation_template
+        check_template(tokenizer, template)
+        self.position = start_position
+        self.read = 0
+        self.skipped: Counter[str] = Counter()
+        self.order = SampleOrder(len(dataset), seed, shuffle)
+        self._config, self._pad_id, self._multiple, self._pin = data_config, tokenizer.pad_id, pad_to_multiple_of, pin_memory
+        self._slice = dict(micro_batch_size=micro_batch_size, global_batch_size=global_batch_size,
+                           data_parallel_rank=data_parallel_rank, data_parallel_size=data_parallel_size)
+        self._rows = _Rows(Preparer.from_config(dataset, tokenizer, image_processor, data_config, template=template,
+                                                tokens_per_image=tokens_per_image))
+        self._examples: dict[str, list[str]] = {}
+
+    def __iter__(self) -> Iterator[StepBatch]:
+        """Close the generator (or drop it) to stop the workers.
+
+        Raises:
+            DataError: more than max_bad_sample_rate of at least 100 samples read were unusable.
+        """
+        batches = iter(self._torch_loader())
+        step = self._slice["global_batch_size"]
+        per_step = len(replica_positions(0, **self._slice))
+        while True:
+            fetched = [next(batches) for _ in range(per_step)]
+            skipped = self._count([row for rows, _ in fetched for row in rows])
+            length = self._length([row for rows, _ in fetched for row in rows])
+            microbatches = [collate(rows, pixels, length, self._pad_id) for rows, pixels in fetched]
+            epoch = self.order.epoch(self.position)
+            self.position += step
+            yield StepBatch(microbatches, self.position, epoch, skipped)
+
+    def _torch_loader(self) -> DataLoader:
+        workers = self._config.num_workers
+        return DataLoader(
+            self._rows,
+            batch_sampler=self._indices(self.position),  # type: ignore[arg-type]
+            num_workers=workers,
+            prefetch_factor=self._config.prefetch_factor if workers else None,
+            collate_fn=_as_is,
+            worker_init_fn=_start_worker,
+            # fork: a worker starts in milliseconds and shares the index; it touches neither torch.distributed nor CUDA
+            multiprocessing_context="fork" if workers else None,
+            pin_memory=self._pin,
+            generator=torch.Generator(),  # DataLoader draws a seed; not from the model's stream
+        )
+
+    def _indices(self, position: int) -> Iterator[list[int]]:
+        while True:
+            for positions in replica_positions(position, **self._slice):
+                yield [self.order.index(p) for p in positions]
+            position += self._slice["global_batch_size"]
+
+    def _length(self, rows: list[Row]) -> int:
+        """Positions every microbatch of the step is padded to."""
+        if self._config.pad_to_seq_length:
+            return self._config.seq_length
+        longest = max((len(row.sample.tokens) for row in rows if row.sample is not None), default=0)
+        return -(-max(longest, 1) // self._multiple) * self._multiple
+
+    def _count(self, rows: list[Row]) -> dict[str, int]:
+        """Count and log what was unusable; stop when it is too much."""
+        skipped: Counter[str] = Counter()
+        for row in rows:
+            if row.problem is not None:
+                reason, message = row.problem
+                skipped[reason] += 1
+                logger.warning("skipped sample %s of %s: %s: %s", row.key, row.shard, reason, message)
+                examples = self._examples.setdefault(reason, [])
+                if len(examples) < _EXAMPLES:
+                    examples.append(f"{row.key} of {row.shard} ({message})")
+        self.read += len(rows)
+        self.skipped += skipped
+        bad, rate = self.skipped.total(), self._config.max_bad_sample_rate
+        if skipped and self.read >= _MIN_READ_TO_JUDGE and bad > rate * self.read:
+            counts = ", ".join(f"{reason}: {count}" for reason, count in self.skipped.most_common())
+            examples_text = "\n".join(f"  {reason}: {'; '.join(names)}" for reason, names in self._examples.items())
+            raise DataError(f"{bad} of {self.read} samples read were unusable ({counts}), more than max_bad_sample_rate {rate}; "
+                            f"repair or remove them, or raise the rate. Examples:\n{examples_text}")
+        return dict(skipped)

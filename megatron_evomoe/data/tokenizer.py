@@ -1,0 +1,252 @@
+"""Sentencepiece and Hugging Face tokenizers behind one small protocol.
+
+Both are made to encode *segments*: `encode` gives the ids of exactly the characters passed in. The space that sentencepiece
+and Llama tokenizers put before every text they are given (the dummy prefix) is switched off, since a prompt encoded in three
+calls would gain three of them; the templates write their spaces out. Nor does `encode` ever produce a special token: text that
+spells one is encoded as the characters it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import itertools
+import json
+import os
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from megatron_evomoe.config import ConfigError
+
+# A ModelProto's field 3 (normalizer_spec) holding add_dummy_prefix (3) = false and remove_extra_whitespaces (4) = false.
+# Protocol buffers merge a message that occurs twice, so appending this overrides those two fields and no other.
+_VERBATIM_WHITESPACE = bytes([0x1A, 4, 0x18, 0, 0x20, 0])
+_MARKUP = re.compile(r"<[^<>\s]+>|\[[A-Z_/]+\]")
+
+
+class Tokenizer(Protocol):
+    """What the package asks of a tokenizer."""
+
+    vocab_size: int
+    """Largest id + 1."""
+    bos_id: int | None
+    """The id every sequence begins with; None for families that begin without one (Qwen, Phi)."""
+    eos_id: int
+    """End of text."""
+    pad_id: int
+    """Fills positions that are not read; also stands where an image feature goes."""
+    text_prefix: str
+    """What the tokenizer on its own would put before a text; the templates put it before the first word of a sequence."""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of exactly these characters: no bos or eos, no special tokens, no added space."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text; special tokens give nothing, an id outside the vocabulary gives U+FFFD."""
+
+    def fingerprint(self) -> str:
+        """Stable hash of the vocabulary and the special ids."""
+
+    def special_id(self, piece: str) -> int | None:
+        """Id of a special token such as ``<|im_end|>``; None when there is none of that name."""
+
+
+def build_tokenizer(path: str | Path | None) -> SentencePieceTokenizer | HuggingFaceTokenizer:
+    """A sentencepiece ``.model`` file, or a directory with ``tokenizer.json``.
+
+    Raises:
+        ConfigError: nothing given, nothing there, or not a tokenizer.
+    """
+    if path is None or not str(path):
+        raise ConfigError("no tokenizer given; set --tokenizer to a sentencepiece .model file or a tokenizer directory")
+    found = Path(path).expanduser()
+    if not found.exists():
+        raise ConfigError(f"tokenizer {found} does not exist; give a sentencepiece .model file or a tokenizer directory")
+    return HuggingFaceTokenizer(found) if found.is_dir() else SentencePieceTokenizer(found)
+
+
+class SentencePieceTokenizer:
+    """A sentencepiece model, read once with its whitespace rules set to verbatim."""
+
+    def __init__(self, path: str | Path) -> None:
+        import sentencepiece
+
+        try:
+            proto = Path(path).read_bytes()
+            sp = sentencepiece.SentencePieceProcessor(model_proto=proto + _VERBATIM_WHITESPACE) if proto else None
+        except (OSError, RuntimeError) as error:
+            raise ConfigError(f"tokenizer {path} cannot be read as a sentencepiece model: {error}") from None
+        if sp is None or sp.get_piece_size() == 0:
+            raise ConfigError(f"tokenizer {path} is empty; expected a sentencepiece model")
+        if sp.eos_id() < 0:
+            raise ConfigError(f"tokenizer {path} has no end-of-text token; train it with eos_id set")
+        self._sp = sp
+        self.vocab_size: int = sp.get_piece_size()
+        self.bos_id: int | None = sp.bos_id() if sp.bos_id() >= 0 else None
+        self.eos_id: int = sp.eos_id()
+        self.pad_id: int = next(i for i in (sp.pad_id(), sp.unk_id(), sp.eos_id()) if i >= 0)
+        as_published = sentencepiece.SentencePieceProcessor(model_proto=proto)
+        self.text_prefix = " " if as_published.encode("a") != sp.encode("a") else ""
+        # user-defined pieces are matched inside text and decoded as text; those that look like markup must be neither
+        user_defined = {i: sp.id_to_piece(i) for i in range(self.vocab_size) if _is_user_defined(sp, i)}
+        self._markup = {i: piece for i, piece in user_defined.items() if _MARKUP.fullmatch(piece)}
+        longest_first = sorted(map(re.escape, self._markup.values()), key=len, reverse=True)
+        self._breaks = re.compile("|".join(longest_first)) if longest_first else None
+
+    def encode(self, text: str) -> list[int]:
+        """See `Tokenizer`."""
+        if self._breaks is None:
+            return self._sp.encode(text)
+        cuts = [0, *(match.start() + 1 for match in self._breaks.finditer(text)), len(text)]
+        return [i for start, end in itertools.pairwise(cuts) for i in self._sp.encode(text[start:end])]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """See `Tokenizer`."""
+        return _decode_known([i for i in ids if int(i) not in self._markup], self.vocab_size, self._sp.decode)
+
+    def fingerprint(self) -> str:
+        """See `Tokenizer`."""
+        pieces = [(i, self._sp.id_to_piece(i)) for i in range(self.vocab_size)]
+        return _fingerprint(pieces, self)
+
+    def special_id(self, piece: str) -> int | None:
+        """See `Tokenizer`."""
+        found = self._sp.piece_to_id(piece)
+        is_special = self._sp.id_to_piece(found) == piece and (self._sp.is_control(found) or _is_user_defined(self._sp, found))
+        return found if is_special else None
+
+
+def _is_user_defined(sp: Any, piece_id: int) -> bool:
+    """There is no public test for it: user-defined pieces have score 0 and no other type (a BPE's first merge looks the same)."""
+    is_other = sp.is_control(piece_id) or sp.is_unknown(piece_id) or sp.is_unused(piece_id) or sp.is_byte(piece_id)
+    return not is_other and sp.get_score(piece_id) == 0.0
+
+
+class HuggingFaceTokenizer:
+    """A local directory that transformers' AutoTokenizer reads as a fast tokenizer. No code from it is run."""
+
+    def __init__(self, path: str | Path) -> None:
+        try:
+            from transformers import AutoTokenizer
+        except ImportError:
+            raise ConfigError(f"tokenizer {path} is a directory; that needs transformers: pip install transformers") from None
+        try:
+            hf = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False, use_fast=True)
+        except Exception as error:  # it raises half a dozen types for a directory that is no tokenizer
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise ConfigError(f"tokenizer {path} cannot be read by transformers: {reason[0][:300]}") from None
+        if not getattr(hf, "is_fast", False):
+            raise ConfigError(f"tokenizer {path} has no fast version; save a tokenizer.json into it")
+        if hf.eos_token_id is None:
+            raise ConfigError(f"tokenizer {path} names no eos_token; set it in its tokenizer_config.json")
+        self._encoder, self._decoder = _verbatim(hf.backend_tokenizer.to_str())
+        as_published = hf.backend_tokenizer.encode("a", add_special_tokens=False).ids
+        self.text_prefix = " " if as_published != self.encode("a") else ""
+        vocab = self._decoder.get_vocab(with_added_tokens=True)
+        self._vocab: dict[str, int] = vocab
+        self._added = {str(token.content): i for i, token in self._decoder.get_added_tokens_decoder().items()}
+        self.vocab_size: int = max(vocab.values()) + 1
+        self.eos_id: int = hf.eos_token_id
+        ids = hf("a", add_special_tokens=True)["input_ids"]
+        self.bos_id: int | None = hf.bos_token_id if ids and ids[0] == hf.bos_token_id else None
+        self.pad_id: int = next(i for i in (hf.pad_token_id, hf.unk_token_id, hf.eos_token_id) if i is not None)
+
+    def encode(self, text: str) -> list[int]:
+        """See `Tokenizer`."""
+        return self._encoder.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """See `Tokenizer`."""
+        return _decode_known(ids, self.vocab_size, lambda known: self._decoder.decode(known, skip_special_tokens=True))
+
+    def fingerprint(self) -> str:
+        """See `Tokenizer`."""
+        return _fingerprint(sorted((i, piece) for piece, i in self._vocab.items()), self)
+
+    def special_id(self, piece: str) -> int | None:
+        """See `Tokenizer`."""
+        return self._added.get(piece)
+
+
+def _verbatim(serialized: str) -> tuple[Any, Any]:
+    """A tokenizers.Tokenizer for encoding and one for decoding, neither of which adds or strips a leading space."""
+    from tokenizers import Tokenizer as Backend
+
+    spec = json.loads(serialized)
+    for key in ("normalizer", "pre_tokenizer", "decoder"):
+        spec[key] = _without_prefix(spec.get(key), key)
+    spec["truncation"] = spec["padding"] = None
+    decoder = Backend.from_str(json.dumps(spec))
+    for token in spec.get("added_tokens", []):
+        token["special"] = token["special"] or bool(_MARKUP.fullmatch(token["content"]))
+    encoder = Backend.from_str(json.dumps(spec))
+    encoder.encode_special_tokens = True  # text that spells a special token stays text
+    return encoder, decoder
+
+
+def _without_prefix(part: dict | None, key: str) -> dict | None:
+    """Drop a Prepend normalizer and a leading Strip decoder, and tell Metaspace and ByteLevel to add nothing."""
+    if part is None:
+        return None
+    kind = part.get("type")
+    if kind == "Sequence":
+        inner = next(name for name in ("normalizers", "pretokenizers", "decoders") if name in part)
+        kept = [new for old in part[inner] if (new := _without_prefix(old, key)) is not None]
+        return {**part, inner: kept} if kept else None
+    if kind == "Prepend" or (kind == "Strip" and key == "decoder" and part.get("start", 0)):
+        return None
+    if kind == "Metaspace":
+        return {**part, "prepend_scheme": "never"}
+    if kind == "ByteLevel" and key == "pre_tokenizer":
+        return {**part, "add_prefix_space": False}
+    return part
+
+
+def _decode_known(ids: Sequence[int], vocab_size: int, decode: Any) -> str:
+    """Decode runs of known ids; one that only a padded embedding has must be visible, not crash an evaluation."""
+    out, run = [], []
+    for i in map(int, ids):
+        if 0 <= i < vocab_size:
+            run.append(i)
+            continue
+        out += [decode(run) if run else "", "\ufffd"]
+        run = []
+    return "".join([*out, decode(run) if run else ""])
+
+
+def _fingerprint(pieces: Iterable[tuple[int, str]], tokenizer: Any) -> str:
+    digest = hashlib.sha256(f"bos {tokenizer.bos_id} eos {tokenizer.eos_id} pad {tokenizer.pad_id}\n".encode())
+    for i, piece in pieces:
+        digest.update(json.dumps([i, piece]).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def train_sentencepiece(
+    lines: Iterable[str], path: str | Path, vocab_size: int, *, user_defined_symbols: Sequence[str] = (),
+    model_type: Literal["unigram", "bpe"] = "unigram",
+) -> Path:
+    """Train a model on `lines` and write it to `path` in one step; same lines, same bytes.
+
+    Every byte has a piece, so any text can be encoded, and digits stand alone. `vocab_size` is an upper bound: a small corpus
+    gives fewer pieces. Symbols that look like markup (``<|im_end|>``) exist by id only and are never found in text.
+    """
+    import sentencepiece
+
+    markup = [symbol for symbol in user_defined_symbols if _MARKUP.fullmatch(symbol)]
+    buffer = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines), model_writer=buffer, vocab_size=vocab_size, hard_vocab_limit=False,
+            model_type=model_type, byte_fallback=True, split_digits=True, normalization_rule_name="identity",
+            remove_extra_whitespaces=False, add_dummy_prefix=False, unk_id=0, bos_id=1, eos_id=2, pad_id=3, control_symbols=markup,
+            user_defined_symbols=[symbol for symbol in user_defined_symbols if symbol not in markup], num_threads=1, minloglevel=2)
+    except RuntimeError as error:
+        raise ConfigError(f"sentencepiece could not train {vocab_size} pieces (260 are bytes and specials): {error}") from None
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(buffer.getvalue())
+    os.replace(temporary, target)
+    return target

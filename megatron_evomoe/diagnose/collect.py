@@ -1,0 +1,150 @@
+"""Watch the routers of a live model, and write what was seen to `diagnostics.jsonl`.
+
+Unlike the rest of this room it knows the model and the process groups; the maths is in routing.py and similarity.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as ps
+from torch import Tensor
+
+from megatron_evomoe.config import RunConfig
+from megatron_evomoe.diagnose import store
+from megatron_evomoe.diagnose.routing import LogitSample, ShareCounter, draw_permutation, shuffle_routing
+from megatron_evomoe.diagnose.similarity import cosine_from_gram, expert_gram
+from megatron_evomoe.parallel import backend
+
+
+class Watch:
+    """Counts and a sample of logits of every mixture layer of the whole model; this rank fills in its own layers."""
+
+    def __init__(self, config: RunConfig, *, with_logits: bool) -> None:
+        pattern = config.moe.layer_pattern(config.language.num_layers)
+        self.layer_numbers = [i + 1 for i, is_moe in enumerate(pattern) if is_moe]
+        self._index = {number: i for i, number in enumerate(self.layer_numbers)}
+        experts = config.moe.num_experts
+        self.shares = ShareCounter(len(self.layer_numbers), experts, backend.device())
+        self.logits = LogitSample(len(self.layer_numbers), experts, seed=dist.get_rank()) if with_logits else None
+
+    def __call__(self, layer_number: int, token_types: Tensor, logits: Tensor, probs: Tensor, routing_map: Tensor) -> None:
+        """The router's observer."""
+        index = self._index[layer_number]
+        self.shares.add(index, token_types, routing_map)
+        if self.logits is not None:
+            self.logits.add(index, token_types, logits)
+
+    def total(self) -> Tensor:
+        """Counts over all ranks, int64 [L, 2, E]. Communicates. Ranks that share tokens (TP without sequence parallelism)
+        count them each, which leaves shares as they are."""
+        counts = self.shares.counts.clone()
+        dist.all_reduce(counts)
+        return counts
+
+    def merge_logits(self) -> None:
+        """Make the logit sample that of all ranks. Communicates."""
+        assert self.logits is not None
+        mine = self.logits.state.to(backend.device())
+        everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+        dist.all_gather(everyone, mine)
+        self.logits.merge(torch.stack(everyone).cpu())
+
+
+@contextlib.contextmanager
+def watching(layers: Sequence[Any], config: RunConfig, *, with_logits: bool = True) -> Iterator[Watch]:
+    """Observe `layers`' routers for the time of the block."""
+    watch = Watch(config, with_logits=with_logits)
+    before = [layer.router.observer for layer in layers]
+    for layer in layers:
+        layer.router.observer = watch
+    try:
+        yield watch
+    finally:
+        for layer, observer in zip(layers, before, strict=True):
+            layer.router.observer = observer
+
+
+@contextlib.contextmanager
+def shuffled(layers: Sequence[Any], seed: int, mode: str = "random") -> Iterator[None]:
+    """The paper's shuffle test for the time of the block: see `routing.shuffle_routing`.
+
+    Every forward draws anew. Ranks of a TP group draw alike where they share tokens, for they count calls alike.
+    """
+    def intervention(generator: torch.Generator) -> Any:
+        def intervene(probs: Tensor, routing_map: Tensor, token_types: Tensor) -> tuple[Tensor, Tensor]:
+            permutation = draw_permutation(mode, len(probs), probs.shape[1], generator)  # type: ignore[arg-type]
+            routing_map, probs = shuffle_routing(routing_map, probs, permutation.to(probs.device))
+            return probs, routing_map
+
+        return intervene
+
+    for layer in layers:
+        replica = ps.get_data_parallel_rank()
+        layer.router.intervene = intervention(torch.Generator().manual_seed(seed * 1_000_003 + layer.layer_number * 1009 + replica))
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.router.intervene = None
+
+
+def expert_similarity(layers: Sequence[Any], config: RunConfig) -> dict[str, Tensor]:
+    """Pairwise cosines of the experts' weights over all mixture layers: name -> [L, E, E]. Communicates."""
+    pattern = config.moe.layer_pattern(config.language.num_layers)
+    numbers = [i + 1 for i, is_moe in enumerate(pattern) if is_moe]
+    experts = config.moe.num_experts
+    grams = {name: torch.zeros(len(numbers), experts, experts, dtype=torch.float64, device=backend.device())
+             for name in ("weights", "weights, less their mean")}
+    for layer in layers:
+        weights = _all_experts(layer)
+        for name, reference in (("weights", None), ("weights, less their mean", "mean")):
+            gram = expert_gram(weights, reference)
+            dist.all_reduce(gram, group=ps.get_expert_tensor_parallel_group())
+            grams[name][numbers.index(layer.layer_number)] = gram
+    for gram in grams.values():
+        dist.all_reduce(gram, group=ps.get_pipeline_model_parallel_group())
+    return {name: cosine_from_gram(gram).cpu() for name, gram in grams.items()}
+
+
+def _all_experts(layer: Any) -> Tensor:
+    """[E, P] flattened weights of one layer's experts (this rank's expert-TP shard of each). Communicates over EP."""
+    local = [torch.cat([p.detach().flatten() for p in expert.parameters()]) for expert in local_experts(layer.experts)]
+    mine = torch.stack(local)
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(layer.ep_group))]
+    dist.all_gather(everyone, mine, group=layer.ep_group)
+    return torch.cat(everyone)
+
+
+def local_experts(experts: Any) -> list[Any]:
+    """The experts of this rank as modules (`SequentialMLP`) or as groups of parameters (`TEGroupedMLP`)."""
+    if hasattr(experts, "local_experts"):
+        return list(experts.local_experts)
+    return [_ParameterGroup(experts, i) for i in range(experts.num_local_experts)]
+
+
+class _ParameterGroup:
+    """Expert i of a grouped MLP."""
+
+    def __init__(self, experts: Any, index: int) -> None:
+        self._experts, self._index = experts, index
+
+    def parameters(self) -> list[Tensor]:
+        return [getattr(getattr(self._experts, fc), f"weight{self._index}") for fc in ("linear_fc1", "linear_fc2")]
+
+
+def save(run_dir: Path, stage: str, step: int, watch: Watch, layers: Sequence[Any], config: RunConfig, *, is_main: bool) -> dict[str, Any]:
+    """Merge over ranks and write shares, logits and similarity; returns {"shares": counts, "similarity": …}. Communicates."""
+    counts = watch.total().cpu()
+    watch.merge_logits()
+    similarity = expert_similarity(layers, config)
+    if is_main and watch.logits is not None:
+        store.write_shares(run_dir, stage, step, watch.layer_numbers, counts)
+        store.write_logits(run_dir, stage, step, watch.layer_numbers, watch.logits)
+        store.write_similarity(run_dir, stage, step, watch.layer_numbers, similarity)
+    return {"shares": counts, "similarity": similarity}

@@ -1,0 +1,203 @@
+"""The decoder: megatron-core's `GPTModel` with our layer specs.
+
+b rows, s positions, C width, V vocabulary. Activations are [s, b, C].
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
+from megatron.core.utils import make_viewless_tensor
+
+from megatron_evomoe.config import ConfigError, RunConfig
+from megatron_evomoe.model.mlp import allow_expert_biases, dense_mlp_spec
+from megatron_evomoe.model.norm import TorchNorm
+from megatron_evomoe.model.transformer_config import language_transformer_config, resolve_transformer_impl
+
+
+class ParallelResidualLayer(TransformerLayer):
+    """Phi-2's layer, x + attention(norm(x)) + FFN(norm(x)): one norm, one sum. megatron-core has none."""
+
+    # what of a block's arguments the attention takes; which exist varies by version
+    _ATTENTION_ARGUMENTS = ("rotary_pos_emb", "rotary_pos_cos", "rotary_pos_sin", "rotary_pos_cos_sin", "attention_bias",
+                            "inference_context", "packed_seq_params", "sequence_len_offset")
+
+    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None,
+                context: torch.Tensor | None = None, *, padding_mask: torch.Tensor | None = None,
+                **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[s, b, C] to [s, b, C], and `context` unchanged; called as `TransformerLayer.forward` is."""
+        normed = self.input_layernorm(hidden_states)
+        passed = {k: v for k, v in kwargs.items() if k in self._ATTENTION_ARGUMENTS}
+        attended = self.self_attention(normed, attention_mask=attention_mask, **passed)
+        ffn = functools.partial(self.mlp, padding_mask=padding_mask)
+        if self.recompute_mlp:
+            fed = tensor_parallel.checkpoint(ffn, False, normed)
+        else:
+            fed = ffn(normed)
+        total = hidden_states
+        for output, bias in (attended, fed):
+            total = total + (output if bias is None else output + bias)
+        return make_viewless_tensor(inp=total, requires_grad=total.requires_grad, keep_graph=True), context
+
+
+def padded_vocab_size(config: RunConfig) -> int:
+    """Rows of the embedding: ``vocab_size`` rounded up so that every TP rank holds the same, well-aligned number.
+
+    Raises:
+        ConfigError: no vocabulary size is set.
+    """
+    size = config.language.vocab_size
+    if size is None:
+        raise ConfigError("language.vocab_size is not set; set it, or data.tokenizer to take it from there")
+    multiple = config.language.make_vocab_size_divisible_by * config.parallel.tensor_model_parallel_size
+    return -(-size // multiple) * multiple
+
+
+def build_language_model(config: RunConfig, *, stage_kind: str, pre_process: bool = True, post_process: bool = True,
+                         vp_stage: int | None = None) -> GPTModel:
+    """This pipeline stage's part of the decoder.
+
+    Layers designated by ``config.moe`` hold a dense FFN for the kinds align, warmup and dense, the evolving one for
+    `evolve` and the mixture for `route`. Everything else has the same parameter names in all kinds.
+
+    The model takes `decoder_input` already scattered for sequence parallelism: images are spliced in before.
+
+    Raises:
+        ConfigError: see `language_transformer_config` and `padded_vocab_size`.
+    """
+    lm = config.language
+    logging.getLogger("megatron.core.transformer.transformer_layer").addFilter(_is_news)
+    transformer_config = language_transformer_config(config)
+    model = GPTModel(
+        config=transformer_config,
+        transformer_layer_spec=language_block_spec(config, transformer_config, stage_kind, vp_stage),
+        vocab_size=padded_vocab_size(config),
+        max_sequence_length=lm.max_position_embeddings,
+        pre_process=pre_process,
+        post_process=post_process,
+        parallel_output=True,
+        share_embeddings_and_output_weights=lm.tie_word_embeddings,
+        position_embedding_type="rope",
+        rotary_percent=lm.rotary_percent,
+        rotary_base=lm.rotary_base,
+        scatter_embedding_sequence_parallel=False,
+        vp_stage=vp_stage,
+    )
+    if lm.lm_head_bias and post_process:
+        _add_output_bias(model)
+    return model
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether to log it. The core warns of each layer whose FFN is a subclass of its own; ours ask for their groups."""
+    return not record.getMessage().startswith("Unknown MLP type")
+
+
+def language_block_spec(config: RunConfig, transformer_config: TransformerConfig, stage_kind: str,
+                        vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    """The specs of the layers that this pipeline rank and chunk build, and of the norm after the last."""
+    pattern = config.moe.layer_pattern(config.language.num_layers)
+    specs = {bool(moe): _layer_spec(config, stage_kind, bool(moe)) for moe in set(pattern)}
+    first = get_transformer_layer_offset(transformer_config, vp_stage=vp_stage)
+    count = get_num_layers_to_build(transformer_config, vp_stage=vp_stage)
+    return TransformerBlockSubmodules(
+        layer_specs=[specs[bool(moe)] for moe in pattern[first : first + count]],
+        layer_norm=_norm(resolve_transformer_impl(config) == "transformer_engine"),
+    )
+
+
+def _layer_spec(config: RunConfig, stage_kind: str, designated: bool) -> ModuleSpec:
+    """One layer. `designated`: a layer that is, or will become, a mixture.
+
+    Transformer Engine can fuse a norm into the linear layer behind it and then renames the norm's weights. Designated
+    layers keep the norm before the FFN apart, in every kind, because a mixture has no linear layer to fuse it into; a norm
+    that attention and FFN share cannot be fused either.
+    """
+    lm = config.language
+    use_te = resolve_transformer_impl(config) == "transformer_engine"
+    backend, norm = _backend(use_te), _norm(use_te)
+    fuse_attention_norm = use_te and not lm.parallel_residual
+    fuse_ffn_norm = fuse_attention_norm and not designated
+    fused, unfused = backend.column_parallel_layer_norm_linear(), backend.column_parallel_linear()
+    qk_norm = norm if lm.qk_layernorm else IdentityOp
+    renamed = {}  # to Transformer Engine's names, so that checkpoints move between both implementations
+    if not use_te and not lm.parallel_residual:
+        renamed["input_layernorm."] = "self_attention.linear_qkv.layer_norm_"
+        if not designated:
+            renamed["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
+    return ModuleSpec(
+        module=ParallelResidualLayer if lm.parallel_residual else TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=IdentityOp if fuse_attention_norm else norm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=fused if fuse_attention_norm else unfused,
+                    core_attention=backend.core_attention(),
+                    linear_proj=backend.row_parallel_linear(),
+                    q_layernorm=qk_norm,
+                    k_layernorm=qk_norm,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=IdentityOp if fuse_ffn_norm or lm.parallel_residual else norm,
+            mlp=_ffn_spec(config, stage_kind if designated else "dense", use_te, fused if fuse_ffn_norm else unfused),
+            mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=renamed,
+        ),
+    )
+
+
+def _ffn_spec(config: RunConfig, stage_kind: str, use_te: bool, linear_fc1: type) -> Any:
+    """The FFN of a layer; anything but `evolve` and `route` is dense."""
+    if stage_kind == "route":
+        from megatron_evomoe.moe.layer import moe_layer_spec
+
+        spec = moe_layer_spec(config.moe, use_te)
+        return allow_expert_biases(spec) if config.language.add_bias_linear and not use_te else spec
+    dense = dense_mlp_spec(linear_fc1, _backend(use_te).row_parallel_linear())
+    if stage_kind == "evolve":
+        from megatron_evomoe.moe.evolving import evolving_mlp_spec
+
+        return evolving_mlp_spec(dense, config.moe)
+    return dense
+
+
+def _backend(use_te: bool) -> Any:
+    if not use_te:
+        return LocalSpecProvider()
+    from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+
+    return TESpecProvider()
+
+
+def _norm(use_te: bool) -> type:
+    return _backend(use_te).layer_norm() if use_te else TorchNorm
+
+
+def _add_output_bias(model: GPTModel) -> None:
+    """Give the output layer the bias (Phi-2's) that `GPTModel` has no argument for: [V / TP], zero at the start."""
+    layer = model.output_layer
+    layer.bias = torch.nn.Parameter(torch.zeros_like(layer.weight[:, 0]))
+    set_tensor_model_parallel_attributes(layer.bias, True, 0, 1)
+    layer.bias.allreduce = True  # reduced over all data-parallel ranks, as the weight is

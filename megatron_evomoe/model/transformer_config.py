@@ -1,0 +1,249 @@
+"""Our configuration in megatron-core's words: one `TransformerConfig` for each part of the model.
+
+Whatever changes the maths of a pretrained model is decided here, explicitly: a core default that changes between
+versions must not change ours. Traps (each pinned by ``tests/parity/test_dense_hf.py``): the core's fused bias+GELU is
+the tanh GELU, whatever was asked for; masked-softmax fusion needs kernels that no wheel ships.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import importlib.util
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import init_method_normal
+from torch.overrides import TorchFunctionMode
+
+from megatron_evomoe.config import ConfigError, RunConfig
+from megatron_evomoe.parallel import backend
+
+
+def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    """GELU by its tanh approximation (Phi-2's ``gelu_new``, SigLIP's ``gelu_pytorch_tanh``)."""
+    return F.gelu(x, approximate="tanh")
+
+
+def quick_gelu(x: torch.Tensor) -> torch.Tensor:
+    """CLIP's GELU, x·σ(1.702·x). The core's own is wrapped in ``torch.compile``, which needs a C++ compiler on CPU."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": gelu_tanh}
+
+
+_shapes_only: contextvars.ContextVar[bool] = contextvars.ContextVar("shapes_only", default=False)
+
+
+class _OnMeta(TorchFunctionMode):
+    """Everything that is created has a shape and no memory, also where a device is asked for.
+
+    ``torch.device("meta")`` would leave alone explicit devices, which the core gives on GPUs, and factories that
+    `parallel.cpu` has wrapped.
+    """
+
+    _FACTORIES = frozenset(inspect.unwrap(getattr(torch, name)) for name in
+                           ("empty", "zeros", "ones", "full", "tensor", "rand", "randn", "arange"))
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in self._FACTORIES:
+            kwargs["device"] = "meta"
+        if func is torch.Tensor.cuda:
+            return args[0]
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def shapes_only() -> Iterator[None]:
+    """Inside, the builders of ``model/`` make models of any size on the meta device: shapes and counts, no weights."""
+    token = _shapes_only.set(True)
+    try:
+        with _OnMeta():
+            yield
+    finally:
+        _shapes_only.reset(token)
+
+
+def resolve_transformer_impl(config: RunConfig) -> str:
+    """``local`` or ``transformer_engine``.
+
+    ``auto`` takes Transformer Engine where CUDA is there and it imports. Without CUDA nothing here imports it.
+
+    Raises:
+        ConfigError: Transformer Engine was asked for, or is needed by another setting, and cannot be had.
+    """
+    wanted = config.train.transformer_impl
+    available = backend.on_gpu() and _have_transformer_engine()
+    if wanted == "transformer_engine" and not available:
+        why = "it does not import" if backend.on_gpu() else "there is no CUDA device"
+        raise ConfigError(f"transformer_impl transformer_engine cannot be used: {why}; install the [gpu] extra on a GPU "
+                          "machine, or set transformer_impl to auto or local")
+    impl = "transformer_engine" if available and wanted != "local" else "local"
+    needs = {"context_parallel_size": config.parallel.context_parallel_size > 1,
+             "moe_grouped_gemm": config.moe.moe_grouped_gemm}
+    for name, needed in needs.items():
+        if needed and impl == "local":
+            raise ConfigError(f"{name} needs Transformer Engine, and this run uses the local layers; leave {name} at its "
+                              "default, or run with Transformer Engine on a GPU")
+    return impl
+
+
+def _have_transformer_engine() -> bool:
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+
+    return bool(HAVE_TE)
+
+
+def language_transformer_config(config: RunConfig) -> TransformerConfig:
+    """The decoder's configuration; the same for every stage kind, so that checkpoints of all stages agree.
+
+    Raises:
+        ConfigError: megatron-core refuses the combination, or would run it wrongly.
+    """
+    lm, moe, train, parallel = config.language, config.moe, config.train, config.parallel
+    full, selective = train.recompute_granularity == "full", train.recompute_granularity == "selective"
+    if selective and lm.parallel_residual and "layernorm" in train.recompute_modules:
+        raise ConfigError("recompute_modules names layernorm, but with parallel_residual one norm feeds both attention and "
+                          "FFN and is kept; take layernorm out")
+    return _build(
+        config,
+        num_layers=lm.num_layers,
+        hidden_size=lm.hidden_size,
+        ffn_hidden_size=lm.ffn_hidden_size,
+        num_attention_heads=lm.num_attention_heads,
+        num_query_groups=lm.num_query_groups or lm.num_attention_heads,
+        kv_channels=lm.kv_channels or lm.hidden_size // lm.num_attention_heads,
+        normalization=lm.normalization,
+        layernorm_epsilon=lm.norm_epsilon,
+        activation_func=ACTIVATIONS[lm.activation],
+        gated_linear_unit=lm.gated_linear_unit,
+        # only this pair's fused kernel computes the same function
+        bias_activation_fusion=backend.on_gpu() and lm.activation == "silu" and lm.gated_linear_unit,
+        bias_dropout_fusion=backend.on_gpu() and not lm.add_bias_linear,
+        add_bias_linear=lm.add_bias_linear,
+        add_qkv_bias=lm.add_qkv_bias,
+        qk_layernorm=lm.qk_layernorm,
+        rotary_interleaved=False,
+        # Hugging Face counts the query's own position, megatron-core only those before it
+        window_size=(lm.window_size - 1, 0) if lm.window_size else None,
+        recompute_granularity=train.recompute_granularity,
+        recompute_method="uniform" if full else None,
+        recompute_num_layers=train.recompute_num_layers if full else None,
+        recompute_modules=list(train.recompute_modules) if selective else None,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=_virtual_stages(config),
+        context_parallel_size=parallel.context_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
+        sequence_parallel=_sequence_parallel(config),
+        num_moe_experts=moe.num_experts,
+        moe_layer_freq=moe.layer_pattern(lm.num_layers),
+        moe_ffn_hidden_size=lm.ffn_hidden_size,
+        moe_router_topk=moe.moe_router_topk,
+        # probabilities over all experts, then the choice: a softmax over one chosen logit is 1 and teaches nothing, and
+        # `router_gate` is defined on these for any K
+        moe_router_pre_softmax=True,
+        moe_router_dtype="fp32",
+        moe_router_load_balancing_type="aux_loss",
+        moe_aux_loss_coeff=moe.moe_aux_loss_coeff,
+        moe_z_loss_coeff=moe.moe_z_loss_coeff,
+        moe_expert_capacity_factor=moe.moe_expert_capacity_factor,
+        moe_token_dispatcher_type=moe.moe_token_dispatcher_type,
+        moe_grouped_gemm=moe.moe_grouped_gemm,
+    )
+
+
+def vision_transformer_config(config: RunConfig) -> TransformerConfig:
+    """The image encoder's: tensor parallel at most, on one pipeline stage, its sequence never split, nothing recomputed."""
+    vision = config.vision
+    return _build(
+        config,
+        num_layers=vision.num_layers_used,
+        hidden_size=vision.hidden_size,
+        ffn_hidden_size=vision.ffn_hidden_size,
+        num_attention_heads=vision.num_attention_heads,
+        normalization="LayerNorm",
+        layernorm_epsilon=vision.norm_epsilon,
+        activation_func=quick_gelu if vision.model_type == "clip" else gelu_tanh,
+        gated_linear_unit=False,
+        add_bias_linear=True,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=backend.on_gpu(),
+    )
+
+
+def projector_transformer_config(config: RunConfig) -> TransformerConfig:
+    """LLaVA's mlp2x_gelu: Linear, exact GELU, Linear, with biases.
+
+    Weights start with the spread of ``torch.nn.Linear``'s own initialisation, as in LLaVA, rather than a fixed 0.02.
+    """
+    lm, vision = config.language, config.vision
+    return _build(
+        config,
+        num_layers=1,
+        hidden_size=lm.hidden_size,
+        ffn_hidden_size=lm.hidden_size,
+        num_attention_heads=lm.num_attention_heads,
+        activation_func=F.gelu,
+        gated_linear_unit=False,
+        add_bias_linear=True,
+        bias_activation_fusion=False,
+        init_method=init_method_normal(1 / math.sqrt(3 * vision.hidden_size)),
+        output_layer_init_method=init_method_normal(1 / math.sqrt(3 * lm.hidden_size)),
+    )
+
+
+def _build(config: RunConfig, **values: Any) -> TransformerConfig:
+    """What all parts share, with `values` over it."""
+    dtype = torch.bfloat16 if config.train.bf16 else torch.float32
+    weightless = _shapes_only.get()
+    shared = {
+        "transformer_impl": resolve_transformer_impl(config),
+        "tensor_model_parallel_size": config.parallel.tensor_model_parallel_size,
+        "pipeline_dtype": dtype,
+        "params_dtype": dtype,
+        "bf16": config.train.bf16,
+        "use_cpu_initialization": weightless or not backend.on_gpu(),
+        "perform_initialization": not weightless,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "attention_softmax_in_fp32": True,
+        "masked_softmax_fusion": False,
+        "gradient_accumulation_fusion": backend.on_gpu() and _have_fused_weight_gradient(),
+        "calculate_per_token_loss": False,
+        "deterministic_mode": config.train.deterministic_mode and backend.on_gpu(),
+        # each layer under its own key, since layers differ; the same key in every stage and layout
+        "hetereogenous_dist_checkpoint": True,
+    }
+    try:
+        return TransformerConfig(**{**shared, **values})
+    except (ValueError, AssertionError) as error:
+        raise ConfigError(f"megatron-core refuses this configuration: {error}") from error
+
+
+def _have_fused_weight_gradient() -> bool:
+    return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None  # built with NVIDIA's apex
+
+
+def _sequence_parallel(config: RunConfig) -> bool:
+    parallel = config.parallel
+    if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
+        raise ConfigError("sequence_parallel needs tensor_model_parallel_size > 1; leave it out or raise TP")
+    return parallel.tensor_model_parallel_size > 1 if parallel.sequence_parallel is None else parallel.sequence_parallel
+
+
+def _virtual_stages(config: RunConfig) -> int | None:
+    per_chunk, stages = config.parallel.num_layers_per_virtual_pipeline_stage, config.parallel.pipeline_model_parallel_size
+    if per_chunk is None or stages == 1:
+        return None
+    if config.language.num_layers % (stages * per_chunk):
+        raise ConfigError(f"num_layers {config.language.num_layers} is not a multiple of pipeline_model_parallel_size "
+                          f"{stages} times num_layers_per_virtual_pipeline_stage {per_chunk}")
+    return config.language.num_layers // (stages * per_chunk)

@@ -1,0 +1,179 @@
+"""The Dynamic Token-aware Router's maths (EvoMoE, Eq. 4-5): pure functions of tensors, no state, no communication.
+
+Shapes: T tokens · C width of z · N experts · h hypernetwork's inner width · r rank of the generated router ·
+K = h + 1 terms of a generated matrix (h columns of W2 and its bias).
+
+Each modality has a hypernetwork that turns a token z into the weights of a small router for that token:
+
+    e = W1·z + b1,   Θ(z) = W2·e + b2 = [Θ_down (2r × C), Θ_up (C × r)]                           (Eq. 5)
+    E = Θ_up · SwiGLU(Θ_down·z),   logits = φ(E)                                                  (Eq. 4)
+
+Θ is never built. It is linear in ê = [e, 1], so Θ_down·z = Σ_k ê_k (W2_down[k]·z) is one GEMM C → K·2r and a weighted sum
+over k, and φ·Θ_up·s = Σ_k ê_k (φ·W2_up[k])·s, where the K small matrices φ·W2_up[k] (N × r) are the same for all tokens.
+Memory is T·K·2r numbers instead of T·3r·C.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"none": lambda e: e, "gelu": F.gelu, "silu": F.silu}
+
+
+class HyperWeights(NamedTuple):
+    """One modality's hypernetwork. The last slice of the `weight2_*` along k is the bias b2, the others W2's columns."""
+
+    weight1_hC: Tensor
+    bias1_h: Tensor
+    weight2_down_KJC: Tensor  # J = 2r: gate rows, then value rows
+    weight2_up_KrC: Tensor  # Θ_up transposed, so that C is last everywhere
+
+
+class DtrWeights(NamedTuple):
+    """All that one layer's DTR learns. φ is shared by both modalities and has no bias (see docs/router.md)."""
+
+    text: HyperWeights
+    vision: HyperWeights
+    phi_NC: Tensor
+
+
+def dtr_logits(
+    z_TC: Tensor,
+    is_vision_T: Tensor,
+    weights: DtrWeights,
+    *,
+    activation: str = "none",
+    dtype: torch.dtype = torch.float32,
+    gather: bool = True,
+) -> Tensor:
+    """Router logits [T, N] in `dtype`; all arithmetic is in `dtype`, whatever z's and the weights' own types are.
+
+    With `gather` each token meets only its own modality's hypernetwork. That needs the number of image tokens on the
+    host, one sync on CUDA. Without it both hypernetworks see every token and the foreign result is thrown away: twice the
+    work, but static shapes, as CUDA graph capture demands. Both give the other modality's weights gradients of zero.
+    """
+    z_TC = z_TC.contiguous()
+    text, vision = _cast(weights.text, dtype), _cast(weights.vision, dtype)
+    phi_NC = weights.phi_NC.to(dtype)
+    if not gather:
+        z_TC = z_TC.to(dtype)
+        of_text, of_vision = (
+            _logits(F.linear(z_TC, w.weight1_hC), F.linear(z_TC, w.weight2_down_KJC.flatten(0, 1)), w, phi_NC, activation)
+            for w in (text, vision)
+        )
+        return torch.where(is_vision_T[:, None], of_vision, of_text)
+
+    num_vision = int(is_vision_T.sum())
+    order_T = torch.argsort(is_vision_T.to(torch.uint8), stable=True)  # text tokens first, both in sequence order
+    text_index, vision_index = order_T.split([z_TC.shape[0] - num_vision, num_vision])
+    e_text, u_text, e_vision, u_vision = _ProjectByModality.apply(
+        z_TC, text_index, vision_index,
+        text.weight1_hC, text.weight2_down_KJC.flatten(0, 1),
+        vision.weight1_hC, vision.weight2_down_KJC.flatten(0, 1),
+    )  # fmt: skip
+    sorted_TN = torch.cat(
+        [_logits(e_text, u_text, text, phi_NC, activation), _logits(e_vision, u_vision, vision, phi_NC, activation)]
+    )
+    return torch.empty_like(sorted_TN).index_copy(0, order_T, sorted_TN)
+
+
+def naive_dtr_logits(
+    z_TC: Tensor,
+    is_vision_T: Tensor,
+    weights: DtrWeights,
+    *,
+    activation: str = "none",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Eq. 4-5 word for word, with Θ(z) built for every token (T·3r·C numbers): the reference for tests and benchmark."""
+    z_TC, phi_NC = z_TC.to(dtype), weights.phi_NC.to(dtype)
+    logits_TN = z_TC.new_zeros(z_TC.shape[0], phi_NC.shape[0])
+    for hyper, index in ((weights.text, ~is_vision_T), (weights.vision, is_vision_T)):
+        hyper, index = _cast(hyper, dtype), index.nonzero()[:, 0]
+        z = z_TC[index]
+        e_th = ACTIVATIONS[activation](F.linear(z, hyper.weight1_hC, hyper.bias1_h))
+        down_tJC = torch.einsum("tk,kjc->tjc", e_th, hyper.weight2_down_KJC[:-1]) + hyper.weight2_down_KJC[-1]
+        up_trC = torch.einsum("tk,kjc->tjc", e_th, hyper.weight2_up_KrC[:-1]) + hyper.weight2_up_KrC[-1]
+        s_tr = _swiglu(torch.einsum("tjc,tc->tj", down_tJC, z))
+        E_tC = torch.einsum("tjc,tj->tc", up_trC, s_tr)
+        logits_TN = logits_TN.index_copy(0, index, F.linear(E_tC, phi_NC))
+    return logits_TN
+
+
+@torch.no_grad()
+def init_dtr(weights: DtrWeights, phi_std: float) -> None:
+    """Random start, in place, so that nothing depends on the width C but the logits, and those as in a linear router.
+
+    For z of unit mean square: e has unit variance; Θ_down·z has unit variance and Θ_up·s that of s, in each case half from
+    the token-dependent part and half from b2. So E is about as large as z whatever C, h and r are, and φ, drawn with
+    `phi_std` as megatron draws a linear router, gives logits of standard deviation 0.6·phi_std·√C. No map starts at
+    zero, for a zero W2 would stop the gradient of W1 and a zero Θ_up that of everything before it; only b1 does.
+    """
+    for hyper in (weights.text, weights.vision):
+        K, J, C = hyper.weight2_down_KJC.shape
+        h, r = K - 1, J // 2
+        hyper.weight1_hC.normal_(std=C**-0.5)
+        hyper.bias1_h.zero_()
+        hyper.weight2_down_KJC.normal_(std=(2 * C) ** -0.5)
+        hyper.weight2_up_KrC.normal_(std=(2 * r) ** -0.5)
+        hyper.weight2_down_KJC[:-1] *= h**-0.5
+        hyper.weight2_up_KrC[:-1] *= h**-0.5
+    weights.phi_NC.normal_(std=phi_std)
+
+
+class _ProjectByModality(torch.autograd.Function):
+    """(e, u) = (W1·z, W2_down·z) of the text tokens, then of the image tokens; e without its bias.
+
+    By hand for three reasons, all measured (docs/router.md): autograd would keep the gathered, up-cast copy of z (T·C
+    numbers in fp32) until the backward; it would build ∂z from four full-size terms; and each of them by a scatter into zeros.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, z_TC: Tensor, text_index: Tensor, vision_index: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(z_TC, text_index, vision_index, *weights)
+        outputs: list[Tensor] = []
+        for index, (weight1, down) in ((text_index, weights[:2]), (vision_index, weights[2:])):
+            z = z_TC.index_select(0, index).to(down.dtype)
+            outputs += [z @ weight1.t(), z @ down.t()]
+        return tuple(outputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        z_TC, text_index, vision_index, *weights = ctx.saved_tensors
+        dz_TC = torch.empty_like(z_TC) if ctx.needs_input_grad[0] else None
+        dweights: list[Tensor | None] = []
+        for half, index in enumerate((text_index, vision_index)):
+            pair = slice(2 * half, 2 * half + 2)
+            (weight1, down), (de, du) = weights[pair], grads[pair]
+            z = z_TC.index_select(0, index).to(down.dtype)
+            needs_weight1, needs_down = ctx.needs_input_grad[3:][pair]
+            dweights += [de.t() @ z if needs_weight1 else None, du.t() @ z if needs_down else None]
+            if dz_TC is not None:
+                dz_TC.index_copy_(0, index, torch.addmm(du @ down, de, weight1).to(z_TC.dtype))
+        return dz_TC, None, None, *dweights
+
+
+def _logits(e_Th: Tensor, u_TKJ: Tensor, hyper: HyperWeights, phi_NC: Tensor, activation: str) -> Tensor:
+    """From the two projections of T tokens of one modality to their logits [T, N]."""
+    K, J, C = hyper.weight2_down_KJC.shape
+    N, r = phi_NC.shape[0], J // 2
+    e_T1K = F.pad(ACTIVATIONS[activation](e_Th + hyper.bias1_h), (0, 1), value=1.0)[:, None]
+    s_Tr = _swiglu(torch.bmm(e_T1K, u_TKJ.view(-1, K, J))[:, 0])
+    folded_KrN = F.linear(hyper.weight2_up_KrC.view(-1, C), phi_NC).view(K, r, N)  # φ·Θ_up, before any token is seen
+    v_TKN = (s_Tr @ folded_KrN.transpose(0, 1).reshape(r, K * N)).view(-1, K, N)
+    return torch.bmm(e_T1K, v_TKN)[:, 0]
+
+
+def _swiglu(gate_and_value_TJ: Tensor) -> Tensor:
+    gate, value = gate_and_value_TJ.chunk(2, dim=-1)
+    return F.silu(gate) * value
+
+
+def _cast(hyper: HyperWeights, dtype: torch.dtype) -> HyperWeights:
+    return HyperWeights(*(w.to(dtype) for w in hyper))

@@ -1,0 +1,120 @@
+"""How experts 2…N follow expert 1: the rules of EvoMoE's expert evolution (Eq. 1) as pure tensor maths, and their draws.
+
+Names: θ_1 is the trained FFN, θ_n an evolved expert, θ_1^prev the trained FFN one optimizer step ago, g_1 that step's
+gradient, β the share of θ_n that is kept. `docs/stages.md` has the printed formula, why there are three rules and what
+each measured. No state, no communication: `moe/evolving.py` holds the first and nothing needs the second.
+
+Every operation below is a single correctly rounded multiplication, addition or subtraction. ``lerp_`` or
+``add_(…, alpha=…)`` would save a pass, but may fuse both into one rounding in a vector register and not in the rest of
+the loop; then an element's last bit would depend on where in its shard it lies, hence on the layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Optional
+
+import numpy as np
+import torch
+
+from megatron_evomoe.config import ConfigError
+
+RuleFunction = Callable[
+    [torch.Tensor, torch.Tensor, Optional[torch.Tensor], Optional[torch.Tensor], float], None
+]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One way to update θ_n after an optimizer step."""
+
+    function: RuleFunction
+    """``function(theta_n, theta_1, theta_1_prev, grad, beta)``: updates `theta_n` in place; same shape, all fp32."""
+    needs_previous: bool = False
+    """Whether `theta_1_prev` is given (one more copy of θ_1 per layer is kept); otherwise it is None."""
+    needs_gradient: bool = False
+    """Whether `grad` is given (see `check_rule` for what that demands); otherwise it is None."""
+
+
+def delta(theta_n: torch.Tensor, theta_1: torch.Tensor, theta_1_prev: Optional[torch.Tensor],
+          grad: Optional[torch.Tensor], beta: float) -> None:
+    """θ_n ← θ_n + (1−β)·(θ_1 − θ_1^prev): keeps 1−β of every update. β = 0 gives θ_1, β = 1 the stage-I FFN."""
+    assert theta_1_prev is not None
+    theta_n.add_((theta_1 - theta_1_prev).mul_(1.0 - beta))
+
+
+def ema(theta_n: torch.Tensor, theta_1: torch.Tensor, theta_1_prev: Optional[torch.Tensor],
+        grad: Optional[torch.Tensor], beta: float) -> None:
+    """θ_n ← β·θ_n + (1−β)·θ_1: a running average of θ_1. β = 0 gives θ_1."""
+    theta_n.mul_(beta).add_(theta_1 * (1.0 - beta))
+
+
+def printed(theta_n: torch.Tensor, theta_1: torch.Tensor, theta_1_prev: Optional[torch.Tensor],
+            grad: Optional[torch.Tensor], beta: float) -> None:
+    """θ_n ← β·θ_1 + (1−β)·g_1: the paper's Eq. 1 to the letter. θ_n keeps nothing of its past."""
+    assert grad is not None
+    torch.mul(theta_1, beta, out=theta_n).add_(grad * (1.0 - beta))
+
+
+RULES: dict[str, Rule] = {
+    "delta": Rule(delta, needs_previous=True),
+    "ema": Rule(ema),
+    "printed": Rule(printed, needs_gradient=True),
+}
+
+
+def rule_named(name: str) -> Rule:
+    """The rule of that name. Raises `ConfigError`."""
+    if name not in RULES:
+        raise ConfigError(f"unknown evolution_rule {name!r}; known: {', '.join(RULES)}")
+    return RULES[name]
+
+
+def draw_beta(seed: int, step: int, layer: int, expert: int, low: float, high: float) -> float:
+    """β of one expert at one step, uniform in [low, high): a function of its arguments alone.
+
+    The counter-based generator Philox-4x64-10 (Salmon et al., 2011) is keyed with `seed`; its 256-bit counter is
+    (step, layer, expert, 0), and 53 bits of the first word it puts out are the fraction. So every rank draws alike
+    without talking, a resumed run continues the sequence, and no draw depends on which others were made. numpy fixes
+    these raw words on all platforms (NEP 19).
+
+    Args:
+        seed: the run's seed, 0 ≤ seed < 2¹²⁸.
+        step: optimizer step, from 0 or 1 as the loop counts, never negative.
+        layer: global layer number, from 1.
+        expert: global expert index, from 0 (expert 0 is θ_1 and draws nothing).
+        low, high: the expert's range.
+    """
+    word = np.random.Philox(key=seed, counter=[step, layer, expert, 0]).random_raw()
+    return low + (high - low) * ((int(word) >> 11) * 2.0**-53)
+
+
+def validate_ranges(num_experts: int, ranges: Sequence[tuple[float, float]]) -> None:
+    """Raises `ConfigError` unless there is one range per evolved expert, i.e. N − 1."""
+    if num_experts < 2:
+        raise ConfigError(f"num_experts {num_experts} leaves nothing to evolve; use at least 2")
+    if len(ranges) != num_experts - 1:
+        raise ConfigError(
+            f"evolution_beta has {len(ranges)} ranges, but num_experts {num_experts} evolves {num_experts - 1} experts "
+            f"(expert 1 is trained); give one [low, high] each for experts 2 to {num_experts}"
+        )
+
+
+def check_rule(rule: str, use_distributed_optimizer: bool, dp_size: int, overlap_param_gather: bool = False) -> None:
+    """Raises `ConfigError` where the parallel set-up does not give evolution what `rule` needs.
+
+    Args:
+        dp_size: data-parallel size with context parallelism, over which gradients are reduced.
+        overlap_param_gather: whether updated weights reach other ranks only during the next forward.
+    """
+    if rule_named(rule).needs_gradient and use_distributed_optimizer and dp_size > 1:
+        raise ConfigError(
+            f"evolution_rule {rule!r} reads the whole gradient of expert 1, but use_distributed_optimizer with data-parallel "
+            f"size {dp_size} leaves each rank only its shard; set use_distributed_optimizer: false, or use 'delta' or 'ema'"
+        )
+    if overlap_param_gather:
+        raise ConfigError(
+            "evolution reads expert 1 right after the optimizer step, but overlap_param_gather delivers the updated weights "
+            "only during the next forward; set overlap_param_gather: false for the evolve stage"
+        )

@@ -1,0 +1,213 @@
+"""Routers that know each token's modality, behind megatron-core's router seam.
+
+Shapes: s sequence · b batch · T = s·b tokens · C width · N experts · K experts per token.
+
+Only the way from a token to its logits, and the scale of an expert's output, are ours. Top-k, capacity, auxiliary losses and
+z-loss are `TopKRouter.routing`, the core's own. Words as in the core: *logits* leave the gate; *probs* scale the
+experts' outputs; *routing_map* says which expert gets which token.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core.transformer.moe.moe_utils import apply_random_logits, router_gating_linear
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from megatron_evomoe.config import MoEConfig
+from megatron_evomoe.moe import dtr
+
+TEXT, VISION, PADDING = 0, 1, 2
+"""Token types, as they travel in megatron-core's `padding_mask` argument."""
+
+Observer = Callable[[int, Tensor, Tensor, Tensor, Tensor], None]
+"""(layer_number, token_types [T], logits [T, N], probs [T, N], routing_map [T, N]), all detached."""
+
+Intervention = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(probs [T, N], routing_map [T, N], token_types [T]) -> (probs, routing_map)."""
+
+
+def to_planes(token_types: Tensor) -> Tensor:
+    """Token types [...] as two bool planes [..., 2]: is it vision, is it padding.
+
+    `MoELayer.forward` casts what it is given to bool, which would merge vision and padding; bool planes pass unharmed, through
+    the core's own recompute too. A bool tensor is taken for what the core calls a padding mask (True = padding).
+    """
+    if token_types.dtype == torch.bool:
+        return torch.stack([torch.zeros_like(token_types), token_types], dim=-1)
+    return torch.stack([token_types == VISION, token_types == PADDING], dim=-1)
+
+
+def straight_through(probs_TN: Tensor) -> Tensor:
+    """p / stop_gradient(Σ_selected p): top-1 gives exactly 1, top-K the renormalised weights; the gradient is that of p.
+
+    Unlike weights that are renormalised before the gradient is taken, these let every expert's logit learn, also for K = 1.
+    A token that capacity dropped keeps weight 0, and one that lost some of its experts shares 1 among the rest.
+    """
+    mass_T1 = probs_TN.detach().sum(dim=-1, keepdim=True)
+    return probs_TN / mass_T1.masked_fill(mass_T1 == 0, 1.0)
+
+
+class TypedRouter(TopKRouter):
+    """A `TopKRouter` whose gate may read the token types. Subclasses define `gating`.
+
+    Raises:
+        ValueError: the two configurations disagree, or `straight_through` is asked of scores that are no softmax over all
+            experts.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, pg_collection: Any = None, is_mtp_layer: bool = False, *, moe: MoEConfig, **ignored: Any
+    ) -> None:
+        _check(config, moe)
+        super().__init__(config=config, pg_collection=pg_collection)
+        self.is_mtp_layer = is_mtp_layer  # an argument of the base class in newer cores, absent in 0.16.1
+        self.moe = moe
+        self.gate_dtype = torch.float64 if config.moe_router_dtype == "fp64" else torch.float32
+        self.observer: Observer | None = None
+        self.intervene: Intervention | None = None
+
+    def gating(self, input: Tensor, is_vision: Tensor | None = None) -> Tensor:
+        """Logits [s, b, N] in `self.gate_dtype`, from tokens [s, b, C] and whether each is an image token [s, b]."""
+        raise NotImplementedError
+
+    def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Route tokens [s, b, C].
+
+        `padding_mask` holds the planes [s, b, 2] of `to_planes`; None makes every token text. Returns probs [T, N] in
+        `self.gate_dtype` and the bool routing_map [T, N]. Padding tokens are routed like any other, which harms nobody: they
+        are left out of the auxiliary losses and nothing attends to them.
+        """
+        planes = padding_mask if padding_mask is not None else input.new_zeros((*input.shape[:2], 2), dtype=torch.bool)
+        is_vision, is_padding = planes.unbind(dim=-1)
+        logits = self.gating(self.apply_input_jitter(input), is_vision)
+        if self.config.moe_router_force_load_balancing:
+            logits = apply_random_logits(logits)
+        self._maintain_float32_expert_bias()
+        probs, routing_map = self.routing(logits, padding_mask=None if padding_mask is None else is_padding)
+        if self.moe.router_gate == "straight_through":
+            probs = straight_through(probs)
+        return self._diagnose(logits, probs, routing_map, is_vision, is_padding)
+
+    def _diagnose(
+        self, logits: Tensor, probs: Tensor, routing_map: Tensor, is_vision: Tensor, is_padding: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Let the hooks change (evaluation only) and see the decision."""
+        if self.observer is None and self.intervene is None:
+            return probs, routing_map
+        types_T = (is_vision * VISION + is_padding * PADDING).flatten()
+        if self.intervene is not None:
+            if self.training:  # recompute would ask twice and could be told two different things
+                raise ValueError("router.intervene is for evaluation: call eval() on the model, or set it to None")
+            probs, routing_map = self.intervene(probs, routing_map, types_T)
+        # Recompute's second forward runs inside the backward of the first, where autograd has a task.
+        if self.observer is not None and torch._C._current_graph_task_id() == -1:
+            with torch.no_grad():
+                logits_TN = logits.detach().flatten(0, 1)
+                self.observer(self.layer_number, types_T, logits_TN, probs.detach(), routing_map)
+        return probs, routing_map
+
+    def _replace_weight(self) -> None:
+        """Drop the base class's [N, C] map: a parameter without a gradient stalls the gradient buckets."""
+        self.weight = None
+        self.bias = None
+
+    def _finish_parameters(self) -> None:
+        """Cast and mark all parameters as the base class does its own: replicated over TP, fed sequence-parallel shards."""
+        for parameter in self.parameters():
+            parameter.data = parameter.data.to(self.config.params_dtype)
+            parameter.sequence_parallel = self.config.sequence_parallel
+
+
+class LinearRouter(TypedRouter):
+    """One linear map for all tokens (MoE-LLaVA): the core's router, always in fp32 or fp64."""
+
+    def gating(self, input: Tensor, is_vision: Tensor | None = None) -> Tensor:
+        return router_gating_linear(input, self.weight, self.bias, self.gate_dtype)
+
+
+class ModalityLinearRouter(TypedRouter):
+    """One linear map per modality, without bias."""
+
+    def __init__(self, config: TransformerConfig, pg_collection: Any = None, is_mtp_layer: bool = False, **kwargs: Any) -> None:
+        super().__init__(config, pg_collection, is_mtp_layer, **kwargs)
+        self._replace_weight()
+        for name in ("weight_text", "weight_vision"):
+            weight = nn.Parameter(torch.empty(config.num_moe_experts, config.hidden_size))
+            if config.perform_initialization:
+                config.init_method(weight)
+            self.register_parameter(name, weight)
+        self._finish_parameters()
+
+    def gating(self, input: Tensor, is_vision: Tensor | None = None) -> Tensor:
+        # Both maps on every token: 2N columns cost what N do, since reading the tokens is what takes the time.
+        both = router_gating_linear(input, torch.cat([self.weight_text, self.weight_vision]), None, self.gate_dtype)
+        of_text, of_vision = both.chunk(2, dim=-1)
+        return torch.where(is_vision[..., None], of_vision, of_text).contiguous()
+
+
+class HyperNetwork(nn.Module):
+    """The parameters of one modality's hypernetwork (Eq. 5); `dtr.HyperWeights` names their shapes."""
+
+    def __init__(self, width: int, hidden: int, rank: int) -> None:
+        super().__init__()
+        self.weight1 = nn.Parameter(torch.empty(hidden, width))
+        self.bias1 = nn.Parameter(torch.empty(hidden))
+        self.weight2_down = nn.Parameter(torch.empty(hidden + 1, 2 * rank, width))
+        self.weight2_up = nn.Parameter(torch.empty(hidden + 1, rank, width))
+
+    def weights(self) -> dtr.HyperWeights:
+        return dtr.HyperWeights(self.weight1, self.bias1, self.weight2_down, self.weight2_up)
+
+
+class DynamicTokenRouter(TypedRouter):
+    """The paper's DTR: `text` and `vision` hypernetworks write each token's own router, `phi` maps its output to logits."""
+
+    def __init__(self, config: TransformerConfig, pg_collection: Any = None, is_mtp_layer: bool = False, **kwargs: Any) -> None:
+        super().__init__(config, pg_collection, is_mtp_layer, **kwargs)
+        self._replace_weight()
+        shape = (config.hidden_size, self.moe.dtr_hidden_size, self.moe.dtr_rank)
+        self.text, self.vision = HyperNetwork(*shape), HyperNetwork(*shape)
+        self.phi = nn.Parameter(torch.empty(config.num_moe_experts, config.hidden_size))
+        if config.perform_initialization:
+            dtr.init_dtr(self.weights(), self.moe.dtr_init_std)
+        self._finish_parameters()
+
+    def weights(self) -> dtr.DtrWeights:
+        return dtr.DtrWeights(self.text.weights(), self.vision.weights(), self.phi)
+
+    def gating(self, input: Tensor, is_vision: Tensor | None = None) -> Tensor:
+        capturing = input.is_cuda and torch.cuda.is_current_stream_capturing()  # then shapes may not depend on data
+        logits_TN = dtr.dtr_logits(
+            input.flatten(0, 1), is_vision.flatten(), self.weights(),
+            activation=self.moe.dtr_activation, dtype=self.gate_dtype, gather=not capturing,
+        )  # fmt: skip
+        return logits_TN.view(*input.shape[:2], -1)
+
+
+ROUTERS = {"linear": LinearRouter, "modality-linear": ModalityLinearRouter, "dtr": DynamicTokenRouter}
+
+
+def router_builder(moe: MoEConfig) -> Callable[..., TypedRouter]:
+    """What `MoESubmodules(router=…)` wants: a callable of (config, pg_collection, …), with our configuration bound."""
+    return functools.partial(ROUTERS[moe.router], moe=moe)
+
+
+def _check(config: TransformerConfig, moe: MoEConfig) -> None:
+    if (config.num_moe_experts, config.moe_router_topk) != (moe.num_experts, moe.moe_router_topk):
+        raise ValueError(
+            f"TransformerConfig has {config.num_moe_experts} experts, top-{config.moe_router_topk}; "
+            f"MoEConfig has {moe.num_experts}, top-{moe.moe_router_topk}: build the first from the second"
+        )
+    softmax_over_all = config.moe_router_pre_softmax and config.moe_router_score_function == "softmax"
+    if moe.router_gate == "straight_through" and not (softmax_over_all and config.moe_router_topk_scaling_factor is None):
+        raise ValueError(
+            "router_gate 'straight_through' needs moe_router_pre_softmax=True, moe_router_score_function='softmax' and no "
+            f"moe_router_topk_scaling_factor, got {config.moe_router_pre_softmax}, {config.moe_router_score_function!r} and "
+            f"{config.moe_router_topk_scaling_factor}; or use router_gate 'prob'"
+        )

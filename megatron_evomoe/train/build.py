@@ -1,0 +1,78 @@
+"""A stage's model, optimizer and schedule, on this rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from megatron.core import parallel_state as ps
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.utils import get_model_config
+
+from megatron_evomoe.config import RunConfig, StageConfig
+from megatron_evomoe.model.llava import LlavaModel
+from megatron_evomoe.moe.evolving import EvolvingMLP
+from megatron_evomoe.parallel import backend
+from megatron_evomoe.train import optimizer as optim
+from megatron_evomoe.train.stages import freeze
+
+
+@dataclass
+class Built:
+    """What a stage trains with. Lists hold one entry per pipeline chunk of this rank."""
+
+    modules: list[LlavaModel]
+    wrapped: list[torch.nn.Module]
+    optimizer: Any
+    scheduler: Any
+    part_sizes: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def evolving(self) -> list[EvolvingMLP]:
+        """The layers whose experts follow the first, in order."""
+        return [m for chunk in self.modules for m in chunk.modules() if isinstance(m, EvolvingMLP)]
+
+    def mixtures(self) -> list[torch.nn.Module]:
+        """The mixture layers of this rank, in order."""
+        from megatron_evomoe.moe.layer import EvoMoELayer
+
+        return [m for chunk in self.modules for m in chunk.modules() if isinstance(m, EvoMoELayer)]
+
+
+def build_modules(config: RunConfig, kind: str) -> list[LlavaModel]:
+    """The model chunks of this pipeline rank, on their device, with fresh weights."""
+    chunks = ps.get_virtual_pipeline_model_parallel_world_size()
+    modules = []
+    for vp_stage in range(chunks or 1):
+        stage = vp_stage if chunks else None
+        modules.append(LlavaModel(
+            config,
+            stage_kind=kind,
+            pre_process=ps.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
+            post_process=ps.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
+            vp_stage=stage,
+        ))
+    return [m.to(backend.device(), dtype=torch.bfloat16 if config.train.bf16 else None) for m in modules]
+
+
+def build_stage(config: RunConfig, stage: StageConfig) -> Built:
+    """Everything for training `stage` (config already resolved for it). Communicates: DDP broadcasts nothing, groups exist."""
+    modules = build_modules(config, stage.kind)
+    sizes: dict[str, int] = {}
+    for module in modules:
+        first = module.language_model.decoder.layers[0].layer_number - 1 if module.language_model.decoder.layers else 0
+        for part, count in freeze(module, config, stage.kind, first).items():
+            sizes[part] = sizes.get(part, 0) + count
+    wrapped = optim.wrap(modules, config)
+    optimizer = optim.build_optimizer(wrapped, config)
+    scheduler = optim.build_scheduler(optimizer, config)
+    core = get_model_config(modules[0])
+    core.finalize_model_grads_func = finalize_model_grads
+    core.grad_scale_func = optimizer.scale_loss
+    core.no_sync_func = wrapped[0].no_sync if len(wrapped) == 1 else [w.no_sync for w in wrapped]
+    for module in modules[1:]:
+        other = get_model_config(module)
+        other.finalize_model_grads_func, other.grad_scale_func, other.no_sync_func = (
+            core.finalize_model_grads_func, core.grad_scale_func, core.no_sync_func)
+    return Built(modules=modules, wrapped=wrapped, optimizer=optimizer, scheduler=scheduler, part_sizes=sizes)

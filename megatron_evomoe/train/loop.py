@@ -1,0 +1,165 @@
+"""The training loop: stages one after the other, each step in the order it happens."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_evomoe.checkpoint import record as records
+from megatron_evomoe.checkpoint import store
+from megatron_evomoe.checkpoint.record import CheckpointError, Record
+from megatron_evomoe.config import RunConfig, StageConfig
+from megatron_evomoe.diagnose import collect
+from megatron_evomoe.moe import evolution
+from megatron_evomoe.parallel import backend, broadcast, rng, topology
+from megatron_evomoe.train import evaluate, report
+from megatron_evomoe.train.build import Built, build_stage
+from megatron_evomoe.train.session import Session, earlier_stage, open_session, questions, selected, stage_dir, train_loader
+from megatron_evomoe.train.step import take_step
+from megatron_evomoe.train.transition import check_tokenizer, start_from
+
+log = logging.getLogger(__name__)
+
+
+def train(config: RunConfig, stage_names: list[str] | None = None) -> Session:
+    """Run the configuration's stages (or those named) to their end, resuming what was begun. Communicates."""
+    session = open_session(config, wandb_run_id=_known_wandb_run(config))
+    for stage in selected(session.config, stage_names):
+        train_stage(session, stage)
+    report.stage_table(session)
+    session.logger.close()
+    return session
+
+
+def train_stage(session: Session, stage: StageConfig) -> None:
+    """Train one stage from wherever its folder says it is, save, and measure held-out accuracy. Communicates."""
+    config = session.config.for_stage(stage.name)
+    directory = stage_dir(session.run_dir, stage)
+    found = store.latest(directory, config.checkpoint.ckpt_step)
+    if found and records.read(found).finished:
+        session.logger.say(f"stage {stage.name}: already finished ({found})")
+        return
+    topology.seed_everything(config.train.seed)
+    built = build_stage(config, stage)
+    _check_evolution(built, session, config)
+    record = _resume(session, found, built, stage, config) if found else _begin(session, built, stage, config)
+    session.logger.start_stage(stage.name, config.train.train_iters, record.step)
+    meter = report.StageMeter(session, built, config, stage)
+    loader = train_loader(session, config, start_position=record.position)
+    batches = iter(loader) if loader is not None else None
+    while record.step < config.train.train_iters:
+        started = time.perf_counter()
+        batch = next_step(batches, session, config)
+        result = take_step(built, batch, record.step + 1)
+        record.step += 1
+        record.position += config.train.global_batch_size
+        for mlp in built.evolving:
+            mlp.evolve(record.step, config.train.seed)
+        meter.add(record.step, result, time.perf_counter() - started, loader)
+        if _is_due(record.step, config):
+            _save(session, built, record, config, stage)
+    record.finished = True
+    _save(session, built, record, config, stage)
+    _measure(session, built, config, stage, record.step, meter)
+
+
+def next_step(batches: Iterator[Any] | None, session: Session, config: RunConfig) -> broadcast.Step:
+    """The step's samples on this rank. Communicates within the replica."""
+    step = None
+    if batches is not None:
+        micro = next(batches).microbatches
+        step = broadcast.Step(
+            tokens=torch.stack([m["tokens"] for m in micro]),
+            labels=torch.stack([m["labels"] for m in micro]),
+            token_types=torch.stack([m["token_types"] for m in micro]),
+            pixel_values=[m["pixel_values"] for m in micro],
+            keys=[m["keys"] for m in micro],
+        )
+    return broadcast.to_replica(step, session.topology, config.vision.image_size)
+
+
+def _check_evolution(built: Built, session: Session, config: RunConfig) -> None:
+    if built.evolving:
+        evolution.check_rule(config.moe.evolution_rule, config.parallel.use_distributed_optimizer,
+                             session.topology.data_parallel_size, config.parallel.overlap_param_gather)
+
+
+def _begin(session: Session, built: Built, stage: StageConfig, config: RunConfig) -> Record:
+    """Weights from where the stage starts; a record at step 0."""
+    source_path = _source(session, stage, config)
+    lineage: list[dict[str, Any]] = []
+    if source_path is not None:
+        source = start_from(source_path, built, config, stage, fingerprint=session.fingerprint)
+        lineage = [*source.lineage, {"stage": source.stage, "kind": source.kind, "step": source.step,
+                                     "path": str(store.resolve(source_path))}]
+    session.logger.event("begin", stage=stage.name, source=str(source_path) if source_path else None)
+    return Record(stage=stage.name, kind=stage.kind, step=0, position=0, finished=False, layout=rng.layout(),
+                  vocab_size=config.language.vocab_size or 0, tokenizer_fingerprint=session.fingerprint,
+                  wandb_run_id=session.logger.wandb_run_id, lineage=lineage,
+                  num_experts=config.moe.num_experts if stage.kind in ("evolve", "route") else 0)
+
+
+def _source(session: Session, stage: StageConfig, config: RunConfig) -> str | Path | None:
+    if stage.load:
+        named = next((s for s in session.config.stages if s.name == stage.load), None)
+        return stage_dir(session.run_dir, named) if named else stage.load
+    before = earlier_stage(session.config, stage)
+    if before is not None:
+        return stage_dir(session.run_dir, before)
+    return config.checkpoint.pretrained_checkpoint
+
+
+def _resume(session: Session, found: Path, built: Built, stage: StageConfig, config: RunConfig) -> Record:
+    record = records.read(found)
+    if record.kind != stage.kind:
+        raise CheckpointError(f"{found} belongs to a {record.kind!r} stage, {stage.name!r} is {stage.kind!r}; choose another --save")
+    check_tokenizer(record, found, session.fingerprint)
+    store.load_training_state(found, modules=built.modules, optimizer=built.optimizer, scheduler=built.scheduler, record=record)
+    session.logger.rewind(stage.name, record.step)
+    session.logger.event("resume", stage=stage.name, step=record.step, checkpoint=str(found))
+    session.logger.say(f"stage {stage.name}: resumed at step {record.step} from {found}")
+    record.layout = rng.layout()
+    return record
+
+
+def _is_due(step: int, config: RunConfig) -> bool:
+    every = config.checkpoint.save_interval
+    return every > 0 and step % every == 0 and step < config.train.train_iters
+
+
+def _save(session: Session, built: Built, record: Record, config: RunConfig, stage: StageConfig) -> None:
+    if config.checkpoint.save is None:
+        return
+    path = store.save(stage_dir(session.run_dir, stage), modules=built.modules, optimizer=built.optimizer,
+                      scheduler=built.scheduler, record=record, config_yaml=session.config.to_yaml(), keep=config.checkpoint.keep)
+    session.logger.event("save", stage=stage.name, step=record.step, checkpoint=str(path))
+
+
+def _measure(session: Session, built: Built, config: RunConfig, stage: StageConfig, step: int, meter: report.StageMeter) -> None:
+    """Held-out accuracy, seeing and blind, and what the experts do. Communicates."""
+    asked = questions(session, config, config.train.eval_samples)
+    scores: dict[str, Any] = {}
+    if asked:
+        decode = {"chunks": built.wrapped, "questions": asked, "tokenizer": session.tokenizer,
+                  "stop": session.stop_ids(config), "batch_size": config.train.eval_batch_size}
+        with collect.watching(built.mixtures(), config) as watch:
+            seeing = evaluate.exact_match(**decode)
+        scores = {"accuracy": seeing, "blind": evaluate.exact_match(**decode, blind=True)}
+        if stage.kind == "route":
+            collect.save(session.run_dir, stage.name, step, watch, built.mixtures(), config, is_main=session.topology.rank == 0)
+    meter.finish(scores)
+
+
+def _known_wandb_run(config: RunConfig) -> str | None:
+    """The id an earlier part of this run logged under."""
+    for stage in reversed(config.stages):
+        found = store.latest(Path(config.checkpoint.save or "runs/default") / stage.name)
+        if found:
+            return records.read(found).wandb_run_id
+    return None

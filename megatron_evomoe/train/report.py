@@ -1,0 +1,165 @@
+"""What a stage reports: a line per step, routing metrics, and the table at the end."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections import deque
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as ps
+from megatron.core.transformer.moe.moe_utils import track_moe_metrics
+
+from megatron_evomoe.config import RunConfig, StageConfig
+from megatron_evomoe.data.loader import TrainLoader
+from megatron_evomoe.diagnose.collect import Watch
+from megatron_evomoe.diagnose.routing import share_metrics
+from megatron_evomoe.parallel import backend
+from megatron_evomoe.train.build import Built
+from megatron_evomoe.train.evaluate import Score
+from megatron_evomoe.train.session import Session
+from megatron_evomoe.train.step import StepResult
+
+SUMMARY = "summary.json"
+_LAST = 50  # steps averaged for the table
+
+
+class StageMeter:
+    """Collects over a stage and writes to the session's logger."""
+
+    def __init__(self, session: Session, built: Built, config: RunConfig, stage: StageConfig) -> None:
+        self.session, self.built, self.config, self.stage = session, built, config, stage
+        self.losses: deque[float] = deque(maxlen=_LAST)
+        self.rates: list[float] = []
+        self.sizes = count_parameters(built, config)
+        self.first_loss: float | None = None
+        self.started = time.perf_counter()
+        self.watch = Watch(config, with_logits=False) if stage.kind == "route" else None
+        for layer in built.mixtures():
+            layer.router.observer = self.watch
+
+    def add(self, step: int, result: StepResult, seconds: float, loader: TrainLoader | None) -> None:
+        """One step's line. Communicates where routing metrics are due."""
+        self.first_loss = result.loss if self.first_loss is None else self.first_loss
+        self.losses.append(result.loss)
+        self.rates.append(result.tokens / seconds)
+        metrics = {
+            "lm loss": result.loss,
+            "learning-rate": self.built.optimizer.param_groups[0]["lr"] if self.built.optimizer.param_groups else 0.0,
+            "grad-norm": result.grad_norm,
+            "batch-size": self.config.train.global_batch_size,
+            "iteration-time": seconds,
+            "tokens/s": result.tokens / seconds,
+            "supervised-tokens": result.supervised_tokens,
+        }
+        if backend.on_gpu():
+            metrics["mem-max-allocated-bytes"] = torch.cuda.max_memory_allocated()
+        if self.watch is not None and step % self.config.log.moe_metrics_interval == 0:
+            metrics |= self._routing()
+        samples = dict(loader.skipped) if loader is not None and loader.skipped else None
+        self.session.logger.log(step, metrics, {"skipped": samples} if samples else None)
+
+    def _routing(self) -> dict[str, float]:
+        """Shares since the last call, and auxiliary losses. Communicates."""
+        assert self.watch is not None
+        counts = self.watch.total()
+        self.watch.shares.reset()
+        microbatches = self.config.train.global_batch_size // (
+            self.config.train.micro_batch_size * ps.get_data_parallel_world_size()
+        )
+        captured = _Capture()
+        names = ["load_balancing_loss"] if self.config.moe.moe_aux_loss_coeff else []
+        names += ["z_loss"] if self.config.moe.moe_z_loss_coeff else []
+        if names:
+            track_moe_metrics(
+                loss_scale=1 / (microbatches * self.config.log.moe_metrics_interval), iteration=0, writer=captured,
+                per_layer_logging=True, force_initialize=True, track_names=names, num_layers=self.config.language.num_layers,
+                moe_layer_freq=self.config.moe.layer_pattern(self.config.language.num_layers),
+            )
+        return {**share_metrics(counts, self.watch.layer_numbers), **captured.values}
+
+    def finish(self, scores: dict[str, Score], similarity: dict[str, Any] | None = None) -> None:
+        """Write the stage's line of the table and its event."""
+        row: dict[str, Any] = {
+            "stage": self.stage.name,
+            "kind": self.stage.kind,
+            "steps": self.config.train.train_iters,
+            "first loss": self.first_loss,
+            "loss": statistics.fmean(self.losses) if self.losses else None,
+            "tokens/s": statistics.median(self.rates) if self.rates else None,
+            "seconds": time.perf_counter() - self.started,
+            **self.sizes,
+        }
+        for name, score in scores.items():
+            row[name] = {"overall": score.accuracy(), **score.by_kind()}
+        if self.session.topology.rank == 0:
+            path = self.session.run_dir / SUMMARY
+            rows = json.loads(path.read_text()) if path.exists() else []
+            rows = [r for r in rows if r["stage"] != self.stage.name] + [row]
+            path.write_text(json.dumps(rows, indent=1))
+        if scores:
+            self.session.logger.event("eval", step=self.config.train.train_iters, accuracy=row["accuracy"], blind=row.get("blind"))
+
+
+class _Capture:
+    """Stands where megatron-core expects a TensorBoard writer, so that our sinks get its numbers."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, float] = {}
+
+    def add_scalar(self, name: str, value: Any, iteration: int) -> None:
+        self.values[name] = float(value)
+
+
+def count_parameters(built: Built, config: RunConfig) -> dict[str, int]:
+    """Parameters of the whole model: all, trained, and active for one token. Communicates over pipeline stages."""
+    tp, ep, etp = (ps.get_tensor_model_parallel_world_size(), ps.get_expert_model_parallel_world_size(),
+                   ps.get_expert_tensor_parallel_world_size())
+    total = trained = idle = 0
+    for name, p in ((n, p) for m in built.modules for n, p in m.named_parameters()):
+        sharded = getattr(p, "tensor_model_parallel", False)
+        is_expert = ".experts." in name
+        size = p.numel() * ((etp if sharded else 1) * ep if is_expert else (tp if sharded else 1))
+        if name.endswith("output_layer.weight") and config.language.tie_word_embeddings:
+            continue  # the copy of a tied embedding on the last stage
+        total += size
+        trained += size if p.requires_grad else 0
+        idle += size * (config.moe.num_experts - config.moe.moe_router_topk) // config.moe.num_experts if is_expert else 0
+    counts = torch.tensor([total, trained, idle], dtype=torch.int64, device=backend.device())
+    dist.all_reduce(counts, group=ps.get_pipeline_model_parallel_group())
+    total, trained, idle = counts.tolist()
+    return {"parameters": total, "trainable": trained, "active": total - idle}
+
+
+def stage_table(session: Session) -> None:
+    """Print what every stage so far came to, from `summary.json`."""
+    path = session.run_dir / SUMMARY
+    if session.topology.rank != 0 or not path.exists():
+        return
+    rows = json.loads(path.read_text())
+    session.logger.table(
+        "Stages",
+        ["stage", "steps", "loss", "accuracy %", "blind %", "tokens/s", "trainable", "active", "seconds"],
+        [[r["stage"], r["steps"], _round(r["loss"], 3), _percent(r, "accuracy"), _percent(r, "blind"), _round(r["tokens/s"], 0),
+          r["trainable"], r["active"], _round(r["seconds"], 0)] for r in rows],
+    )
+    kinds = sorted({k for r in rows for k in r.get("accuracy", {}) if k != "overall"})
+    if kinds:
+        blind = rows[-1].get("blind", {})
+        session.logger.table(
+            "Held-out exact match by kind of question, %",
+            ["question", *(r["stage"] for r in rows), f"{rows[-1]['stage']}, image blanked"],
+            [[k, *(_round(100 * r.get("accuracy", {}).get(k, float("nan")), 1) for r in rows), _round(100 * blind.get(k, float("nan")), 1)]
+             for k in kinds],
+        )
+
+
+def _percent(row: dict[str, Any], name: str) -> float | None:
+    return _round(100 * row[name]["overall"], 1) if name in row else None
+
+
+def _round(value: float | None, digits: int) -> float | None:
+    return None if value is None or value != value else round(value, digits)

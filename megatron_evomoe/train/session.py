@@ -1,0 +1,139 @@
+"""What all stages of one `train` invocation share: tokenizer, image processor, logger, topology."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_evomoe.config import ConfigError, RunConfig, StageConfig
+from megatron_evomoe.data.conversation import check_template, stop_ids
+from megatron_evomoe.data.image import ImageProcessor, processor_for
+from megatron_evomoe.data.loader import TrainLoader, prepare_eval
+from megatron_evomoe.data.shards import ShardDataset
+from megatron_evomoe.data.tokenizer import Tokenizer, build_tokenizer
+from megatron_evomoe.observe.log import RunLogger
+from megatron_evomoe.parallel import topology
+from megatron_evomoe.parallel.topology import Topology
+from megatron_evomoe.train.evaluate import Question
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Session:
+    """Built once by `open_session`, used by every stage."""
+
+    config: RunConfig
+    topology: Topology
+    tokenizer: Tokenizer
+    processor: ImageProcessor
+    logger: RunLogger
+    run_dir: Path
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the tokenizer."""
+        return self.tokenizer.fingerprint()
+
+    def stop_ids(self, config: RunConfig) -> set[int]:
+        """Token ids that end an answer."""
+        return stop_ids(self.tokenizer, config.data.conversation_template)
+
+
+def prepare_config(config: RunConfig) -> tuple[RunConfig, Tokenizer]:
+    """Build the tokenizer and let the model's vocabulary follow it where the configuration leaves it open.
+
+    Raises:
+        ConfigError: no tokenizer, no stages, or a vocabulary smaller than the tokenizer's.
+    """
+    if not config.stages:
+        raise ConfigError("the configuration lists no stages; add stages: [{name: align, …}, …]")
+    if not config.data.tokenizer:
+        raise ConfigError("data.tokenizer is not set; give a sentencepiece .model file or a Hugging Face tokenizer directory")
+    tokenizer = build_tokenizer(config.data.tokenizer)
+    size = config.language.vocab_size
+    if size is None:
+        config = replace(config, language=replace(config.language, vocab_size=tokenizer.vocab_size))
+    elif size < tokenizer.vocab_size:
+        raise ConfigError(f"vocab_size {size} is smaller than the tokenizer's {tokenizer.vocab_size}; leave it out or raise it")
+    for stage in config.stages:
+        check_template(tokenizer, config.for_stage(stage.name).data.conversation_template)
+    return config, tokenizer
+
+
+def open_session(config: RunConfig, *, wandb_run_id: str | None) -> Session:
+    """Process groups, logger, tokenizer. Communicates: every rank calls it once, after `init_process_group`."""
+    config, tokenizer = prepare_config(config)
+    for stage in config.stages:
+        topology.validate(config.for_stage(stage.name), dist.get_world_size())
+    place = topology.initialize(config)
+    run_dir = Path(config.checkpoint.save or "runs/default")
+    logger = RunLogger(config.log, run_dir, is_main=place.rank == 0, run_name=run_dir.name, config_dict=config.to_dict(),
+                       wandb_run_id=wandb_run_id)
+    processor = processor_for(config)
+    return Session(config=config, topology=place, tokenizer=tokenizer, processor=processor, logger=logger, run_dir=run_dir)
+
+
+def train_loader(session: Session, config: RunConfig, *, start_position: int) -> TrainLoader | None:
+    """This replica's samples, on the rank that reads them."""
+    if not session.topology.reads_data:
+        return None
+    if not config.data.train_data:
+        raise ConfigError("train_data is empty; name shard sets, e.g. train_data: [data/train]")
+    return TrainLoader(
+        ShardDataset(config.data.train_data),
+        session.tokenizer,
+        session.processor,
+        config.data,
+        config.vision.tokens_per_image,
+        micro_batch_size=config.train.micro_batch_size,
+        global_batch_size=config.train.global_batch_size,
+        data_parallel_rank=session.topology.data_parallel_rank,
+        data_parallel_size=session.topology.data_parallel_size,
+        seed=config.train.seed,
+        start_position=start_position,
+        pad_to_multiple_of=config.parallel.tensor_model_parallel_size,
+    )
+
+
+def questions(session: Session, config: RunConfig, limit: int = 0) -> list[Question]:
+    """The held-out questions, the same list on every rank; unusable samples are left out and counted in the log."""
+    found: list[Question] = []
+    for path in config.data.eval_data:
+        dataset = ShardDataset([path])
+        for i in range(len(dataset)):
+            raw = dataset.read(i)
+            for prompt, answer, images, meta in prepare_eval(
+                raw, session.tokenizer, session.processor, config.data.conversation_template, config.vision.tokens_per_image
+            ):
+                found.append(Question(prompt=prompt, answer=answer, images=images, kind=str(meta.get("kind", "all"))))
+            if limit and len(found) >= limit:
+                return found[:limit]
+    return found
+
+
+def earlier_stage(config: RunConfig, stage: StageConfig) -> StageConfig | None:
+    """The stage before `stage` in the list."""
+    names = [s.name for s in config.stages]
+    at = names.index(stage.name)
+    return config.stages[at - 1] if at else None
+
+
+def stage_dir(run_dir: Path, stage: StageConfig) -> Path:
+    """Where a stage's checkpoints go."""
+    return run_dir / stage.name
+
+
+def selected(config: RunConfig, names: Sequence[str] | None) -> list[StageConfig]:
+    """The stages to run: all, or those named. Raises `ConfigError` for a name the run lacks."""
+    if not names:
+        return list(config.stages)
+    known = {s.name: s for s in config.stages}
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"no stage {name!r}; this run has {', '.join(known)}")
+    return [known[name] for name in names]

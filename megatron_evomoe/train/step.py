@@ -1,0 +1,122 @@
+"""One optimizer step: forward and backward over the microbatches, reduction of what is logged, and the update."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as ps
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megatron_evomoe.data.conversation import IGNORE_INDEX, PADDING
+from megatron_evomoe.parallel import backend
+from megatron_evomoe.parallel.broadcast import Step
+from megatron_evomoe.train.build import Built
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or a gradient became NaN or infinite; the message names step, rank and samples."""
+
+
+@dataclass(kw_only=True)
+class StepResult:
+    """What one step did, equal on every rank."""
+
+    loss: float
+    """mean over the supervised tokens of the global batch"""
+    grad_norm: float
+    """before clipping"""
+    supervised_tokens: int
+    tokens: int
+    """positions that are not padding, image positions included"""
+
+
+def take_step(built: Built, step: Step, number: int) -> StepResult:
+    """Forward, backward, update. Communicates.
+
+    The loss is the mean over *all supervised tokens of the global batch*: each microbatch contributes its sum, scaled so
+    that megatron-core's averaging over microbatches and replicas yields that mean. Auxiliary losses keep the core's own
+    scaling, the mean over microbatches and replicas, which `calculate_per_token_loss` would inflate by all tokens / answer
+    tokens.
+
+    Raises:
+        NonFiniteError: on every rank alike.
+    """
+    counts = _count(step)
+    supervised = max(1, int(counts[0]))
+    losses = _forward_backward(built, step, supervised)
+    loss = _reduce_loss(losses) / supervised
+    if not torch.isfinite(loss):
+        _explain("loss", float(loss), step, losses, number)
+    _, grad_norm, _ = built.optimizer.step()
+    grad_norm = float(grad_norm or 0.0)
+    if not torch.isfinite(torch.tensor(grad_norm)):
+        _explain("gradient norm", grad_norm, step, losses, number)
+    built.scheduler.step(increment=1)
+    return StepResult(loss=float(loss), grad_norm=grad_norm, supervised_tokens=int(counts[0]), tokens=int(counts[1]))
+
+
+def _count(step: Step) -> list[float]:
+    """Supervised and real tokens of the global batch. Communicates over data parallelism."""
+    counts = torch.stack([(step.labels != IGNORE_INDEX).sum(), (step.token_types != PADDING).sum()])
+    dist.all_reduce(counts, group=ps.get_data_parallel_group())
+    return counts.tolist()
+
+
+def _forward_backward(built: Built, step: Step, supervised: int) -> list[torch.Tensor]:
+    """Loss sums of this rank's microbatches (empty off the last stage)."""
+    for wrapped in built.wrapped:
+        wrapped.zero_grad_buffer()
+    built.optimizer.zero_grad()
+    m, b, s = step.tokens.shape
+    scale = m * ps.get_data_parallel_world_size() / supervised
+
+    def forward_step(batches: Iterator[int], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+        i = next(batches)
+        pixels = step.pixel_values[i] if step.pixel_values else None
+        output = model(step.tokens[i], step.token_types[i], pixels, labels=step.labels[i])
+
+        def loss_func(losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            total = (losses.float() * (step.labels[i] != IGNORE_INDEX)).sum()
+            # clone: the schedule divides the returned loss in place
+            return total * scale, {"loss_sum": total.detach().clone()}
+
+        return output, loss_func
+
+    iterators = [iter(range(m)) for _ in built.wrapped]
+    reports = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iterators if len(iterators) > 1 else iterators[0],
+        model=built.wrapped,
+        num_microbatches=m,
+        seq_length=s,
+        micro_batch_size=b,
+        decoder_seq_length=s,
+        forward_only=False,
+    )
+    return [r["loss_sum"] for r in reports]
+
+
+def _reduce_loss(losses: list[torch.Tensor]) -> torch.Tensor:
+    """Sum over microbatches and replicas, known to every pipeline stage afterwards. Communicates."""
+    total = torch.stack(losses).sum() if losses else torch.zeros((), device=backend.device())
+    dist.all_reduce(total, group=ps.get_data_parallel_group())
+    if ps.get_pipeline_model_parallel_world_size() > 1:
+        dist.all_reduce(total, group=ps.get_pipeline_model_parallel_group())  # the other stages hold zero
+    return total
+
+
+def _explain(what: str, value: float, step: Step, losses: list[torch.Tensor], number: int) -> None:
+    """Gather which ranks and samples it was, and stop everywhere. Communicates."""
+    bad = [i for i, loss in enumerate(losses) if not torch.isfinite(loss)]
+    mine = {"rank": dist.get_rank(), "microbatches": bad, "keys": [k for i in bad if i < len(step.keys) for k in step.keys[i]]}
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    guilty = [e for e in everyone if e["microbatches"]]
+    where = "; ".join(f"rank {e['rank']}, microbatches {e['microbatches']}, samples {', '.join(e['keys']) or 'unknown'}"
+                      for e in guilty) or "no microbatch's loss alone: the backward pass produced it"
+    raise NonFiniteError(f"{what} is {value} at step {number} ({where}). The last checkpoint is untouched; "
+                         "lower the learning rate, look at the samples with inspect-data, or resume from it")

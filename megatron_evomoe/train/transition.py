@@ -1,0 +1,90 @@
+"""How a stage gets its first weights: from the stage before it, from imported weights, or fresh."""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_evomoe.checkpoint import record as records
+from megatron_evomoe.checkpoint import store
+from megatron_evomoe.checkpoint.record import CheckpointError, Record
+from megatron_evomoe.config import RunConfig, StageConfig
+from megatron_evomoe.moe import expert_init
+from megatron_evomoe.train.build import Built
+from megatron_evomoe.train.stages import STARTS_FROM
+
+log = logging.getLogger(__name__)
+
+_ROUTER = r"\.mlp\.router\."
+_EVOLUTION = r"\.mlp\.(experts|evolution)\."
+
+
+def start_from(path: str | Path, built: Built, config: RunConfig, stage: StageConfig, *, fingerprint: str) -> Record:
+    """Load `path`'s weights into a stage that is beginning. Communicates.
+
+    Returns:
+        The source's record, for the lineage.
+
+    Raises:
+        CheckpointError: the source is damaged, of a kind this stage cannot start from, of another model, or trained with
+            another tokenizer.
+    """
+    folder = store.resolve(path)
+    source = records.read(folder)
+    _check_source(source, folder, stage, config, fingerprint)
+    dense_to_mixture = stage.kind == "route" and source.kind not in ("evolve", "route")
+    if dense_to_mixture and config.moe.expert_init == "evolve":
+        raise CheckpointError(f"stage {stage.name!r} wants evolved experts (expert_init: evolve), but {folder} is a "
+                              f"{source.kind!r} checkpoint; put an evolve stage before it, or choose replicate or noise")
+    fresh_allowed = [_ROUTER, _EVOLUTION] if stage.kind == "evolve" else [_ROUTER]
+    fresh_allowed += [rf"^{part}\." for part in ("vision_model", "vision_projection", "language_model") if part not in source.parts]
+    fresh: list[str] = []
+    for module in built.modules:
+        state = module.sharded_state_dict(metadata=store.METADATA)
+        if dense_to_mixture:
+            state = expert_init.read_experts_from_dense(state)
+        if stage.kind == "evolve":
+            state = {k: v for k, v in state.items() if not re.search(_EVOLUTION, getattr(v, "key", k))}
+        loaded, new = store.load_weights(folder, state, may_be_fresh=re.compile("|".join(fresh_allowed)))
+        module.load_state_dict(_tensors(loaded), strict=False)
+        fresh += new
+    built.optimizer.reload_model_params()  # the master weights follow what was just loaded
+    for mlp in built.evolving:
+        mlp.begin()
+    if dense_to_mixture and config.moe.expert_init == "noise":
+        for layer in built.mixtures():
+            expert_init.add_noise(layer.experts, config.train.seed, layer.layer_number, config.moe.expert_init_noise)
+        built.optimizer.reload_model_params()
+    if fresh:
+        log.info("stage %s starts %d tensors fresh: %s", stage.name, len(fresh), ", ".join(_families(fresh)))
+    return source
+
+
+def _check_source(source: Record, folder: Path, stage: StageConfig, config: RunConfig, fingerprint: str) -> None:
+    if source.kind not in STARTS_FROM[stage.kind]:
+        raise CheckpointError(f"stage {stage.name!r} ({stage.kind}) cannot start from {folder}, a {source.kind!r} checkpoint; "
+                              f"it starts from {' or '.join(STARTS_FROM[stage.kind])}")
+    check_tokenizer(source, folder, fingerprint)
+    if stage.kind == "route" and source.num_experts not in (0, config.moe.num_experts):
+        raise CheckpointError(f"{folder} holds {source.num_experts} experts per layer, this run asks for {config.moe.num_experts}")
+
+
+def check_tokenizer(source: Record, folder: Path, fingerprint: str) -> None:
+    """Weights and token ids must belong together. Raises `CheckpointError`."""
+    if "language_model" in source.parts and source.tokenizer_fingerprint not in ("", fingerprint):
+        raise CheckpointError(f"{folder} was trained with another tokenizer (vocabulary {source.vocab_size}, fingerprint "
+                              f"{source.tokenizer_fingerprint[:12]}; this run's is {fingerprint[:12]}); token ids would mean other "
+                              "words. Point --tokenizer at the one it was trained with")
+
+
+def _tensors(tree: dict[str, Any]) -> dict[str, torch.Tensor]:
+    return {k: v for k, v in tree.items() if torch.is_tensor(v)}
+
+
+def _families(keys: list[str]) -> list[str]:
+    """Keys with layer numbers folded, so that a message stays short."""
+    return sorted({re.sub(r"\.\d+\.", ".*.", key) for key in keys})

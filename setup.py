@@ -1,0 +1,43 @@
+"""Installs the `megatron_evomoe` package. Tested pins are in `constraints.txt`."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+setup(
+    name="megatron_evomoe",
+    version="0.1.0",
+    description="EvoMoE on megatron-core: dense LLaVA-style models into sparse mixtures of experts",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["megatron_evomoe", "megatron_evomoe.*"]),
+    python_requires=">=3.10",
+    install_requires=[
+        "torch>=2.6",
+        "megatron-core>=0.16.1,<0.20",
+        "numpy",
+        "psutil",  # megatron-core needs it to save, and does not say so
+        "pydantic>=2",
+        "pyyaml",
+        "sentencepiece>=0.2",
+        "tokenizers",
+        "webdataset>=1.0",
+        "braceexpand",
+        "simplejpeg>=1.7",
+        "pillow>=10",
+        "rich",
+        "matplotlib",
+        "tensorboard",
+        "wandb",
+    ],
+    extras_require={
+        # NVIDIA's apex is not on PyPI (the package of that name there is another); the Dockerfile builds it
+        "gpu": ["transformer-engine[pytorch]>=2.9"],
+        "hf": ["transformers>=4.56", "safetensors"],
+        "dev": ["pytest", "ruff", "scikit-learn", "transformers>=4.56", "safetensors"],
+    },
+    entry_points={"console_scripts": ["megatron-evomoe=megatron_evomoe.cli:main"]},
+)

@@ -1,0 +1,1 @@
+"""A package, so that file names here may repeat elsewhere under tests/."""

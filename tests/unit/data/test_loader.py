@@ -1,0 +1,329 @@
+"""The order is a function of (seed, epoch, position); bad samples keep their slot and are counted."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_evomoe.config import ConfigError
+from megatron_evomoe.data.conversation import IGNORE_INDEX, PADDING, VISION
+from megatron_evomoe.data.errors import DataError
+from megatron_evomoe.data.image import decode_image
+from megatron_evomoe.data.loader import SampleOrder, prepare_eval
+from megatron_evomoe.data.order import replica_positions
+from megatron_evomoe.data.shards import RawSample, ShardDataset, write_shards
+
+from .helpers import TOKENS_PER_IMAGE, chat, jpeg, loader, samples, take
+
+
+def keys_of(steps):
+    return [key for step in steps for micro in step.microbatches for key in micro["keys"]]
+
+
+def same(a, b):
+    return all(torch.equal(a[k], b[k]) for k in ("tokens", "labels", "token_types", "pixel_values")) and a["keys"] == b["keys"]
+
+
+# ---- order
+
+def test_order_is_a_permutation_per_epoch_that_depends_on_seed_and_epoch_only():
+    order = SampleOrder(50, seed=5)
+    epochs = [[order.index(50 * e + i) for i in range(50)] for e in range(3)]
+    assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2] != list(range(50))
+    assert [SampleOrder(50, seed=5).index(p) for p in (149, 3, 70)] == [epochs[2][49], epochs[0][3], epochs[1][20]]
+    assert [SampleOrder(50, seed=6).index(i) for i in range(50)] != epochs[0]
+    assert [SampleOrder(50, seed=5, shuffle=False).index(p) for p in (0, 49, 50)] == [0, 49, 0]
+    assert (order.epoch(49), order.epoch(50)) == (0, 1)
+    with pytest.raises(ConfigError):
+        SampleOrder(0, seed=5)
+
+
+def test_order_stays_what_it_was():
+    """Written down with numpy 2.4.6; a run resumed after an upgrade must not see another order."""
+    assert [SampleOrder(10, seed=1234).index(p) for p in range(20)] == GOLDEN
+
+
+GOLDEN = [8, 9, 7, 3, 0, 1, 4, 2, 5, 6, 0, 9, 5, 6, 4, 2, 8, 1, 7, 3]
+
+
+def test_replicas_tile_the_global_batch():
+    for b, dp in ((1, 1), (2, 2), (1, 4), (4, 2)):
+        parts = [replica_positions(100, micro_batch_size=b, global_batch_size=16, data_parallel_rank=r, data_parallel_size=dp)
+                 for r in range(dp)]
+        assert sorted(p for part in parts for micro in part for p in micro) == list(range(100, 116))
+        assert parts[dp - 1][0] == [100 + (dp - 1) * b + i for i in range(b)]
+        assert [micro[p] for m in range(16 // b // dp) for micro in (part[m] for part in parts) for p in range(b)] == list(range(100, 116))
+
+
+# ---- batches
+
+def test_microbatch_contents(dataset, sp, processor):
+    step, = take(loader(dataset, sp, processor), 1)
+    assert len(step.microbatches) == 4 and step.position == 8 and step.epoch == 0 and step.skipped == {}
+    lengths = {micro["tokens"].shape for micro in step.microbatches}
+    assert len(lengths) == 1  # one length for the whole step
+    longest = 0
+    for m, micro in enumerate(step.microbatches):
+        images = []
+        for row in range(2):
+            i = SampleOrder(50, seed=5).index(2 * m + row)
+            record, data = samples(50)[i]
+            assert micro["keys"][row] == f"{i:09d}"
+            kinds = micro["token_types"][row]
+            n = int((kinds != PADDING).sum())
+            longest = max(longest, n)
+            assert (kinds[:n] != PADDING).all() and (micro["tokens"][row, n:] == sp.pad_id).all()
+            assert (micro["labels"][row, n:] == IGNORE_INDEX).all()
+            assert int((kinds == VISION).sum()) == TOKENS_PER_IMAGE * len(data)
+            answer = micro["labels"][row][micro["labels"][row] != IGNORE_INDEX]
+            assert sp.decode(answer[:-1].tolist()).strip() == record["conversations"][1]["value"]
+            images += [processor(decode_image(d)) for d in data]
+        assert micro["pixel_values"].dtype == torch.uint8 and micro["pixel_values"].shape == (len(images), 3, 8, 8)
+        assert all(torch.equal(a, b) for a, b in zip(micro["pixel_values"], images, strict=True))
+        assert micro["tokens"].dtype == micro["labels"].dtype == micro["token_types"].dtype == torch.int64
+    assert next(iter(lengths)) == (2, longest)
+
+
+def test_padding(dataset, sp, processor):
+    plain, = take(loader(dataset, sp, processor), 1)
+    rounded, = take(loader(dataset, sp, processor, pad_to_multiple_of=64), 1)
+    full, = take(loader(dataset, sp, processor, pad_to_seq_length=True), 1)
+    s = plain.microbatches[0]["tokens"].shape[1]
+    assert rounded.microbatches[0]["tokens"].shape[1] == -(-s // 64) * 64 and full.microbatches[0]["tokens"].shape[1] == 512
+    assert torch.equal(full.microbatches[0]["tokens"][:, :s], plain.microbatches[0]["tokens"])
+
+
+def test_text_only_microbatch_has_no_images(tmp_path, sp, processor):
+    write_shards([({"conversations": chat("1 + 1?", "2")}, [])] * 4, tmp_path)
+    step, = take(loader(ShardDataset(tmp_path), sp, processor, global_batch_size=2), 1)
+    assert step.microbatches[0]["pixel_values"].shape == (0, 3, 8, 8)
+
+
+@pytest.mark.parametrize("wrong", [
+    dict(global_batch_size=7), dict(data_parallel_size=3), dict(data_parallel_rank=1), dict(start_position=-1),
+    dict(micro_batch_size=0), dict(pad_to_multiple_of=7), dict(template="alpaca"),
+])
+def test_impossible_arguments(dataset, sp, processor, wrong):
+    with pytest.raises(ConfigError):
+        loader(dataset, sp, processor, **wrong)
+
+
+# ---- workers and resume
+
+def test_workers_do_not_change_anything(dataset, sp, processor):
+    reference = take(loader(dataset, sp, processor), 8)  # crosses an epoch border at 50
+    assert [step.epoch for step in reference] == [0, 0, 0, 0, 0, 0, 0, 1]
+    for workers in (1, 2, 3):
+        for a, b in zip(reference, take(loader(dataset, sp, processor, workers=workers), 8), strict=True):
+            assert (a.position, a.epoch) == (b.position, b.epoch)
+            assert all(same(x, y) for x, y in zip(a.microbatches, b.microbatches, strict=True))
+
+
+def global_stream(dataset, sp, processor, steps, *, dp, **kwargs):
+    """Keys in global order, put together from all replicas."""
+    replicas = [take(loader(dataset, sp, processor, data_parallel_rank=r, data_parallel_size=dp, **kwargs), steps) for r in range(dp)]
+    return [key for step in range(steps) for m in range(len(replicas[0][0].microbatches))
+            for replica in replicas for key in replica[step].microbatches[m]["keys"]]
+
+
+def test_resume_is_exact_at_any_size_and_worker_count(dataset, sp, processor):
+    whole = global_stream(dataset, sp, processor, 10, dp=2)
+    assert len(whole) == 80 and sorted(whole[:50]) == sorted(dataset.key(i) for i in range(50))
+    for dp, workers, micro in ((1, 0, 2), (1, 3, 1), (2, 1, 2), (4, 0, 2), (4, 1, 1)):
+        stopped = loader(dataset, sp, processor, data_parallel_rank=1, data_parallel_size=2, workers=workers)
+        position = take(stopped, 4)[-1].position
+        assert position == stopped.position == 32
+        resumed = global_stream(dataset, sp, processor, 6, dp=dp, workers=workers, micro_batch_size=micro, start_position=position)
+        assert whole[:32] + resumed == whole, (dp, workers, micro)
+
+
+def test_iterating_again_goes_on_where_it_stopped(dataset, sp, processor):
+    one = loader(dataset, sp, processor, workers=1)
+    assert keys_of(take(one, 2) + take(one, 2)) == keys_of(take(loader(dataset, sp, processor), 4))
+
+
+def test_parents_random_stream_is_left_alone(dataset, sp, processor):
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    take(loader(dataset, sp, processor, workers=1), 1)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_no_descriptors_or_processes_are_left_over(dataset, sp, processor):
+    def count():
+        return len(os.listdir("/proc/self/fd")), len(torch.multiprocessing.active_children())
+
+    take(loader(dataset, sp, processor, workers=2), 2)
+    before = count()
+    for _ in range(3):
+        kept = take(loader(dataset, sp, processor, workers=2), 6)  # batches outlive the loader
+    deadline = time.monotonic() + 5
+    while count() != before and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert count() == before and kept[0].microbatches[0]["pixel_values"].float().mean() > 0
+
+
+def _gloo_rank(rank, port, folder, sp_path, queue):
+    from megatron_evomoe.data.image import ImageProcessor
+    from megatron_evomoe.data.tokenizer import build_tokenizer
+
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    torch.set_num_threads(2)
+    torch.randn(256, 256) @ torch.randn(256, 256)  # a thread pool exists before the fork
+    seen = []
+    for step in take(loader(ShardDataset(folder), build_tokenizer(sp_path), ImageProcessor(8), workers=2,
+                            data_parallel_rank=rank, data_parallel_size=2), 4):
+        total = torch.tensor([len(keys_of([step]))])
+        torch.distributed.all_reduce(total)
+        seen.append((int(total), keys_of([step])))
+    queue.put((rank, seen))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def test_workers_fork_while_gloo_runs(shard_dir, sp_path):
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = torch.multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    ranks = [context.Process(target=_gloo_rank, args=(r, port, shard_dir, sp_path, queue)) for r in range(2)]
+    for process in ranks:
+        process.start()
+    results = dict(queue.get(timeout=60) for _ in ranks)
+    for process in ranks:
+        process.join(30)
+        assert process.exitcode == 0
+    order = SampleOrder(50, seed=5)
+    for step in range(4):
+        assert results[0][step][0] == results[1][step][0] == 8
+        expected = {r: [f"{order.index(p):09d}" for m in replica_positions(step * 8, micro_batch_size=2, global_batch_size=8,
+                                                                          data_parallel_rank=r, data_parallel_size=2) for p in m]
+                    for r in range(2)}
+        assert {r: results[r][step][1] for r in range(2)} == expected
+
+
+def test_workers_use_one_thread(dataset, sp, processor, monkeypatch):
+    monkeypatch.setattr(type(dataset), "key", lambda self, i: f"{os.getpid()} {torch.get_num_threads()}")
+    pids = {key.split()[0] for key in keys_of(take(loader(dataset, sp, processor, workers=2), 4))}
+    threads = {key.split()[1] for key in keys_of(take(loader(dataset, sp, processor, workers=2), 4))}
+    assert len(pids) == 2 and str(os.getpid()) not in pids and threads == {"1"}
+
+
+# ---- bad samples
+
+LONG = " ".join(["How many are there of 3?"] * 100)
+BAD = {
+    "image-count": ({"conversations": chat("no marker")}, [jpeg()]),
+    "no-conversation": ({"caption": "a cat"}, []),
+    "corrupt-image": ({"conversations": chat()}, [jpeg()[:300]]),
+    "too-long": ({"conversations": chat(LONG, "2")}, []),
+    "turn-order": ({"conversations": chat("a", "b") + chat("c", "d")[1:]}, []),
+}
+
+
+def mixed(folder, bad, good=20):
+    """`good` good samples with `bad` in between, in the order given, read unshuffled."""
+    write_shards([sample for pair in zip(samples(good), [*bad, *[None] * good], strict=False) for sample in pair if sample], folder)
+    return ShardDataset(folder)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_samples_keep_their_slot_and_are_counted_and_logged_once(tmp_path, sp, processor, caplog, workers):
+    dataset = mixed(tmp_path, BAD.values())
+    with caplog.at_level(logging.WARNING):
+        train = loader(dataset, sp, processor, shuffle=False, workers=workers, global_batch_size=10)
+        step, = take(train, 1)
+    assert step.skipped == train.skipped == dict.fromkeys(BAD, 1) and train.read == 10
+    assert keys_of([step]) == [f"{i:09d}" for i in range(10)]
+    for i, micro in enumerate(step.microbatches):
+        assert (micro["token_types"][1] == PADDING).all() and (micro["labels"][1] == IGNORE_INDEX).all()
+        assert (micro["tokens"][1] == sp.pad_id).all() and (micro["token_types"][0] != PADDING).any()
+        assert len(micro["pixel_values"]) == len(samples(20)[i][1])
+        reason = list(BAD)[i]
+        lines = [r.getMessage() for r in caplog.records if f"{2 * i + 1:09d}" in r.getMessage()]
+        assert len(lines) == 1 and reason in lines[0] and "shard-000000.tar" in lines[0]
+
+
+def test_bad_json_too_many_pixels_and_missing_answer(tmp_path, sp, processor):
+    write_shards([({"conversations": chat()}, [jpeg(0, (100, 100))]), *samples(3)], tmp_path)
+    path = tmp_path / "shard-000000.tar"
+    broken = path.read_bytes().replace(b'"id":"sample-0"', b'"id":"sample-0,')
+    path.write_bytes(broken)
+    train = loader(ShardDataset(tmp_path), sp, processor, shuffle=False, global_batch_size=4, max_image_pixels=9999)
+    step, = take(train, 1)
+    assert step.skipped == {"image-too-large": 1, "bad-json": 1}
+    assert step.microbatches[0]["pixel_values"].shape[0] == 0  # an all-empty microbatch is one still
+    assert (step.microbatches[0]["token_types"] == PADDING).all()
+
+
+def test_every_sample_of_a_step_may_be_bad(tmp_path, sp, processor):
+    write_shards([BAD["no-conversation"]] * 8, tmp_path)
+    step, = take(loader(ShardDataset(tmp_path), sp, processor, pad_to_multiple_of=4), 1)
+    assert [tuple(micro["tokens"].shape) for micro in step.microbatches] == [(2, 4)] * 4 and step.skipped == {"no-conversation": 8}
+
+
+def test_long_samples_are_cut_when_asked(tmp_path, sp, processor):
+    answer = " ".join(["There are 3."] * 200)
+    write_shards([({"conversations": chat("<image>\nhi", answer)}, [jpeg()]), ({"conversations": chat(LONG, "2")}, [])], tmp_path)
+    step, = take(loader(ShardDataset(tmp_path), sp, processor, shuffle=False, global_batch_size=2, long_samples="truncate"), 1)
+    micro = step.microbatches[0]
+    assert micro["tokens"].shape == (2, 512) and (micro["labels"][0] != IGNORE_INDEX).sum() > 100 and len(micro["pixel_values"]) == 1
+    assert step.skipped == {"too-long": 1}  # the second would have lost its whole answer
+
+
+def test_samples_without_supervision_are_counted(tmp_path, sp, processor, monkeypatch):
+    from megatron_evomoe.data import batch
+
+    def masked(*args):
+        sample = encode(*args)
+        sample.labels = [IGNORE_INDEX] * len(sample.labels)
+        return sample
+
+    encode = batch.encode
+    monkeypatch.setattr(batch, "encode", masked)
+    write_shards(samples(4), tmp_path)
+    step, = take(loader(ShardDataset(tmp_path), sp, processor, global_batch_size=4), 1)
+    assert step.skipped == {"no-supervision": 4}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_too_many_bad_samples_stop_the_run(tmp_path, sp, processor, workers):
+    dataset = mixed(tmp_path, [BAD["image-count"], BAD["corrupt-image"], BAD["image-count"]], good=150)
+    steps = iter(loader(dataset, sp, processor, shuffle=False, workers=workers, max_bad_sample_rate=0.025))
+    taken = []
+    with pytest.raises(DataError) as error:
+        for step in steps:
+            taken.append(step)
+    assert len(taken) == 12  # 3 of 96 is too many already, and judged at 104
+    message = str(error.value)
+    assert "3 of 104" in message and "image-count: 2, corrupt-image: 1" in message and "000000001 of " in message and "raise the rate" in message
+    assert len(take(loader(dataset, sp, processor, shuffle=False, max_bad_sample_rate=0.03), 15)) == 15
+
+
+# ---- evaluation
+
+def test_prepare_eval(sp, processor):
+    turns = [*chat("<image>\nWhich digit is this?", "7"), *chat("and <image>?", "It is 3."), *chat("Is it even?", "No")]
+    raw = RawSample("k", "s.tar", {"id": 1, "kind": "digit", "conversations": turns}, [jpeg(0), jpeg(1)])
+    items = prepare_eval(raw, sp, processor, "v1", TOKENS_PER_IMAGE)
+    assert [item.answer for item in items] == ["7", "It is 3.", "No"]
+    assert [len(item.images) for item in items] == [1, 2, 2]
+    for i, (prompt, _, images, metadata) in enumerate(items):
+        assert prompt.token_types.count(VISION) == TOKENS_PER_IMAGE * len(images) and set(prompt.labels) == {IGNORE_INDEX}
+        assert metadata == {"id": 1, "kind": "digit", "key": "k", "shard": "s.tar", "turn": i}
+        assert sp.decode(prompt.tokens).endswith("ASSISTANT:")
+    assert torch.equal(items[1].images[1], processor(decode_image(jpeg(1))))
+    assert "It is 3." in sp.decode(items[2].prompt.tokens) and "No" not in sp.decode(items[2].prompt.tokens)
+    json.dumps(items[0].metadata)
+    assert isinstance(np.asarray(items[0].images), np.ndarray)
