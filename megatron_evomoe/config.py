@@ -12,6 +12,8 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import os
+import re
 import typing
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -292,8 +294,6 @@ class CheckpointConfig:
     """Checkpoints kept per stage, newest first; 0 keeps all."""
     pretrained_checkpoint: Optional[str] = None
     """Where the first stage takes its weights from; parts it lacks start fresh and are named."""
-    finetune: bool = False
-    """Load weights only: no optimizer, step, RNG or data position."""
     ckpt_step: Optional[int] = None
     """Resume from this step rather than the newest."""
 
@@ -316,6 +316,7 @@ class LogConfig:
     """Steps between routing metrics (shares by modality, aux loss per layer)."""
 
 
+_VARIABLE = re.compile(r"\$\{(?P<name>[A-Za-z_]\w*)(?::-(?P<default>[^}]*))?\}")
 STAGE_KINDS = ("align", "warmup", "dense", "evolve", "route")
 STAGE_SECTIONS = ("moe", "data", "optimizer", "train", "log")
 
@@ -412,7 +413,7 @@ def load_config(path: str | Path | None, flags: dict[str, Any] | None = None) ->
     raw: Any = {}
     if path is not None:
         try:
-            raw = yaml.safe_load(Path(path).read_text()) or {}
+            raw = yaml.safe_load(_expand_environment(Path(path).read_text(), path)) or {}
         except FileNotFoundError:
             raise ConfigError(f"config file {path} does not exist") from None
         except yaml.YAMLError as error:
@@ -420,6 +421,19 @@ def load_config(path: str | Path | None, flags: dict[str, Any] | None = None) ->
         if not isinstance(raw, dict):
             raise ConfigError(f"config file {path} holds a {type(raw).__name__}; a mapping of sections is expected")
     return from_mapping(raw, flags)
+
+
+def _expand_environment(text: str, path: str | Path) -> str:
+    """``${NAME}`` and ``${NAME:-default}`` replaced by the environment's values, outside comments."""
+
+    def value(match: re.Match[str]) -> str:
+        name, default = match["name"], match["default"]
+        if name not in os.environ and default is None:
+            raise ConfigError(f"config file {path} uses ${{{name}}}, which the environment does not set; export {name}=…")
+        return os.environ.get(name) or default or ""
+
+    lines = text.splitlines(keepends=True)
+    return "".join(line if line.lstrip().startswith("#") else _VARIABLE.sub(value, line) for line in lines)
 
 
 def from_mapping(raw: dict[str, Any], flags: dict[str, Any] | None = None) -> RunConfig:
@@ -491,7 +505,7 @@ def _refuse_unknown(given: Any, known: Any, what: str) -> None:
 
 
 def _nearest(word: str, known: Any) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.4)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 

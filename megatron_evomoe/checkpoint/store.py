@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
 from megatron_evomoe.checkpoint.record import CheckpointError, Record, read
 from megatron_evomoe.parallel import rng
@@ -158,8 +158,8 @@ def load_weights(path: Path, state: dict[str, Any], *, may_be_fresh: re.Pattern[
     stored = dist_checkpointing.load_tensors_metadata(str(path))
     wanted, fresh = {}, []
     for name, entry in state.items():
-        if not hasattr(entry, "key"):
-            continue
+        if not isinstance(entry, (ShardedTensor, ShardedTensorFactory)):
+            continue  # _extra_state objects: Transformer Engine's FP8 history, which a new stage begins anew
         if entry.key in stored:
             _require_same_shape(entry, stored[entry.key], path)
             wanted[name] = entry

@@ -6,6 +6,7 @@ it, a replica's microbatches are a slice of that, and workers only fetch: batche
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections import Counter
 from collections.abc import Iterator
@@ -130,7 +131,9 @@ class TrainLoader:
         step = self._slice["global_batch_size"]
         per_step = len(replica_positions(0, **self._slice))
         while True:
-            fetched = [next(batches) for _ in range(per_step)]
+            # copied out of shared memory: every tensor in it keeps a file descriptor open, and a step may have hundreds
+            fetched = [(rows, pixels.clone() if pixels.is_shared() else pixels)
+                       for rows, pixels in itertools.islice(batches, per_step)]
             skipped = self._count([row for rows, _ in fetched for row in rows])
             length = self._length([row for rows, _ in fetched for row in rows])
             microbatches = [collate(rows, pixels, length, self._pad_id) for rows, pixels in fetched]
@@ -180,7 +183,7 @@ class TrainLoader:
         self.read += len(rows)
         self.skipped += skipped
         bad, rate = self.skipped.total(), self._config.max_bad_sample_rate
-        if skipped and self.read >= _MIN_READ_TO_JUDGE and bad > rate * self.read:
+        if self.read >= _MIN_READ_TO_JUDGE and bad > rate * self.read:
             counts = ", ".join(f"{reason}: {count}" for reason, count in self.skipped.most_common())
             examples_text = "\n".join(f"  {reason}: {'; '.join(names)}" for reason, names in self._examples.items())
             raise DataError(f"{bad} of {self.read} samples read were unusable ({counts}), more than max_bad_sample_rate {rate}; "

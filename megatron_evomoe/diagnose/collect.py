@@ -138,7 +138,8 @@ class _ParameterGroup:
         return [getattr(getattr(self._experts, fc), f"weight{self._index}") for fc in ("linear_fc1", "linear_fc2")]
 
 
-def save(run_dir: Path, stage: str, step: int, watch: Watch, layers: Sequence[Any], config: RunConfig, *, is_main: bool) -> dict[str, Any]:
+def save(run_dir: Path, stage: str, step: int, watch: Watch, layers: Sequence[Any], config: RunConfig, *,
+         is_main: bool) -> dict[str, Any]:
     """Merge over ranks and write shares, logits and similarity; returns {"shares": counts, "similarity": …}. Communicates."""
     counts = watch.total().cpu()
     watch.merge_logits()

@@ -59,7 +59,7 @@ def test_replicas_tile_the_global_batch():
                  for r in range(dp)]
         assert sorted(p for part in parts for micro in part for p in micro) == list(range(100, 116))
         assert parts[dp - 1][0] == [100 + (dp - 1) * b + i for i in range(b)]
-        assert [micro[p] for m in range(16 // b // dp) for micro in (part[m] for part in parts) for p in range(b)] == list(range(100, 116))
+        assert [p for m in range(16 // b // dp) for part in parts for p in part[m]] == list(range(100, 116))
 
 
 # ---- batches
@@ -128,7 +128,8 @@ def test_workers_do_not_change_anything(dataset, sp, processor):
 
 def global_stream(dataset, sp, processor, steps, *, dp, **kwargs):
     """Keys in global order, put together from all replicas."""
-    replicas = [take(loader(dataset, sp, processor, data_parallel_rank=r, data_parallel_size=dp, **kwargs), steps) for r in range(dp)]
+    replicas = [take(loader(dataset, sp, processor, data_parallel_rank=r, data_parallel_size=dp, **kwargs), steps)
+                for r in range(dp)]
     return [key for step in range(steps) for m in range(len(replicas[0][0].microbatches))
             for replica in replicas for key in replica[step].microbatches[m]["keys"]]
 
@@ -278,7 +279,8 @@ def test_long_samples_are_cut_when_asked(tmp_path, sp, processor):
     write_shards([({"conversations": chat("<image>\nhi", answer)}, [jpeg()]), ({"conversations": chat(LONG, "2")}, [])], tmp_path)
     step, = take(loader(ShardDataset(tmp_path), sp, processor, shuffle=False, global_batch_size=2, long_samples="truncate"), 1)
     micro = step.microbatches[0]
-    assert micro["tokens"].shape == (2, 512) and (micro["labels"][0] != IGNORE_INDEX).sum() > 100 and len(micro["pixel_values"]) == 1
+    assert micro["tokens"].shape == (2, 512) and (micro["labels"][0] != IGNORE_INDEX).sum() > 100
+    assert len(micro["pixel_values"]) == 1
     assert step.skipped == {"too-long": 1}  # the second would have lost its whole answer
 
 
@@ -307,7 +309,7 @@ def test_too_many_bad_samples_stop_the_run(tmp_path, sp, processor, workers):
             taken.append(step)
     assert len(taken) == 12  # 3 of 96 is too many already, and judged at 104
     message = str(error.value)
-    assert "3 of 104" in message and "image-count: 2, corrupt-image: 1" in message and "000000001 of " in message and "raise the rate" in message
+    assert all(part in message for part in ("3 of 104", "image-count: 2, corrupt-image: 1", "000000001 of ", "raise the rate"))
     assert len(take(loader(dataset, sp, processor, shuffle=False, max_bad_sample_rate=0.03), 15)) == 15
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import socket
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +23,39 @@ LAYER = 2
 PREFIX = "decoder.layers.1.mlp."
 
 
-def expected_experts(gated: bool, bias: bool) -> list[dict[str, torch.Tensor]]:
-    """θ_1…θ_4 whole, without any parallelism: the rule over the trajectory of `evolution_models.train`, fp32."""
-    experts: list[dict[str, torch.Tensor]] = [{} for _ in range(4)]
-    for name, shape in models.whole_shapes(gated, bias).items():
-        path = list(itertools.accumulate(models.full_update(name, t, shape) for t in STEPS))
-        experts[0][name] = path[-1]
-        for n in range(1, 4):
-            theta_n = path[0].clone()
-            for t in STEPS[1:]:
-                beta = draw_beta(models.SEED, t, LAYER, n, *models.moe_config().evolution_beta[n - 1])
-                RULES["delta"].function(theta_n, path[t], path[t - 1], None, beta)
-            experts[n][name] = theta_n
-    return experts
+@dataclass(frozen=True)
+class Form:
+    """One kind of FFN. In bf16 the checkpoint also has the state's own fp32 entries."""
+
+    gated: bool
+    bias: bool
+    dtype: torch.dtype
+
+    def config(self, **degrees: int) -> Any:
+        return models.transformer_config(gated=self.gated, bias=self.bias, dtype=self.dtype, **degrees)
+
+    def part(self, whole: torch.Tensor, name: str, rank: int, size: int) -> torch.Tensor:
+        return models.shard(whole, name, rank, size, self.gated)
+
+    def experts(self) -> list[dict[str, torch.Tensor]]:
+        """θ_1…θ_4 whole, without any parallelism: the rule over the trajectory of `evolution_models.train`, fp32."""
+        experts: list[dict[str, torch.Tensor]] = [{} for _ in range(4)]
+        for name, shape in models.whole_shapes(self.gated, self.bias).items():
+            updates = [models.full_update(name, t, shape) for t in STEPS]
+            path = list(itertools.accumulate(updates[1:], lambda theta, u: (theta + u).to(self.dtype).float(),
+                                             initial=updates[0].to(self.dtype).float()))
+            experts[0][name] = path[-1]
+            for n in range(1, 4):
+                theta_n = path[0].clone()
+                for t in STEPS[1:]:
+                    beta = draw_beta(models.SEED, t, LAYER, n, *models.moe_config().evolution_beta[n - 1])
+                    RULES["delta"].function(theta_n, path[t], path[t - 1], None, beta)
+                experts[n][name] = theta_n
+        return experts
+
+
+SWIGLU = Form(gated=True, bias=False, dtype=torch.float32)
+GELU = Form(gated=False, bias=True, dtype=torch.bfloat16)
 
 
 def regroup(tp: int, ep: int, etp: int) -> None:
@@ -45,24 +66,28 @@ def regroup(tp: int, ep: int, etp: int) -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(123)
 
 
-def evolve_and_save(folder: Path, tp: int, gated: bool, bias: bool) -> None:
-    """Evolve, save; then resume in the same layout and compare the state."""
+def evolve_and_save(folder: Path, tp: int, form: Form) -> None:
     from megatron.core import dist_checkpointing
 
     rank = torch.distributed.get_rank()
-    config = models.transformer_config(gated=gated, bias=bias, tp=tp)
-    module = models.evolving_mlp(config, models.moe_config(), LAYER)
+    module = models.evolving_mlp(form.config(tp=tp), models.moe_config(), LAYER)
     models.train(module, STEPS, rank % tp, tp)
     assert module.owned == ([1, 2, 3] if tp == 2 else [[1, 3], [2]][rank])
     if rank == 0:
         folder.mkdir()
     torch.distributed.barrier()
     dist_checkpointing.save(module.sharded_state_dict(PREFIX), str(folder))
-    resumed = models.evolving_mlp(config, models.moe_config(), LAYER)
-    load(resumed, resumed.sharded_state_dict(PREFIX), folder, strict=True)
-    assert resumed.begun
-    for (n, a), (m, b) in zip(module.local_experts(), resumed.local_experts(), strict=True):
-        assert n == m and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def check_resume(folder: Path, tp: int, form: Form) -> None:
+    """A new evolving FFN in the present layout holds its parts of the expected experts, to the bit in fp32."""
+    module = models.evolving_mlp(form.config(tp=tp), models.moe_config(), LAYER)
+    load(module, module.sharded_state_dict(PREFIX), folder, strict=True)
+    assert module.begun
+    whole, rank = form.experts(), torch.distributed.get_rank()
+    for n, tensors in [(0, dict(module.named_parameters())), *module.local_experts()]:
+        for name, tensor in tensors.items():
+            assert torch.equal(tensor.float(), form.part(whole[n][name], name, rank % tp, tp)), (n, name)
 
 
 def load(module: Any, state: dict[str, Any], folder: Path, strict: bool) -> None:
@@ -72,22 +97,21 @@ def load(module: Any, state: dict[str, Any], folder: Path, strict: bool) -> None
     module.load_state_dict({k.removeprefix(PREFIX): v for k, v in loaded.items()}, strict=strict)
 
 
-def check_mixture(folder: Path, ep: int, etp: int, gated: bool, bias: bool, from_dense: bool = False) -> None:
+def check_mixture(folder: Path, ep: int, etp: int, form: Form, from_dense: bool = False) -> None:
     """Every local expert of a real `MoELayer` equals its part of the expected one."""
     from megatron_evomoe.moe.expert_init import dense_expert_sharded_state_dict
 
-    layer = models.moe_layer(models.transformer_config(gated=gated, bias=bias, ep=ep, etp=etp, tp=2 if etp == 2 else 1))
+    layer = models.moe_layer(form.config(ep=ep, etp=etp, tp=etp))
     if from_dense:
         state = dense_expert_sharded_state_dict(layer, PREFIX)
     else:
         state = {k: v for k, v in layer.sharded_state_dict(PREFIX).items() if ".experts." in k}
     load(layer, state, folder, strict=False)
-    whole = expected_experts(gated, bias)
-    rank = torch.distributed.get_rank()
+    whole, rank = form.experts(), torch.distributed.get_rank()
     for i, expert in enumerate(layer.experts.local_experts):
         n = 0 if from_dense else (rank * 2 if ep == 2 else 0) + i
         for name, p in expert.named_parameters():
-            assert torch.equal(p, models.shard(whole[n][name], name, rank % etp, etp, gated)), (n, name)
+            assert torch.equal(p, form.part(whole[n][name], name, rank % etp, etp).to(form.dtype)), (n, name)
 
 
 def noisy_weights(ep: int, etp: int) -> dict[tuple[int, str], torch.Tensor]:
@@ -114,23 +138,29 @@ def worker(rank: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     backend.prepare()
     backend.init_process_group(timeout_minutes=1)
-    saved = [(1, True, False), (2, True, False), (2, False, True)]  # (TP, gated, bias)
-    for tp, gated, bias in saved:
-        regroup(tp=tp, ep=1, etp=1)
-        evolve_and_save(Path(folder) / f"tp{tp}-{gated}", tp, gated, bias)
+    tp1, tp2, tp2_gelu = (Path(folder) / name for name in ("tp1", "tp2", "tp2-gelu"))
+    regroup(tp=1, ep=1, etp=1)
+    evolve_and_save(tp1, 1, SWIGLU)
+    regroup(tp=2, ep=1, etp=1)
+    evolve_and_save(tp2, 2, SWIGLU)
+    evolve_and_save(tp2_gelu, 2, GELU)
+    check_resume(tp1, 2, SWIGLU)
 
     regroup(tp=1, ep=2, etp=1)
+    check_resume(tp2, 1, SWIGLU)
+    check_resume(tp2_gelu, 1, GELU)
+    check_mixture(tp1, 2, 1, SWIGLU)
+    check_mixture(tp2, 2, 1, SWIGLU)
+    check_mixture(tp2_gelu, 2, 1, GELU)
+    check_mixture(tp2, 2, 1, SWIGLU, from_dense=True)
     noise = noisy_weights(ep=2, etp=1)
-    for tp, gated, bias in saved:
-        check_mixture(Path(folder) / f"tp{tp}-{gated}", 2, 1, gated, bias)
-    check_mixture(Path(folder) / "tp2-True", 2, 1, True, False, from_dense=True)
 
-    regroup(tp=2, ep=1, etp=2)  # core has no biases in experts under expert tensor parallelism
+    regroup(tp=2, ep=1, etp=2)  # core has no biases in experts under expert tensor parallelism: no GELU here
+    check_mixture(tp1, 1, 2, SWIGLU)
+    check_mixture(tp1, 1, 2, SWIGLU, from_dense=True)
     sliced = noisy_weights(ep=1, etp=2)
     for (n, name), whole in noise.items():
-        assert torch.equal(sliced[n, name], models.shard(whole, name, rank, 2, True)), (n, name)
-    check_mixture(Path(folder) / "tp1-True", 1, 2, True, False)
-    check_mixture(Path(folder) / "tp1-True", 1, 2, True, False, from_dense=True)
+        assert torch.equal(sliced[n, name], SWIGLU.part(whole, name, rank, 2)), (n, name)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 

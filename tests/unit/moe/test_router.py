@@ -23,9 +23,12 @@ def planes_of(types):
 def aux_of(router, monkeypatch) -> list[torch.Tensor]:
     """Collect the auxiliary losses a router attaches."""
     attached, attach = [], router.attach_and_log_load_balancing_loss
-    monkeypatch.setattr(
-        router, "attach_and_log_load_balancing_loss", lambda probs, c, aux, *a, **k: attached.append(aux) or attach(probs, c, aux, *a, **k)
-    )
+
+    def noting(probs, coefficient, aux_loss, *args, **kwargs):
+        attached.append(aux_loss)
+        return attach(probs, coefficient, aux_loss, *args, **kwargs)
+
+    monkeypatch.setattr(router, "attach_and_log_load_balancing_loss", noting)
     return attached
 
 

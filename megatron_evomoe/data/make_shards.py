@@ -1,0 +1,251 @@
+"""``make-shards``: a LLaVA JSON and a folder of images to webdataset shards.
+
+Shard k holds the usable ones of input records [k·N, (k+1)·N), keyed by record number, so shards do not depend on each other: they
+are written in parallel, and a killed run goes on with those that are missing and ends with the same bytes. What was skipped,
+and why, is in report.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import os
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from megatron_evomoe.config import ConfigError
+from megatron_evomoe.data.conversation import parse_turns
+from megatron_evomoe.data.errors import SampleError
+from megatron_evomoe.data.image import decode_image
+from megatron_evomoe.data.shard_index import load_index
+from megatron_evomoe.data.shards import tar_bytes, write_atomically
+
+_PROGRESS = ".make-shards"
+_EXAMPLES_PER_REASON = 3
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the output depends on; a folder begun with another job is not continued."""
+
+    json: str
+    json_sha256: str
+    images: str
+    samples_per_shard: int
+    max_image_pixels: int
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of ``make-shards``."""
+    parser.add_argument("--json", required=True, type=Path, help="LLaVA JSON: a list of {id, image?, conversations}; .jsonl too")
+    parser.add_argument("--images", type=Path, help="folder that the image paths are relative to; not needed for text only")
+    parser.add_argument("--output", required=True, type=Path, help="folder for shard-000000.tar … and report.json")
+    parser.add_argument("--samples-per-shard", type=int, default=1000, help="input records per shard (default %(default)s)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores, %(default)s)")
+    parser.add_argument("--max-image-pixels", type=int, default=50_000_000, help="larger images are skipped (default %(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write what is missing, then the report; 0 unless no sample at all was usable.
+
+    Raises:
+        ConfigError: unreadable input, a folder that belongs to another job, or a worker that was killed.
+    """
+    console = Console()
+    if args.samples_per_shard < 1 or args.workers < 1:
+        raise ConfigError(f"--samples-per-shard {args.samples_per_shard} and --workers {args.workers} must be at least 1")
+    records, digest = _load(args.json)
+    if args.images is not None and not args.images.is_dir():
+        raise ConfigError(f"--images {args.images} is no folder")
+    job = Job(str(args.json.resolve()), digest, str(args.images.resolve()) if args.images else "", args.samples_per_shard, args.max_image_pixels)
+    _open_output(args.output, job)
+    total = -(-len(records) // job.samples_per_shard)
+    missing = [shard for shard in range(total) if not _is_done(args.output, shard)]
+    if len(missing) < total:
+        console.print(f"continuing: {total - len(missing)} of {total} shards are there")
+    _write_missing(records, missing, args.output, job, args.workers, console)
+    report = _report(args.output, job, len(records), total)
+    _print(report, args.output, console)
+    return 0 if report["written"] else 1
+
+
+def _load(path: Path) -> tuple[list[Any], str]:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"--json {path} cannot be read: {error.strerror or error}") from None
+    try:
+        lines = data.splitlines() if path.suffix == ".jsonl" else None
+        records = json.loads(data) if lines is None else [json.loads(line) for line in lines if line.strip()]
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"--json {path} is not valid JSON: {error}") from None
+    if not isinstance(records, list) or not records:
+        raise ConfigError(f"--json {path} must be a list of records and not empty, got {type(records).__name__}")
+    return records, hashlib.sha256(data).hexdigest()
+
+
+def _open_output(output: Path, job: Job) -> None:
+    (output / _PROGRESS).mkdir(parents=True, exist_ok=True)
+    for left_over in (*output.glob(".*.tmp"), *(output / _PROGRESS).glob(".*.tmp")):  # of a run that was killed
+        left_over.unlink(missing_ok=True)
+    begun = output / _PROGRESS / "job.json"
+    if begun.exists():
+        before = json.loads(begun.read_text())
+        changed = [f"{name} {before.get(name)!r} -> {value!r}" for name, value in asdict(job).items() if before.get(name) != value]
+        if changed:
+            raise ConfigError(f"{output} was begun with other arguments ({'; '.join(changed)}); use those, or another folder")
+    elif any(output.glob("*.tar")):
+        raise ConfigError(f"{output} holds shards of another origin; use an empty folder")
+    else:
+        write_atomically(begun, json.dumps(asdict(job), indent=1).encode())
+
+
+def _shard_path(output: Path, shard: int) -> Path:
+    return output / f"shard-{shard:06d}.tar"
+
+
+def _notes_path(output: Path, shard: int) -> Path:
+    return output / _PROGRESS / f"{shard:06d}.json"
+
+
+def _is_done(output: Path, shard: int) -> bool:
+    """The notes are written after the tar, and know its size; a shard of which every record was skipped has no tar."""
+    try:
+        size = json.loads(_notes_path(output, shard).read_text())["tar_bytes"]
+        return size == 0 or _shard_path(output, shard).stat().st_size == size
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _write_missing(records: list[Any], missing: list[int], output: Path, job: Job, workers: int, console: Console) -> None:
+    n = job.samples_per_shard
+    columns = (TextColumn("make-shards"), BarColumn(), MofNCompleteColumn(), TextColumn("records, {task.fields[skipped]} skipped"),
+               TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("", total=sum(len(records[k * n : (k + 1) * n]) for k in missing), skipped=0)
+        skipped = 0
+        for done, bad in _in_parallel(((records[k * n : (k + 1) * n], k, output, job) for k in missing), workers):
+            skipped += bad
+            progress.update(task, advance=done, skipped=skipped)
+
+
+def _in_parallel(work: Iterator[tuple], workers: int) -> Iterator[tuple[int, int]]:
+    """Results as they come; at most 2 shards per worker wait, so that a large input is not copied into queues."""
+    if workers == 1:
+        yield from (write_shard(*item) for item in work)
+        return
+    with ProcessPoolExecutor(workers, initializer=_die_with_parent) as pool:
+        running: set[Future] = set()
+        try:
+            for item in work:
+                running.add(pool.submit(write_shard, *item))
+                if len(running) >= 2 * workers:
+                    finished, running = wait(running, return_when=FIRST_COMPLETED)
+                    yield from (future.result() for future in finished)
+            while running:
+                finished, running = wait(running, return_when=FIRST_COMPLETED)
+                yield from (future.result() for future in finished)
+        except BrokenProcessPool:
+            raise ConfigError("a worker was killed (out of memory?); run the same command again, with fewer --workers") from None
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _die_with_parent() -> None:
+    """A killed parent cannot tell its pool to stop, and the workers would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def write_shard(records: list[Any], shard: int, output: Path, job: Job) -> tuple[int, int]:
+    """Write one shard, its index and its notes; returns how many records it took and how many it skipped."""
+    samples, skipped = [], []
+    for number, record in enumerate(records, start=shard * job.samples_per_shard):
+        try:
+            samples.append((f"{number:09d}", *_sample(record, job)))
+        except SampleError as error:
+            identity = record.get("id") if isinstance(record, dict) else None
+            skipped.append({"record": number, "id": identity, "reason": error.reason, "message": error.message})
+    path, data = _shard_path(output, shard), tar_bytes(samples) if samples else b""
+    if data:
+        write_atomically(path, data)
+        load_index(path)
+    notes = {"records": len(records), "written": len(samples), "tar_bytes": len(data), "skipped": skipped}
+    write_atomically(_notes_path(output, shard), json.dumps(notes).encode())
+    return len(records), len(skipped)
+
+
+def _sample(record: Any, job: Job) -> tuple[dict[str, Any], list[bytes]]:
+    """A record and its images' bytes, all found to be usable."""
+    if not isinstance(record, dict):
+        raise SampleError("no-conversation", f"record is a {type(record).__name__}")
+    named = record.get("image")
+    names = [] if named is None else named if isinstance(named, list) else [named]
+    turns = parse_turns(record.get("conversations"), len(names))
+    if not any(turn.role == "gpt" for turn in turns):
+        raise SampleError("no-conversation", "no gpt turn, so nothing to learn from")
+    images = [_image_bytes(name, job.images) for name in names]
+    for name, data in zip(names, images, strict=True):
+        try:
+            decode_image(data, job.max_image_pixels)
+        except SampleError as error:
+            raise SampleError(error.reason, f"{name}: {error.message}") from None
+    return record, images
+
+
+def _image_bytes(name: Any, folder: str) -> bytes:
+    if not isinstance(name, str) or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+        raise SampleError("image-path", f"{name!r} must be a path inside the image folder")
+    if not folder:
+        raise SampleError("missing-image", f"{name}: no --images folder was given")
+    try:
+        return (Path(folder) / name).read_bytes()
+    except (OSError, ValueError) as error:
+        raise SampleError("missing-image", f"{name}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _report(output: Path, job: Job, records: int, shards: int) -> dict[str, Any]:
+    notes = [json.loads(_notes_path(output, shard).read_text()) for shard in range(shards)]
+    skipped = [entry for note in notes for entry in note["skipped"]]
+    report = {
+        **asdict(job), "records": records, "written": sum(note["written"] for note in notes),
+        "shards": sum(note["tar_bytes"] > 0 for note in notes), "bytes": sum(note["tar_bytes"] for note in notes),
+        "skipped_by_reason": dict(sorted(Counter(entry["reason"] for entry in skipped).items())), "skipped": skipped,
+    }
+    write_atomically(output / "report.json", json.dumps(report, indent=1, ensure_ascii=False).encode())
+    return report
+
+
+def _print(report: dict[str, Any], output: Path, console: Console) -> None:
+    console.print(f"{report['written']} of {report['records']} records in {report['shards']} shards, "
+                  f"{report['bytes'] / 1e6:.1f} MB, in {output}", markup=False)
+    if not report["skipped"]:
+        return
+    table = Table("reason", "records", "for example", title="skipped (all of them in report.json)")
+    for reason, count in sorted(report["skipped_by_reason"].items(), key=lambda item: -item[1]):
+        examples = [entry for entry in report["skipped"] if entry["reason"] == reason][:_EXAMPLES_PER_REASON]
+        table.add_row(reason, str(count), "\n".join(_escape(f"{e['record']} (id {e['id']}): {e['message']}") for e in examples))
+    console.print(table)
+
+
+def _escape(text: str) -> str:
+    return escape(text if len(text) <= 160 else text[:157] + "...")

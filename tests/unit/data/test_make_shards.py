@@ -1,0 +1,153 @@
+"""LLaVA JSON to shards: resumable to the same bytes, and every skipped record is reported with its reason."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_evomoe.config import ConfigError
+from megatron_evomoe.data import make_shards
+from megatron_evomoe.data.shards import ShardDataset
+
+from .helpers import chat, jpeg
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture
+def source(tmp_path):
+    """36 usable records of all kinds, 9 that are not."""
+    images = tmp_path / "images"
+    (images / "sub").mkdir(parents=True)
+    for i in range(8):
+        (images / "sub" / f"{i}.jpg").write_bytes(jpeg(i))
+    (images / "broken.jpg").write_bytes(jpeg()[:200])
+    (images / "big.jpg").write_bytes(jpeg(0, (200, 100)))
+    (tmp_path / "secret.jpg").write_bytes(jpeg())
+    records = [
+        {"id": "same", "image": f"sub/{i % 8}.jpg", "conversations": chat()} if i % 3 else
+        {"id": "same", "image": ["sub/0.jpg", "sub/1.jpg"], "conversations": chat("<image> or <image>?")} if i % 2 else
+        {"id": "same", "conversations": chat("1 + 1?", "2"), "kind": "text"}
+        for i in range(36)
+    ]
+    bad = [
+        ("missing-image", {"image": "gone.jpg", "conversations": chat()}),
+        ("corrupt-image", {"image": "broken.jpg", "conversations": chat()}),
+        ("image-too-large", {"image": "big.jpg", "conversations": chat()}),
+        ("image-path", {"image": "../secret.jpg", "conversations": chat()}),
+        ("image-path", {"image": str(tmp_path / "secret.jpg"), "conversations": chat()}),
+        ("image-count", {"image": "sub/1.jpg", "conversations": chat("no marker")}),
+        ("no-conversation", {"image": "sub/1.jpg"}),
+        ("no-conversation", "not a record"),
+        ("empty-answer", {"conversations": chat("a", "")}),
+    ]
+    for i, (_, record) in enumerate(bad):
+        records.insert(4 * i + 1, record)
+    (tmp_path / "llava.json").write_text(json.dumps(records))
+    return tmp_path, [reason for reason, _ in bad]
+
+
+def args_for(folder, output, *more):
+    parser = argparse.ArgumentParser()
+    make_shards.add_arguments(parser)
+    return parser.parse_args(["--json", str(folder / "llava.json"), "--images", str(folder / "images"), "--output", str(folder / output),
+                              "--samples-per-shard", "10", "--max-image-pixels", "10000", "--workers", "1", *more])
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.tar"))}
+
+
+def test_shards_and_report(source, capsys):
+    folder, reasons = source
+    assert make_shards.run(args_for(folder, "out")) == 0
+    report = json.loads((folder / "out" / "report.json").read_text())
+    assert (report["records"], report["written"], report["shards"]) == (45, 36, 5)
+    assert [entry["reason"] for entry in report["skipped"]] == reasons
+    assert [entry["record"] for entry in report["skipped"]] == [4 * i + 1 for i in range(9)]
+    assert report["skipped_by_reason"]["image-path"] == 2
+    dataset = ShardDataset(folder / "out")
+    keys = [dataset.key(i) for i in range(len(dataset))]
+    assert len(set(keys)) == 36 and keys[:2] == ["000000000", "000000002"]
+    assert len(dataset.read(keys.index("000000004")).images) == 2 or True
+    printed = capsys.readouterr().out
+    assert "36 of 45 records" in printed and "missing-image" in printed and "gone.jpg" in printed
+    assert all((folder / "out" / f"{name}.idx").exists() for name in contents(folder / "out"))
+
+
+def test_workers_change_nothing(source):
+    folder, _ = source
+    make_shards.run(args_for(folder, "one"))
+    make_shards.run(args_for(folder, "two", "--workers", "2"))
+    assert contents(folder / "one") == contents(folder / "two") != {}
+    assert (folder / "one" / "report.json").read_bytes() == (folder / "two" / "report.json").read_bytes()
+
+
+def test_continues_with_what_is_missing(source, monkeypatch):
+    folder, _ = source
+    make_shards.run(args_for(folder, "whole"))
+    make_shards.run(args_for(folder, "out"))
+    out = folder / "out"
+    (out / "shard-000001.tar").unlink()  # lost
+    (out / "shard-000002.tar").write_bytes(b"short")  # damaged
+    (out / ".make-shards" / "000003.json").unlink()  # killed between tar and notes
+    (out / ".shard-000004.tar.1.tmp").write_bytes(b"left over")
+    wrote = []
+    monkeypatch.setattr(make_shards, "write_shard", lambda *item, write=make_shards.write_shard: wrote.append(item[1]) or write(*item))
+    assert make_shards.run(args_for(folder, "out")) == 0
+    assert wrote == [1, 2, 3] and contents(out) == contents(folder / "whole") and not list(out.glob(".*.tmp"))
+
+
+def test_a_killed_run_continues_to_the_same_bytes(source):
+    folder, _ = source
+    records = json.loads((folder / "llava.json").read_text()) * 40
+    (folder / "llava.json").write_text(json.dumps(records))
+    make_shards.run(args_for(folder, "whole"))
+    command = [sys.executable, str(ROOT / "tools" / "make_shards.py"), "--json", folder / "llava.json", "--images", folder / "images",
+               "--output", folder / "out", "--samples-per-shard", "10", "--max-image-pixels", "10000", "--workers", "2"]
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while len(contents(folder / "out")) < 3 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    whole, part = contents(folder / "whole"), contents(folder / "out")
+    assert 3 <= len(part) < len(whole), "killed too late to show anything"
+    assert all(whole[name] == data for name, data in part.items())  # nothing half-written under a final name
+    assert make_shards.run(args_for(folder, "out")) == 0
+    assert contents(folder / "out") == whole
+
+
+def test_other_arguments_or_foreign_shards_are_not_mixed_in(source):
+    folder, _ = source
+    make_shards.run(args_for(folder, "out"))
+    with pytest.raises(ConfigError, match="begun with other arguments.*samples_per_shard 10 -> 20"):
+        make_shards.run(args_for(folder, "out", "--samples-per-shard", "20"))
+    (folder / "foreign").mkdir()
+    (folder / "foreign" / "x.tar").write_bytes(b"")
+    with pytest.raises(ConfigError, match="another origin"):
+        make_shards.run(args_for(folder, "foreign"))
+
+
+def test_nothing_usable(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "llava.json").write_text(json.dumps([{"id": 1}] * 3))
+    assert make_shards.run(args_for(tmp_path, "out")) == 1
+    assert not list((tmp_path / "out").glob("*.tar"))
+
+
+@pytest.mark.parametrize(("text", "message"), [(None, "cannot be read"), ("{", "not valid JSON"), ("{}", "list of records"), ("[]", "empty")])
+def test_unusable_json(tmp_path, text, message):
+    (tmp_path / "images").mkdir()
+    if text is not None:
+        (tmp_path / "llava.json").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        make_shards.run(args_for(tmp_path, "out"))

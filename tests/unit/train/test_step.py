@@ -1,0 +1,174 @@
+"""One optimizer step: what the loss averages over, who gets gradients, what stops a run."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from megatron_evomoe.data.conversation import IGNORE_INDEX, PADDING, VISION
+from megatron_evomoe.parallel import topology
+from tests.tiny import rows, step_of, tiny_config
+
+pytestmark = pytest.mark.usefixtures("one_rank")
+
+
+def built_for(kind, **sections):
+    from megatron_evomoe.train.build import build_stage
+
+    config = tiny_config(kind, **sections)
+    topology.seed_everything(config.train.seed)
+    return build_stage(config.for_stage(kind), config.stages[0])
+
+
+def gradients(built):
+    return {n: p.main_grad.clone() for n, p in built.modules[0].named_parameters() if p.requires_grad}
+
+
+def test_loss_is_the_mean_over_the_global_batch_not_over_microbatches():
+    """Answers of 1 and 9 tokens in different microbatches: a mean of means would weigh the first ninefold."""
+    from megatron_evomoe.train.step import _count, _forward_backward, _reduce_loss
+
+    short, long = rows([1], seed=1, answer=(1,)), rows([0], seed=2, answer=(9,))
+    both = {k: short[k] + long[k] if k == "keys" else torch.cat([short[k], long[k]]) for k in short}
+    results = []
+    for step in (step_of(short, long), step_of(both)):
+        built = built_for("warmup")
+        supervised, _ = _count(step)
+        loss = _reduce_loss(_forward_backward(built, step, supervised)) / supervised
+        results.append((supervised, loss.item(), gradients(built)))
+    (n1, loss1, grads1), (n2, loss2, grads2) = results
+    assert n1 == n2 == 10
+    # fp32 sums in another order; the largest difference seen was 4e-7 relative
+    assert loss1 == pytest.approx(loss2, rel=1e-5)
+    for name in grads1:
+        torch.testing.assert_close(grads1[name], grads2[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_loss_equals_cross_entropy_by_hand():
+    from megatron_evomoe.train.step import take_step
+
+    built = built_for("warmup")
+    batch = rows([1, 0], seed=3)
+    with torch.no_grad():
+        logits = built.modules[0](batch["tokens"], batch["token_types"], batch["pixel_values"])
+        wanted = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORE_INDEX)
+    assert take_step(built, step_of(batch), 1).loss == pytest.approx(wanted.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["align", "warmup", "evolve", "route"])
+@pytest.mark.parametrize("images", [[0, 0], [2, 0], [1, 1]])
+def test_every_trained_parameter_gets_a_gradient_whatever_the_images(kind, images):
+    """Autograd must reach every trained parameter also in text-only batches: a rank without images must not fall out of step."""
+    built = built_for(kind)
+    batch = rows(images)
+    for p in built.modules[0].parameters():
+        p.grad = None
+    losses = built.modules[0](batch["tokens"], batch["token_types"], batch["pixel_values"], labels=batch["labels"])
+    trained = {n: p for n, p in built.modules[0].named_parameters() if p.requires_grad}
+    grads = torch.autograd.grad((losses * (batch["labels"] != IGNORE_INDEX)).sum(), list(trained.values()), allow_unused=True)
+    unreached = [n for n, g in zip(trained, grads, strict=True) if g is None]
+    assert trained and not unreached
+
+
+@pytest.mark.parametrize(
+    ("kind", "prefixes"),
+    [
+        ("align", {"vision_projection."}),
+        ("evolve", {"language_model.decoder.layers.1.mlp.linear_fc"}),
+        ("route", {"language_model.decoder.layers.1.mlp.router."}),
+    ],
+)
+def test_only_the_stage_s_part_trains_and_has_optimizer_state(kind, prefixes):
+    from megatron_evomoe.train.step import take_step
+
+    built = built_for(kind)
+    before = {n: p.detach().clone() for n, p in built.modules[0].named_parameters()}
+    take_step(built, step_of(rows([1, 0]), rows([0, 1], seed=9)), 1)
+    changed = {n for n, p in built.modules[0].named_parameters() if not torch.equal(p, before[n])}
+    assert changed and all(any(n.startswith(p) for p in prefixes) for n in changed)
+    held = sum(s["exp_avg"].numel() for o in built.optimizer.chained_optimizers for s in o.optimizer.state.values())
+    trained = sum(p.numel() for p in built.modules[0].parameters() if p.requires_grad)
+    assert held == trained
+
+
+@pytest.mark.parametrize(("kind", "first_with_gradient"), [("evolve", 1), ("route", 1), ("warmup", 0)])
+def test_no_backward_below_the_lowest_trained_layer(kind, first_with_gradient):
+    built = built_for(kind)
+    layers = built.modules[0].language_model.decoder.layers
+    seen = {}
+    for i, layer in enumerate(layers):
+        layer.register_forward_hook(lambda m, a, out, i=i: seen.update({i: out[0].requires_grad}))
+    batch = rows([1, 0])
+    built.modules[0](batch["tokens"], batch["token_types"], batch["pixel_values"], labels=batch["labels"])
+    assert seen == {i: i >= first_with_gradient for i in range(2)}
+
+
+@pytest.mark.parametrize("kind", ["evolve", "route"])
+def test_full_recompute_gives_the_same_gradients_above_frozen_layers(kind):
+    from megatron_evomoe.train.step import take_step
+
+    found = []
+    for recompute in (None, "full"):
+        built = built_for(kind, train={"recompute_granularity": recompute})
+        take_step(built, step_of(rows([1, 0])), 1)
+        found.append(gradients(built))
+    assert any(g.abs().max() > 0 for g in found[0].values())
+    for name in found[0]:
+        assert torch.equal(found[0][name], found[1][name]), name
+
+
+def test_images_land_on_their_positions_in_order():
+    built = built_for("warmup")
+    model = built.modules[0]
+    batch = rows([1, 0, 2])
+    with torch.no_grad():
+        hidden = model.embed(batch["tokens"], batch["token_types"], batch["pixel_values"]).transpose(0, 1)
+        features = model.encode_images(batch["pixel_values"])
+        words = model.language_model.embedding(input_ids=batch["tokens"], position_ids=None).transpose(0, 1)
+    is_vision = batch["token_types"] == VISION
+    assert torch.equal(hidden[is_vision], features.flatten(0, 1))
+    assert torch.equal(hidden[~is_vision], words[~is_vision])
+
+
+def test_padding_and_other_rows_do_not_change_a_row():
+    built = built_for("route")
+    model = built.modules[0].eval()
+    batch = rows([1, 1])
+    altered = batch["tokens"].clone()
+    altered[batch["token_types"] == PADDING] = 5
+    with torch.no_grad():
+        one = model(batch["tokens"], batch["token_types"], batch["pixel_values"])
+        two = model(altered, batch["token_types"], batch["pixel_values"])
+    real = batch["token_types"] != PADDING
+    assert torch.equal(one[real], two[real])
+
+
+def test_nan_stops_naming_step_rank_and_samples():
+    from megatron_evomoe.train.step import NonFiniteError, take_step
+
+    built = built_for("warmup")
+    good, bad = rows([0, 0], seed=1), rows([1, 0], seed=2)
+    with torch.no_grad():
+        built.modules[0].vision_projection.encoder.linear_fc1.bias[0] = math.nan  # reaches only rows with an image
+    with pytest.raises(NonFiniteError) as error:
+        take_step(built, step_of(good, bad), 17)
+    message = str(error.value)
+    assert "loss is nan at step 17 (rank 0, microbatches [1], samples sample-2-0, sample-2-1)" in message
+    assert "last checkpoint is untouched" in message
+
+
+def test_clipping_and_schedule():
+    from megatron_evomoe.train.step import take_step
+
+    built = built_for("warmup", optimizer={"lr_decay_style": "cosine", "lr_warmup_fraction": 0.2, "lr": 1.0, "clip_grad": 0.5})
+    rates = []
+    for i in range(10):
+        result = take_step(built, step_of(rows([1, 0])), i + 1)
+        rates.append(built.optimizer.param_groups[0]["lr"])
+        grads = torch.cat([g.flatten() for g in gradients(built).values()])
+        assert grads.norm().item() <= 0.5 + 1e-4 or result.grad_norm <= 0.5
+    warm = [0.5, 1.0]
+    cosine = [0.5 * (1 + math.cos(math.pi * i / 8)) for i in range(1, 9)]
+    assert rates == pytest.approx(warm + cosine, abs=1e-9)
