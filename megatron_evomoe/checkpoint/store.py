@@ -128,6 +128,7 @@ def _write(directory: Path, state: dict[str, Any], record: Record, config_yaml: 
 
 def load_training_state(path: Path, *, modules: list[torch.nn.Module], optimizer: Any, scheduler: Any, record: Record) -> None:
     """Resume: model, optimizer (both moments, step, master weights), schedule and RNG. Communicates."""
+    _allocate_state(optimizer)
     state = _state(modules, optimizer, scheduler, is_loading=True)
     if record.layout != rng.layout():
         log.warning("the checkpoint was written by another layout (%s): random generators start afresh", record.layout)
@@ -196,6 +197,13 @@ def _load(state: dict[str, Any], path: Path) -> dict[str, Any]:
         return dist_checkpointing.load(state, str(path))
     except Exception as error:
         raise CheckpointError(f"checkpoint {path} could not be read: {type(error).__name__}: {error}") from error
+
+
+def _allocate_state(optimizer: Any) -> None:
+    """Let a fresh DistributedOptimizer have moments to load into: its state dict asserts that torch's Adam holds a step."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if not part.optimizer.state and hasattr(part, "_init_optimizer_states_with_dummy_values"):
+            part._init_optimizer_states_with_dummy_values()
 
 
 def _own_step_tensors(optimizer: Any) -> None:

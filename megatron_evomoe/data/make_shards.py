@@ -70,7 +70,8 @@ def run(args: argparse.Namespace) -> int:
     records, digest = _load(args.json)
     if args.images is not None and not args.images.is_dir():
         raise ConfigError(f"--images {args.images} is no folder")
-    job = Job(str(args.json.resolve()), digest, str(args.images.resolve()) if args.images else "", args.samples_per_shard, args.max_image_pixels)
+    job = Job(str(args.json.resolve()), digest, str(args.images.resolve()) if args.images else "",
+              args.samples_per_shard, args.max_image_pixels)
     _open_output(args.output, job)
     total = -(-len(records) // job.samples_per_shard)
     missing = [shard for shard in range(total) if not _is_done(args.output, shard)]
@@ -190,7 +191,7 @@ def write_shard(records: list[Any], shard: int, output: Path, job: Job) -> tuple
         write_atomically(path, data)
         load_index(path)
     notes = {"records": len(records), "written": len(samples), "tar_bytes": len(data), "skipped": skipped}
-    write_atomically(_notes_path(output, shard), json.dumps(notes).encode())
+    write_atomically(_notes_path(output, shard), json.dumps(notes).encode(), sync=False)  # after the tar, which is on disk
     return len(records), len(skipped)
 
 

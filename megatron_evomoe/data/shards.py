@@ -202,14 +202,15 @@ def tar_bytes(samples: Iterable[tuple[str, Mapping[str, Any], Sequence[bytes]]])
     return buffer.getvalue()
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write, sync, rename: `path` is either absent or whole, also after a kill."""
+def write_atomically(path: Path, data: bytes, *, sync: bool = True) -> None:
+    """Write, sync, rename: `path` is absent, old or whole, also after a kill; with `sync` after a power cut too."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -5,7 +5,6 @@ b rows, s positions, C width, V vocabulary. Activations are [s, b, C].
 
 from __future__ import annotations
 
-import functools
 import logging
 from typing import Any
 
@@ -47,16 +46,19 @@ class ParallelResidualLayer(TransformerLayer):
         """[s, b, C] to [s, b, C], and `context` unchanged; called as `TransformerLayer.forward` is."""
         normed = self.input_layernorm(hidden_states)
         passed = {k: v for k, v in kwargs.items() if k in self._ATTENTION_ARGUMENTS}
-        attended = self.self_attention(normed, attention_mask=attention_mask, **passed)
-        ffn = functools.partial(self.mlp, padding_mask=padding_mask)
+        attended = _with_bias(self.self_attention(normed, attention_mask=attention_mask, **passed))
         if self.recompute_mlp:
-            fed = tensor_parallel.checkpoint(ffn, False, normed)
+            # The bias is added inside: a parameter that leaves a checkpointed function becomes its own ancestor.
+            fed = tensor_parallel.checkpoint(lambda x: _with_bias(self.mlp(x, padding_mask=padding_mask)), False, normed)
         else:
-            fed = ffn(normed)
-        total = hidden_states
-        for output, bias in (attended, fed):
-            total = total + (output if bias is None else output + bias)
+            fed = _with_bias(self.mlp(normed, padding_mask=padding_mask))
+        total = hidden_states + attended + fed
         return make_viewless_tensor(inp=total, requires_grad=total.requires_grad, keep_graph=True), context
+
+
+def _with_bias(output_and_bias: tuple[torch.Tensor, torch.Tensor | None]) -> torch.Tensor:
+    output, bias = output_and_bias
+    return output if bias is None else output + bias
 
 
 def padded_vocab_size(config: RunConfig) -> int:

@@ -109,9 +109,7 @@ def language_transformer_config(config: RunConfig) -> TransformerConfig:
     """
     lm, moe, train, parallel = config.language, config.moe, config.train, config.parallel
     full, selective = train.recompute_granularity == "full", train.recompute_granularity == "selective"
-    if selective and lm.parallel_residual and "layernorm" in train.recompute_modules:
-        raise ConfigError("recompute_modules names layernorm, but with parallel_residual one norm feeds both attention and "
-                          "FFN and is kept; take layernorm out")
+    _check_language(config)
     return _build(
         config,
         num_layers=lm.num_layers,
@@ -158,6 +156,27 @@ def language_transformer_config(config: RunConfig) -> TransformerConfig:
         moe_token_dispatcher_type=moe.moe_token_dispatcher_type,
         moe_grouped_gemm=moe.moe_grouped_gemm,
     )
+
+
+def _check_language(config: RunConfig) -> None:
+    """What megatron-core accepts and then fails at later, obscurely (seen with 0.16.1)."""
+    lm, train, tp = config.language, config.train, config.parallel.tensor_model_parallel_size
+    local = resolve_transformer_impl(config) == "local"
+    groups = lm.num_query_groups or lm.num_attention_heads
+    if local and groups % tp:
+        raise ConfigError(f"num_query_groups {groups} is not a multiple of tensor_model_parallel_size {tp}, as attention "
+                          "without Transformer Engine needs")
+    recomputed = set(train.recompute_modules) if train.recompute_granularity == "selective" else set()
+    if local and recomputed & {"layernorm", "moe_act"}:
+        raise ConfigError("recompute_modules layernorm and moe_act need Transformer Engine, and this run uses the local layers; "
+                          "take them out")
+    if lm.parallel_residual and "layernorm" in recomputed:
+        raise ConfigError("recompute_modules names layernorm, but with parallel_residual one norm feeds both attention and "
+                          "FFN and is kept; take layernorm out")
+    if lm.add_bias_linear and not lm.parallel_residual and "mlp" in recomputed:
+        # the core's layer lets the bias leave the checkpointed function, and the backward recurses until memory is gone
+        raise ConfigError("recompute_modules names mlp, which megatron-core cannot recompute with add_bias_linear; take mlp "
+                          "out, or set recompute_granularity to full")
 
 
 def vision_transformer_config(config: RunConfig) -> TransformerConfig:

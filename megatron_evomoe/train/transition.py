@@ -69,6 +69,9 @@ def _check_source(source: Record, folder: Path, stage: StageConfig, config: RunC
         raise CheckpointError(f"stage {stage.name!r} ({stage.kind}) cannot start from {folder}, a {source.kind!r} checkpoint; "
                               f"it starts from {' or '.join(STARTS_FROM[stage.kind])}")
     check_tokenizer(source, folder, fingerprint)
+    if "language_model" in source.parts and source.vocab_size != config.language.vocab_size:
+        # megatron-core itself lets embeddings differ in size, because their padding depends on the layout
+        raise CheckpointError(f"{folder} has a vocabulary of {source.vocab_size}, this run one of {config.language.vocab_size}")
     if stage.kind == "route" and source.num_experts not in (0, config.moe.num_experts):
         raise CheckpointError(f"{folder} holds {source.num_experts} experts per layer, this run asks for {config.moe.num_experts}")
 

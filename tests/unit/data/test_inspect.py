@@ -31,7 +31,8 @@ def run(*arguments):
 
 @pytest.mark.parametrize(("template", "expected"), [
     ("v1", "USER: <image>\nWhich digit is this? ASSISTANT:⟦ It is [bold]7[/bold].<eos>⟧USER: Is it even? ASSISTANT:⟦ No<eos>⟧"),
-    ("qwen", "<|im_start|>user\n<image>\nWhich digit is this?<|im_end|>\n<|im_start|>assistant\n⟦It is [bold]7[/bold].<|im_end|>⟧\n"),
+    ("qwen", "<|im_start|>user\n<image>\nWhich digit is this?<|im_end|>\n<|im_start|>assistant\n"
+             "⟦It is [bold]7[/bold].<|im_end|>⟧\n"),
 ])
 def test_marks_what_is_supervised(shards, sp_path, tmp_path, capsys, template, expected):
     assert run("--data", shards, "--tokenizer", sp_path, "--template", template, "--num", 2, "--image-size", 16, "--patch-size", 8,

@@ -17,7 +17,7 @@ PHI = {"normalization": "LayerNorm", "add_bias_linear": True, "parallel_residual
 
 
 def main(tp: int, path: str) -> None:
-    """Run all cases and save {case: tensor}."""
+    """Join the world that the environment describes, run all cases, and save {case: tensor} as rank 0."""
     backend.prepare()
     torch.set_num_threads(1)
     backend.init_process_group(timeout_minutes=1)
@@ -25,13 +25,18 @@ def main(tp: int, path: str) -> None:
 
     parallel_state.initialize_model_parallel(tp, 1)
     tensor_parallel.model_parallel_cuda_manual_seed(1)
-    out = {}
-    for name, extra in {"qwen": {"add_qkv_bias": True, "num_query_groups": 2, "qk_layernorm": True}, "phi": PHI}.items():
-        out.update({f"{name} {k}": v for k, v in language({**LANGUAGE, **extra}, tp).items()})
-    out.update(vision(tp))
+    out = cases(tp)
     if torch.distributed.get_rank() == 0:
         torch.save(out, path)
     torch.distributed.destroy_process_group()
+
+
+def cases(tp: int) -> dict[str, torch.Tensor]:
+    """All that is compared; the process groups exist."""
+    out = {}
+    for name, extra in {"qwen": {"add_qkv_bias": True, "num_query_groups": 2, "qk_layernorm": True}, "phi": PHI}.items():
+        out.update({f"{name} {k}": v for k, v in language({**LANGUAGE, **extra}, tp).items()})
+    return {**out, **vision(tp)}
 
 
 def language(section: dict, tp: int) -> dict[str, torch.Tensor]:

@@ -77,8 +77,11 @@ def test_vision_and_projector_keep_to_one_pipeline_stage():
     ({"parallel": {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 3}}, "num_layers 4"),
     ({"language": {**BASE, "num_query_groups": 2}, "parallel": {"tensor_model_parallel_size": 4}}, "num_query_groups"),
     ({"language": {**BASE, "add_bias_linear": True}, "parallel": {"expert_tensor_parallel_size": 2}}, "ETP"),
-    ({"language": {**BASE, "parallel_residual": True},
-      "train": {"recompute_granularity": "selective", "recompute_modules": ["layernorm"]}}, "take layernorm out"),
+    ({"language": {**BASE, "num_attention_heads": 6, "hidden_size": 96},
+      "parallel": {"tensor_model_parallel_size": 4}}, "6"),
+    ({"train": {"recompute_granularity": "selective", "recompute_modules": ["layernorm"]}}, "need Transformer Engine"),
+    ({"language": {**BASE, "add_bias_linear": True},
+      "train": {"recompute_granularity": "selective", "recompute_modules": ["mlp"]}}, "take mlp out"),
     ({"train": {"recompute_granularity": "selective", "recompute_modules": ["attn"]}}, "attn"),
 ])
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without CUDA says")

@@ -1,0 +1,30 @@
+"""The example in docs/stages.md is run as printed."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_evomoe.moe.evolution import RULES
+
+DOCS = Path(__file__).parents[3] / "docs" / "stages.md"
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_new_rule_takes_ten_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    import evolution_models as models
+
+    monkeypatch.setattr("megatron_evomoe.moe.evolution.RULES", dict(RULES))
+    (code,) = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 10
+    exec(code, {})
+    module = models.evolving_mlp(models.transformer_config(), models.moe_config("overshoot", 2, [(0.5, 0.5)]))
+    models.train(module, range(3))
+    ((_, tensors),) = module.local_experts()
+    for name, p in module.named_parameters():
+        start = models.full_update(name, 0, tuple(p.shape))
+        # 1.5 of all it moved; two additions of numbers around 0.5, so two half units in the last place: 6e-8
+        torch.testing.assert_close(tensors[name] - start, 1.5 * (p.detach() - start), rtol=0, atol=2e-7)
