@@ -5,7 +5,8 @@
     python benchmarks/router.py --device cuda --dtype bf16 --tokens 4096 16384
 
 Every combination of --tokens, --width, --hidden and --rank is a row. In each round all subjects run once, in turn, so that a
-busy machine slows all alike; figures are medians over rounds. Memory is the peak above inputs and weights, gradients included.
+busy machine slows all alike; figures are medians over rounds. Peak memory is that above inputs and weights, gradients included;
+kept memory is what the graph holds between forward and backward.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from megatron_evomoe.moe import dtr
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 SUBJECTS = {
     "linear": "one linear map, in fp32",
     "naive": "DTR as its equations read, Θ built for every token (naive_dtr_logits)",
@@ -57,6 +59,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--subjects", nargs="+", choices=list(SUBJECTS), default=list(SUBJECTS))
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument(
+        "--clock", choices=list(CLOCKS), default="wall", help="cpu: this process's CPU time, for a busy machine; with --threads 1"
+    )
     parser.add_argument("--output", type=Path, help="write figures and circumstances as JSON")
     return parser.parse_args()
 
@@ -89,8 +94,8 @@ def naive_tuned_logits(z_TC: Tensor, is_vision_T: Tensor, weights: dtr.DtrWeight
     return torch.empty_like(logits).index_copy(0, torch.cat(indices), logits)
 
 
-def make_subjects(args: argparse.Namespace, T: int, C: int, h: int, r: int) -> tuple[dict[str, Callable[[], Tensor]], list[Tensor]]:
-    """Name -> forward, and all tensors that gather gradients."""
+def make_subjects(args: argparse.Namespace, T: int, C: int, h: int, r: int) -> tuple[dict, list[Tensor], list[Tensor]]:
+    """Name -> forward, all tensors that gather gradients, and those that do not."""
     torch.manual_seed(0)
     options = dict(device=args.device, dtype=DTYPES[args.dtype])
 
@@ -114,21 +119,21 @@ def make_subjects(args: argparse.Namespace, T: int, C: int, h: int, r: int) -> t
         "factored": lambda: dtr.dtr_logits(z, is_vision, weights),
         "ffn": lambda: F.linear(dtr._swiglu(F.linear(z, fc1)), fc2),
     }
-    return {name: forwards[name] for name in args.subjects}, [z, gate, *weights.text, *weights.vision, weights.phi_NC]
+    return {name: forwards[name] for name in args.subjects}, [z, gate, *weights.text, *weights.vision, weights.phi_NC], [fc1, fc2]
 
 
-def run_once(forward: Callable[[], Tensor], leaves: list[Tensor], device: str) -> float:
-    """Seconds of one forward and backward."""
+def run_once(forward: Callable[[], Tensor], leaves: list[Tensor], device: str, clock: Callable = time.perf_counter) -> float:
+    """Seconds of one forward and backward, by `clock`."""
     for leaf in leaves:
         leaf.grad = None
     if device == "cuda":
         torch.cuda.synchronize()
-    start = time.perf_counter()
+    start = clock()
     output = forward()
     output.backward(torch.ones_like(output))
     if device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def peak_bytes(forward: Callable[[], Tensor], leaves: list[Tensor], device: str) -> int:
@@ -151,30 +156,46 @@ def peak_bytes(forward: Callable[[], Tensor], leaves: list[Tensor], device: str)
     return max(itertools.accumulate(size for _, size in steps))
 
 
+def kept_bytes(forward: Callable[[], Tensor], leaves: list[Tensor]) -> int:
+    """What the graph holds between forward and backward, beside inputs and weights: the cost that every layer adds up."""
+    saved: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        output = forward()
+    own = {leaf.untyped_storage().data_ptr() for leaf in leaves}
+    del output
+    return sum(size for pointer, size in saved.items() if pointer not in own)
+
+
 def measure(args: argparse.Namespace, T: int, C: int, h: int, r: int) -> dict:
-    forwards, leaves = make_subjects(args, T, C, h, r)
+    forwards, leaves, frozen = make_subjects(args, T, C, h, r)
     for forward in forwards.values():
         run_once(forward, leaves, args.device)
     seconds: dict[str, list[float]] = {name: [] for name in forwards}
     for _ in range(args.rounds):
         for name, forward in forwards.items():
-            seconds[name].append(run_once(forward, leaves, args.device))
+            seconds[name].append(run_once(forward, leaves, args.device, CLOCKS[args.clock]))
     return {
         "T": T, "C": C, "h": h, "r": r,
         "milliseconds": {name: 1e3 * statistics.median(values) for name, values in seconds.items()},
         "milliseconds_range": {name: [1e3 * min(values), 1e3 * max(values)] for name, values in seconds.items()},
         "peak_mib": {name: peak_bytes(forward, leaves, args.device) / 2**20 for name, forward in forwards.items()},
+        "kept_mib": {name: kept_bytes(forward, leaves + frozen) / 2**20 for name, forward in forwards.items()},
     }  # fmt: skip
 
 
 def markdown(rows: list[dict], subjects: list[str]) -> str:
-    """One table: milliseconds, and MiB in brackets; two ratios at the end."""
+    """One table: milliseconds (peak MiB, kept MiB); two ratios at the end."""
     header = ["T", "C", "h", "r", *subjects, "naive-tuned ÷ factored", "factored ÷ ffn"]
     lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
     for row in rows:
         time_of = row["milliseconds"]
         cells = [str(row[key]) for key in "TChr"]
-        cells += [f"{time_of[name]:.1f} ({row['peak_mib'][name]:.0f})" for name in subjects]
+        cells += [f"{time_of[name]:.1f} ({row['peak_mib'][name]:.0f}, {row['kept_mib'][name]:.0f})" for name in subjects]
         cells.append(f"{time_of['naive-tuned'] / time_of['factored']:.1f}" if {"naive-tuned", "factored"} <= set(subjects) else "")
         cells.append(f"{100 * time_of['factored'] / time_of['ffn']:.1f} %" if {"ffn", "factored"} <= set(subjects) else "")
         lines.append("| " + " | ".join(cells) + " |")
@@ -186,8 +207,9 @@ def circumstances(args: argparse.Namespace) -> dict:
     return {
         "command": " ".join(["python", "benchmarks/router.py", *sys.argv[1:]]),
         "device": torch.cuda.get_device_name() if args.device == "cuda" else f"{os.cpu_count()}-core CPU, {platform.machine()}",
-        "threads": args.threads, "dtype": args.dtype, "rounds": args.rounds, "experts": args.experts, "ffn": args.ffn,
-        "vision_share": args.vision_share, "torch": torch.__version__, "python": platform.python_version(),
+        "threads": args.threads, "clock": args.clock, "dtype": args.dtype, "rounds": args.rounds,
+        "experts": args.experts, "ffn": args.ffn, "vision_share": args.vision_share,
+        "torch": torch.__version__, "python": platform.python_version(),
         "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip() or None,
     }  # fmt: skip
 
@@ -197,7 +219,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     rows = [measure(args, *shape) for shape in itertools.product(args.tokens, args.width, args.hidden, args.rank)]
     report = {"circumstances": circumstances(args), "subjects": {name: SUBJECTS[name] for name in args.subjects}, "rows": rows}
-    print("Milliseconds, forward and backward (peak MiB above inputs and weights)\n")
+    print("Milliseconds, forward and backward (peak MiB, MiB kept for the backward)\n")
     print(markdown(rows, args.subjects), "\n\n" + json.dumps(report["circumstances"], indent=1))
     if args.output:
         args.output.write_text(json.dumps(report, indent=1) + "\n")

@@ -21,11 +21,11 @@ def main(argv: list[str] | None = None) -> int:
     for name in COMMANDS:
         sub = commands.add_parser(name, help=_HELP[name])
         if name == asked:
-            sub.set_defaults(run=_ADD[name](sub))
+            sub.set_defaults(handler=_ADD[name](sub))
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
-        return args.run(args)
+        return args.handler(args)
     except _user_errors() as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

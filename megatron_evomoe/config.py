@@ -276,6 +276,8 @@ class TrainConfig:
     """Held-out questions asked when a stage ends; 0 asks everything in `eval_data`."""
     eval_batch_size: int = 64
     """Questions decoded together on each replica."""
+    eval_shuffles: int = 0
+    """Times a routed stage is measured again with shuffled routing (the paper's test for alike experts)."""
     deterministic_mode: bool = False
     """Only deterministic kernels (CUDA; the CPU path always is)."""
     trainable: list[str] = field(default_factory=list)

@@ -172,13 +172,14 @@ def captions(composer: Composer, count: int) -> Iterator[Sample]:
         yield {"conversations": turns}, [png(picture)]
 
 
-def tower_pictures(composer: Composer, count: int) -> dict[str, np.ndarray]:
+def labelled_grids(composer: Composer, count: int) -> dict[str, np.ndarray]:
     """Grids and what each cell shows, to pretrain the tower on: uint8 [count, 32, 32] and int64 [count, 4]."""
     drawn = [composer.grid(composer.rng.integers(10, size=4).tolist()) for _ in range(count)]
     return {"pixels": np.stack([p.pixels for p in drawn]), "labels": np.array([p.digits for p in drawn])}
 
 
-def build(output: Path, seed: int, instruct_samples: int, caption_samples: int, heldout_samples: int) -> None:
+def build(output: Path, seed: int, instruct_samples: int, caption_samples: int, heldout_samples: int,
+          tower_pictures: int) -> None:
     """Write everything under `output`."""
     scans, labels = load_digits(return_X_y=True)
     scans = np.round(scans.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
@@ -197,7 +198,7 @@ def build(output: Path, seed: int, instruct_samples: int, caption_samples: int, 
     write_shards(training, output / "instruct", samples_per_shard=2000)
     write_shards(described, output / "captions", samples_per_shard=2000)
     write_shards(heldout(test, heldout_samples), output / "heldout", samples_per_shard=2000)
-    np.savez_compressed(output / "tower.npz", **tower_pictures(train, 6000))
+    np.savez_compressed(output / "tower.npz", **labelled_grids(train, tower_pictures))
     print(f"{len(order) - cut} training scans, {cut} held-out scans; {instruct_samples} conversations, {caption_samples} captions, "
           f"{heldout_samples} held-out questions in {output}")
 
@@ -209,8 +210,9 @@ def main() -> None:
     parser.add_argument("--instruct-samples", type=int, default=12000)
     parser.add_argument("--caption-samples", type=int, default=3000)
     parser.add_argument("--heldout-samples", type=int, default=1600)
+    parser.add_argument("--tower-pictures", type=int, default=6000)
     args = parser.parse_args()
-    build(args.output, args.seed, args.instruct_samples, args.caption_samples, args.heldout_samples)
+    build(args.output, args.seed, args.instruct_samples, args.caption_samples, args.heldout_samples, args.tower_pictures)
 
 
 if __name__ == "__main__":

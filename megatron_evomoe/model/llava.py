@@ -69,7 +69,8 @@ class LlavaModel(MegatronModule):
         hidden = spliced.transpose(0, 1).contiguous()
         if self.config.sequence_parallel:
             hidden = tensor_parallel.scatter_to_sequence_parallel_region(hidden)
-        if self.training and self.config.recompute_granularity == "full":
+        recomputes = self.config.recompute_granularity == "full" or "mlp" in (self.config.recompute_modules or ())
+        if self.training and recomputes:
             # Re-entrant recompute drops the gradients inside a block none of whose inputs wants one, as below the first
             # trained FFN of `evolve`.
             hidden = hidden if hidden.requires_grad else hidden.detach().requires_grad_()

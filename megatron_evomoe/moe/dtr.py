@@ -129,8 +129,8 @@ def init_dtr(weights: DtrWeights, phi_std: float) -> None:
 class _ProjectByModality(torch.autograd.Function):
     """(e, u) = (W1·z, W2_down·z) of the text tokens, then of the image tokens; e without its bias.
 
-    By hand for three reasons, all measured (docs/router.md): autograd would keep the gathered, up-cast copy of z (T·C
-    numbers in fp32) until the backward; it would build ∂z from four full-size terms; and each of them by a scatter into zeros.
+    By hand because autograd would keep a gathered, up-cast copy of z (T·C numbers in fp32) until the backward, and build
+    ∂z out of two scatters into zeros and their sums. docs/router.md has what that is worth.
     """
 
     @staticmethod
@@ -155,7 +155,7 @@ class _ProjectByModality(torch.autograd.Function):
             needs_weight1, needs_down = ctx.needs_input_grad[3:][pair]
             dweights += [de.t() @ z if needs_weight1 else None, du.t() @ z if needs_down else None]
             if dz_TC is not None:
-                dz_TC.index_copy_(0, index, torch.addmm(du @ down, de, weight1).to(z_TC.dtype))
+                dz_TC.index_copy_(0, index, (du @ down).addmm_(de, weight1).to(z_TC.dtype))
         return dz_TC, None, None, *dweights
 
 

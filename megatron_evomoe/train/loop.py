@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Iterator
@@ -142,17 +143,22 @@ def _save(session: Session, built: Built, record: Record, config: RunConfig, sta
 
 
 def _measure(session: Session, built: Built, config: RunConfig, stage: StageConfig, step: int, meter: report.StageMeter) -> None:
-    """Held-out accuracy, seeing and blind, and what the experts do. Communicates."""
+    """Held-out accuracy, seeing, blind and with shuffled routing, and what the experts do. Communicates."""
     asked = questions(session, config, config.train.eval_samples)
-    scores: dict[str, Any] = {}
-    if asked:
-        decode = {"chunks": built.wrapped, "questions": asked, "tokenizer": session.tokenizer,
-                  "stop": session.stop_ids(config), "batch_size": config.train.eval_batch_size}
-        with collect.watching(built.mixtures(), config) as watch:
-            seeing = evaluate.exact_match(**decode)
-        scores = {"accuracy": seeing, "blind": evaluate.exact_match(**decode, blind=True)}
-        if stage.kind == "route":
-            collect.save(session.run_dir, stage.name, step, watch, built.mixtures(), config, is_main=session.topology.rank == 0)
+    if not asked:
+        meter.finish({})
+        return
+    ask = functools.partial(evaluate.exact_match, built.wrapped, asked, session.tokenizer, stop=session.stop_ids(config),
+                            batch_size=config.train.eval_batch_size)
+    mixtures = built.mixtures()
+    with collect.watching(mixtures, config) as watch:
+        scores = {"accuracy": ask()}
+    scores["blind"] = ask(blind=True)
+    if stage.kind == "route":
+        collect.save(session.run_dir, stage.name, step, watch, mixtures, config, is_main=session.topology.rank == 0)
+        for i in range(config.train.eval_shuffles):
+            with collect.shuffled(mixtures, seed=config.train.seed + i):
+                scores[f"shuffled {i + 1}"] = ask()
     meter.finish(scores)
 
 

@@ -6,6 +6,7 @@ import gc
 import json
 import logging
 import os
+import socket
 import time
 
 import numpy as np
@@ -15,10 +16,11 @@ import torch
 from megatron_evomoe.config import ConfigError
 from megatron_evomoe.data.conversation import IGNORE_INDEX, PADDING, VISION
 from megatron_evomoe.data.errors import DataError
-from megatron_evomoe.data.image import decode_image
+from megatron_evomoe.data.image import ImageProcessor, decode_image
 from megatron_evomoe.data.loader import SampleOrder, prepare_eval
 from megatron_evomoe.data.order import replica_positions
 from megatron_evomoe.data.shards import RawSample, ShardDataset, write_shards
+from megatron_evomoe.data.tokenizer import build_tokenizer
 
 from .helpers import TOKENS_PER_IMAGE, chat, jpeg, loader, samples, take
 
@@ -175,12 +177,9 @@ def test_no_descriptors_or_processes_are_left_over(dataset, sp, processor):
 
 
 def _gloo_rank(rank, port, folder, sp_path, queue):
-    from megatron_evomoe.data.image import ImageProcessor
-    from megatron_evomoe.data.tokenizer import build_tokenizer
-
     torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     torch.set_num_threads(2)
-    torch.randn(256, 256) @ torch.randn(256, 256)  # a thread pool exists before the fork
+    torch.randn(256, 256) @ torch.randn(256, 256)  # a thread pool exists before the workers are forked
     seen = []
     for step in take(loader(ShardDataset(folder), build_tokenizer(sp_path), ImageProcessor(8), workers=2,
                             data_parallel_rank=rank, data_parallel_size=2), 4):
@@ -192,21 +191,22 @@ def _gloo_rank(rank, port, folder, sp_path, queue):
     torch.distributed.destroy_process_group()
 
 
-def test_workers_fork_while_gloo_runs(shard_dir, sp_path):
-    import socket
+def _two_gloo_ranks(port, folder, sp_path, queue):
+    """In a process of its own, whatever groups the test session has; forks the ranks, so that torch is imported once."""
+    torch.multiprocessing.start_processes(_gloo_rank, (port, folder, sp_path, queue), nprocs=2, start_method="fork")
 
+
+def test_workers_fork_while_gloo_runs(shard_dir, sp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     context = torch.multiprocessing.get_context("spawn")
     queue = context.Queue()
-    ranks = [context.Process(target=_gloo_rank, args=(r, port, shard_dir, sp_path, queue)) for r in range(2)]
-    for process in ranks:
-        process.start()
-    results = dict(queue.get(timeout=60) for _ in ranks)
-    for process in ranks:
-        process.join(30)
-        assert process.exitcode == 0
+    launcher = context.Process(target=_two_gloo_ranks, args=(port, shard_dir, sp_path, queue))
+    launcher.start()
+    results = dict(queue.get(timeout=120) for _ in range(2))
+    launcher.join(60)
+    assert launcher.exitcode == 0
     order = SampleOrder(50, seed=5)
     for step in range(4):
         assert results[0][step][0] == results[1][step][0] == 8

@@ -81,6 +81,21 @@ def test_every_expert_follows_its_rule(rule: str, experts: int) -> None:
     assert [n for n, _ in module.local_experts()] == list(range(1, experts))
 
 
+def test_a_transformer_layer_builds_and_numbers_it() -> None:
+    """Through core's own code, which passes an FFN it does not know other arguments in 0.16 than in 0.19."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer.spec_utils import build_module
+
+    from megatron_evomoe.moe.evolving import evolving_mlp_spec
+
+    spec = get_gpt_layer_local_spec()
+    spec.submodules.mlp = evolving_mlp_spec(spec.submodules.mlp, models.moe_config())
+    layer = build_module(spec, config=models.transformer_config(), layer_number=3)
+    assert layer.mlp.layer_number == 3 and not layer.is_moe_layer
+    out, _ = layer(torch.randn(4, 1, models.HIDDEN), attention_mask=torch.ones(1, 1, 4, 4).tril() < 0.5)
+    assert out.shape == (4, 1, models.HIDDEN)
+
+
 def test_begin_copies_expert_one() -> None:
     module = models.evolving_mlp(models.transformer_config(dtype=torch.bfloat16), models.moe_config())
     module.begin()

@@ -105,13 +105,13 @@ def test_no_backward_below_the_lowest_trained_layer(kind, first_with_gradient):
     assert seen == {i: i >= first_with_gradient for i in range(2)}
 
 
-@pytest.mark.parametrize("kind", ["evolve", "route"])
-def test_full_recompute_gives_the_same_gradients_above_frozen_layers(kind):
+@pytest.mark.parametrize(("kind", "recompute"), [("evolve", "full"), ("route", "full"), ("evolve", "selective")])
+def test_recompute_gives_the_same_gradients_above_frozen_layers(kind, recompute):
     from megatron_evomoe.train.step import take_step
 
     found = []
-    for recompute in (None, "full"):
-        built = built_for(kind, train={"recompute_granularity": recompute})
+    for granularity in (None, recompute):
+        built = built_for(kind, train={"recompute_granularity": granularity, "recompute_modules": ["mlp"]})
         take_step(built, step_of(rows([1, 0])), 1)
         found.append(gradients(built))
     assert any(g.abs().max() > 0 for g in found[0].values())

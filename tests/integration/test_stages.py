@@ -1,0 +1,124 @@
+"""All four stages through the command line on real shards: one process, two processes, killed and resumed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.integration.conftest import ROOT, environment, metrics, run
+
+STAGES = ("align", "warmup", "evolve", "route")
+VOLATILE = {"time", "iteration-time", "tokens/s", "samples"}
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory, tiny_yaml) -> Path:
+    """A finished run of two processes with expert parallel 2."""
+    folder = tmp_path_factory.mktemp("two")
+    path = tiny_yaml(folder, parallel={"expert_model_parallel_size": 2})
+    run("train", "--config", str(path), processes=2)
+    return folder
+
+
+def steady(lines):
+    return [{k: v for k, v in line.items() if k not in VOLATILE} for line in lines]
+
+
+def test_every_stage_trains_saves_and_is_measured(two_ranks):
+    out = two_ranks / "run"
+    lines = metrics(out)
+    assert [(x["stage"], x["step"]) for x in lines] == [(s, i + 1) for s in STAGES for i in range(2 if s == "align" else 6)]
+    summary = {row["stage"]: row for row in json.loads((out / "summary.json").read_text())}
+    for stage in STAGES:
+        assert (out / stage / "latest_checkpointed_iteration.txt").read_text() == ("2" if stage == "align" else "6")
+        assert 0 <= summary[stage]["accuracy"]["overall"] <= 1 and "blind" in summary[stage]
+    assert summary["route"]["parameters"] > summary["route"]["active"] > summary["route"]["trainable"] > 0
+    warmup = [x["lm loss"] for x in lines if x["stage"] == "warmup"]
+    assert warmup[-1] < warmup[0] - 0.1
+    tables = [json.loads(line)["title"] for line in (out / "tables.jsonl").read_text().splitlines()]
+    assert tables == ["Stages", "Held-out exact match by kind of question, %"]
+
+
+def test_routing_is_measured(two_ranks):
+    out = two_ranks / "run"
+    route = [x for x in metrics(out) if x["stage"] == "route"]
+    shares = [route[1][f"moe/share_vision/layer_2/expert_{e}"] for e in range(4)]
+    assert sum(shares) == pytest.approx(1) and "load_balancing_loss" in route[1]
+    # E Σ F·G is 1 for an even split and at most 4 for a collapse
+    assert 0.99 < route[1]["load_balancing_loss"] <= 4.0
+    kinds = [json.loads(line)["kind"] for line in (out / "diagnostics.jsonl").read_text().splitlines()]
+    assert kinds == ["shares", "logits", "similarity"]
+
+
+def test_checkpoint_carries_its_lineage(two_ranks):
+    record = json.loads((two_ranks / "run" / "route" / "iter_0000006" / "evomoe.json").read_text())
+    assert [ancestor["stage"] for ancestor in record["lineage"]] == ["align", "warmup", "evolve"]
+    assert (record["position"], record["finished"], record["num_experts"]) == (48, True, 4)
+    assert (two_ranks / "run" / "route" / "iter_0000006" / "run_config.yaml").exists()
+
+
+def test_finished_run_is_not_run_again_and_plots(two_ranks, tmp_path):
+    before = (two_ranks / "run" / "metrics.jsonl").read_text()
+    done = run("train", "--config", str(two_ranks / "run.yaml"), processes=2)
+    assert "stage route: already finished" in done.stdout
+    assert (two_ranks / "run" / "metrics.jsonl").read_text() == before
+    run("plot", "--run", str(two_ranks / "run"), "--output", str(tmp_path))
+    assert sorted(p.name for p in tmp_path.glob("*.png")) == [
+        "expert_similarity.png", "loss.png", "modality_share.png", "router_logits.png"]
+
+
+def test_killed_in_every_stage_and_resumed_gives_the_same_bits(two_ranks, tiny_yaml, tmp_path):
+    """SIGKILL of all processes once per stage; every later step must equal the unbroken run's, to the last bit."""
+    path = tiny_yaml(tmp_path, parallel={"expert_model_parallel_size": 2})
+    out = tmp_path / "run"
+    for stage in ("warmup", "evolve", "route"):
+        _run_until(path, out, stage, step=3)
+    run("train", "--config", str(path), processes=2)
+    resumed, unbroken = metrics(out), metrics(two_ranks / "run")
+    # routing metrics sum over the steps since the last line, so the interval of 2 divides the resume points of 2
+    assert steady(resumed) == steady(unbroken)
+    events = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
+    assert [e["stage"] for e in events if e["event"] == "resume"] == ["warmup", "evolve", "route"]
+
+
+def _run_until(path: Path, out: Path, stage: str, step: int) -> None:
+    """Start the job and kill every process of it as soon as `stage` has logged `step`."""
+    job = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "megatron_evomoe", "train",
+         "--config", str(path)],
+        env=environment(), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and job.poll() is None:
+        file = out / "metrics.jsonl"
+        lines = [json.loads(x) for x in file.read_text().splitlines(keepends=True) if x.endswith("\n")] if file.exists() else []
+        if any(x["stage"] == stage and x["step"] >= step for x in lines):
+            break
+        time.sleep(0.02)
+    assert job.poll() is None, f"the job ended before {stage} reached step {step}: {job.stderr.read()[-3000:]}"
+    # torchrun's workers lead sessions of their own: a kill of its process group would leave them training on
+    for process in [*psutil.Process(job.pid).children(recursive=True), job]:
+        process.kill()
+    job.wait()
+
+
+def test_baselines_run_from_a_dense_checkpoint(two_ranks, tiny_yaml, tmp_path):
+    """MoE-LLaVA's setting: replicated experts, one linear router, both trained; and the dense control."""
+    warmup = str(two_ranks / "run" / "warmup")
+    path = tiny_yaml(tmp_path, stages=[
+        {"name": "replicate-linear", "kind": "route", "load": warmup, "router": "linear", "expert_init": "replicate",
+         "trainable": ["router", "experts"], "train_iters": 2},
+        {"name": "noise-modality", "kind": "route", "load": warmup, "router": "modality-linear", "expert_init": "noise", "train_iters": 2},
+        {"name": "dense", "load": warmup, "train_iters": 2},
+    ])
+    run("train", "--config", str(path))
+    rows = {r["stage"]: r for r in json.loads((tmp_path / "run" / "summary.json").read_text())}
+    experts = 4 * 3 * 32 * 48
+    assert rows["replicate-linear"]["trainable"] == experts + 4 * 32
+    assert rows["noise-modality"]["trainable"] == 2 * 4 * 32
+    assert rows["dense"]["active"] == rows["dense"]["parameters"]
