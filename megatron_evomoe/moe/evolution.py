@@ -4,9 +4,9 @@ Names: θ_1 is the trained FFN, θ_n an evolved expert, θ_1^prev the trained FF
 gradient, β the share of θ_n that is kept. `docs/stages.md` has the printed formula, why there are three rules and what
 each measured. No state, no communication: `moe/evolving.py` holds the first and nothing needs the second.
 
-Every operation below is a single correctly rounded multiplication, addition or subtraction. ``lerp_`` or
-``add_(…, alpha=…)`` would save a pass, but may fuse both into one rounding in a vector register and not in the rest of
-the loop; then an element's last bit would depend on where in its shard it lies, hence on the layout.
+Every operation below is a single correctly rounded multiplication, addition or subtraction, so the bits are the same on any
+device, vector width and layout. ``add_(…, alpha=…)`` and ``lerp_`` would save a pass, but torch may round their two operations
+as one (its CPU kernels do where they can), and promises nothing about where.
 """
 
 from __future__ import annotations

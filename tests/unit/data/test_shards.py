@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -14,7 +15,7 @@ import pytest
 from megatron_evomoe.config import ConfigError
 from megatron_evomoe.data import shard_index
 from megatron_evomoe.data.errors import SampleError
-from megatron_evomoe.data.shards import ShardDataset, expand_paths, write_shards
+from megatron_evomoe.data.shards import ShardDataset, expand_paths, tar_bytes, write_shards
 
 from .helpers import chat, jpeg, open_files_under, samples
 
@@ -70,6 +71,8 @@ def test_bytes_are_reproducible(tmp_path):
     first, second = (write_shards(samples(7), tmp_path / n, samples_per_shard=3) for n in "ab")
     assert [p.name for p in first] == [f"shard-{i:06d}.tar" for i in range(3)]
     assert [p.read_bytes() for p in first] == [p.read_bytes() for p in second]
+    constant = tar_bytes([("k", {"a": "é"}, [b"\x89PNG", b"RIFF0000WEBP"])])  # no clock, user or machine in it
+    assert hashlib.sha256(constant).hexdigest() == "990c1fa98243ccf9561a985fb2fa9d33bd1ac76dd2c2ff1e362ad0d65efb1554"
     with pytest.raises(ConfigError, match="already holds shards"):
         write_shards(samples(2), tmp_path / "a")
     with pytest.raises(ConfigError, match="no samples"):

@@ -119,11 +119,19 @@ def test_delta_over_a_bf16_expert_follows_its_master_weights() -> None:
 
 
 @pytest.mark.parametrize("rule", list(RULES))
-def test_bits_do_not_depend_on_where_an_element_lies(rule: str) -> None:
-    """Shards of odd sizes, as another layout has them: vector loop and its tail must round alike."""
+def test_bits_are_those_of_single_operations(rule: str) -> None:
+    """numpy never fuses; and shards of odd sizes, as another layout has them, round as the whole does."""
     path = walk(torch.float32, size=1001)
+    theta = [t.numpy() for t in path]
+    expected = theta[0].copy()
+    for step in range(1, len(theta)):
+        beta = draw_beta(1, step, 2, 3, *RANGE)
+        kept, share, update = np.float32(beta), np.float32(1.0 - beta), theta[step] - theta[step - 1]
+        first = {"delta": expected, "ema": expected * kept, "printed": theta[step] * kept}[rule]
+        expected = first + (theta[step] if rule == "ema" else update) * share
+    assert np.array_equal(run(rule, path, torch.float32).numpy(), expected)
     pieces = [run(rule, [t[a:b].clone() for t in path], torch.float32) for a, b in ((0, 7), (7, 130), (130, 1001))]
-    assert torch.equal(torch.cat(pieces), run(rule, path, torch.float32))
+    assert np.array_equal(torch.cat(pieces).numpy(), expected)
 
 
 def test_draws_are_uniform_in_their_range() -> None:
