@@ -58,6 +58,7 @@ def _train(args: argparse.Namespace) -> int:
     backend.prepare()
     import torch.distributed as dist
 
+    from megatron_evomoe.data.errors import DataError
     from megatron_evomoe.train.loop import train
     from megatron_evomoe.train.step import NonFiniteError
 
@@ -65,7 +66,8 @@ def _train(args: argparse.Namespace) -> int:
     try:
         train(config, args.stage)
     except (*_user_errors(), NonFiniteError) as error:
-        if dist.get_rank() == 0 or isinstance(error, OSError):
+        # samples are read by some ranks only, so their errors are told by whoever meets them; the rest all ranks know alike
+        if dist.get_rank() == 0 or isinstance(error, DataError):
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     finally:

@@ -12,6 +12,7 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import itertools
 import os
 import re
 import typing
@@ -133,7 +134,7 @@ class MoEConfig:
     dtr_rank: int = 16
     """r, width of the generated router."""
     dtr_init_std: float = 0.02
-    """Standard deviation of the hypernetworks' weights at the start."""
+    """Standard deviation of φ at the start; the hypernetworks are scaled by fan-in (docs/router.md)."""
     dtr_activation: Literal["none", "gelu", "silu"] = "none"
     """Activation between the two maps of a hypernetwork; the paper's Eq. 5 has none."""
     router_gate: Literal["prob", "straight_through"] = "straight_through"
@@ -152,8 +153,8 @@ class MoEConfig:
     """Where the experts of a routed stage come from when it starts from a dense checkpoint. `evolve` expects an evolved one."""
     expert_init_noise: float = 0.01
     """For `noise`: standard deviation, in units of each weight matrix's own."""
-    evolution_rule: Literal["delta", "ema", "printed"] = "delta"
-    """How experts 2…N follow expert 1 (docs/stages.md)."""
+    evolution_rule: str = "delta"
+    """How experts 2…N follow expert 1: delta, ema, printed, or a rule of your own (docs/stages.md)."""
     evolution_beta: list[tuple[float, float]] = field(default_factory=lambda: [(0.9, 0.99), (0.8, 0.89), (0.7, 0.79)])
     """[low, high) of β for experts 2…N; one pair each (the paper's, for N = 4)."""
 
@@ -567,7 +568,7 @@ def _field_docs(cls: type) -> dict[str, str]:
     """The string under each field, read from the source."""
     body = ast.parse(inspect.cleandoc(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
     docs = {}
-    for statement, following in zip(body, body[1:], strict=False):
+    for statement, following in itertools.pairwise(body):
         if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
             docs[statement.target.id] = ast.literal_eval(following.value).replace("%", "%%")  # type: ignore[union-attr]
     return docs

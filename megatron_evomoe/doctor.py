@@ -68,9 +68,9 @@ def _devices(problems: list[str]) -> list[tuple[str, str]]:
     for i in range(torch.cuda.device_count()):
         p = torch.cuda.get_device_properties(i)
         rows.append((f"GPU {i}", f"{p.name}, {p.total_memory / 2**30:.0f} GiB, sm_{p.major}{p.minor}"))
-    rows.append(("Transformer Engine", _optional("transformer_engine", "pip install 'megatron_evomoe[gpu]'; local layers run until then")))
-    rows.append(("apex", _optional("apex", "NVIDIA's, built from source as the Dockerfile does (never PyPI's apex); torch's Adam runs until then")))
-    return rows
+    te = _optional("transformer_engine", "pip install 'megatron_evomoe[gpu]'; local layers run until then")
+    apex = _optional("apex", "NVIDIA's, built from source (PyPI's apex is another package); torch's Adam runs until then")
+    return [*rows, ("Transformer Engine", te), ("apex", apex)]
 
 
 def _optional(module: str, remedy: str) -> str:

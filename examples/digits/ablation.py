@@ -71,7 +71,8 @@ def train(args: argparse.Namespace) -> None:
             (folder / "ablation.yaml").write_text(yaml.safe_dump(configuration(args, seed), sort_keys=False))
             command = [sys.executable, "-m", "megatron_evomoe", "train", "--config", str(folder / "ablation.yaml")]
             with open(folder / "log.txt", "a") as log:
-                running.append((seed, subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})))
+                job = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                running.append((seed, job))
         seed, job = running.pop(0)
         if job.wait():
             raise SystemExit(f"seed {seed} failed; see {args.output / f'seed{seed}' / 'log.txt'}")

@@ -36,10 +36,10 @@ def main() -> None:
     backend.init_process_group(timeout_minutes=5)
     from megatron_evomoe.checkpoint import store
     from megatron_evomoe.checkpoint.record import Record
+    from megatron_evomoe.config import ParallelConfig
     from megatron_evomoe.data.image import processor_for
     from megatron_evomoe.model.vision import build_vision_model
     from megatron_evomoe.parallel import rng, topology
-    from megatron_evomoe.config import ParallelConfig
 
     config.parallel = ParallelConfig()
     config.train.micro_batch_size = config.train.global_batch_size = 1

@@ -64,7 +64,8 @@ def read(directory: Path) -> Record:
         raw = json.loads(path.read_text())
         record = Record(**raw)
     except FileNotFoundError:
-        raise CheckpointError(f"{directory} is no complete checkpoint: {FILE_NAME} is missing (interrupted while saving?)") from None
+        raise CheckpointError(f"{directory} is no complete checkpoint: {FILE_NAME} is missing "
+                              "(interrupted while saving?)") from None
     except (json.JSONDecodeError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from None
     if record.format != FORMAT:

@@ -107,12 +107,14 @@ class EvolvingMLP(MLP):
         """Update θ_n after optimizer step `step`; `rule` and `ranges` default to the configuration's.
 
         A rule that needs it gets the gradient as it stands in ``main_grad``: reduced over all replicas, divided by the
-        number of tokens and — because megatron-core clips the very same memory — clipped, i.e. what Adam was given.
+        number of tokens and — because megatron-core clips fp32 gradients in that very memory — clipped, i.e. what Adam was
+        given. (With ``grad_reduce_in_fp32=False`` Adam gets a clipped copy, and this the unclipped bf16 gradient.)
 
         Raises `ConfigError` when there is nothing to evolve from: no layer number, neither begun nor loaded, or no
         gradient.
         """
-        chosen = rule_named(rule or self.moe.evolution_rule)
+        rule = rule or self.moe.evolution_rule
+        chosen = rule_named(rule)
         ranges = self.moe.evolution_beta if ranges is None else ranges
         validate_ranges(self.moe.num_experts, ranges)
         if self.layer_number is None:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from megatron_evomoe.checkpoint import record as records
 from megatron_evomoe.checkpoint import store
@@ -18,7 +17,7 @@ from megatron_evomoe.checkpoint.record import CheckpointError, Record
 from megatron_evomoe.config import RunConfig, StageConfig
 from megatron_evomoe.diagnose import collect
 from megatron_evomoe.moe import evolution
-from megatron_evomoe.parallel import backend, broadcast, rng, topology
+from megatron_evomoe.parallel import broadcast, rng, topology
 from megatron_evomoe.train import evaluate, report
 from megatron_evomoe.train.build import Built, build_stage
 from megatron_evomoe.train.session import Session, earlier_stage, open_session, questions, selected, stage_dir, train_loader
@@ -87,8 +86,9 @@ def next_step(batches: Iterator[Any] | None, session: Session, config: RunConfig
 
 def _check_evolution(built: Built, session: Session, config: RunConfig) -> None:
     if built.evolving:
-        evolution.check_rule(config.moe.evolution_rule, config.parallel.use_distributed_optimizer,
-                             session.topology.data_parallel_size, config.parallel.overlap_param_gather)
+        replicas = session.topology.data_parallel_size * config.parallel.context_parallel_size
+        evolution.check_rule(config.moe.evolution_rule, config.parallel.use_distributed_optimizer, replicas,
+                             config.parallel.overlap_param_gather)
 
 
 def _begin(session: Session, built: Built, stage: StageConfig, config: RunConfig) -> Record:
@@ -99,6 +99,9 @@ def _begin(session: Session, built: Built, stage: StageConfig, config: RunConfig
         source = start_from(source_path, built, config, stage, fingerprint=session.fingerprint)
         lineage = [*source.lineage, {"stage": source.stage, "kind": source.kind, "step": source.step,
                                      "path": str(store.resolve(source_path))}]
+    else:
+        for mlp in built.evolving:
+            mlp.begin()
     session.logger.event("begin", stage=stage.name, source=str(source_path) if source_path else None)
     return Record(stage=stage.name, kind=stage.kind, step=0, position=0, finished=False, layout=rng.layout(),
                   vocab_size=config.language.vocab_size or 0, tokenizer_fingerprint=session.fingerprint,
@@ -119,7 +122,8 @@ def _source(session: Session, stage: StageConfig, config: RunConfig) -> str | Pa
 def _resume(session: Session, found: Path, built: Built, stage: StageConfig, config: RunConfig) -> Record:
     record = records.read(found)
     if record.kind != stage.kind:
-        raise CheckpointError(f"{found} belongs to a {record.kind!r} stage, {stage.name!r} is {stage.kind!r}; choose another --save")
+        raise CheckpointError(f"{found} belongs to a {record.kind!r} stage, {stage.name!r} is {stage.kind!r}; "
+                              "choose another --save")
     check_tokenizer(record, found, session.fingerprint)
     store.load_training_state(found, modules=built.modules, optimizer=built.optimizer, scheduler=built.scheduler, record=record)
     session.logger.rewind(stage.name, record.step)

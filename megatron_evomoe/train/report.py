@@ -152,13 +152,16 @@ def stage_table(session: Session) -> None:
         session.logger.table(
             "Held-out exact match by kind of question, %",
             ["question", *(r["stage"] for r in rows), f"{rows[-1]['stage']}, image blanked"],
-            [[k, *(_round(100 * r.get("accuracy", {}).get(k, float("nan")), 1) for r in rows), _round(100 * blind.get(k, float("nan")), 1)]
-             for k in kinds],
+            [[k, *(_of_kind(r.get("accuracy", {}), k) for r in rows), _of_kind(blind, k)] for k in kinds],
         )
 
 
 def _percent(row: dict[str, Any], name: str) -> float | None:
     return _round(100 * row[name]["overall"], 1) if name in row else None
+
+
+def _of_kind(accuracy: dict[str, float], kind: str) -> float | None:
+    return _round(100 * accuracy[kind], 1) if kind in accuracy else None
 
 
 def _round(value: float | None, digits: int) -> float | None:

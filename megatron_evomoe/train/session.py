@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,9 +11,11 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_evomoe.config import ConfigError, RunConfig, StageConfig
+from megatron_evomoe.data.batch import prepare_eval
 from megatron_evomoe.data.conversation import check_template, stop_ids
+from megatron_evomoe.data.errors import SampleError
 from megatron_evomoe.data.image import ImageProcessor, processor_for
-from megatron_evomoe.data.loader import TrainLoader, prepare_eval
+from megatron_evomoe.data.loader import TrainLoader
 from megatron_evomoe.data.shards import ShardDataset
 from megatron_evomoe.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_evomoe.observe.log import RunLogger
@@ -101,19 +104,24 @@ def train_loader(session: Session, config: RunConfig, *, start_position: int) ->
 
 
 def questions(session: Session, config: RunConfig, limit: int = 0) -> list[Question]:
-    """The held-out questions, the same list on every rank; unusable samples are left out and counted in the log."""
+    """The held-out questions, the same list on every rank; unusable samples are left out, counted and logged."""
     found: list[Question] = []
-    for path in config.data.eval_data:
-        dataset = ShardDataset([path])
-        for i in range(len(dataset)):
-            raw = dataset.read(i)
-            for prompt, answer, images, meta in prepare_eval(
-                raw, session.tokenizer, session.processor, config.data.conversation_template, config.vision.tokens_per_image
-            ):
-                found.append(Question(prompt=prompt, answer=answer, images=images, kind=str(meta.get("kind", "all"))))
-            if limit and len(found) >= limit:
-                return found[:limit]
-    return found
+    skipped: Counter[str] = Counter()
+    dataset = ShardDataset(config.data.eval_data) if config.data.eval_data else []
+    for i in range(len(dataset)):
+        try:
+            samples = prepare_eval(dataset.read(i), session.tokenizer, session.processor, config.data.conversation_template,
+                                   config.vision.tokens_per_image, max_image_pixels=config.data.max_image_pixels)
+        except SampleError as error:
+            skipped[error.reason] += 1
+            continue
+        found += [Question(prompt=s.prompt, answer=s.answer, images=s.images, kind=str(s.metadata.get("kind", "all")))
+                  for s in samples]
+        if limit and len(found) >= limit:
+            break
+    if skipped:
+        log.warning("held-out samples left out: %s", ", ".join(f"{n} {reason}" for reason, n in skipped.items()))
+    return found[:limit] if limit else found
 
 
 def earlier_stage(config: RunConfig, stage: StageConfig) -> StageConfig | None:

@@ -113,7 +113,8 @@ def test_baselines_run_from_a_dense_checkpoint(two_ranks, tiny_yaml, tmp_path):
     path = tiny_yaml(tmp_path, stages=[
         {"name": "replicate-linear", "kind": "route", "load": warmup, "router": "linear", "expert_init": "replicate",
          "trainable": ["router", "experts"], "train_iters": 2},
-        {"name": "noise-modality", "kind": "route", "load": warmup, "router": "modality-linear", "expert_init": "noise", "train_iters": 2},
+        {"name": "noise-modality", "kind": "route", "load": warmup, "router": "modality-linear", "expert_init": "noise",
+         "train_iters": 2},
         {"name": "dense", "load": warmup, "train_iters": 2},
     ])
     run("train", "--config", str(path))

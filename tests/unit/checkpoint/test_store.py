@@ -195,7 +195,7 @@ def test_no_space_is_refused_before_anything_is_written(tmp_path, monkeypatch):
     _, built = built_for("align", trained=1)
     first = save(tmp_path, built, "align", 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=1, used=0, free=1000))
-    with pytest.raises(CheckpointError, match=r"needs about .* MiB and 0.0 MiB are free\. Nothing was written; .*iter_0000001 stays"):
+    with pytest.raises(CheckpointError, match=r"needs about .* and 0.0 MiB are free\. Nothing was written; .*iter_0000001 stays"):
         save(tmp_path, built, "align", 2)
     assert [p.name for p in tmp_path.glob("iter_*")] == [first.name]
     assert store.latest(tmp_path) == first
