@@ -78,6 +78,8 @@ class LanguageConfig:
     """Sliding attention window in tokens (Mistral); none attends to everything before."""
     tie_word_embeddings: bool = True
     """One matrix for input and output embeddings."""
+    init_method_std: float = 0.02
+    """Standard deviation of fresh weights, projector included (Megatron's default; small widths learn faster from more)."""
 
 
 @dataclass(kw_only=True)
@@ -104,6 +106,8 @@ class VisionConfig:
     """Which hidden state is the feature: −1 the last layer's, −2 the one before (LLaVA's mm_vision_select_layer)."""
     feature_select: Literal["patch", "cls_patch"] = "patch"
     """`patch` drops the class token, `cls_patch` keeps it (LLaVA's names; SigLIP has none to drop)."""
+    init_method_std: float = 0.02
+    """Standard deviation of fresh weights (a tower is usually loaded, not trained from scratch)."""
 
     @property
     def num_layers_used(self) -> int:

@@ -64,7 +64,8 @@ VISION_PRESETS: dict[str, dict[str, Any]] = {
 DEFAULT_VISION = "clip-l-336"
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
-    "tiny": {"language": {}, "vision": {}},  # the dataclasses' own defaults
+    # the dataclasses' own sizes; weights as large as such small widths need
+    "tiny": {"language": {"init_method_std": 0.06}, "vision": {"init_method_std": 0.1}},
     **{name: {"language": language, "vision": VISION_PRESETS[DEFAULT_VISION]} for name, language in LANGUAGE_PRESETS.items()},
     **{
         f"{name}+{tower}": {"language": language, "vision": vision}

@@ -3,7 +3,8 @@
     python examples/digits/pretrain_tower.py --config examples/digits/quickstart.yaml --data DIR/tower.npz --output DIR
 
 The tower (megatron-core's ViT, the one the model uses) learns to name the digit in each quarter of a grid of *training*
-scans; the head is thrown away. Nothing here sees a held-out scan or a question.
+scans, once from that quarter's patches and once from the average of all patches, so that a patch says what it shows and
+where, as CLIP's do. The heads are thrown away. Nothing here sees a held-out scan or a question.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ def main() -> None:
     parser.add_argument("--config", required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--lr", type=float, default=4e-3)
     args = parser.parse_args()
     config = load_config(args.config)
     backend.prepare()
@@ -46,15 +47,26 @@ def main() -> None:
     topology.initialize(config)
     topology.seed_everything(config.train.seed)
     tower = build_vision_model(config)
-    head = torch.nn.Linear(config.vision.hidden_size, 10)
+    head = Heads(config.vision.hidden_size)
     data = np.load(args.data)
     pixels = processor_for(config).normalize(torch.from_numpy(data["pixels"]).unsqueeze(1).expand(-1, 3, -1, -1))
     accuracy = pretrain(tower, head, pixels, torch.from_numpy(data["labels"]), args)
     record = Record(stage="tower", kind="pretrained", step=args.steps, position=0, finished=True, layout=rng.layout(), vocab_size=0,
                     tokenizer_fingerprint="", parts=["vision_model"])
     path = store.save_weights(args.output, {"vision_model": tower}, record, config.to_yaml())
-    print(f"tower: {100 * accuracy:.1f} % of its last 50 batches' cells named; saved to {path}")
+    print(f"tower: {100 * accuracy:.1f} % of the digits of its last 50 batches named; saved to {path}")
     torch.distributed.destroy_process_group()
+
+
+class Heads(torch.nn.Module):
+    """Digit logits [n, 4, 10] from patch features [n, p, C]: by each quarter's average, and by the whole picture's."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.local, self.whole = torch.nn.Linear(width, 10), torch.nn.Linear(width, CELLS**2 * 10)
+
+    def forward(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.local(by_cell(features)), self.whole(features.mean(1)).unflatten(1, (CELLS**2, 10))
 
 
 def pretrain(tower: torch.nn.Module, head: torch.nn.Module, pixels: torch.Tensor, labels: torch.Tensor,
@@ -65,15 +77,16 @@ def pretrain(tower: torch.nn.Module, head: torch.nn.Module, pixels: torch.Tensor
     generator, started, right = torch.Generator().manual_seed(0), time.perf_counter(), []
     for step in range(1, args.steps + 1):
         chosen = torch.randint(len(pixels), (args.batch,), generator=generator)
-        logits, wanted = head(by_cell(tower(pixels[chosen]))), labels[chosen]
-        loss = F.cross_entropy(logits.flatten(0, 1), wanted.flatten())
+        wanted = labels[chosen]
+        local, whole = head(tower(pixels[chosen]))
+        loss = sum(F.cross_entropy(logits.flatten(0, 1), wanted.flatten()) for logits in (local, whole))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-        right.append((logits.argmax(-1) == wanted).float().mean().item())
+        right.append((whole.argmax(-1) == wanted).float().mean().item())
         if step % 200 == 0:
-            print(f"[tower {step}/{args.steps}] loss {loss.item():.3f} | cells named {100 * np.mean(right[-50:]):.1f} % | "
+            print(f"[tower {step}/{args.steps}] loss {loss.item():.3f} | digits named {100 * np.mean(right[-50:]):.1f} % | "
                   f"{time.perf_counter() - started:.0f} s", flush=True)
     return float(np.mean(right[-50:]))
 

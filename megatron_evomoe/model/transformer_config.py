@@ -116,6 +116,7 @@ def language_transformer_config(config: RunConfig) -> TransformerConfig:
         hidden_size=lm.hidden_size,
         ffn_hidden_size=lm.ffn_hidden_size,
         num_attention_heads=lm.num_attention_heads,
+        init_method_std=lm.init_method_std,
         num_query_groups=lm.num_query_groups or lm.num_attention_heads,
         kv_channels=lm.kv_channels or lm.hidden_size // lm.num_attention_heads,
         normalization=lm.normalization,
@@ -185,6 +186,7 @@ def vision_transformer_config(config: RunConfig) -> TransformerConfig:
     return _build(
         config,
         num_layers=vision.num_layers_used,
+        init_method_std=vision.init_method_std,
         hidden_size=vision.hidden_size,
         ffn_hidden_size=vision.ffn_hidden_size,
         num_attention_heads=vision.num_attention_heads,

@@ -16,7 +16,7 @@ from megatron.core import parallel_state as ps
 from megatron.core import tensor_parallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megatron_evomoe.data.conversation import PADDING, TEXT, EncodedSample
+from megatron_evomoe.data.conversation import PADDING, TEXT, VISION, EncodedSample
 from megatron_evomoe.parallel import backend
 
 
@@ -104,39 +104,51 @@ def greedy(chunks: list[torch.nn.Module], prompts: Sequence[EncodedSample], imag
     Args:
         images: uint8 [n, 3, S, S], in prompt order.
 
-    Communicates: every rank of every replica takes part in every forward, and all stop together.
+    Communicates: every rank of every replica takes part in every forward, and all stop together. Rows that have ended are
+    left out of the next forward; a replica with none left repeats its first.
     """
-    where = backend.device()
-    multiple = ps.get_tensor_model_parallel_world_size()
-    longest = max(len(p.tokens) for p in prompts) + max_new_tokens
-    longest += -longest % multiple
-    tokens = torch.full((len(prompts), longest), pad_id, device=where)
-    types = torch.full_like(tokens, PADDING)
-    for row, prompt in enumerate(prompts):
-        tokens[row, : len(prompt.tokens)] = torch.tensor(prompt.tokens, device=where)
-        types[row, : len(prompt.tokens)] = torch.tensor(prompt.token_types, device=where)
-    ends = torch.tensor([len(p.tokens) for p in prompts], device=where)
-    done = torch.zeros(len(prompts), dtype=torch.bool, device=where)
+    counts = _images_per_prompt(prompts, len(images), _unwrap(chunks[0]).run_config.vision.tokens_per_image)
+    pixels = images.to(backend.device()).split(counts)
+    sequences = [(list(p.tokens), list(p.token_types)) for p in prompts]
     answers: list[list[int]] = [[] for _ in prompts]
+    open_rows = list(range(len(prompts)))
     for _ in range(max_new_tokens):
-        following = next_tokens(chunks, tokens, types, images.to(where), ends - 1)
-        rows = torch.arange(len(prompts), device=where)
-        tokens[rows, ends], types[rows, ends] = following, TEXT
-        ends = ends + 1
-        for row, token in enumerate(following.tolist()):
+        rows = open_rows or [0]
+        tokens, types, last = _pad([sequences[r] for r in rows], pad_id)
+        chosen = next_tokens(chunks, tokens, types, torch.cat([pixels[r] for r in rows]), last).tolist()
+        for row, token in zip(list(open_rows), chosen, strict=False):
             if token in stop:
-                done[row] = True
-            if not done[row]:
+                open_rows.remove(row)
+            else:
                 answers[row].append(token)
-        if _all_done(done):
+                sequences[row][0].append(token)
+                sequences[row][1].append(TEXT)
+        if not _any_open(bool(open_rows)):
             break
     return answers
 
 
-def _all_done(done: torch.Tensor) -> bool:
-    unfinished = (~done).any().long()
-    dist.all_reduce(unfinished, op=dist.ReduceOp.MAX)
-    return not unfinished.item()
+def _images_per_prompt(prompts: Sequence[EncodedSample], total: int, tokens_per_image: int) -> list[int]:
+    counts = [p.token_types.count(VISION) // tokens_per_image for p in prompts]
+    assert sum(counts) == total, f"prompts have places for {sum(counts)} images, {total} are given"
+    return counts
+
+
+def _pad(sequences: Sequence[tuple[list[int], list[int]]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Right-padded tokens and types [b, s], s a multiple of TP, and each row's last position [b]."""
+    where, multiple = backend.device(), ps.get_tensor_model_parallel_world_size()
+    longest = max(len(tokens) for tokens, _ in sequences)
+    longest += -longest % multiple
+    tokens = torch.tensor([t + [pad_id] * (longest - len(t)) for t, _ in sequences], device=where)
+    types = torch.tensor([t + [PADDING] * (longest - len(t)) for _, t in sequences], device=where)
+    return tokens, types, torch.tensor([len(t) - 1 for t, _ in sequences], device=where)
+
+
+def _any_open(mine: bool) -> bool:
+    """Whether any rank still has a row to continue. Communicates."""
+    flag = torch.tensor(int(mine), device=backend.device())
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return bool(flag.item())
 
 
 def next_tokens(chunks: list[torch.nn.Module], tokens: torch.Tensor, types: torch.Tensor, images: torch.Tensor,

@@ -1,0 +1,53 @@
+"""The CPU adaptations stay where they belong."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from tests.integration.conftest import ROOT, environment
+
+
+def python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), cwd=ROOT, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_with_cuda_nothing_of_the_cpu_module_is_imported():
+    code = """
+import sys, torch
+torch.cuda.is_available = lambda: True
+torch.cuda.set_device = lambda index: print("device", index)
+before = torch.zeros, torch.Tensor.to, torch.Tensor.type
+from megatron_evomoe.parallel import backend
+backend.prepare()
+assert "megatron_evomoe.parallel.cpu" not in sys.modules
+assert before == (torch.zeros, torch.Tensor.to, torch.Tensor.type)
+assert backend.backend_name() == "nccl"
+"""
+    assert python(code) == "device 0\n"
+
+
+def test_light_commands_import_neither_torch_distributed_nor_megatron_core():
+    code = """
+import sys
+from megatron_evomoe.cli import main
+try:
+    main(["--help"])
+except SystemExit:
+    pass
+assert not any(name.startswith("megatron.core") for name in sys.modules) and "torch" not in sys.modules
+"""
+    assert "make-shards" in python(code)
+
+
+def test_types_are_renamed_only_inside_the_optimizers():
+    code = """
+import torch
+from megatron_evomoe.parallel import backend
+backend.prepare()
+assert torch.zeros(1).type() == "torch.FloatTensor"
+assert torch.zeros(1, device="cuda").device.type == "cpu"
+"""
+    python(code)
