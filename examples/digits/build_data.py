@@ -209,7 +209,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--instruct-samples", type=int, default=12000)
     parser.add_argument("--caption-samples", type=int, default=3000)
-    parser.add_argument("--heldout-samples", type=int, default=1200)
+    parser.add_argument("--heldout-samples", type=int, default=2400)
     parser.add_argument("--tower-pictures", type=int, default=6000)
     args = parser.parse_args()
     build(args.output, args.seed, args.instruct_samples, args.caption_samples, args.heldout_samples, args.tower_pictures)

@@ -59,7 +59,8 @@ def test_command_runs(command, checkout, digits, tmp_path_factory):
             (small / name).symlink_to(digits / ("captions" if name == "llava-558k" else "instruct"))
         extra |= {"DATA": str(small), "TOKENIZER": str(digits / "tokenizer.model"), "PRESET": "tiny", "SAVE": str(small / "run")}
         command += " --train-iters 2 --global-batch-size 4 --micro-batch-size 1 --num-workers 0"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=checkout, env=environment(**extra), timeout=600)
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=checkout, env=environment(**extra),
+                          timeout=600)
     assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     if command.startswith("bash examples/quickstart.sh"):
         assert (checkout / "runs/quickstart/figures/loss.png").exists() and "Held-out exact match" in done.stdout
