@@ -22,3 +22,13 @@ def one_rank():
     yield
     parallel_state.destroy_model_parallel()
     torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(autouse=True)
+def clean_core():
+    """Forget what megatron-core keeps per process of its auxiliary losses: a test that trained would leave its scale behind."""
+    from megatron.core.transformer.moe import moe_utils
+
+    newer = getattr(moe_utils, "get_moe_metrics_tracker", None)  # megatron-core from 0.17 on
+    (newer().metrics if newer else moe_utils.get_moe_layer_wise_logging_tracker()).clear()
+    moe_utils.MoEAuxLossAutoScaler.main_loss_backward_scale = None

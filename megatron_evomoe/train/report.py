@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as ps
-from megatron.core.transformer.moe.moe_utils import track_moe_metrics
+from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker, track_moe_metrics
 
 from megatron_evomoe.config import RunConfig, StageConfig
 from megatron_evomoe.data.loader import TrainLoader
@@ -40,6 +40,7 @@ class StageMeter:
         self.watch = Watch(config, with_logits=False) if stage.kind == "route" else None
         for layer in built.mixtures():
             layer.router.observer = self.watch
+        clear_aux_losses_tracker()  # the core sums per process: nothing of the stage before may come in
 
     def add(self, step: int, result: StepResult, seconds: float, loader: TrainLoader | None) -> None:
         """One step's line. Communicates where routing metrics are due."""
