@@ -35,7 +35,7 @@ def stages(steps: int, warmup: int) -> list[dict[str, Any]]:
     tuned = {"kind": "route", "load": "warmup", "trainable": ["router", "experts"], "train_iters": 2 * steps}
     out: list[dict[str, Any]] = [
         {"name": "align", "train_iters": 60, "conversation_template": "plain"},
-        {"name": "warmup", "train_iters": warmup, "lr": 3e-3},
+        {"name": "warmup", "train_iters": warmup, "lr": 1.5e-3},
         {"name": "dense", "load": "warmup", "train_iters": 2 * steps},
     ]
     out += [{"name": f"replicate + {router}", "router": router, "expert_init": "replicate", **tuned} for router in ROUTERS]
@@ -126,7 +126,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--warmup", type=int, default=500)
+    parser.add_argument("--warmup", type=int, default=1100)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--report", action="store_true", help="only print the table")
     args = parser.parse_args()
