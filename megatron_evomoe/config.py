@@ -287,6 +287,12 @@ class TrainConfig:
     """Only deterministic kernels (CUDA; the CPU path always is)."""
     trainable: list[str] = field(default_factory=list)
     """Parts to train; empty takes the stage kind's (train/stages.py)."""
+    exit_signal_handler: bool = True
+    """On SIGTERM or SIGUSR1 in any rank: finish the step, save, exit with status 0."""
+    exit_duration_in_mins: Optional[float] = None
+    """Save and exit with status 0 once the run is this old, in minutes; none never."""
+    exit_interval: Optional[int] = None
+    """Save and exit with status 0 after a step that is a multiple of this; none never."""
 
 
 @dataclass(kw_only=True)
@@ -299,6 +305,8 @@ class CheckpointConfig:
     """Steps between checkpoints; 0 saves only when a stage ends."""
     keep: int = 2
     """Checkpoints kept per stage, newest first; 0 keeps all."""
+    keep_every: int = 0
+    """Steps whose multiples are kept besides, for good; 0 none."""
     pretrained_checkpoint: Optional[str] = None
     """Where the first stage takes its weights from; parts it lacks start fresh and are named."""
     ckpt_step: Optional[int] = None

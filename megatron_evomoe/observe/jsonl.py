@@ -62,6 +62,13 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
                 bad = (number, line)
 
 
+def replace(path: Path, text: str) -> None:
+    """Give `path` this content in one move: whoever reads, or kills, meets the old file or the new one."""
+    scratch = path.with_name(path.name + ".tmp")
+    scratch.write_text(text, encoding="utf-8")
+    os.replace(scratch, path)
+
+
 def rewind(path: Path, stage: str, step: int) -> int:
     """Drop the records of `stage` beyond `step`, and a cut-off last line; returns how many records went.
 
@@ -71,10 +78,7 @@ def rewind(path: Path, stage: str, step: int) -> int:
         return 0
     records = list(read(path))
     kept = [r for r in records if r.get("stage") != stage or r.get("step", step) <= step]
-    scratch = path.with_name(path.name + ".tmp")
-    with scratch.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in kept)
-    os.replace(scratch, path)
+    replace(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept))
     return len(records) - len(kept)
 
 

@@ -65,13 +65,13 @@ class RunLogger:
         self._console.start_stage(name, total_steps, start_step)
 
     def rewind(self, stage: str, step: int) -> int:
-        """On resume: drop `stage`'s metrics and diagnostics beyond `step`, which will be written again; returns the metric lines
-        dropped. Other stages' lines and events.jsonl, which is a history of what happened, stay."""
+        """On resume: drop `stage`'s metrics beyond `step` and its diagnostics from `step` on, which will be written again; returns
+        the metric lines dropped. Other stages' lines and events.jsonl, which is a history of what happened, stay."""
         if not self.is_main:
             return 0
         self._metrics.close()
         dropped = jsonl.rewind(self.run_dir / "metrics.jsonl", stage, step)
-        jsonl.rewind(self.run_dir / "diagnostics.jsonl", stage, step)
+        jsonl.rewind(self.run_dir / "diagnostics.jsonl", stage, step - 1)  # made after their step was saved
         self._metrics = jsonl.LineFile(self.run_dir / "metrics.jsonl")
         return dropped
 

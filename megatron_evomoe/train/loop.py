@@ -22,35 +22,61 @@ from megatron_evomoe.train import evaluate, report
 from megatron_evomoe.train.build import Built, build_stage
 from megatron_evomoe.train.session import Session, earlier_stage, open_session, questions, selected, stage_dir, train_loader
 from megatron_evomoe.train.step import take_step
+from megatron_evomoe.train.stop import StopRequests
 from megatron_evomoe.train.transition import check_tokenizer, start_from
 
 log = logging.getLogger(__name__)
 
 
 def train(config: RunConfig, stage_names: list[str] | None = None) -> Session:
-    """Run the configuration's stages (or those named) to their end, resuming what was begun. Communicates."""
+    """Run the configuration's stages (or those named) to their end, resuming what was begun. Communicates.
+
+    Leaves early, with everything saved, when a signal or a limit asks for it (train/stop.py).
+    """
+    stop = StopRequests(config.train)
     session = open_session(config, wandb_run_id=_known_wandb_run(config))
-    for stage in selected(session.config, stage_names):
-        train_stage(session, stage)
-    report.stage_table(session)
-    session.logger.close()
+    try:
+        for stage in selected(session.config, stage_names):
+            if reason := stop.agreed() or train_stage(session, stage, stop):
+                session.logger.say(f"exiting on {reason}; the same command goes on from here")
+                session.logger.event("stop", reason=reason)
+                return session
+        report.stage_table(session)
+    finally:
+        stop.restore()
+        session.logger.close()
     return session
 
 
-def train_stage(session: Session, stage: StageConfig) -> None:
-    """Train one stage from wherever its folder says it is, save, and measure held-out accuracy. Communicates."""
+def train_stage(session: Session, stage: StageConfig, stop: StopRequests) -> str | None:
+    """Train one stage from wherever its folder says it is, save, and measure held-out accuracy. Communicates.
+
+    Returns:
+        Why it ended before its last step (saved all the same), or none.
+    """
     config = session.config.for_stage(stage.name)
-    directory = stage_dir(session.run_dir, stage)
-    found = store.latest(directory, config.checkpoint.ckpt_step)
-    if found and records.read(found).finished:
+    found = store.latest(stage_dir(session.run_dir, stage), config.checkpoint.ckpt_step)
+    if found and records.read(found).finished and report.is_measured(session, stage.name):
         session.logger.say(f"stage {stage.name}: already finished ({found})")
-        return
+        return None
     topology.seed_everything(config.train.seed)
     built = build_stage(config, stage)
     _check_evolution(built, session, config)
     record = _resume(session, found, built, stage, config) if found else _begin(session, built, stage, config)
     session.logger.start_stage(stage.name, config.train.train_iters, record.step)
     meter = report.StageMeter(session, built, config, stage)
+    if not record.finished:
+        if reason := _take_steps(session, built, record, config, stage, stop, meter):
+            return reason
+        record.finished = True
+        _save(session, built, record, config, stage)
+    _measure(session, built, config, stage, record.step, meter)
+    return None
+
+
+def _take_steps(session: Session, built: Built, record: Record, config: RunConfig, stage: StageConfig, stop: StopRequests,
+                meter: report.StageMeter) -> str | None:
+    """From `record.step` to the stage's last step, or to where `stop` ends it (saved). Communicates."""
     loader = train_loader(session, config, start_position=record.position)
     batches = iter(loader) if loader is not None else None
     while record.step < config.train.train_iters:
@@ -62,11 +88,12 @@ def train_stage(session: Session, stage: StageConfig) -> None:
         for mlp in built.evolving:
             mlp.evolve(record.step, config.train.seed)
         meter.add(record.step, result, time.perf_counter() - started, loader)
-        if _is_due(record.step, config):
+        reason = stop.agreed(record.step) if record.step < config.train.train_iters else None
+        if reason or _is_due(record.step, config):
             _save(session, built, record, config, stage)
-    record.finished = True
-    _save(session, built, record, config, stage)
-    _measure(session, built, config, stage, record.step, meter)
+        if reason:
+            return reason
+    return None
 
 
 def next_step(batches: Iterator[Any] | None, session: Session, config: RunConfig) -> broadcast.Step:
@@ -102,6 +129,7 @@ def _begin(session: Session, built: Built, stage: StageConfig, config: RunConfig
     else:
         for mlp in built.evolving:
             mlp.begin()
+    session.logger.rewind(stage.name, 0)  # lines of an attempt that ended before its first checkpoint
     session.logger.event("begin", stage=stage.name, source=str(source_path) if source_path else None)
     return Record(stage=stage.name, kind=stage.kind, step=0, position=0, finished=False, layout=rng.layout(),
                   vocab_size=config.language.vocab_size or 0, tokenizer_fingerprint=session.fingerprint,
@@ -135,7 +163,7 @@ def _resume(session: Session, found: Path, built: Built, stage: StageConfig, con
 
 def _is_due(step: int, config: RunConfig) -> bool:
     every = config.checkpoint.save_interval
-    return every > 0 and step % every == 0 and step < config.train.train_iters
+    return every > 0 and step % every == 0 and step < config.train.train_iters  # the last step is saved anyway
 
 
 def _save(session: Session, built: Built, record: Record, config: RunConfig, stage: StageConfig) -> None:

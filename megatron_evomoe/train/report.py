@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections import deque
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from megatron_evomoe.config import RunConfig, StageConfig
 from megatron_evomoe.data.loader import TrainLoader
 from megatron_evomoe.diagnose.collect import Watch
 from megatron_evomoe.diagnose.routing import share_metrics
+from megatron_evomoe.observe import jsonl
 from megatron_evomoe.parallel import backend
 from megatron_evomoe.train.build import Built
 from megatron_evomoe.train.evaluate import Score
@@ -32,10 +32,7 @@ class StageMeter:
 
     def __init__(self, session: Session, built: Built, config: RunConfig, stage: StageConfig) -> None:
         self.session, self.built, self.config, self.stage = session, built, config, stage
-        self.losses: deque[float] = deque(maxlen=_LAST)
-        self.rates: list[float] = []
         self.sizes = count_parameters(built, config)
-        self.first_loss: float | None = None
         self.started = time.perf_counter()
         self.watch = Watch(config, with_logits=False) if stage.kind == "route" else None
         for layer in built.mixtures():
@@ -44,9 +41,6 @@ class StageMeter:
 
     def add(self, step: int, result: StepResult, seconds: float, loader: TrainLoader | None) -> None:
         """One step's line. Communicates where routing metrics are due."""
-        self.first_loss = result.loss if self.first_loss is None else self.first_loss
-        self.losses.append(result.loss)
-        self.rates.append(result.tokens / seconds)
         metrics = {
             "lm loss": result.loss,
             "learning-rate": self.built.optimizer.param_groups[0]["lr"] if self.built.optimizer.param_groups else 0.0,
@@ -82,27 +76,38 @@ class StageMeter:
             )
         return {**share_metrics(counts, self.watch.layer_numbers), **captured.values}
 
-    def finish(self, scores: dict[str, Score], similarity: dict[str, Any] | None = None) -> None:
-        """Write the stage's line of the table and its event."""
-        row: dict[str, Any] = {
-            "stage": self.stage.name,
-            "kind": self.stage.kind,
-            "steps": self.config.train.train_iters,
-            "first loss": self.first_loss,
-            "loss": statistics.fmean(self.losses) if self.losses else None,
-            "tokens/s": statistics.median(self.rates) if self.rates else None,
-            "seconds": time.perf_counter() - self.started,
-            **self.sizes,
-        }
+    def finish(self, scores: dict[str, Score]) -> None:
+        """Write the stage's line of the table and its event. The steps come from metrics.jsonl, so a stage that was
+        interrupted and resumed has the same line as one that ran through."""
+        row: dict[str, Any] = {"stage": self.stage.name, "kind": self.stage.kind, "steps": self.config.train.train_iters}
         for name, score in scores.items():
             row[name] = {"overall": score.accuracy(), **score.by_kind()}
         if self.session.topology.rank == 0:
-            path = self.session.run_dir / SUMMARY
-            rows = json.loads(path.read_text()) if path.exists() else []
-            rows = [r for r in rows if r["stage"] != self.stage.name] + [row]
-            path.write_text(json.dumps(rows, indent=1))
+            steps = [line for line in jsonl.read(self.session.run_dir / "metrics.jsonl") if line["stage"] == self.stage.name]
+            row |= {
+                "first loss": steps[0]["lm loss"] if steps else None,
+                "loss": statistics.fmean(line["lm loss"] for line in steps[-_LAST:]) if steps else None,
+                "tokens/s": statistics.median(line["tokens/s"] for line in steps) if steps else None,
+                "training seconds": sum(line["iteration-time"] for line in steps),
+                "seconds": time.perf_counter() - self.started,
+                **self.sizes,
+            }
+            rows = [r for r in _rows(self.session) if r["stage"] != self.stage.name]
+            jsonl.replace(self.session.run_dir / SUMMARY, json.dumps([*rows, row], indent=1))
         if scores:
             self.session.logger.event("eval", step=self.config.train.train_iters, accuracy=row["accuracy"], blind=row.get("blind"))
+
+
+def is_measured(session: Session, stage: str) -> bool:
+    """Whether `stage` has its line in the table already. Communicates: all ranks hear rank 0's answer."""
+    answer = [any(row["stage"] == stage for row in _rows(session)) if session.topology.rank == 0 else None]
+    dist.broadcast_object_list(answer, src=0)
+    return bool(answer[0])
+
+
+def _rows(session: Session) -> list[dict[str, Any]]:
+    path = session.run_dir / SUMMARY
+    return json.loads(path.read_text()) if path.exists() else []
 
 
 class _Capture:
@@ -137,10 +142,9 @@ def count_parameters(built: Built, config: RunConfig) -> dict[str, int]:
 
 def stage_table(session: Session) -> None:
     """Print what every stage so far came to, from `summary.json`."""
-    path = session.run_dir / SUMMARY
-    if session.topology.rank != 0 or not path.exists():
+    rows = _rows(session) if session.topology.rank == 0 else []
+    if not rows:
         return
-    rows = json.loads(path.read_text())
     session.logger.table(
         "Stages",
         ["stage", "steps", "loss", "accuracy %", "blind %", "tokens/s", "trainable", "active", "seconds"],
@@ -165,5 +169,7 @@ def _of_kind(accuracy: dict[str, float], kind: str) -> float | None:
     return _round(100 * accuracy[kind], 1) if kind in accuracy else None
 
 
-def _round(value: float | None, digits: int) -> float | None:
-    return None if value is None or value != value else round(value, digits)
+def _round(value: float | None, digits: int) -> float | int | None:
+    if value is None or value != value:
+        return None
+    return round(value, digits) if digits else round(value)

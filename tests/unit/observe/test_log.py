@@ -58,13 +58,13 @@ def test_a_resumed_file_has_the_steps_of_an_unbroken_one(tmp_path):
     run_stage(broken, "warmup", 4)
     with (tmp_path / "b/metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "stage": "warm')  # killed while writing
-    (tmp_path / "b/diagnostics.jsonl").write_text('{"stage": "warmup", "step": 2}\n{"stage": "warmup", "step": 4}\n')
+    (tmp_path / "b/diagnostics.jsonl").write_text('{"stage": "warmup", "step": 1}\n{"stage": "warmup", "step": 2}\n')
     resumed = logger(tmp_path / "b")
     assert resumed.rewind("warmup", 2) == 2
     run_stage(resumed, "warmup", 5, start=2)
     resumed.close()
     assert steps(tmp_path / "b/metrics.jsonl") == steps(tmp_path / "a/metrics.jsonl")
-    assert [r["step"] for r in lines(tmp_path / "b/diagnostics.jsonl")] == [2]
+    assert [r["step"] for r in lines(tmp_path / "b/diagnostics.jsonl")] == [1]  # step 2 is measured again
 
 
 def test_appending_to_a_cut_off_file_loses_only_the_cut_line(tmp_path):

@@ -1,0 +1,62 @@
+"""Leaving a run early, and all ranks at the same step: a signal, a time limit, a number of steps."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+from megatron_evomoe.config import TrainConfig
+from megatron_evomoe.parallel import backend
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_TIME, _STEPS = 1000, 1001  # beyond every signal number
+
+
+class StopRequests:
+    """Remembers what asks this rank to stop. Nothing happens before `agreed`, so no step is ever cut in two.
+
+    config: `exit_signal_handler`, `exit_duration_in_mins` (counted from here), `exit_interval`.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self._config, self._started, self._owner = config, time.monotonic(), os.getpid()
+        self._code = 0
+        self._previous = {}
+        if config.exit_signal_handler:
+            for number in SIGNALS:
+                self._previous[number] = signal.signal(number, self._remember)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._owner:  # a data worker forked from this process: the signal does what it always did
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self._code = number
+
+    def restore(self) -> None:
+        """Put the earlier signal handlers back."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
+
+    def agreed(self, step: int | None = None) -> str | None:
+        """Why all ranks stop now, or none. Communicates: every rank calls it after the same `step` (none between stages)."""
+        limit = self._config.exit_duration_in_mins
+        if not self._code and limit is not None and time.monotonic() - self._started > limit * 60:
+            self._code = _TIME
+        if not self._code and step and self._config.exit_interval and step % self._config.exit_interval == 0:
+            self._code = _STEPS
+        code = torch.tensor(self._code, device=backend.device())
+        dist.all_reduce(code, op=dist.ReduceOp.MAX)
+        return self._name(int(code.item()))
+
+    def _name(self, code: int) -> str | None:
+        if code == _TIME:
+            return f"the limit of {self._config.exit_duration_in_mins:g} minutes"
+        if code == _STEPS:
+            return f"exit_interval {self._config.exit_interval}"
+        return signal.Signals(code).name if code else None
