@@ -309,6 +309,11 @@ class CheckpointConfig:
     """Steps whose multiples are kept besides, for good; 0 none."""
     pretrained_checkpoint: Optional[str] = None
     """Where the first stage takes its weights from; parts it lacks start fresh and are named."""
+    load: Optional[str] = None
+    """Where to look for what `save` has not: a run's directory (its stages' checkpoints are resumed), or weights for the
+    first stage."""
+    async_save: bool = False
+    """Write checkpoints in the background; a checkpoint counts once all of it is on disk."""
     ckpt_step: Optional[int] = None
     """Resume from this step rather than the newest."""
 

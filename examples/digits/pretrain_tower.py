@@ -53,7 +53,7 @@ def main() -> None:
     accuracy = pretrain(tower, head, pixels, torch.from_numpy(data["labels"]), args)
     record = Record(stage="tower", kind="pretrained", step=args.steps, position=0, finished=True, layout=rng.layout(), vocab_size=0,
                     tokenizer_fingerprint="", parts=["vision_model"])
-    path = store.save_weights(args.output, {"vision_model": tower}, record, config.to_yaml())
+    path = store.Saver(config.checkpoint).save_weights(args.output, {"vision_model": tower}, record, config.to_yaml())
     print(f"tower: {100 * accuracy:.1f} % of the digits of its last 50 batches named; saved to {path}")
     torch.distributed.destroy_process_group()
 

@@ -44,8 +44,8 @@ class Record:
     """Stages before this one: {stage, kind, step, path}, oldest first."""
     num_experts: int = 0
     """Experts per mixture layer, 0 for a dense stage."""
-    files: dict[str, int] = field(default_factory=dict)
-    """File name -> bytes; what must be there for the checkpoint to be whole."""
+    files: dict[str, list[int]] = field(default_factory=dict)
+    """File name -> [bytes, CRC-32]; what must be there for the checkpoint to be whole."""
     format: int = FORMAT
 
     def write(self, directory: Path) -> None:
@@ -59,21 +59,30 @@ def read(directory: Path) -> Record:
     Raises:
         CheckpointError: no record, another format, or a file missing or of another size than when it was saved.
     """
-    path = directory / FILE_NAME
-    try:
-        raw = json.loads(path.read_text())
-        record = Record(**raw)
-    except FileNotFoundError:
-        raise CheckpointError(f"{directory} is no complete checkpoint: {FILE_NAME} is missing "
-                              "(interrupted while saving?)") from None
-    except (json.JSONDecodeError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from None
-    if record.format != FORMAT:
-        raise CheckpointError(f"{directory} has checkpoint format {record.format}; this version reads {FORMAT}")
-    for name, size in record.files.items():
+    record = read_unchecked(directory)
+    for name, (size, _) in record.files.items():
         file = directory / name
         actual = file.stat().st_size if file.exists() else None
         if actual != size:
             found = "is missing" if actual is None else f"has {actual} bytes"
             raise CheckpointError(f"checkpoint {directory} is damaged: {name} {found}, {size} bytes were saved")
+    return record
+
+
+def read_unchecked(directory: Path) -> Record:
+    """The record alone, whatever became of the files it lists.
+
+    Raises:
+        CheckpointError: no record, a damaged one, or one of another format.
+    """
+    path = directory / FILE_NAME
+    try:
+        record = Record(**json.loads(path.read_text()))
+    except FileNotFoundError:
+        raise CheckpointError(f"{directory} is no complete checkpoint: {FILE_NAME} is missing "
+                              "(interrupted while saving?)") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from None
+    if record.format != FORMAT:
+        raise CheckpointError(f"{directory} has checkpoint format {record.format}; this version reads {FORMAT}")
     return record

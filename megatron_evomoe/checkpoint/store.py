@@ -4,7 +4,7 @@
     SAVE/iter_0000500/*.distcp .metadata common.pt metadata.json run_config.yaml evomoe.json
 
 A save goes to a folder of another name and is renamed when all ranks have written, so a folder called `iter_…` is
-whole; the tracker file moves after that.
+whole; the tracker file moves after that. With `async_save` the writing happens in forked processes while training goes on.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import logging
 import os
 import re
 import shutil
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,13 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_evomoe.checkpoint.record import CheckpointError, Record, read
+from megatron_evomoe.checkpoint import integrity
+from megatron_evomoe.checkpoint.find import candidates, latest
+from megatron_evomoe.checkpoint.record import CheckpointError, Record
+from megatron_evomoe.config import CheckpointConfig
 from megatron_evomoe.parallel import rng
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -33,97 +40,183 @@ METADATA = {
     "singleton_local_shards": False,
 }
 _FREE_SPACE_MARGIN = 1.05
+_FAILURES = (Exception, CheckpointException)  # torch's CheckpointException is no Exception
 
 log = logging.getLogger(__name__)
 
 
-def latest(directory: Path, step: int | None = None) -> Path | None:
-    """The newest whole checkpoint under `directory` (or the one of `step`), or none if there is none.
+class Saver:
+    """Saves of one run, one at a time. `config` says whether in the background, and what is kept."""
 
-    Raises:
-        CheckpointError: `step` was asked for and is not there or not whole.
-    """
-    if step is not None:
-        path = directory / f"iter_{step:07d}"
-        read(path)
-        return path
-    for path in sorted(directory.glob("iter_*"), reverse=True):
-        if not re.fullmatch(r"iter_\d{7,}", path.name):
-            continue
+    def __init__(self, config: CheckpointConfig) -> None:
+        self._config = config
+        self._queue = AsyncCallsQueue() if config.async_save else None
+        self._publication: _Publication | None = None
+
+    def save(self, directory: Path, *, modules: list[torch.nn.Module], optimizer: Any, scheduler: Any, record: Record,
+             config_yaml: str) -> Path | None:
+        """Write a checkpoint from all ranks and publish it; with `async_save` publishing is left to `poll`. Communicates.
+
+        Returns:
+            The published checkpoint; none while it is being written.
+
+        Raises:
+            CheckpointError: not enough free disk (checked before anything is written), or a write failed, maybe that of
+                the save before. The checkpoints published before stay as they are.
+        """
+        self.poll(wait=True)
+        state = _state(modules, optimizer, scheduler, is_loading=False)
+        return self._start(directory, state, record, config_yaml)
+
+    def save_weights(self, directory: Path, parts: dict[str, torch.nn.Module], record: Record, config_yaml: str) -> Path | None:
+        """Write weights alone, as something a first stage can start from (`pretrained_checkpoint`). Communicates.
+
+        Returns:
+            As `save`.
+
+        Args:
+            parts: `vision_model`, `vision_projection`, `language_model`: whichever there are.
+
+        Raises:
+            CheckpointError: as `save`.
+        """
+        state = {k: v for name, part in parts.items() for k, v in part.sharded_state_dict(f"{name}.", metadata=METADATA).items()}
+        return self._start(directory, {"model": state}, record, config_yaml)
+
+    def poll(self, *, wait: bool = False) -> Path | None:
+        """Publish a background save that all ranks have written; `wait` until they have. Communicates while one is under way.
+
+        Returns:
+            What was published by this call.
+
+        Raises:
+            CheckpointError: the write failed on some rank; nothing was published.
+        """
+        if self._publication is None or self._queue is None:
+            return None
+        error = None
         try:
-            read(path)
-            return path
-        except CheckpointError as error:
-            log.warning("%s; trying the checkpoint before it", error)
-    return None
+            if not self._queue.maybe_finalize_async_calls(blocking=wait):
+                return None
+        except _FAILURES as failure:  # whatever the writer met: a full disk, a lost mount
+            error = failure
+        publication, self._publication = self._publication, None
+        publication.conclude(error)
+        return publication.final
+
+    def _start(self, directory: Path, state: dict[str, Any], record: Record, config_yaml: str) -> Path | None:
+        publication = _Publication(directory, replace(record), config_yaml, self._config)
+        publication.prepare(state)
+        error = None
+        try:
+            request = dist_checkpointing.save(state, str(publication.pending), content_metadata=METADATA,
+                                              async_sharded_save=self._queue is not None)
+        except _FAILURES as failure:
+            error = failure
+        if self._queue is None:
+            publication.conclude(error)
+            return publication.final
+        publication.agree(error)
+        self._queue.schedule_async_request(request)
+        self._publication = publication
+        return None
 
 
-def resolve(path: str | Path) -> Path:
-    """A checkpoint folder from what a user gives: the folder itself, or a directory whose newest is meant."""
-    path = Path(path)
-    if path.name.startswith("iter_"):
-        read(path)
-        return path
-    found = latest(path)
-    if found is None:
-        raise CheckpointError(f"no checkpoint under {path}: it has no whole iter_* folder")
-    return found
+@dataclass
+class _Publication:
+    """One save on its way from `saving_…` to `iter_…`."""
 
+    directory: Path
+    record: Record
+    config_yaml: str
+    config: CheckpointConfig
+    attempt: str = ""
 
-def save(directory: Path, *, modules: list[torch.nn.Module], optimizer: Any, scheduler: Any, record: Record, config_yaml: str,
-         keep: int) -> Path:
-    """Write a checkpoint from all ranks and publish it. Communicates.
+    @property
+    def final(self) -> Path:
+        return self.directory / f"iter_{self.record.step:07d}"
 
-    Raises:
-        CheckpointError: not enough free disk (checked before anything is written), or the write failed. The checkpoints
-            written before stay as they are.
-    """
-    state = _state(modules, optimizer, scheduler, is_loading=False)
-    return _write(directory, state, record, config_yaml, keep)
+    @property
+    def pending(self) -> Path:
+        return self.directory / f"saving_{self.record.step:07d}_{self.attempt}"
 
-
-def save_weights(directory: Path, parts: dict[str, torch.nn.Module], record: Record, config_yaml: str) -> Path:
-    """Write weights alone, as something a first stage can start from (`pretrained_checkpoint`). Communicates.
-
-    Args:
-        parts: `vision_model`, `vision_projection`, `language_model`: whichever there are.
-
-    Raises:
-        CheckpointError: as `save`.
-    """
-    state = {k: v for name, part in parts.items() for k, v in part.sharded_state_dict(f"{name}.", metadata=METADATA).items()}
-    return _write(directory, {"model": state}, record, config_yaml, keep=0)
-
-
-def _write(directory: Path, state: dict[str, Any], record: Record, config_yaml: str, keep: int) -> Path:
-    final = directory / f"iter_{record.step:07d}"
-    pending = directory / f"saving_{record.step:07d}"
-    error = None
-    if dist.get_rank() == 0:
-        shutil.rmtree(pending, ignore_errors=True)
-        pending.mkdir(parents=True)
-    _require_free_space(directory, state)
-    try:
-        dist_checkpointing.save(state, str(pending), content_metadata=METADATA)
-    except Exception as failure:
-        error = f"{type(failure).__name__}: {failure}"
-    errors: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, error)
-    if any(errors):
+    def prepare(self, state: dict[str, Any]) -> None:
+        """A folder of its own, and room on the disk. Communicates."""
+        # A background writer may outlive a killed job; what it still writes must not mix with a new attempt at the step.
+        attempt = [f"{os.getpid():x}{time.time_ns():x}"]
+        dist.broadcast_object_list(attempt, src=0)
+        self.attempt = attempt[0]
+        error = None
         if dist.get_rank() == 0:
-            shutil.rmtree(pending, ignore_errors=True)
-        what = next(e for e in errors if e)
-        raise CheckpointError(f"saving {final} failed: {what}. Nothing was published; {_last(directory)} stays the newest")
-    if dist.get_rank() == 0:
-        (pending / "run_config.yaml").write_text(config_yaml)
-        record.files = {p.name: p.stat().st_size for p in pending.iterdir()}
-        record.write(pending)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(pending, final)
-        _write_tracker(directory, record.step)
-        _drop_old(directory, keep)
-    dist.barrier()
-    return final
+            try:
+                for leftover in self.directory.glob("saving_*"):
+                    shutil.rmtree(leftover, ignore_errors=True)
+                self.pending.mkdir(parents=True)
+            except OSError as failure:
+                error = failure
+        self.agree(error)
+        try:
+            _require_free_space(self.directory, state)
+        except CheckpointError:
+            self._remove_pending()
+            raise
+
+    def agree(self, error: BaseException | None) -> None:
+        """Raise on every rank what any rank met. Communicates."""
+        errors: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(errors, _in_a_line(error) if error else None)
+        if any(errors):
+            self._remove_pending()
+            what = next(e for e in errors if e)
+            raise CheckpointError(f"saving {self.final} failed: {what}. Nothing was published; {_last(self.directory)} stays "
+                                  "the newest")
+
+    def conclude(self, error: BaseException | None) -> None:
+        """Checksums, record, the new name, the tracker: in this order, so that a kill at any point leaves the last good one."""
+        sums = None
+        if error is None:
+            try:
+                sums = self._sum_own_files()
+            except OSError as failure:
+                error = failure
+        self.agree(error)
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, sums)
+        error = None
+        if dist.get_rank() == 0:
+            try:
+                self._publish({name: entry for part in everyone for name, entry in part.items()})
+            except OSError as failure:
+                error = failure
+        self.agree(error)
+
+    def _sum_own_files(self) -> dict[str, list[int]]:
+        """Size and checksum of the tensors' files that this rank wrote, read back while they are still cached."""
+        return {p.name: _entry(p) for p in self.pending.glob(f"__{dist.get_rank()}_*.distcp")}
+
+    def _publish(self, sums: dict[str, list[int]]) -> None:
+        (self.pending / "run_config.yaml").write_text(self.config_yaml)
+        rest = {p.name: _entry(p) for p in self.pending.iterdir() if p.name not in sums}
+        self.record.files = {**sums, **rest}
+        self.record.write(self.pending)
+        shutil.rmtree(self.final, ignore_errors=True)
+        os.replace(self.pending, self.final)
+        _write_tracker(self.directory, self.record.step)
+        _drop_old(self.directory, self.config)
+
+    def _remove_pending(self) -> None:
+        if dist.get_rank() == 0:
+            shutil.rmtree(self.pending, ignore_errors=True)
+
+
+def _in_a_line(error: BaseException) -> str:
+    """An error's last line: torch's CheckpointException spells out whole tracebacks before it."""
+    lines = str(error).strip().splitlines() or [""]
+    return lines[-1] if isinstance(error, CheckpointException) else f"{type(error).__name__}: {' '.join(lines)}"
+
+
+def _entry(path: Path) -> list[int]:
+    return [path.stat().st_size, integrity.checksum(path)]
 
 
 def load_training_state(path: Path, *, modules: list[torch.nn.Module], optimizer: Any, scheduler: Any, record: Record) -> None:
@@ -195,7 +288,7 @@ def _state(modules: list[torch.nn.Module], optimizer: Any, scheduler: Any, *, is
 def _load(state: dict[str, Any], path: Path) -> dict[str, Any]:
     try:
         return dist_checkpointing.load(state, str(path))
-    except Exception as error:
+    except _FAILURES as error:
         raise CheckpointError(f"checkpoint {path} could not be read: {type(error).__name__}: {error}") from error
 
 
@@ -247,7 +340,8 @@ def _write_tracker(directory: Path, step: int) -> None:
     os.replace(pending, directory / TRACKER)
 
 
-def _drop_old(directory: Path, keep: int) -> None:
-    if keep > 0:
-        for path in sorted(directory.glob("iter_*"))[:-keep]:
-            shutil.rmtree(path, ignore_errors=True)
+def _drop_old(directory: Path, config: CheckpointConfig) -> None:
+    if config.keep > 0:
+        for path in candidates(directory)[config.keep :]:
+            if not config.keep_every or int(path.name[5:]) % config.keep_every:
+                shutil.rmtree(path, ignore_errors=True)

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
+from megatron_evomoe.checkpoint import find, store
 from megatron_evomoe.checkpoint import record as records
-from megatron_evomoe.checkpoint import store
 from megatron_evomoe.checkpoint.record import CheckpointError, Record
 from megatron_evomoe.config import RunConfig, StageConfig
 from megatron_evomoe.diagnose import collect
@@ -55,10 +56,10 @@ def train_stage(session: Session, stage: StageConfig, stop: StopRequests) -> str
         Why it ended before its last step (saved all the same), or none.
     """
     config = session.config.for_stage(stage.name)
-    found = store.latest(stage_dir(session.run_dir, stage), config.checkpoint.ckpt_step)
-    if found and records.read(found).finished and report.is_measured(session, stage.name):
-        session.logger.say(f"stage {stage.name}: already finished ({found})")
+    if report.is_measured(session, stage.name) and (done := _finished(session, stage)):
+        session.logger.say(f"stage {stage.name}: already finished ({done})")
         return None
+    found = _checkpoint_of(session, stage, config)
     topology.seed_everything(config.train.seed)
     built = build_stage(config, stage)
     _check_evolution(built, session, config)
@@ -69,8 +70,9 @@ def train_stage(session: Session, stage: StageConfig, stop: StopRequests) -> str
         if reason := _take_steps(session, built, record, config, stage, stop, meter):
             return reason
         record.finished = True
-        _save(session, built, record, config, stage)
+        _save(session, built, record, stage)
     _measure(session, built, config, stage, record.step, meter)
+    _announce(session, stage, session.saver.poll(wait=True))
     return None
 
 
@@ -88,10 +90,12 @@ def _take_steps(session: Session, built: Built, record: Record, config: RunConfi
         for mlp in built.evolving:
             mlp.evolve(record.step, config.train.seed)
         meter.add(record.step, result, time.perf_counter() - started, loader)
+        _announce(session, stage, session.saver.poll())
         reason = stop.agreed(record.step) if record.step < config.train.train_iters else None
         if reason or _is_due(record.step, config):
-            _save(session, built, record, config, stage)
+            _save(session, built, record, stage)
         if reason:
+            _announce(session, stage, session.saver.poll(wait=True))
             return reason
     return None
 
@@ -123,9 +127,9 @@ def _begin(session: Session, built: Built, stage: StageConfig, config: RunConfig
     source_path = _source(session, stage, config)
     lineage: list[dict[str, Any]] = []
     if source_path is not None:
+        source_path = find.resolve(source_path)
         source = start_from(source_path, built, config, stage, fingerprint=session.fingerprint)
-        lineage = [*source.lineage, {"stage": source.stage, "kind": source.kind, "step": source.step,
-                                     "path": str(store.resolve(source_path))}]
+        lineage = [*source.lineage, {"stage": source.stage, "kind": source.kind, "step": source.step, "path": str(source_path)}]
     else:
         for mlp in built.evolving:
             mlp.begin()
@@ -138,17 +142,51 @@ def _begin(session: Session, built: Built, stage: StageConfig, config: RunConfig
 
 
 def _source(session: Session, stage: StageConfig, config: RunConfig) -> str | Path | None:
-    if stage.load:
-        named = next((s for s in session.config.stages if s.name == stage.load), None)
-        return stage_dir(session.run_dir, named) if named else stage.load
-    before = earlier_stage(session.config, stage)
-    if before is not None:
-        return stage_dir(session.run_dir, before)
-    return config.checkpoint.pretrained_checkpoint
+    """Where a beginning stage takes its weights. Communicates.
+
+    Raises:
+        CheckpointError: the stage of this run that it starts from has no good checkpoint of its last step.
+    """
+    named = next((s for s in session.config.stages if s.name == stage.load), None)
+    if stage.load and named is None:
+        return stage.load
+    before = named or earlier_stage(session.config, stage)
+    if before is None:
+        return config.checkpoint.pretrained_checkpoint or config.checkpoint.load
+    folder = stage_dir(session.run_dir, before)
+    load = config.checkpoint.load
+    if load is not None and not folder.is_dir() and (Path(load) / before.name).is_dir():
+        folder = Path(load) / before.name
+    path = find.resolve(folder)
+    if not find.record_of(path).finished:
+        raise CheckpointError(f"stage {stage.name!r} starts from the end of stage {before.name!r}, whose newest good checkpoint is "
+                              f"{path}; delete any damaged one after it and run {before.name!r} again, or set `load: {path}`")
+    return path
+
+
+def _finished(session: Session, stage: StageConfig) -> Path | None:
+    """The stage's newest checkpoint if it is that of its last step. Communicates."""
+    found = [None]
+    if session.topology.rank == 0:
+        path = find.latest(stage_dir(session.run_dir, stage))
+        found = [path if path and records.read(path).finished else None]
+    dist.broadcast_object_list(found, src=0)
+    return found[0]
+
+
+def _checkpoint_of(session: Session, stage: StageConfig, config: RunConfig) -> Path | None:
+    """Where the stage goes on from: its newest good checkpoint under `save`, else under `load`. Communicates."""
+    step, load = config.checkpoint.ckpt_step, config.checkpoint.load
+    own = stage_dir(session.run_dir, stage)
+    wants_own = step is None or load is None or (own / f"iter_{step:07d}").exists()
+    found = find.newest_good(own, step) if wants_own else None
+    if found is None and load is not None and (Path(load) / stage.name).is_dir():
+        found = find.newest_good(Path(load) / stage.name, step)
+    return found
 
 
 def _resume(session: Session, found: Path, built: Built, stage: StageConfig, config: RunConfig) -> Record:
-    record = records.read(found)
+    record = find.record_of(found)
     if record.kind != stage.kind:
         raise CheckpointError(f"{found} belongs to a {record.kind!r} stage, {stage.name!r} is {stage.kind!r}; "
                               "choose another --save")
@@ -166,12 +204,16 @@ def _is_due(step: int, config: RunConfig) -> bool:
     return every > 0 and step % every == 0 and step < config.train.train_iters  # the last step is saved anyway
 
 
-def _save(session: Session, built: Built, record: Record, config: RunConfig, stage: StageConfig) -> None:
-    if config.checkpoint.save is None:
-        return
-    path = store.save(stage_dir(session.run_dir, stage), modules=built.modules, optimizer=built.optimizer,
-                      scheduler=built.scheduler, record=record, config_yaml=session.config.to_yaml(), keep=config.checkpoint.keep)
-    session.logger.event("save", stage=stage.name, step=record.step, checkpoint=str(path))
+def _save(session: Session, built: Built, record: Record, stage: StageConfig) -> None:
+    if session.config.checkpoint.save is not None:
+        path = session.saver.save(stage_dir(session.run_dir, stage), modules=built.modules, optimizer=built.optimizer,
+                                  scheduler=built.scheduler, record=record, config_yaml=session.config.to_yaml())
+        _announce(session, stage, path)
+
+
+def _announce(session: Session, stage: StageConfig, published: Path | None) -> None:
+    if published is not None:
+        session.logger.event("save", stage=stage.name, step=int(published.name[5:]), checkpoint=str(published))
 
 
 def _measure(session: Session, built: Built, config: RunConfig, stage: StageConfig, step: int, meter: report.StageMeter) -> None:
@@ -197,7 +239,7 @@ def _measure(session: Session, built: Built, config: RunConfig, stage: StageConf
 def _known_wandb_run(config: RunConfig) -> str | None:
     """The id an earlier part of this run logged under."""
     for stage in reversed(config.stages):
-        found = store.latest(Path(config.checkpoint.save or "runs/default") / stage.name)
+        found = find.latest(Path(config.checkpoint.save or "runs/default") / stage.name)
         if found:
             return records.read(found).wandb_run_id
     return None

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from megatron_evomoe.checkpoint.store import Saver
 from megatron_evomoe.config import ConfigError, RunConfig, StageConfig
 from megatron_evomoe.data.batch import prepare_eval
 from megatron_evomoe.data.conversation import check_template, stop_ids
@@ -36,6 +37,7 @@ class Session:
     processor: ImageProcessor
     logger: RunLogger
     run_dir: Path
+    saver: Saver
 
     @property
     def fingerprint(self) -> str:
@@ -78,7 +80,8 @@ def open_session(config: RunConfig, *, wandb_run_id: str | None) -> Session:
     logger = RunLogger(config.log, run_dir, is_main=place.rank == 0, run_name=run_dir.name, config_dict=config.to_dict(),
                        wandb_run_id=wandb_run_id)
     processor = processor_for(config)
-    return Session(config=config, topology=place, tokenizer=tokenizer, processor=processor, logger=logger, run_dir=run_dir)
+    return Session(config=config, topology=place, tokenizer=tokenizer, processor=processor, logger=logger, run_dir=run_dir,
+                   saver=Saver(config.checkpoint))
 
 
 def train_loader(session: Session, config: RunConfig, *, start_position: int) -> TrainLoader | None:

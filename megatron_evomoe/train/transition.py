@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from megatron_evomoe.checkpoint import record as records
-from megatron_evomoe.checkpoint import store
+from megatron_evomoe.checkpoint import find, store
 from megatron_evomoe.checkpoint.record import CheckpointError, Record
 from megatron_evomoe.config import RunConfig, StageConfig
 from megatron_evomoe.moe import expert_init
@@ -23,18 +22,20 @@ _ROUTER = r"\.mlp\.router\."
 _EVOLUTION = r"\.mlp\.(experts|evolution)\."
 
 
-def start_from(path: str | Path, built: Built, config: RunConfig, stage: StageConfig, *, fingerprint: str) -> Record:
-    """Load `path`'s weights into a stage that is beginning. Communicates.
+def start_from(folder: Path, built: Built, config: RunConfig, stage: StageConfig, *, fingerprint: str) -> Record:
+    """Load a checkpoint's weights into a stage that is beginning. Communicates.
+
+    Args:
+        folder: a good one (`find.resolve`).
 
     Returns:
         The source's record, for the lineage.
 
     Raises:
-        CheckpointError: the source is damaged, of a kind this stage cannot start from, of another model, or trained with
+        CheckpointError: the source is of a kind this stage cannot start from, of another model, or trained with
             another tokenizer.
     """
-    folder = store.resolve(path)
-    source = records.read(folder)
+    source = find.record_of(folder)
     _check_source(source, folder, stage, config, fingerprint)
     dense_to_mixture = stage.kind == "route" and source.kind not in ("evolve", "route")
     if dense_to_mixture and config.moe.expert_init == "evolve":

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import json
+import pickle
 import shutil
+import unittest.mock
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.distributed.checkpoint.metadata import MetadataIndex
 
+from megatron_evomoe.checkpoint import find
 from megatron_evomoe.checkpoint import record as records
 from megatron_evomoe.checkpoint.record import CheckpointError, Record
+from megatron_evomoe.config import CheckpointConfig
 from megatron_evomoe.parallel import topology
 from tests.tiny import rows, step_of, tiny_config
 
@@ -38,11 +46,12 @@ def record_for(kind: str, step: int) -> Record:
                   tokenizer_fingerprint="abc", num_experts=4 if kind in ("evolve", "route") else 0)
 
 
-def save(directory: Path, built, kind: str, step: int, keep: int = 0) -> Path:
+def save(directory: Path, built, kind: str, step: int, **config) -> Path:
     from megatron_evomoe.checkpoint import store
 
-    return store.save(directory, modules=built.modules, optimizer=built.optimizer, scheduler=built.scheduler,
-                      record=record_for(kind, step), config_yaml="{}\n", keep=keep)
+    return store.Saver(CheckpointConfig(**{"keep": 0, **config})).save(
+        directory, modules=built.modules, optimizer=built.optimizer, scheduler=built.scheduler, record=record_for(kind, step),
+        config_yaml="{}\n")
 
 
 def train(built, first: int, last: int) -> list[tuple[float, float]]:
@@ -149,25 +158,139 @@ def test_wrong_sources_are_refused(tmp_path):
 
 
 def test_damaged_checkpoints_are_named_and_the_one_before_is_used(tmp_path, caplog):
-    from megatron_evomoe.checkpoint import store
 
     _, built = built_for("align", trained=1)
     first, second = save(tmp_path, built, "align", 1), save(tmp_path, built, "align", 2)
-    assert store.latest(tmp_path) == second
+    assert find.latest(tmp_path) == second
     shard = next(second.glob("*.distcp"))
     shard.write_bytes(shard.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match=rf"damaged: {shard.name} has \d+ bytes, \d+ bytes were saved"):
         records.read(second)
-    assert store.latest(tmp_path) == first
+    assert find.latest(tmp_path) == first
     assert shard.name in caplog.text and "the checkpoint before it" in caplog.text
     shard.unlink()
     with pytest.raises(CheckpointError, match=f"{shard.name} is missing"):
-        store.latest(tmp_path, step=2)
+        find.latest(tmp_path, step=2)
     (second / "evomoe.json").unlink()
     with pytest.raises(CheckpointError, match="no complete checkpoint"):
         records.read(second)
     with pytest.raises(CheckpointError, match="no checkpoint under"):
-        store.resolve(tmp_path / "nowhere")
+        find.resolve(tmp_path / "nowhere")
+
+
+def test_flipped_byte_is_named_and_the_one_before_is_used(tmp_path, caplog):
+    _, built = built_for("align", trained=1)
+    first, second = save(tmp_path, built, "align", 1), save(tmp_path, built, "align", 2)
+    assert find.newest_good(tmp_path) == second
+    shard = next(second.glob("*.distcp"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    assert find.newest_good(tmp_path) == first
+    assert f"the bytes of {shard.name} are not those that were saved" in caplog.text
+    assert "falling back to the checkpoint before it" in caplog.text
+    with pytest.raises(CheckpointError, match="not those that were saved"):
+        find.resolve(second)
+    for name in ("common.pt", "run_config.yaml", ".metadata"):
+        other = bytearray((first / name).read_bytes())
+        other[-1] ^= 128
+        (first / name).write_bytes(other)
+        assert name in find.why_bad(first)
+        other[-1] ^= 128
+        (first / name).write_bytes(other)
+    shutil.copy(first / "common.pt", tmp_path / "kept.pt")
+    (first / "common.pt").unlink()
+    with pytest.raises(CheckpointError, match=r"no good checkpoint under .*common.pt is missing"):
+        find.newest_good(tmp_path)
+
+
+class Payload:
+    """Unpickled the ordinary way, it would leave a file behind."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self):
+        return (open, (str(self.trace), "w"))
+
+
+def rewrite(path: Path, content: bytes) -> None:
+    """Change a file and its checksum, as someone who means harm would."""
+    path.write_bytes(content)
+    record = records.read_unchecked(path.parent)
+    record.files[path.name] = [len(content), zlib.crc32(content)]
+    record.write(path.parent)
+
+
+@pytest.mark.parametrize("place", [".metadata", "common.pt", "object"])
+def test_no_code_is_run_from_a_checkpoint(tmp_path, place):
+    from megatron_evomoe.checkpoint import integrity, store
+
+    _, built = built_for("align", trained=1)
+    path = save(tmp_path, built, "align", 1)
+    trace = tmp_path / "ran"
+    if place == "object":  # such as Transformer Engine's _extra_state: bytes inside a tensor file, torch.load-ed by torch
+        key, at = next((index.fqn, info) for index, info in integrity.read_metadata(path).storage_data.items()
+                       if index.fqn.endswith("shard_0_1"))
+        harmful = io.BytesIO()
+        torch.save(Payload(trace), harmful)
+        content = (path / at.relative_path).read_bytes()
+        metadata = integrity.read_metadata(path)
+        metadata.storage_data[MetadataIndex(key)] = dataclasses.replace(at, offset=len(content), length=len(harmful.getvalue()))
+        rewrite(path / at.relative_path, content + harmful.getvalue())
+        rewrite(path / ".metadata", pickle.dumps(metadata))
+    elif place == ".metadata":
+        rewrite(path / ".metadata", pickle.dumps(Payload(trace)))
+    else:
+        harmful = io.BytesIO()
+        torch.save({"scheduler": Payload(trace)}, harmful)
+        rewrite(path / "common.pt", harmful.getvalue())
+    with pytest.raises(CheckpointError, match=r"nothing was loaded|could not be read"):
+        store.load_training_state(find.resolve(path), modules=built.modules, optimizer=built.optimizer, scheduler=built.scheduler,
+                                  record=records.read(path))
+    assert not trace.exists()
+
+
+def test_background_save_is_published_when_written_and_holds_the_step_it_was_asked_at(tmp_path):
+    from megatron_evomoe.checkpoint import store
+
+    _, built = built_for("warmup", trained=2)
+    wanted = {n: p.clone() for n, p in built.modules[0].named_parameters()}
+    saver = store.Saver(CheckpointConfig(async_save=True))
+    asked = {"modules": built.modules, "optimizer": built.optimizer, "scheduler": built.scheduler, "config_yaml": "{}\n"}
+    record = record_for("warmup", 2)
+    assert saver.save(tmp_path, record=record, **asked) is None
+    assert find.latest(tmp_path) is None and not (tmp_path / store.TRACKER).exists()
+    record.step = 3  # as the loop goes on
+    train(built, 3, 3)
+    assert saver.poll(wait=True) == tmp_path / "iter_0000002" and saver.poll() is None
+    assert (tmp_path / store.TRACKER).read_text() == "2"
+    _, again = built_for("warmup", train={"seed": 99})
+    path = find.resolve(tmp_path)
+    store.load_training_state(path, modules=again.modules, optimizer=again.optimizer, scheduler=again.scheduler,
+                              record=records.read(path))
+    for name, parameter in again.modules[0].named_parameters():
+        assert torch.equal(parameter, wanted[name]), name
+    unbroken = train(built, 4, 5)
+    assert train(again, 3, 5)[1:] == unbroken
+
+
+def test_failed_background_save_is_reported_at_the_next_poll(tmp_path):
+    from megatron_evomoe.checkpoint import store
+
+    _, built = built_for("align", trained=1)
+    first = save(tmp_path, built, "align", 1)
+    saver = store.Saver(CheckpointConfig(async_save=True))
+    with unittest.mock.patch("torch.distributed.checkpoint.filesystem._write_item", side_effect=OSError(28, "No space left")), \
+         unittest.mock.patch("megatron.core.dist_checkpointing.strategies.filesystem_async._write_item",
+                             side_effect=OSError(28, "No space left")):
+        saver.save(tmp_path, modules=built.modules, optimizer=built.optimizer, scheduler=built.scheduler,
+                   record=record_for("align", 2), config_yaml="{}\n")
+        with pytest.raises(CheckpointError, match=r"saving .*iter_0000002 failed.*Nothing was published; .*iter_0000001 stays"):
+            saver.poll(wait=True)
+    assert find.latest(tmp_path) == first
+    assert not list(tmp_path.glob("saving_*"))
+    assert saver.poll() is None, "the failure is told once"
 
 
 def test_killed_while_saving_leaves_the_last_good_one(tmp_path, monkeypatch):
@@ -184,13 +307,12 @@ def test_killed_while_saving_leaves_the_last_good_one(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         save(tmp_path, built, "align", 2)
     monkeypatch.undo()
-    assert store.latest(tmp_path) == first
+    assert find.latest(tmp_path) == first
     assert (tmp_path / store.TRACKER).read_text() == "1"
     assert save(tmp_path, built, "align", 2).exists(), "the leftover of the killed save is no obstacle"
 
 
 def test_no_space_is_refused_before_anything_is_written(tmp_path, monkeypatch):
-    from megatron_evomoe.checkpoint import store
 
     _, built = built_for("align", trained=1)
     first = save(tmp_path, built, "align", 1)
@@ -198,7 +320,7 @@ def test_no_space_is_refused_before_anything_is_written(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match=r"needs about .* and 0.0 MiB are free\. Nothing was written; .*iter_0000001 stays"):
         save(tmp_path, built, "align", 2)
     assert [p.name for p in tmp_path.glob("iter_*")] == [first.name]
-    assert store.latest(tmp_path) == first
+    assert find.latest(tmp_path) == first
 
 
 def test_failed_write_is_reported_and_cleaned_up(tmp_path, monkeypatch):
@@ -222,3 +344,6 @@ def test_old_checkpoints_are_dropped(tmp_path):
         save(tmp_path, built, "align", step, keep=2)
     assert sorted(p.name for p in tmp_path.glob("iter_*")) == ["iter_0000002", "iter_0000003"]
     assert json.loads((tmp_path / "iter_0000003" / "evomoe.json").read_text())["step"] == 3
+    for step in (4, 5, 6):
+        save(tmp_path, built, "align", step, keep=1, keep_every=2)
+    assert sorted(p.name for p in tmp_path.glob("iter_*")) == ["iter_0000002", "iter_0000004", "iter_0000006"]

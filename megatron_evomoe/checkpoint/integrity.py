@@ -1,0 +1,95 @@
+"""Is a checkpoint what was saved, and is it safe to open? Checksums of every file; a look at every pickle before it is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import io
+import pickle
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
+
+from megatron_evomoe.checkpoint.record import CheckpointError
+
+_BLOCK = 1 << 22
+# What torch.distributed.checkpoint writes into `.metadata`: plain containers of sizes and offsets.
+_METADATA_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.planner",
+                     "torch.distributed.checkpoint.filesystem")
+_METADATA_NAMES = {("torch", "Size"), ("torch.serialization", "_get_layout")}
+
+
+def checksum(path: Path) -> int:
+    """CRC-32 of a file's bytes: finds every single flipped byte, at the speed of the disk rather than of a hash."""
+    value = 0
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(_BLOCK):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def mismatch(directory: Path, files: dict[str, list[int]]) -> str | None:
+    """The first of `files` (name -> [bytes, CRC-32]) that is not what was saved, in words; none when all are."""
+    for name, (size, crc) in files.items():
+        try:
+            if (directory / name).stat().st_size != size or checksum(directory / name) != crc:
+                return f"checkpoint {directory} is damaged: the bytes of {name} are not those that were saved (checksum differs)"
+        except OSError as error:
+            return f"checkpoint {directory} cannot be read: {name}: {error}"
+    return None
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Builds the plain data of `.metadata`; refuses to look up anything else, so nothing the file names can run."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module in (*_METADATA_MODULES, "torch") or (module, name) in _METADATA_NAMES:
+            found = super().find_class(module, name)
+            if (module, name) in _METADATA_NAMES or isinstance(found, torch.dtype) or _is_record(found, module):
+                return found
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
+
+
+def _is_record(found: Any, module: str) -> bool:
+    """A class of `module`'s own that only holds values. What a module merely imports is not its own."""
+    return (isinstance(found, type) and found.__module__ == module
+            and (dataclasses.is_dataclass(found) or issubclass(found, enum.Enum)))
+
+
+def read_metadata(directory: Path) -> Metadata:
+    """`.metadata`, unpickled without running code.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or asks for anything but plain checkpoint metadata.
+    """
+    try:
+        with (directory / ".metadata").open("rb") as file:
+            metadata = _MetadataUnpickler(file).load()
+    except Exception as error:  # a damaged pickle can raise anything
+        raise CheckpointError(f"checkpoint {directory}: .metadata is unsafe or damaged ({type(error).__name__}: {error}); "
+                              "nothing was loaded") from None
+    if not isinstance(metadata, Metadata):
+        raise CheckpointError(f"checkpoint {directory}: .metadata holds a {type(metadata).__name__}; nothing was loaded")
+    return metadata
+
+
+def require_safe(directory: Path) -> None:
+    """Raise `CheckpointError` if any pickle in the checkpoint names code. torch and megatron-core would run it on loading.
+
+    `common.pt` needs no look: torch.load opens it with weights_only.
+    """
+    metadata = read_metadata(directory)
+    for key, entry in metadata.state_dict_metadata.items():
+        if isinstance(entry, BytesStorageMetadata):
+            place = metadata.storage_data[MetadataIndex(key)]
+            with (directory / place.relative_path).open("rb") as file:
+                file.seek(place.offset)
+                content = file.read(place.length)
+            try:
+                torch.load(io.BytesIO(content), weights_only=True)
+            except Exception as error:
+                raise CheckpointError(f"checkpoint {directory}: object {key!r} is unsafe or damaged "
+                                      f"({str(error).splitlines()[0]}); nothing was loaded") from None
