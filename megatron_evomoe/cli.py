@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable
 
-COMMANDS = ("train", "make-shards", "inspect-data", "doctor", "plot")
+COMMANDS = ("train", "make-shards", "inspect-data", "plan", "doctor", "plot")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -90,6 +90,13 @@ def _add_inspect_data(parser: argparse.ArgumentParser) -> Callable[[argparse.Nam
     return inspect.run
 
 
+def _add_plan(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
+    from megatron_evomoe.plan import command
+
+    command.add_arguments(parser)
+    return command.run
+
+
 def _add_plot(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
     from megatron_evomoe.diagnose import plots
 
@@ -108,6 +115,7 @@ _HELP = {
     "train": "run the stages of a configuration, under torchrun or alone",
     "make-shards": "LLaVA JSON and an image folder to webdataset shards",
     "inspect-data": "show decoded samples with the supervised span marked",
+    "plan": "which layouts of a run fit a cluster: memory, communication, step time",
     "doctor": "versions, devices, and what is missing with its remedy",
     "plot": "draw a run's figures from its JSONL files",
 }
@@ -115,6 +123,7 @@ _ADD = {
     "train": _add_train,
     "make-shards": _add_make_shards,
     "inspect-data": _add_inspect_data,
+    "plan": _add_plan,
     "doctor": _add_doctor,
     "plot": _add_plot,
 }

@@ -1,0 +1,77 @@
+"""``python -m megatron_evomoe plan``: which layouts of a run fit a cluster, and which of them would be fastest."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+from megatron_evomoe.config import ConfigError, RunConfig, add_flags, flags_from, load_config
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of the command, besides one for every configuration field."""
+    parser.add_argument("--config", help="YAML file; flags win over it, and a degree given as a flag is held")
+    parser.add_argument("--preset", dest="cfg_preset", help="named model shape")
+    parser.add_argument("--stage", action="append", help="plan only this stage (may be given several times)")
+    parser.add_argument("--nnodes", type=int, required=True, help="nodes")
+    parser.add_argument("--gpus-per-node", type=int, default=8, help="GPUs per node (default 8)")
+    parser.add_argument("--gpu-memory", type=float, default=80, help="GiB per GPU (default 80)")
+    parser.add_argument("--headroom", type=float, default=0.1, help="share of the memory not to plan with (default 0.1)")
+    parser.add_argument("--tflops", type=float, default=400, help="sustained TFLOP/s of one GPU (default 400)")
+    parser.add_argument("--intra-bandwidth", type=float, default=400, help="GB/s a GPU sends inside its node (default 400)")
+    parser.add_argument("--inter-bandwidth", type=float, default=40, help="GB/s a GPU sends to other nodes (default 40)")
+    parser.add_argument("--mean-tokens", type=int, help="tokens per sample to reckon time, traffic and activations with "
+                                                        "(default: seq_length)")
+    parser.add_argument("--top", type=int, default=5, help="layouts printed per stage (default 5)")
+    parser.add_argument("--json", help="write everything here")
+    add_flags(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the plan; 1 when a stage fits nowhere.
+
+    Raises:
+        ConfigError: the configuration is wrong, or no vocabulary size can be known.
+    """
+    from megatron_evomoe.parallel import backend
+
+    warnings.filterwarnings("ignore", module=r"megatron\.core.*")
+    backend.prepare()  # importing megatron-core, whose refusals are asked for, needs it on a CPU
+    from megatron_evomoe.plan import report, search
+    from megatron_evomoe.plan.cost import Machine
+    from megatron_evomoe.plan.layout import LAYOUT_FLAGS
+
+    flags = flags_from(args)
+    config = _with_vocabulary(load_config(args.config, flags))
+    machine = Machine(nnodes=_positive(args, "nnodes"), gpus_per_node=_positive(args, "gpus_per_node"),
+                      gpu_memory=_positive(args, "gpu_memory"), headroom=args.headroom, tflops=_positive(args, "tflops"),
+                      intra_bandwidth=_positive(args, "intra_bandwidth"), inter_bandwidth=_positive(args, "inter_bandwidth"))
+    held = {LAYOUT_FLAGS[name]: value for name, value in flags.items() if name in LAYOUT_FLAGS}
+    if "recompute" in held:
+        held["recompute"] = held["recompute"] or "none"
+    plans = [search.plan_stage(config, stage, machine, held, args.mean_tokens) for stage in search.stages_of(config, args.stage)]
+    for line in report.lines(plans, machine, args.top):
+        print(line)
+    if args.json:
+        Path(args.json).write_text(json.dumps(report.as_data(plans, machine)))
+    return int(not all(plan.fits for plan in plans))
+
+
+def _positive(args: argparse.Namespace, name: str) -> int | float:
+    value = getattr(args, name)
+    if value <= 0:
+        raise ConfigError(f"--{name.replace('_', '-')} must be positive, got {value:g}")
+    return value
+
+
+def _with_vocabulary(config: RunConfig) -> RunConfig:
+    """The vocabulary follows the tokenizer where the configuration leaves it open, as in training."""
+    if config.language.vocab_size is not None or not config.data.tokenizer:
+        return config
+    from megatron_evomoe.data.tokenizer import build_tokenizer
+
+    size = build_tokenizer(config.data.tokenizer).vocab_size
+    return replace(config, language=replace(config.language, vocab_size=size))

@@ -1,0 +1,66 @@
+"""Where gradients flow through a chunk, which decides what is kept for the backward and what is computed there. Exact.
+
+A layer keeps activations if its input needs a gradient or something in it trains. The first chunk's input needs one if
+something below the decoder trains; what arrives from another chunk always does, because the core's schedules receive it that
+way. Re-entrant recompute needs an input that does, so `LlavaModel.embed` then makes it so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_evomoe.config import RunConfig
+from megatron_evomoe.plan.counts import chunk_layers, is_first
+from megatron_evomoe.train.stages import trained_parts
+
+
+@dataclass(frozen=True)
+class LayerFlow:
+    """One decoder layer in one stage kind."""
+
+    mixture: bool
+    """It has a router and experts now (`route`), not only later."""
+    input_grad: bool
+    trains_attention: bool
+    """And the norms."""
+    trains_ffn: bool
+    """The FFN, or the experts."""
+    trains_router: bool
+
+    @property
+    def ffn_input_grad(self) -> bool:
+        """Whether the FFN's input needs a gradient."""
+        return self.input_grad or self.trains_attention
+
+    @property
+    def output_grad(self) -> bool:
+        """Whether the next layer's input needs one."""
+        return self.ffn_input_grad or self.trains_ffn or self.trains_router
+
+
+def chunk_flow(config: RunConfig, kind: str, pp_rank: int, chunk: int) -> list[LayerFlow]:
+    """The chunk's layers, in order; `config` has layout and overrides applied."""
+    parts = trained_parts(config, kind)
+    language = "language" in parts
+    grad = not is_first(pp_rank, chunk) or language or "projector" in parts or "vision" in parts or reentrant(config)
+    flows = []
+    for layer in chunk_layers(config, pp_rank, chunk):
+        designated = config.moe.is_moe_layer(layer)
+        mixture = designated and kind == "route"
+        if mixture:
+            ffn = language or "experts" in parts
+        else:
+            ffn = "first_expert" in parts if designated and kind == "evolve" else language
+        flows.append(LayerFlow(mixture, grad, language, ffn, mixture and (language or "router" in parts)))
+        grad = flows[-1].output_grad
+    return flows
+
+
+def reentrant(config: RunConfig) -> bool:
+    """Whether recompute makes the decoder's input need a gradient."""
+    return config.train.recompute_granularity == "full" or "mlp" in recomputed_modules(config)
+
+
+def recomputed_modules(config: RunConfig) -> set[str]:
+    """Modules that selective recompute covers."""
+    return set(config.train.recompute_modules) if config.train.recompute_granularity == "selective" else set()

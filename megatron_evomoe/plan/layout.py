@@ -1,0 +1,177 @@
+"""A layout: how the ranks are split, and what is recomputed. Which ones to consider, and which cannot run at all.
+
+Nothing here allocates or communicates. The rules of feasibility are the trainer's own: `topology.validate`,
+`topology.virtual_stages`, `evolution.check_rule` and megatron-core's `TransformerConfig`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+
+from megatron_evomoe.config import ConfigError, RunConfig
+from megatron_evomoe.parallel import topology
+
+RECOMPUTE = ("none", "selective", "full")
+MOST_CHUNKS = 4
+"""Chunks per rank beyond this gain little bubble for a lot of point-to-point traffic, and are not searched."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Degrees as in `ParallelConfig`, and the activation recompute. Data parallelism is what is left of the world."""
+
+    tp: int = 1
+    pp: int = 1
+    ep: int = 1
+    etp: int = 1
+    layers_per_chunk: int | None = None
+    recompute: str = "none"
+
+    @property
+    def degrees(self) -> tuple[int, int, int, int, int | None]:
+        """All that holds for a whole run; `recompute` may differ between its stages."""
+        return self.tp, self.pp, self.ep, self.etp, self.layers_per_chunk
+
+    def without_experts(self) -> Layout:
+        """The same layout for a stage that has no experts: how they would be split changes nothing."""
+        return replace(self, ep=1, etp=1)
+
+
+def of_config(config: RunConfig) -> Layout:
+    """The layout a configuration asks for."""
+    p = config.parallel
+    return Layout(tp=p.tensor_model_parallel_size, pp=p.pipeline_model_parallel_size, ep=p.expert_model_parallel_size,
+                  etp=p.expert_tensor_parallel_size, layers_per_chunk=p.num_layers_per_virtual_pipeline_stage,
+                  recompute=config.train.recompute_granularity or "none")
+
+
+def applied(config: RunConfig, layout: Layout) -> RunConfig:
+    """`config` with `layout` in it."""
+    # "true" is the default wherever TP > 1, and refused where TP is 1
+    sequence_parallel = config.parallel.sequence_parallel if layout.tp > 1 else None
+    parallel = replace(
+        config.parallel, tensor_model_parallel_size=layout.tp, pipeline_model_parallel_size=layout.pp,
+        expert_model_parallel_size=layout.ep, expert_tensor_parallel_size=layout.etp,
+        num_layers_per_virtual_pipeline_stage=layout.layers_per_chunk, sequence_parallel=sequence_parallel,
+    )
+    recompute = None if layout.recompute == "none" else layout.recompute
+    return replace(config, parallel=parallel, train=replace(config.train, recompute_granularity=recompute))
+
+
+def candidates(config: RunConfig, *, world_size: int, gpus_per_node: int,
+               held: dict[str, object] | None = None) -> Iterator[Layout]:
+    """Every layout worth asking about, feasible or not.
+
+    TP stays inside a node and expert-TP divides TP; PP covers the divisors of the layers, and powers of two so that a refusal
+    of the usual ones is seen; EP divides the experts.
+
+    Args:
+        held: `Layout` field -> the only value to consider.
+    """
+    held = held or {}
+    layers = config.language.num_layers
+    pps = sorted({d for d in (*_divisors(layers), 2, 4, 8, 16) if d <= world_size})
+
+    def choose(name: str, values: list) -> list:
+        return [held[name]] if name in held else values
+
+    for tp in choose("tp", _divisors(gpus_per_node)):
+        for pp in choose("pp", pps):
+            for ep in choose("ep", _divisors(config.moe.num_experts)):
+                for etp in choose("etp", _divisors(tp)):
+                    for chunk in choose("layers_per_chunk", _chunk_lengths(layers, pp)):
+                        for recompute in choose("recompute", list(RECOMPUTE)):
+                            yield Layout(tp=tp, pp=pp, ep=ep, etp=etp, layers_per_chunk=chunk, recompute=recompute)
+
+
+def _chunk_lengths(layers: int, pp: int) -> list[int | None]:
+    if pp == 1 or layers % pp:
+        return [None]
+    per_rank = layers // pp
+    return [None, *(d for d in _divisors(per_rank) if 2 <= per_rank // d <= MOST_CHUNKS)]
+
+
+def check(config: RunConfig, kind: str, world_size: int) -> None:
+    """Refuse what could not be built or started on `world_size` ranks. `config` has the layout applied.
+
+    Raises:
+        ConfigError: names the value, the rule and what would fit.
+    """
+    topology.validate(config, world_size)
+    chunks = topology.virtual_stages(config) or 1
+    p, m = config.parallel, microbatches(config, world_size)
+    if chunks > 1 and m % p.pipeline_model_parallel_size:
+        raise ConfigError(f"the interleaved schedule needs microbatches ({m}) in multiples of PP {p.pipeline_model_parallel_size}; "
+                          "change global_batch_size or micro_batch_size, or do not interleave")
+    _check_widths(config)
+    tp = p.tensor_model_parallel_size
+    if kind == "route" and tp > 1 and p.sequence_parallel is False:  # megatron-core's MoELayer says so in its first forward
+        raise ConfigError(f"mixtures under TP {tp} need sequence_parallel; leave it out, or use TP 1")
+    if kind == "evolve":
+        from megatron_evomoe.moe.evolution import check_rule, validate_ranges
+
+        validate_ranges(config.moe.num_experts, config.moe.evolution_beta)
+        check_rule(config.moe.evolution_rule, p.use_distributed_optimizer, data_parallel(config, world_size),
+                   p.overlap_param_gather)
+    _check_core(config)
+
+
+def _check_widths(config: RunConfig) -> None:
+    p = config.parallel
+    tp, etp = p.tensor_model_parallel_size, p.expert_tensor_parallel_size
+    for what, width, degree in (("ffn_hidden_size", config.language.ffn_hidden_size, tp),
+                                ("ffn_hidden_size (expert-TP)", config.language.ffn_hidden_size, etp),
+                                ("vision_ffn_hidden_size", config.vision.ffn_hidden_size, tp)):
+        if width % degree:
+            raise ConfigError(f"{what} {width} cannot be split over {degree} tensor-parallel ranks")
+
+
+def _check_core(config: RunConfig) -> None:
+    """megatron-core's own refusals. Transformer Engine need not be here, so what only it can do is taken out first."""
+    from megatron_evomoe.model.transformer_config import language_transformer_config
+
+    assume_te = transformer_engine(config)
+    language, moe, train = config.language, config.moe, config.train
+    if assume_te:
+        groups, tp = language.num_query_groups or language.num_attention_heads, config.parallel.tensor_model_parallel_size
+        if groups % tp and tp % groups:
+            raise ConfigError(f"num_query_groups {groups} must be a multiple or a divisor of TP {tp}")
+        language = replace(language, num_query_groups=None)
+        moe = replace(moe, moe_grouped_gemm=False)
+        portable = [m for m in train.recompute_modules if m not in ("layernorm", "moe_act")]
+        train = replace(train, transformer_impl="local", recompute_modules=portable or ["core_attn"])
+    language_transformer_config(replace(config, language=language, moe=moe, train=train))
+
+
+def transformer_engine(config: RunConfig) -> bool:
+    """Whether the planned run has Transformer Engine: `auto` is taken to find it, wherever the plan itself is made."""
+    return config.train.transformer_impl != "local"
+
+
+def data_parallel(config: RunConfig, world_size: int) -> int:
+    """Replicas: ranks that hold the same weights outside the experts and read different samples."""
+    p = config.parallel
+    return world_size // (p.tensor_model_parallel_size * p.pipeline_model_parallel_size * p.context_parallel_size)
+
+
+def expert_data_parallel(config: RunConfig, world_size: int) -> int:
+    """Ranks that hold the same experts."""
+    p = config.parallel
+    return world_size // (p.expert_tensor_parallel_size * p.expert_model_parallel_size * p.pipeline_model_parallel_size)
+
+
+def microbatches(config: RunConfig, world_size: int) -> int:
+    """Forward passes per optimizer step and replica."""
+    return config.train.global_batch_size // (config.train.micro_batch_size * data_parallel(config, world_size))
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+LAYOUT_FLAGS = dict(zip(
+    ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size", "expert_tensor_parallel_size",
+     "num_layers_per_virtual_pipeline_stage", "recompute_granularity"),
+    (f.name for f in fields(Layout)), strict=True))
+"""Configuration field -> `Layout` field: a flag that names one holds it."""

@@ -1,0 +1,153 @@
+"""The plan in words and columns, and as plain data for `--json`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from megatron_evomoe.plan.cost import Machine, StepTime
+from megatron_evomoe.plan.layout import Layout, of_config
+from megatron_evomoe.plan.search import Estimate, StagePlan, whole_run
+
+GIB, GB = 2**30, 1e9
+HEADER = (f"{'':>3} {'TP':>3} {'PP':>3} {'EP':>3} {'eTP':>3} {'chunk':>5} {'recompute':>9} {'DP':>5} {'m':>4} | "
+          f"{'params':>14} {'grads':>6} {'optim':>6} {'evolve':>6} {'activ':>6} {'total':>6} | "
+          f"{'TP':>7} {'PP':>6} {'EP':>6} {'DPred':>6} {'DPgat':>6} | {'bubble':>6} {'step s':>8}  why")
+
+
+def lines(plans: Sequence[StagePlan], machine: Machine, top: int) -> Iterator[str]:
+    """The report, line by line."""
+    yield (f"{machine.nnodes} nodes x {machine.gpus_per_node} GPUs x {machine.gpu_memory:g} GiB, of which "
+           f"{machine.usable_bytes / GIB:.1f} GiB are planned with; assumed {machine.tflops:g} TFLOP/s, "
+           f"{machine.intra_bandwidth:g} GB/s inside a node, {machine.inter_bandwidth:g} GB/s between nodes")
+    yield ("GiB of the fullest rank (params: their number, and GiB; activations are an estimate, the rest is exact); GB sent per "
+           "step by a rank of the slowest pipeline stage; m microbatches")
+    for plan in plans:
+        yield from _stage(plan, machine, top)
+    if len(plans) > 1:
+        yield from _whole(plans, top)
+
+
+def _stage(plan: StagePlan, machine: Machine, top: int) -> Iterator[str]:
+    too_big, refused = sum(len(g.estimates) for g in plan.too_big), sum(len(g.layouts) for g in plan.refused)
+    shown = distinct(plan)
+    train = plan.config.train
+    yield ""
+    yield (f"stage {plan.name} ({plan.kind}): {len(plan.fits)} layouts fit, {too_big} are too big, {refused} cannot run; "
+           f"{plan.config.data.seq_length} tokens x {train.micro_batch_size} per microbatch, {train.global_batch_size} per step, "
+           f"{'bf16' if train.bf16 else 'fp32'}, distributed optimizer "
+           f"{'on' if plan.config.parallel.use_distributed_optimizer else 'off'}")
+    if shown:
+        yield HEADER
+    for i, e in enumerate(shown[:top]):
+        yield _row(f"{i + 1}", e, plan.kind, _why(e, shown[0]))
+    yield from _as_configured(plan, shown)
+    for group in plan.too_big:
+        least = group.estimates[0]
+        yield (f"  too big: {len(group.estimates)} layouts, mostly for their {group.largest}; the smallest, "
+               f"{label(least.layout, plan.kind)}, needs {least.total_bytes / GIB:.1f} GiB. Would fit with: {group.remedy}")
+    for refusal in plan.refused:
+        yield f"  cannot run: {len(refusal.layouts)} layouts, e.g. {label(refusal.layouts[0], plan.kind)}: {refusal.example}"
+
+
+def distinct(plan: StagePlan) -> list[Estimate]:
+    """What fits, fastest first: the best recompute of each set of degrees, which without experts leave their split out."""
+    seen: dict[tuple, Estimate] = {}
+    for e in plan.fits:
+        seen.setdefault((e.layout if plan.kind == "route" else e.layout.without_experts()).degrees, e)
+    return list(seen.values())
+
+
+def _as_configured(plan: StagePlan, shown: list[Estimate]) -> Iterator[str]:
+    """Where the configuration's own layout stands."""
+    own = of_config(plan.config)
+    for e in plan.fits:
+        if e.layout == own:
+            yield f"  as configured: {label(own, plan.kind)} fits in {e.total_bytes / GIB:.1f} GiB, {_why(e, shown[0])}"
+            return
+    for group in plan.too_big:
+        for e in group.estimates:
+            if e.layout == own:
+                yield f"  as configured: {label(own, plan.kind)} is too big, {e.total_bytes / GIB:.1f} GiB"
+                return
+    for refusal in plan.refused:
+        if own in refusal.layouts:
+            yield f"  as configured: {label(own, plan.kind)} cannot run"
+
+
+def label(layout: Layout, kind: str = "route") -> str:
+    """A layout in a few words; EP and expert-TP only where there are experts."""
+    words = [f"TP {layout.tp}", f"PP {layout.pp}"]
+    if kind == "route":
+        words += [f"EP {layout.ep}", f"expert-TP {layout.etp}"]
+    if layout.layers_per_chunk:
+        words.append(f"chunks of {layout.layers_per_chunk} layers")
+    return ", ".join([*words, f"recompute {layout.recompute}"])
+
+
+def _row(number: str, e: Estimate, kind: str, why: str) -> str:
+    p, s, v = e.layout, e.states, e.volume
+    experts = (p.ep, p.etp) if kind == "route" else ("any", "any")
+    memory = (s.gradient_bytes, s.optimizer_bytes, s.evolution_bytes, e.activation_bytes, e.total_bytes)
+    params = f"{_count(s.parameters):>7} {s.parameter_bytes / GIB:>6.2f}"
+    sent = (v.pp, v.ep, v.gradients, v.parameters)
+    return (f"{number:>3} {p.tp:>3} {p.pp:>3} {experts[0]:>3} {experts[1]:>3} {p.layers_per_chunk or '-':>5} {p.recompute:>9} "
+            f"{e.data_parallel:>5} {e.microbatches:>4} | {params:>14} " + " ".join(f"{b / GIB:>6.2f}" for b in memory)
+            + f" | {v.tp / GB:>7.2f} " + " ".join(f"{b / GB:>6.2f}" for b in sent)
+            + f" | {e.time.bubble / e.time.total:>6.1%} {e.time.total:>8.3f}  {why}")
+
+
+def _count(n: int) -> str:
+    return f"{n / 1e9:.3f}B" if n >= 1e9 else f"{n / 1e6:.1f}M"
+
+
+def _why(e: Estimate, best: Estimate) -> str:
+    """What the step's time goes into, or what makes it longer than the best's."""
+    if e.time == best.time:
+        biggest = sorted(_parts(e.time).items(), key=lambda kv: -kv[1])[:3]
+        return "time: " + ", ".join(f"{seconds / e.time.total:.0%} {name}" for name, seconds in biggest if seconds)
+    more = {name: seconds - _parts(best.time)[name] for name, seconds in _parts(e.time).items()}
+    name = max(more, key=lambda n: more[n])
+    return f"+{e.time.total / best.time.total - 1:.0%}: {name} +{more[name]:.3f} s"
+
+
+def _parts(t: StepTime) -> dict[str, float]:
+    return {"compute": t.compute, "TP": t.tp, "EP": t.ep, "PP": t.pp, "DP": t.dp, "bubble": t.bubble}
+
+
+def _whole(plans: Sequence[StagePlan], top: int) -> Iterator[str]:
+    runs = whole_run(plans)
+    yield ""
+    yield f"whole run (one set of degrees for all stages): {len(runs)} sets fit every stage"
+    for i, (layout, estimates, seconds) in enumerate(runs[:top]):
+        chunk = f", chunks of {layout.layers_per_chunk} layers" if layout.layers_per_chunk else ""
+        recompute = ", ".join(f"{p.name} {e.layout.recompute}" for p, e in zip(plans, estimates, strict=True))
+        yield (f"  {i + 1}. TP {layout.tp}, PP {layout.pp}, EP {layout.ep}, expert-TP {layout.etp}{chunk}: {seconds / 3600:.1f} h; "
+               f"recompute: {recompute}")
+
+
+def as_data(plans: Sequence[StagePlan], machine: Machine) -> dict[str, Any]:
+    """Everything, as JSON takes it: bytes, seconds, counts."""
+    return {
+        "machine": {**asdict(machine), "usable_bytes": int(machine.usable_bytes)},
+        "stages": [{
+            "name": plan.name, "kind": plan.kind,
+            "fits": [estimate_data(e) for e in plan.fits],
+            "too_big": [{"largest": g.largest, "remedy": g.remedy, "layouts": [estimate_data(e) for e in g.estimates]}
+                        for g in plan.too_big],
+            "refused": [{"reason": g.example, "layouts": [asdict(x) for x in g.layouts]} for g in plan.refused],
+        } for plan in plans],
+        "whole_run": [{"layout": asdict(layout), "recompute": [e.layout.recompute for e in es], "seconds": seconds}
+                      for layout, es, seconds in whole_run(plans)],
+    }
+
+
+def estimate_data(e: Estimate) -> dict[str, Any]:
+    """One layout."""
+    return {
+        "layout": asdict(e.layout), "data_parallel": e.data_parallel, "microbatches": e.microbatches,
+        "fullest_stage": e.fullest_stage, "states": asdict(e.states), "activation_bytes": e.activation_bytes,
+        "total_bytes": e.total_bytes, "communication_bytes": asdict(e.volume),
+        "seconds": {**asdict(e.time), "total": e.time.total}, "bubble_fraction": e.time.bubble / e.time.total,
+    }
