@@ -48,9 +48,9 @@ def sizes_of(config: RunConfig, seq_length: int | None = None) -> Sizes:
                  fused=layout.transformer_engine(config))
 
 
-def activation_bytes(config: RunConfig, kind: str, pp_rank: int, microbatches: int, seq_length: int | None = None) -> int:
+def activation_bytes(config: RunConfig, kind: str, pp_rank: int, microbatches: int) -> int:
     """The most one rank of pipeline stage `pp_rank` keeps at a time; `config` has layout and overrides applied."""
-    z = sizes_of(config, seq_length)
+    z = sizes_of(config)
     total = 0
     for chunk, count in enumerate(in_flight(config, pp_rank, microbatches)):
         flows = chunk_flow(config, kind, pp_rank, chunk)

@@ -23,8 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tflops", type=float, default=400, help="sustained TFLOP/s of one GPU (default 400)")
     parser.add_argument("--intra-bandwidth", type=float, default=400, help="GB/s a GPU sends inside its node (default 400)")
     parser.add_argument("--inter-bandwidth", type=float, default=40, help="GB/s a GPU sends to other nodes (default 40)")
-    parser.add_argument("--mean-tokens", type=int, help="tokens per sample to reckon time, traffic and activations with "
-                                                        "(default: seq_length)")
+    parser.add_argument("--mean-tokens", type=int, help="tokens per sample to reckon time and traffic with (default: "
+                                                        "seq_length, which memory is always reckoned with)")
     parser.add_argument("--top", type=int, default=5, help="layouts printed per stage (default 5)")
     parser.add_argument("--json", help="write everything here")
     add_flags(parser)

@@ -8,6 +8,8 @@ Shapes: C width · F width of the FFN · V padded vocabulary · N experts · h, 
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -62,7 +64,7 @@ def chunk_tensors(config: RunConfig, kind: str, pp_rank: int, chunk: int = 0) ->
     parts = trained_parts(config, kind)
     moe_layers = {i for i, is_moe in enumerate(config.moe.layer_pattern(config.language.num_layers)) if is_moe}
     layers = chunk_layers(config, pp_rank, chunk)
-    expert_parallel = config.parallel.expert_model_parallel_size > 1  # at EP 1 the core reduces experts like the rest
+    expert_parallel = experts_reduced_apart(config)
     tied_apart = config.language.tie_word_embeddings and config.parallel.pipeline_model_parallel_size > 1
     found = []
     for layer, name, numel in _named(config, kind, pp_rank, chunk):
@@ -74,6 +76,24 @@ def chunk_tensors(config: RunConfig, kind: str, pp_rank: int, chunk: int = 0) ->
             own_bucket=tied_apart and name.endswith(("word_embeddings.weight", "output_layer.weight")),
         ))
     return found
+
+
+def experts_reduced_apart(config: RunConfig) -> bool:
+    """Whether megatron-core reduces experts over the ranks that hold the same ones, rather than like everything else.
+
+    It does under EP; at EP 1 and an expert-TP other than TP the installed version decides (0.16.1 does not, 0.19.2 does).
+    """
+    p = config.parallel
+    differs = p.expert_tensor_parallel_size != p.tensor_model_parallel_size
+    return p.expert_model_parallel_size > 1 or (differs and _core_knows_expert_tensor_parallelism())
+
+
+@functools.cache
+def _core_knows_expert_tensor_parallelism() -> bool:
+    """Read from the source, because the version that changed it is not documented."""
+    from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+
+    return "expert_tensor_parallel_size" in inspect.getsource(ColumnParallelLinear.__init__)
 
 
 def _named(config: RunConfig, kind: str, pp_rank: int, chunk: int) -> Iterator[tuple[int, str, int]]:

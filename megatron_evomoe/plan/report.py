@@ -11,9 +11,6 @@ from megatron_evomoe.plan.layout import Layout, of_config
 from megatron_evomoe.plan.search import Estimate, StagePlan, whole_run
 
 GIB, GB = 2**30, 1e9
-HEADER = (f"{'':>3} {'TP':>3} {'PP':>3} {'EP':>3} {'eTP':>3} {'chunk':>5} {'recompute':>9} {'DP':>5} {'m':>4} | "
-          f"{'params':>14} {'grads':>6} {'optim':>6} {'evolve':>6} {'activ':>6} {'total':>6} | "
-          f"{'TP':>7} {'PP':>6} {'EP':>6} {'DPred':>6} {'DPgat':>6} | {'bubble':>6} {'step s':>8}  why")
 
 
 def lines(plans: Sequence[StagePlan], machine: Machine, top: int) -> Iterator[str]:
@@ -21,8 +18,8 @@ def lines(plans: Sequence[StagePlan], machine: Machine, top: int) -> Iterator[st
     yield (f"{machine.nnodes} nodes x {machine.gpus_per_node} GPUs x {machine.gpu_memory:g} GiB, of which "
            f"{machine.usable_bytes / GIB:.1f} GiB are planned with; assumed {machine.tflops:g} TFLOP/s, "
            f"{machine.intra_bandwidth:g} GB/s inside a node, {machine.inter_bandwidth:g} GB/s between nodes")
-    yield ("GiB of the fullest rank (params: their number, and GiB; activations are an estimate, the rest is exact); GB sent per "
-           "step by a rank of the slowest pipeline stage; m microbatches")
+    yield "GiB: held by the fullest rank; activations are an estimate, the rest is exact."
+    yield "GB: sent per step by a rank of the slowest pipeline stage. Ranked by estimated step time."
     for plan in plans:
         yield from _stage(plan, machine, top)
     if len(plans) > 1:
@@ -34,14 +31,12 @@ def _stage(plan: StagePlan, machine: Machine, top: int) -> Iterator[str]:
     shown = distinct(plan)
     train = plan.config.train
     yield ""
-    yield (f"stage {plan.name} ({plan.kind}): {len(plan.fits)} layouts fit, {too_big} are too big, {refused} cannot run; "
-           f"{plan.config.data.seq_length} tokens x {train.micro_batch_size} per microbatch, {train.global_batch_size} per step, "
-           f"{'bf16' if train.bf16 else 'fp32'}, distributed optimizer "
-           f"{'on' if plan.config.parallel.use_distributed_optimizer else 'off'}")
-    if shown:
-        yield HEADER
+    yield (f"stage {plan.name} ({plan.kind}): {len(plan.fits)} layouts fit, {too_big} are too big, {refused} cannot run "
+           f"(micro_batch_size {train.micro_batch_size}, global_batch_size {train.global_batch_size}, "
+           f"seq_length {plan.config.data.seq_length}, {'bf16' if train.bf16 else 'fp32'}, distributed optimizer "
+           f"{'on' if plan.config.parallel.use_distributed_optimizer else 'off'})")
     for i, e in enumerate(shown[:top]):
-        yield _row(f"{i + 1}", e, plan.kind, _why(e, shown[0]))
+        yield from _row(i + 1, e, plan.kind, _why(e, shown[0]))
     yield from _as_configured(plan, shown)
     for group in plan.too_big:
         least = group.estimates[0]
@@ -86,16 +81,20 @@ def label(layout: Layout, kind: str = "route") -> str:
     return ", ".join([*words, f"recompute {layout.recompute}"])
 
 
-def _row(number: str, e: Estimate, kind: str, why: str) -> str:
-    p, s, v = e.layout, e.states, e.volume
-    experts = (p.ep, p.etp) if kind == "route" else ("any", "any")
-    memory = (s.gradient_bytes, s.optimizer_bytes, s.evolution_bytes, e.activation_bytes, e.total_bytes)
-    params = f"{_count(s.parameters):>7} {s.parameter_bytes / GIB:>6.2f}"
-    sent = (v.pp, v.ep, v.gradients, v.parameters)
-    return (f"{number:>3} {p.tp:>3} {p.pp:>3} {experts[0]:>3} {experts[1]:>3} {p.layers_per_chunk or '-':>5} {p.recompute:>9} "
-            f"{e.data_parallel:>5} {e.microbatches:>4} | {params:>14} " + " ".join(f"{b / GIB:>6.2f}" for b in memory)
-            + f" | {v.tp / GB:>7.2f} " + " ".join(f"{b / GB:>6.2f}" for b in sent)
-            + f" | {e.time.bubble / e.time.total:>6.1%} {e.time.total:>8.3f}  {why}")
+def _row(number: int, e: Estimate, kind: str, why: str) -> Iterator[str]:
+    """A layout in three lines: what it is and how fast, memory, traffic."""
+    s, v = e.states, e.volume
+    yield (f"  {number}. {label(e.layout, kind)}; DP {e.data_parallel}, microbatches {e.microbatches}: "
+           f"{e.time.total:.3f} s a step, bubble {e.time.bubble / e.time.total:.1%} ({why})")
+    memory = {f"parameters ({_count(s.parameters)})": s.parameter_bytes, "gradients": s.gradient_bytes,
+              "optimizer": s.optimizer_bytes, "evolution": s.evolution_bytes, "activations": e.activation_bytes}
+    yield _figures(f"GiB {e.total_bytes / GIB:.2f}:", memory, GIB)
+    sent = {"TP": v.tp, "PP": v.pp, "EP": v.ep, "gradient reduction": v.gradients, "parameter gather": v.parameters}
+    yield _figures(f"GB  {v.total / GB:.2f}:", sent, GB)
+
+
+def _figures(head: str, parts: dict[str, int], unit: float) -> str:
+    return f"     {head:<11}" + ", ".join(f"{name} {amount / unit:.2f}" for name, amount in parts.items() if amount)
 
 
 def _count(n: int) -> str:
@@ -108,8 +107,9 @@ def _why(e: Estimate, best: Estimate) -> str:
         biggest = sorted(_parts(e.time).items(), key=lambda kv: -kv[1])[:3]
         return "time: " + ", ".join(f"{seconds / e.time.total:.0%} {name}" for name, seconds in biggest if seconds)
     more = {name: seconds - _parts(best.time)[name] for name, seconds in _parts(e.time).items()}
-    name = max(more, key=lambda n: more[n])
-    return f"+{e.time.total / best.time.total - 1:.0%}: {name} +{more[name]:.3f} s"
+    ordered = sorted(more, key=lambda name: more[name])
+    told = [name for name in (ordered[-1], ordered[0]) if abs(more[name]) >= 0.0005]
+    return f"{e.time.total / best.time.total - 1:+.0%}: " + ", ".join(f"{name} {more[name]:+.3f} s" for name in told)
 
 
 def _parts(t: StepTime) -> dict[str, float]:

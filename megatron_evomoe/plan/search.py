@@ -85,7 +85,7 @@ def plan_stage(config: RunConfig, stage: StageConfig, machine: Machine, held: di
     Args:
         config: the run's; the stage's overrides are applied here.
         held: `Layout` field -> the only value to try.
-        seq_length: tokens per sample to reckon activations, traffic and time with; none takes the longest allowed.
+        seq_length: tokens per sample to reckon traffic and time with; none takes the longest allowed, as memory always does.
     """
     config = config.for_stage(stage.name) if stage in config.stages else config
     estimates, refused = [], {}
@@ -152,7 +152,7 @@ def estimate(config: RunConfig, kind: str, layout: Layout, machine: Machine, seq
     config, world = layouts.applied(config, layout), machine.world_size
     states = all_states(config, kind, machine) if states is None else states
     m = layouts.microbatches(config, world)
-    activations = [activation_bytes(config, kind, rank, m, seq_length) for rank in range(layout.pp)]
+    activations = [activation_bytes(config, kind, rank, m) for rank in range(layout.pp)]
     volumes = [volume_of(config, kind, states[rank], world_size=world, pp_rank=rank, seq_length=seq_length)
                for rank in range(layout.pp)]
     times = [step_time(config, kind, volumes[rank], machine, rank, seq_length) for rank in range(layout.pp)]

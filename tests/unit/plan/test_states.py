@@ -41,7 +41,7 @@ def test_frozen_parameters_have_neither():
 
 
 def test_trained_experts_are_sharded_over_fewer_ranks():
-    """8 ranks, EP 4: everything else over 8 replicas, two experts... one expert a layer over the two ranks that share it."""
+    """8 ranks, EP 4: one expert per mixture and rank, sharded over the two ranks that share it; everything else over 8."""
     train = {"trainable": ["language", "projector"]}
     s = qwen("route", 8, {"expert_model_parallel_size": 4}, train)
     router = s.trainable - (LANGUAGE + PROJECTOR)
