@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# One job per stage, each waiting for the one before it to succeed:
+#
+#   bash examples/slurm/submit_stages.sh [sbatch flags] [-- train flags]
+#   bash examples/slurm/submit_stages.sh --nodes=4 --gpus-per-node=8 -- --expert-model-parallel-size 4
+#
+# A stage that fails takes the later ones out of the queue. The same line again skips what is finished and goes on.
+# STAGES names others than the recipe's: "align warmup evolve route".
+set -euo pipefail
+
+HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+EVOMOE_ROOT="$(dirname "$(dirname "$HERE")")"
+export EVOMOE_ROOT
+
+sbatch_flags=()
+while [ $# -gt 0 ] && [ "$1" != "--" ]; do
+    sbatch_flags+=("$1")
+    shift
+done
+if [ $# -gt 0 ]; then
+    shift
+fi
+
+after=""
+for stage in ${STAGES:-align warmup evolve route}; do
+    waits=()
+    if [ -n "$after" ]; then
+        waits=(--dependency="afterok:$after" --kill-on-invalid-dep=yes)
+    fi
+    after="$(sbatch --parsable --job-name="evomoe-$stage" "${waits[@]}" "${sbatch_flags[@]}" "$HERE/evomoe_llava.sbatch" \
+        --stage "$stage" "$@")"
+    after="${after%%;*}" # a federation answers id;cluster
+    echo "$stage: job $after"
+done
