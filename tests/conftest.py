@@ -29,6 +29,7 @@ def clean_core():
     """Forget what megatron-core keeps per process of its auxiliary losses: a test that trained would leave its scale behind."""
     from megatron.core.transformer.moe import moe_utils
 
-    newer = getattr(moe_utils, "get_moe_metrics_tracker", None)  # megatron-core from 0.17 on
-    (newer().metrics if newer else moe_utils.get_moe_layer_wise_logging_tracker()).clear()
+    from megatron_evomoe.train.report import forget_auxiliary_losses
+
+    forget_auxiliary_losses()
     moe_utils.MoEAuxLossAutoScaler.main_loss_backward_scale = None

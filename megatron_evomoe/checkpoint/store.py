@@ -25,24 +25,28 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_evomoe.checkpoint import integrity
+from megatron_evomoe.checkpoint import integrity, optimizer_state
 from megatron_evomoe.checkpoint.find import candidates, latest
 from megatron_evomoe.checkpoint.record import CheckpointError, Record
 from megatron_evomoe.config import CheckpointConfig
 from megatron_evomoe.parallel import rng
 
 TRACKER = "latest_checkpointed_iteration.txt"
-# Layers keep their own keys, so dense and mixture stages name them alike; optimizer shards may be read at other sizes.
-METADATA = {
-    "non_homogeneous_layers": True,
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "chained_optim_avoid_prefix": True,
-    "singleton_local_shards": False,
-}
 _FREE_SPACE_MARGIN = 1.05
 _FAILURES = (Exception, CheckpointException)  # torch's CheckpointException is no Exception
 
 log = logging.getLogger(__name__)
+
+
+def metadata() -> dict[str, Any]:
+    """How state dicts are sharded: layers keep their own keys, so dense and mixture stages name them alike; optimizer shards may
+    be read at other sizes. A new dict each time, because megatron-core puts the process groups of the moment into it."""
+    return {
+        "non_homogeneous_layers": True,
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "chained_optim_avoid_prefix": True,
+        "singleton_local_shards": False,
+    }
 
 
 class Saver:
@@ -80,7 +84,7 @@ class Saver:
         Raises:
             CheckpointError: as `save`.
         """
-        state = {k: v for name, part in parts.items() for k, v in part.sharded_state_dict(f"{name}.", metadata=METADATA).items()}
+        state = {k: v for name, part in parts.items() for k, v in part.sharded_state_dict(f"{name}.", metadata=metadata()).items()}
         return self._start(directory, {"model": state}, record, config_yaml)
 
     def poll(self, *, wait: bool = False) -> Path | None:
@@ -109,7 +113,7 @@ class Saver:
         publication.prepare(state)
         error = None
         try:
-            request = dist_checkpointing.save(state, str(publication.pending), content_metadata=METADATA,
+            request = dist_checkpointing.save(state, str(publication.pending), content_metadata=metadata(),
                                               async_sharded_save=self._queue is not None)
         except _FAILURES as failure:
             error = failure
@@ -220,48 +224,60 @@ def _entry(path: Path) -> list[int]:
 
 
 def load_training_state(path: Path, *, modules: list[torch.nn.Module], optimizer: Any, scheduler: Any, record: Record) -> None:
-    """Resume: model, optimizer (both moments, step, master weights), schedule and RNG. Communicates."""
-    _allocate_state(optimizer)
+    """Resume under any layout: model, optimizer (both moments, step, master weights), schedule and RNG. Communicates.
+
+    Generators go on where they were under the layout that saved; under another one they start afresh (nothing random but
+    fresh weights depends on them).
+    """
+    optimizer_state.allocate(optimizer)
     state = _state(modules, optimizer, scheduler, is_loading=True)
     if record.layout != rng.layout():
-        log.warning("the checkpoint was written by another layout (%s): random generators start afresh", record.layout)
+        log.info("the checkpoint was written by another layout (%s): random generators start afresh", record.layout)
         del state["rng"]
+    # Under a name the file does not have, so that only tensors are filled in: what the file says of groups is the layout's.
+    own = state["shards of the optimizer"] = state.pop("optimizer")
     loaded = _load(state, path)
     for i, module in enumerate(modules):
         module.load_state_dict(loaded[_chunk_key(i, len(modules))], strict=True)
-    optimizer.load_state_dict(loaded["optimizer"])
-    _own_step_tensors(optimizer)
+    optimizer_state.load(optimizer, own, loaded.get("shards of the optimizer", {}), loaded["scheduler"]["num_steps"])
     scheduler.load_state_dict(loaded["scheduler"])
     if "rng" in loaded:
         rng.set_state(loaded["rng"])
 
 
-def load_weights(path: Path, state: dict[str, Any], *, may_be_fresh: re.Pattern[str]) -> tuple[dict[str, Any], list[str]]:
-    """Read those tensors of `state` that the checkpoint has. Communicates.
+def load_weights(path: Path, states: list[dict[str, Any]], *,
+                 may_be_fresh: re.Pattern[str]) -> tuple[list[dict[str, Any]], list[str]]:
+    """Read those tensors of `states` that the checkpoint has. Communicates.
 
     Args:
-        state: flat sharded state dict of the model.
+        states: flat sharded state dict of each model chunk of this rank. All at once, because a tied embedding has its
+            owner in one chunk and its copy in another.
         may_be_fresh: sharded keys the checkpoint need not have.
 
     Returns:
-        What was loaded (for `load_state_dict(strict=False)`), and the sharded keys left at their initial values.
+        What was loaded, per chunk (for `load_state_dict(strict=False)`), and the sharded keys left at their initial values.
 
     Raises:
         CheckpointError: a key that must be there is missing, or a shape differs.
     """
     stored = dist_checkpointing.load_tensors_metadata(str(path))
-    wanted, fresh = {}, []
-    for name, entry in state.items():
-        if not isinstance(entry, (ShardedTensor, ShardedTensorFactory)):
-            continue  # _extra_state objects: Transformer Engine's FP8 history, which a new stage begins anew
-        if entry.key in stored:
-            _require_same_shape(entry, stored[entry.key], path)
-            wanted[name] = entry
-        elif may_be_fresh.search(entry.key):
-            fresh.append(entry.key)
-        else:
-            raise CheckpointError(f"checkpoint {path} lacks {entry.key!r}, which this model needs; was it made by another model?")
-    return _load(wanted, path), sorted(set(fresh))
+    wanted: dict[str, Any] = {}
+    fresh: set[str] = set()
+    for i, state in enumerate(states):
+        wanted[str(i)] = chunk = {}
+        for name, entry in state.items():
+            if not isinstance(entry, (ShardedTensor, ShardedTensorFactory)):
+                continue  # _extra_state objects: Transformer Engine's FP8 history, which a new stage begins anew
+            if entry.key in stored:
+                _require_same_shape(entry, stored[entry.key], path)
+                chunk[name] = entry
+            elif may_be_fresh.search(entry.key):
+                fresh.add(entry.key)
+            else:
+                raise CheckpointError(f"checkpoint {path} lacks {entry.key!r}, which this model needs; "
+                                      "was it made by another model?")
+    loaded = _load(wanted, path)
+    return [loaded.get(str(i), {}) for i in range(len(states))], sorted(fresh)
 
 
 def _require_same_shape(entry: Any, stored: ShardedTensor, path: Path) -> None:
@@ -277,9 +293,10 @@ def _chunk_key(index: int, count: int) -> str:
 
 
 def _state(modules: list[torch.nn.Module], optimizer: Any, scheduler: Any, *, is_loading: bool) -> dict[str, Any]:
-    state: dict[str, Any] = {_chunk_key(i, len(modules)): m.sharded_state_dict(metadata=METADATA) for i, m in enumerate(modules)}
-    model = state["model"] if len(modules) == 1 else {k: v for i in range(len(modules)) for k, v in state[f"model{i}"].items()}
-    state["optimizer"] = optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=METADATA)
+    state: dict[str, Any] = {_chunk_key(i, len(modules)): m.sharded_state_dict(metadata=metadata()) for i, m in enumerate(modules)}
+    # nested by chunk: chunks count their layers from 0 each, so their names collide
+    state["optimizer"] = optimizer_state.sharded(optimizer, dict(state), scheduler.num_steps, is_loading=is_loading,
+                                                 metadata=metadata())
     state["scheduler"] = scheduler.state_dict()
     state["rng"] = rng.sharded_state()
     return state
@@ -290,21 +307,6 @@ def _load(state: dict[str, Any], path: Path) -> dict[str, Any]:
         return dist_checkpointing.load(state, str(path))
     except _FAILURES as error:
         raise CheckpointError(f"checkpoint {path} could not be read: {type(error).__name__}: {error}") from error
-
-
-def _allocate_state(optimizer: Any) -> None:
-    """Let a fresh DistributedOptimizer have moments to load into: its state dict asserts that torch's Adam holds a step."""
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if not part.optimizer.state and hasattr(part, "_init_optimizer_states_with_dummy_values"):
-            part._init_optimizer_states_with_dummy_values()
-
-
-def _own_step_tensors(optimizer: Any) -> None:
-    """A loaded torch Adam shares ONE step tensor among all parameters, and would add 1 to it once per parameter."""
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        for state in part.optimizer.state.values():
-            if torch.is_tensor(state.get("step")):
-                state["step"] = state["step"].clone()
 
 
 def _require_free_space(directory: Path, state: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from megatron.core import tensor_parallel
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt import GPTModel
+from megatron.core.parallel_state import get_tensor_model_parallel_rank
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -31,9 +32,20 @@ from megatron_evomoe.config import ConfigError, RunConfig
 from megatron_evomoe.model.mlp import allow_expert_biases, dense_mlp_spec
 from megatron_evomoe.model.norm import TorchNorm
 from megatron_evomoe.model.transformer_config import language_transformer_config, resolve_transformer_impl
+from megatron_evomoe.parallel import rng
 
 
-class ParallelResidualLayer(TransformerLayer):
+class DecoderLayer(TransformerLayer):
+    """A layer whose fresh weights depend on the run's seed and its place in the decoder, not on the rank it lies on."""
+
+    def __init__(self, config: TransformerConfig, submodules: TransformerLayerSubmodules, layer_number: int = 1,
+                 *args: Any, **kwargs: Any) -> None:
+        place = layer_number + get_transformer_layer_offset(config, vp_stage=kwargs.get("vp_stage"))
+        with rng.derived(f"language_model.layer.{place}"):
+            super().__init__(config, submodules, layer_number, *args, **kwargs)
+
+
+class ParallelResidualLayer(DecoderLayer):
     """Phi-2's layer, x + attention(norm(x)) + FFN(norm(x)): one norm, one sum. megatron-core has none."""
 
     # what of a block's arguments the attention takes; which exist varies by version
@@ -89,24 +101,37 @@ def build_language_model(config: RunConfig, *, stage_kind: str, pre_process: boo
     lm = config.language
     logging.getLogger("megatron.core.transformer.transformer_layer").addFilter(_is_news)
     transformer_config = language_transformer_config(config)
-    model = GPTModel(
-        config=transformer_config,
-        transformer_layer_spec=language_block_spec(config, transformer_config, stage_kind, vp_stage),
-        vocab_size=padded_vocab_size(config),
-        max_sequence_length=lm.max_position_embeddings,
-        pre_process=pre_process,
-        post_process=post_process,
-        parallel_output=True,
-        share_embeddings_and_output_weights=lm.tie_word_embeddings,
-        position_embedding_type="rope",
-        rotary_percent=lm.rotary_percent,
-        rotary_base=lm.rotary_base,
-        scatter_embedding_sequence_parallel=False,
-        vp_stage=vp_stage,
-    )
+    with rng.derived("language_model.embedding"):
+        model = GPTModel(
+            config=transformer_config,
+            transformer_layer_spec=language_block_spec(config, transformer_config, stage_kind, vp_stage),
+            vocab_size=padded_vocab_size(config),
+            max_sequence_length=lm.max_position_embeddings,
+            pre_process=pre_process,
+            post_process=post_process,
+            parallel_output=True,
+            share_embeddings_and_output_weights=lm.tie_word_embeddings,
+            position_embedding_type="rope",
+            rotary_percent=lm.rotary_percent,
+            rotary_base=lm.rotary_base,
+            scatter_embedding_sequence_parallel=False,
+            vp_stage=vp_stage,
+        )
+    if post_process and not lm.tie_word_embeddings and transformer_config.perform_initialization:
+        _draw_output_layer(model)
     if lm.lm_head_bias and post_process:
         _add_output_bias(model)
     return model
+
+
+def _draw_output_layer(model: GPTModel) -> None:
+    """Draw the output matrix again, the whole of it, and keep this rank's rows: its first draws came after the embedding's where
+    one stage holds both, and before any where not."""
+    weight = model.output_layer.weight
+    with rng.derived("language_model.output_layer"), torch.no_grad():
+        whole = weight.new_empty(model.output_layer.output_size, weight.shape[1])
+        model.config.init_method(whole)
+        weight.copy_(whole.chunk(model.config.tensor_model_parallel_size)[get_tensor_model_parallel_rank()])
 
 
 def _is_news(record: logging.LogRecord) -> bool:
@@ -147,7 +172,7 @@ def _layer_spec(config: RunConfig, stage_kind: str, designated: bool) -> ModuleS
         if not designated:
             renamed["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
     return ModuleSpec(
-        module=ParallelResidualLayer if lm.parallel_residual else TransformerLayer,
+        module=ParallelResidualLayer if lm.parallel_residual else DecoderLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=IdentityOp if fuse_attention_norm else norm,
             self_attention=ModuleSpec(

@@ -16,6 +16,7 @@ from megatron_evomoe.data.image import processor_for
 from megatron_evomoe.model.language import build_language_model
 from megatron_evomoe.model.projector import build_projector
 from megatron_evomoe.model.vision import build_vision_model
+from megatron_evomoe.parallel import rng
 
 
 class LlavaModel(MegatronModule):
@@ -36,8 +37,10 @@ class LlavaModel(MegatronModule):
         # read by megatron-core's schedules and gradient finalisation
         self.model_type = ModelType.encoder_or_decoder
         self.share_embeddings_and_output_weights = language.share_embeddings_and_output_weights
-        self.vision_model = build_vision_model(config) if pre_process else None
-        self.vision_projection = build_projector(config) if pre_process else None
+        with rng.derived("vision_model"):
+            self.vision_model = build_vision_model(config) if pre_process else None
+        with rng.derived("vision_projection"):
+            self.vision_projection = build_projector(config) if pre_process else None
         self.language_model = language
         self._normalize = processor_for(config).normalize
 

@@ -138,6 +138,10 @@ def language_transformer_config(config: RunConfig) -> TransformerConfig:
         recompute_modules=list(train.recompute_modules) if selective else None,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=_virtual_stages(config),
+        # With two stages of several chunks each rank sends forward and backward to the same peer; batched, the messages carry
+        # nothing to tell them apart and gradients arrive as activations. Overlapped ones go through a group each.
+        overlap_p2p_comm=_virtual_stages(config) is not None,
+        batch_p2p_comm=_virtual_stages(config) is None,
         context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,

@@ -34,6 +34,11 @@ class EvoMoELayer(MoELayer):
     def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
         _check_types_arrive(config)
         super().__init__(config, *args, **kwargs)
+        if config.expert_tensor_parallel_size != config.tensor_model_parallel_size:
+            # TP ranks then feed their copies of an expert different tokens. At EP 1 the core (0.16.1) still reduces the gradients
+            # as if they were dense parameters', over data parallelism alone, and the copies drift apart.
+            for parameter in self.experts.parameters():
+                parameter.allreduce = False
 
     def forward(
         self, hidden_states: Tensor, intermediate_tensors: Any = None, padding_mask: Tensor | None = None

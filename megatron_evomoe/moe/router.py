@@ -14,7 +14,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from megatron.core.transformer.moe.moe_utils import apply_random_logits, router_gating_linear
+from megatron.core.transformer.moe.moe_utils import (
+    MoEAuxLossAutoScaler,
+    apply_random_logits,
+    router_gating_linear,
+    save_to_aux_losses_tracker,
+)
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
@@ -93,6 +98,24 @@ class TypedRouter(TopKRouter):
         if self.moe.router_gate == "straight_through":
             probs = straight_through(probs)
         return self._diagnose(logits, probs, routing_map, is_vision, is_padding)
+
+    def apply_z_loss(self, logits: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        """Attach the z-loss (ST-MoE, arXiv 2202.08906): coefficient x mean over the microbatch's real tokens of logsumexp².
+
+        The core averages the TP x CP ranks' means, which is another number wherever padding lies unevenly on them, and logs one
+        replica's. Communicates over TP x CP.
+        """
+        if self.config.moe_z_loss_coeff is None or not (self.training and torch.is_grad_enabled()):
+            return logits
+        squares_T = torch.logsumexp(logits, dim=-1).square()
+        if padding_mask is not None:
+            squares_T = squares_T.masked_fill(padding_mask, 0.0)
+        count = squares_T.new_tensor(squares_T.numel()) if padding_mask is None else (~padding_mask).sum().to(squares_T)
+        if self.tp_cp_group.size() > 1:
+            torch.distributed.all_reduce(count, group=self.tp_cp_group)
+        z_loss = squares_T.sum() / count.clamp(min=1)
+        save_to_aux_losses_tracker("z_loss", z_loss, self.layer_number, self.config.num_layers, reduce_group=self.tp_cp_group)
+        return MoEAuxLossAutoScaler.apply(logits, self.config.moe_z_loss_coeff * z_loss)
 
     def _diagnose(
         self, logits: Tensor, probs: Tensor, routing_map: Tensor, is_vision: Tensor, is_padding: Tensor

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import random
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -12,6 +15,25 @@ from megatron.core import tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from megatron_evomoe.parallel import backend
+
+
+@contextlib.contextmanager
+def derived(name: str) -> Iterator[None]:
+    """Inside, torch's generators are a function of the run's seed and `name`; afterwards they are as before.
+
+    What is built inside starts from the same weights on whatever rank, beside whatever else: a fresh part of the model then
+    does not depend on the pipeline stage it lies on. (On CUDA megatron-core draws tensor-parallel weights from generators
+    of its own, which do depend on the layout.)
+    """
+    seed = int.from_bytes(hashlib.sha256(f"{torch.initial_seed()}/{name}".encode()).digest()[:7], "big")
+    cpu, cuda = torch.get_rng_state(), torch.cuda.get_rng_state() if backend.on_gpu() else None
+    torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda)
 
 
 def layout() -> dict[str, int]:

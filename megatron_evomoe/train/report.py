@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as ps
-from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker, track_moe_metrics
+from megatron.core.transformer.moe import moe_utils
 
 from megatron_evomoe.config import RunConfig, StageConfig
 from megatron_evomoe.data.loader import TrainLoader
@@ -37,7 +37,7 @@ class StageMeter:
         self.watch = Watch(config, with_logits=False) if stage.kind == "route" else None
         for layer in built.mixtures():
             layer.router.observer = self.watch
-        clear_aux_losses_tracker()  # the core sums per process: nothing of the stage before may come in
+        forget_auxiliary_losses()
 
     def add(self, step: int, result: StepResult, seconds: float, loader: TrainLoader | None) -> None:
         """One step's line. Communicates where routing metrics are due."""
@@ -53,28 +53,9 @@ class StageMeter:
         if backend.on_gpu():
             metrics["mem-max-allocated-bytes"] = torch.cuda.max_memory_allocated()
         if self.watch is not None and step % self.config.log.moe_metrics_interval == 0:
-            metrics |= self._routing()
+            metrics |= routing_metrics(self.watch, self.config, steps=self.config.log.moe_metrics_interval)
         samples = dict(loader.skipped) if loader is not None and loader.skipped else None
         self.session.logger.log(step, metrics, {"skipped": samples} if samples else None)
-
-    def _routing(self) -> dict[str, float]:
-        """Shares since the last call, and auxiliary losses. Communicates."""
-        assert self.watch is not None
-        counts = self.watch.total()
-        self.watch.shares.reset()
-        microbatches = self.config.train.global_batch_size // (
-            self.config.train.micro_batch_size * ps.get_data_parallel_world_size()
-        )
-        captured = _Capture()
-        names = ["load_balancing_loss"] if self.config.moe.moe_aux_loss_coeff else []
-        names += ["z_loss"] if self.config.moe.moe_z_loss_coeff else []
-        if names:
-            track_moe_metrics(
-                loss_scale=1 / (microbatches * self.config.log.moe_metrics_interval), iteration=0, writer=captured,
-                per_layer_logging=True, force_initialize=True, track_names=names, num_layers=self.config.language.num_layers,
-                moe_layer_freq=self.config.moe.layer_pattern(self.config.language.num_layers),
-            )
-        return {**share_metrics(counts, self.watch.layer_numbers), **captured.values}
 
     def finish(self, scores: dict[str, Score]) -> None:
         """Write the stage's line of the table and its event. The steps come from metrics.jsonl, so a stage that was
@@ -108,6 +89,27 @@ def is_measured(session: Session, stage: str) -> bool:
 def _rows(session: Session) -> list[dict[str, Any]]:
     path = session.run_dir / SUMMARY
     return json.loads(path.read_text()) if path.exists() else []
+
+
+def routing_metrics(watch: Watch, config: RunConfig, *, steps: int) -> dict[str, float]:
+    """Shares by modality and auxiliary losses of the last `steps` steps; `watch` counts anew afterwards. Communicates."""
+    counts = watch.total()
+    watch.shares.reset()
+    microbatches = config.train.global_batch_size // (config.train.micro_batch_size * ps.get_data_parallel_world_size())
+    captured = _Capture()
+    names = ["load_balancing_loss"] if config.moe.moe_aux_loss_coeff else []
+    names += ["z_loss"] if config.moe.moe_z_loss_coeff else []
+    if names:
+        pattern = config.moe.layer_pattern(config.language.num_layers)
+        moe_utils.track_moe_metrics(loss_scale=1 / (microbatches * steps), iteration=0, writer=captured, per_layer_logging=True,
+                                    force_initialize=True, track_names=names, num_layers=len(pattern), moe_layer_freq=pattern)
+    return {**share_metrics(counts, watch.layer_numbers), **captured.values}
+
+
+def forget_auxiliary_losses() -> None:
+    """megatron-core sums auxiliary losses per process, under names that stay: nothing of another stage may come in."""
+    newer = getattr(moe_utils, "get_moe_metrics_tracker", None)  # from 0.17 on
+    (newer().metrics if newer else moe_utils.get_moe_layer_wise_logging_tracker()).clear()
 
 
 class _Capture:

@@ -43,16 +43,17 @@ def start_from(folder: Path, built: Built, config: RunConfig, stage: StageConfig
                               f"{source.kind!r} checkpoint; put an evolve stage before it, or choose replicate or noise")
     fresh_allowed = [_ROUTER, _EVOLUTION] if stage.kind == "evolve" else [_ROUTER]
     fresh_allowed += [rf"^{part}\." for part in ("vision_model", "vision_projection", "language_model") if part not in source.parts]
-    fresh: list[str] = []
+    states = []
     for module in built.modules:
-        state = module.sharded_state_dict(metadata=store.METADATA)
+        state = module.sharded_state_dict(metadata=store.metadata())
         if dense_to_mixture:
             state = expert_init.read_experts_from_dense(state)
         if stage.kind == "evolve":
             state = {k: v for k, v in state.items() if not re.search(_EVOLUTION, getattr(v, "key", k))}
-        loaded, new = store.load_weights(folder, state, may_be_fresh=re.compile("|".join(fresh_allowed)))
-        module.load_state_dict(_tensors(loaded), strict=False)
-        fresh += new
+        states.append(state)
+    loaded, fresh = store.load_weights(folder, states, may_be_fresh=re.compile("|".join(fresh_allowed)))
+    for module, tensors in zip(built.modules, loaded, strict=True):
+        module.load_state_dict(_tensors(tensors), strict=False)
     built.optimizer.reload_model_params()  # the master weights follow what was just loaded
     for mlp in built.evolving:
         mlp.begin()

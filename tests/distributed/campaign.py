@@ -1,0 +1,114 @@
+"""Which trainings are compared: stages, options and layouts, in the order their checkpoints allow."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.distributed.harness import LAYOUTS, Job, run
+
+STEPS, ALL = 3, 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A training to repeat under every layout."""
+
+    kind: str
+    sections: dict[str, Any] = field(default_factory=dict)
+    collapse: bool = False
+
+
+STAGES = {
+    "align": Stage(kind="align"),
+    "warmup": Stage(kind="warmup"),
+    "evolve": Stage(kind="evolve"),
+    "route, linear": Stage(kind="route", sections={"moe": {"router": "linear"}}),
+    "route, dtr": Stage(kind="route"),
+    "route, experts too": Stage(kind="route", sections={"moe": {"router": "linear", "moe_z_loss_coeff": 1e-2},
+                                                        "train": {"trainable": ["router", "experts"]}}),
+    "route, collapsed": Stage(kind="route", sections={"moe": {"router": "linear"}}, collapse=True),
+}
+
+
+class Campaign:
+    """Runs jobs and keeps what they came to: `results[stage][layout]`, steps of each."""
+
+    def __init__(self, folder: Path, options: dict[str, Any] | None = None) -> None:
+        self.folder, self.options = folder, options or {}
+        self.trained: dict[tuple[str, str], list[dict[str, float]]] = {}
+        self.resumed: dict[tuple[str, str, str], list[dict[str, float]]] = {}
+        self._calls = 0
+
+    def checkpoint(self, stage: str, layout: str) -> Path:
+        """Where `stage` was saved after `STEPS` steps under `layout`."""
+        return self.folder / "saved" / stage.replace(", ", "-") / layout.replace(" ", "") / "steps3"
+
+    def unbroken(self, stage: str) -> list[dict[str, float]]:
+        """Six steps on one rank."""
+        return self.trained[stage, "unbroken"]
+
+    def run_references(self, stages: list[str]) -> None:
+        """One rank: the weights everything starts from, then each stage for six steps, saved after three."""
+        first = self.folder / "saved" / "first"
+        jobs = [Job(name="first", layout="one rank", kind="align", last=1, save=str(first))]
+        for stage in dict.fromkeys(["evolve", *stages]):
+            jobs.append(self._job(stage, "one rank", save=True))
+            if stage in stages:
+                jobs.append(self._job(stage, "one rank", last=ALL))
+        for name, steps in self._run(1, jobs).items():
+            if name != "first":
+                stage, _, last = name.split("|")
+                self.trained[stage, "one rank" if int(last) == STEPS else "unbroken"] = steps
+
+    def run_layouts(self, stages: list[str], layouts: list[str]) -> None:
+        """Each stage under each layout: three steps and a save, and steps four to six from the one-rank checkpoint."""
+        for world in sorted({LAYOUTS[name].world for name in layouts}):
+            jobs = []
+            for layout in layouts:
+                if LAYOUTS[layout].world == world:
+                    for stage in stages:
+                        jobs += [self._job(stage, layout, save=True), self._job(stage, layout, resume="one rank")]
+            for name, steps in self._run(world, jobs).items():
+                stage, layout, what = name.split("|")
+                if what == str(STEPS):
+                    self.trained[stage, layout] = steps
+                else:
+                    self.resumed[stage, "one rank", layout] = steps
+
+    def run_resumes(self, stages: list[str], pairs: list[tuple[str, str]]) -> None:
+        """Steps four to six under the second layout of each pair, from what the first one saved."""
+        for world in sorted({LAYOUTS[to].world for _, to in pairs}):
+            jobs = [self._job(stage, to, resume=source) for source, to in pairs if LAYOUTS[to].world == world for stage in stages]
+            for name, steps in self._run(world, sorted(jobs, key=lambda job: job.layout)).items():
+                stage, to, source = name.split("|")
+                self.resumed[stage, source, to] = steps
+
+    def _job(self, name: str, layout: str, *, last: int = STEPS, save: bool = False, resume: str | None = None) -> Job:
+        stage = STAGES[name]
+        sections = {key: {**stage.sections.get(key, {}), **self.options.get(key, {})} for key in {*stage.sections, *self.options}}
+        start = self.folder / "saved" / "first" if stage.kind != "route" else self.checkpoint("evolve", "one rank")
+        return Job(
+            name=f"{name}|{layout}|{resume or last}", layout=layout, kind=stage.kind, sections=sections, collapse=stage.collapse,
+            start=None if resume else str(start), resume=str(self.checkpoint(name, resume)) if resume else None,
+            first=STEPS + 1 if resume else 1, last=ALL if resume else last,
+            save=str(self.checkpoint(name, layout)) if save else None)
+
+    def _run(self, world: int, jobs: list[Job]) -> dict[str, list[dict[str, float]]]:
+        self._calls += 1
+        return run(world, jobs, self.folder / f"call{self._calls}")
+
+
+def deviation(wanted: list[dict[str, float]], got: list[dict[str, float]]) -> float:
+    """The largest difference over all steps and metrics, relative to the metric (to 1 for shares and losses below 1).
+
+    Raises:
+        AssertionError: a metric is missing on one side.
+    """
+    worst = 0.0
+    assert len(wanted) == len(got)
+    for a, b in zip(wanted, got, strict=True):
+        assert a.keys() == b.keys(), a.keys() ^ b.keys()
+        worst = max(worst, *(abs(a[k] - b[k]) / max(abs(a[k]), 1e-2 if k in ("lr", "grad norm") else 1.0) for k in a))
+    return worst

@@ -1,0 +1,145 @@
+"""Run the same training under many layouts, in gloo processes, and hand back what each came to.
+
+A `Job` is a few optimizer steps of one stage under one layout, from a checkpoint and to a checkpoint. Jobs of one world size
+run one after the other in the same processes (`worker.py`), because starting Python four times costs more than training.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_evomoe.data.conversation import IGNORE_INDEX, PADDING, TEXT, VISION
+from tests.tiny import IMAGE_TOKENS, VOCAB
+
+ROOT = Path(__file__).resolve().parents[2]
+ROWS = 8
+LENGTH = 24
+IMAGES = (1, 0, 0, 0, 2, 1, 0, 0)  # per row; with DP 2 and two rows a microbatch, the second replica sees no image
+SHORT = {3: 10, 6: 9}  # rows that are mostly padding: a sequence-parallel shard of them is nothing else
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Degrees, and how many ranks they fill (data parallelism takes what is left)."""
+
+    world: int
+    tp: int = 1
+    pp: int = 1
+    ep: int = 1
+    etp: int = 1
+    layers_per_chunk: int | None = None
+
+    @property
+    def flags(self) -> dict[str, Any]:
+        """The `parallel` section."""
+        return {"tensor_model_parallel_size": self.tp, "pipeline_model_parallel_size": self.pp,
+                "expert_model_parallel_size": self.ep, "expert_tensor_parallel_size": self.etp,
+                "num_layers_per_virtual_pipeline_stage": self.layers_per_chunk}
+
+
+LAYOUTS = {
+    "one rank": Layout(world=1),
+    "TP 2": Layout(world=2, tp=2),
+    "PP 2": Layout(world=2, pp=2),
+    "EP 2": Layout(world=2, ep=2),
+    "DP 2": Layout(world=2),
+    "PP 2, 2 chunks": Layout(world=2, pp=2, layers_per_chunk=1),
+    "TP 2 x ETP 2": Layout(world=2, tp=2, etp=2),
+    "EP 4": Layout(world=4, ep=4),
+    "TP 2 x EP 2": Layout(world=4, tp=2, ep=2),
+    "PP 2 x EP 2": Layout(world=4, pp=2, ep=2),
+    "TP 2 x PP 2": Layout(world=4, tp=2, pp=2),
+}
+
+
+@dataclass(kw_only=True)
+class Job:
+    """Steps `first`…`last` of stage `kind` under `layout`."""
+
+    name: str
+    layout: str
+    kind: str
+    sections: dict[str, Any] = field(default_factory=dict)
+    """merged over `configuration`'s"""
+    start: str | None = None
+    """checkpoint whose weights a beginning stage takes"""
+    resume: str | None = None
+    """checkpoint to go on from, with optimizer and schedule"""
+    first: int = 1
+    last: int = 3
+    save: str | None = None
+    """folder for a checkpoint after `last`"""
+    collapse: bool = False
+    """send every token to expert 0"""
+
+
+def configuration(job: Job) -> dict[str, Any]:
+    """Four layers, the second and fourth mixtures; α large enough for its gradient to matter."""
+    raw: dict[str, Any] = {
+        "language": {"num_layers": 4, "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 4, "num_query_groups": 2,
+                     "vocab_size": VOCAB, "init_method_std": 0.1},
+        "vision": {"image_size": 16, "patch_size": 8, "hidden_size": 16, "num_layers": 2, "num_attention_heads": 2,
+                   "ffn_hidden_size": 32, "init_method_std": 0.1},
+        "moe": {"dtr_hidden_size": 4, "dtr_rank": 4, "moe_aux_loss_coeff": 0.02},
+        "data": {"seq_length": 64},
+        "optimizer": {"lr": 1e-2, "lr_decay_style": "cosine", "lr_warmup_fraction": 0.0},
+        "train": {"micro_batch_size": 2, "global_batch_size": ROWS, "train_iters": 6, "seed": 3},
+        "parallel": LAYOUTS[job.layout].flags,
+        "stages": [{"name": job.kind}],
+    }
+    for name, values in job.sections.items():
+        raw[name] = {**raw[name], **values}
+    return raw
+
+
+def global_batch(step: int) -> dict[str, Any]:
+    """The step's eight rows, whatever the layout: tokens, labels, types [8, s] and each row's pixels."""
+    g = torch.Generator().manual_seed(step)
+    tokens = torch.randint(4, VOCAB, (ROWS, LENGTH), generator=g)
+    types = torch.full((ROWS, LENGTH), TEXT)
+    labels = torch.full((ROWS, LENGTH), IGNORE_INDEX)
+    pixels = []
+    for i, images in enumerate(IMAGES):
+        end = SHORT.get(i, LENGTH - 2 - i % 3)
+        types[i, 1 : 1 + images * IMAGE_TOKENS] = VISION
+        types[i, end:] = PADDING
+        supervised = 1 + i % 4  # rows differ, so a mean of means would show
+        labels[i, end - supervised : end] = torch.randint(4, VOCAB, (supervised,), generator=g)
+        pixels.append(torch.randint(0, 256, (images, 3, 16, 16), generator=g, dtype=torch.uint8))
+    return {"tokens": tokens, "labels": labels, "types": types, "pixels": pixels}
+
+
+def run(world: int, jobs: list[Job], folder: Path, *, timeout: float = 1200) -> dict[str, list[dict[str, float]]]:
+    """Run `jobs` on `world` processes; job name -> its steps. Fails with the worker's output."""
+    folder.mkdir(parents=True, exist_ok=True)
+    asked, answered = folder / f"jobs{world}.json", folder / f"results{world}.json"
+    asked.write_text(json.dumps([asdict(job) for job in jobs]))
+    answered.unlink(missing_ok=True)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)
+    logs, processes = [], []
+    for rank in range(world):
+        env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank),
+               "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        logs.append(folder / f"world{world}_rank{rank}.log")
+        with logs[-1].open("w") as log:
+            processes.append(subprocess.Popen([sys.executable, "-m", "tests.distributed.worker", str(asked), str(answered)],
+                                              env=env, cwd=ROOT, stdout=log, stderr=log))
+    try:
+        codes = [p.wait(timeout=timeout) for p in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert not any(codes), f"exit codes {codes}\n" + "\n".join(log.read_text()[-3000:] for log in logs)
+    return json.loads(answered.read_text())

@@ -1,0 +1,143 @@
+"""One rank of `harness.run`: does each job in turn, in process groups that are made anew when the layout changes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_evomoe.parallel import backend
+from tests.distributed.harness import ROWS, Job, configuration, global_batch
+
+_current: list[dict[str, Any]] = []
+
+
+def main(asked: str, answered: str) -> None:
+    """Every job of `asked`; rank 0 writes `answered`."""
+    backend.prepare()
+    torch.set_num_threads(1)
+    backend.init_process_group(timeout_minutes=2)
+    results = {}
+    for raw in json.loads(Path(asked).read_text()):
+        results[raw["name"]] = run_job(Job(**raw))
+    if torch.distributed.get_rank() == 0:
+        Path(answered).write_text(json.dumps(results))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def run_job(job: Job) -> list[dict[str, float]]:
+    """Build, load, train, save; what every step came to, which all ranks agree on."""
+    from megatron_evomoe.checkpoint import find, store
+    from megatron_evomoe.config import CheckpointConfig, from_mapping
+    from megatron_evomoe.diagnose.collect import Watch
+    from megatron_evomoe.parallel import topology
+    from megatron_evomoe.train.build import build_stage
+    from megatron_evomoe.train.report import forget_auxiliary_losses, routing_metrics
+    from megatron_evomoe.train.step import take_step
+
+    config = from_mapping(configuration(job))
+    lay_out(config)
+    topology.seed_everything(config.train.seed)
+    built = build_stage(config.for_stage(job.kind), config.stages[0])
+    load(job, built, config)
+    forget_auxiliary_losses()
+    watch = Watch(config, with_logits=False) if job.kind == "route" else None
+    for layer in built.mixtures():
+        layer.router.observer = watch
+    if job.collapse:
+        collapse(built)
+    steps = []
+    for number in range(job.first, job.last + 1):
+        result = take_step(built, replica_step(number, config), number)
+        for mlp in built.evolving:
+            mlp.evolve(number, config.train.seed)
+        measured = {"loss": result.loss, "grad norm": result.grad_norm, "tokens": result.tokens,
+                    "supervised": result.supervised_tokens, "lr": built.optimizer.param_groups[0]["lr"]}
+        if watch is not None:
+            measured |= routing_metrics(watch, config, steps=1)
+        steps.append(measured)
+    if job.save:
+        store.Saver(CheckpointConfig(keep=0)).save(
+            Path(job.save), modules=built.modules, optimizer=built.optimizer, scheduler=built.scheduler, config_yaml="{}\n",
+            record=record_of(job, config))
+    assert job.resume is None or find.record_of(find.resolve(Path(job.resume))).step == job.first - 1
+    return steps
+
+
+def lay_out(config: Any) -> None:
+    """megatron-core's groups for `config.parallel`, if they are not those of the job before."""
+    from megatron.core import parallel_state
+
+    from megatron_evomoe.parallel import topology
+
+    flags = {k: v for k, v in config.to_dict()["parallel"].items() if "size" in k or "virtual" in k}
+    if _current and _current[-1] == flags:
+        topology.validate(config, torch.distributed.get_world_size())
+        return
+    if _current:
+        parallel_state.destroy_model_parallel()
+    topology.initialize(config)
+    _current.append(flags)
+
+
+def load(job: Job, built: Any, config: Any) -> None:
+    """Weights of the stage before, or the state of this stage."""
+    from megatron_evomoe.checkpoint import find, store
+    from megatron_evomoe.train.transition import start_from
+
+    if job.resume:
+        path = find.resolve(Path(job.resume))
+        store.load_training_state(path, modules=built.modules, optimizer=built.optimizer, scheduler=built.scheduler,
+                                  record=find.record_of(path))
+    elif job.start:
+        start_from(find.resolve(Path(job.start)), built, config, config.stages[0], fingerprint="abc")
+    else:
+        for mlp in built.evolving:
+            mlp.begin()
+
+
+def record_of(job: Job, config: Any) -> Any:
+    from megatron_evomoe.checkpoint.record import Record
+    from megatron_evomoe.parallel import rng
+
+    return Record(stage=job.kind, kind=job.kind, step=job.last, position=ROWS * job.last, finished=False, layout=rng.layout(),
+                  vocab_size=config.language.vocab_size, tokenizer_fingerprint="abc",
+                  num_experts=config.moe.num_experts if job.kind in ("evolve", "route") else 0)
+
+
+def replica_step(number: int, config: Any) -> Any:
+    """This replica's microbatches, read by one rank and broadcast as in training. Communicates.
+
+    Microbatch c of the global batch goes to replica c mod DP, so every DP size computes the same microbatches.
+    """
+    from megatron_evomoe.parallel import broadcast, topology
+
+    place = topology.current()
+    step = None
+    if place.reads_data:
+        batch, size = global_batch(number), config.train.micro_batch_size
+        mine = range(place.data_parallel_rank, ROWS // size, place.data_parallel_size)
+        chunks = [slice(c * size, (c + 1) * size) for c in mine]
+        step = broadcast.Step(
+            tokens=torch.stack([batch["tokens"][c] for c in chunks]),
+            labels=torch.stack([batch["labels"][c] for c in chunks]),
+            token_types=torch.stack([batch["types"][c] for c in chunks]),
+            pixel_values=[torch.cat(batch["pixels"][c]) for c in chunks],
+            keys=[[f"{number}-{i}" for i in range(c.start, c.stop)] for c in chunks],
+        )
+    return broadcast.to_replica(step, place, config.vision.image_size)
+
+
+def collapse(built: Any) -> None:
+    """Every token to expert 0, by its logit: the ranks of the other experts get none."""
+    for layer in built.mixtures():
+        gating, favour = layer.router.gating, torch.tensor([50.0, 0.0, 0.0, 0.0])
+        layer.router.gating = lambda *args, gating=gating, favour=favour: gating(*args) + favour
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
