@@ -56,6 +56,14 @@ def validate(config: RunConfig, world_size: int) -> None:
         raise ConfigError(f"the vision tower's {config.vision.num_attention_heads} heads cannot be split over TP {tp}")
     if lm.num_layers % pp:
         raise ConfigError(f"{lm.num_layers} layers cannot be split over PP {pp}; PP must be one of {_divisors(lm.num_layers)}")
+    for what, width, degree in (("ffn_hidden_size", lm.ffn_hidden_size, tp),
+                                ("ffn_hidden_size of an expert,", lm.ffn_hidden_size, etp),
+                                ("vision_ffn_hidden_size", config.vision.ffn_hidden_size, tp)):
+        if width % degree:
+            raise ConfigError(f"{what} {width} cannot be split over {degree} tensor-parallel ranks")
+    if tp > 1 and p.sequence_parallel is False and any(stage.kind == "route" for stage in config.stages):
+        raise ConfigError(f"mixtures under TP {tp} need sequence_parallel (a rule of megatron-core's MoELayer); leave it out, or "
+                          "use TP 1")
     if cp > 1 and not backend.on_gpu():
         raise ConfigError(f"context parallel size {cp} needs Transformer Engine's attention on a GPU; use 1 here")
     dp = world_size // model
@@ -63,6 +71,10 @@ def validate(config: RunConfig, world_size: int) -> None:
     if config.train.global_batch_size % batch:
         raise ConfigError(f"global_batch_size {config.train.global_batch_size} is not a multiple of micro_batch_size "
                           f"{config.train.micro_batch_size} x data parallel {dp} = {batch}")
+    microbatches = config.train.global_batch_size // batch
+    if (virtual_stages(config) or 1) > 1 and microbatches % pp:
+        raise ConfigError(f"the interleaved schedule needs microbatches ({microbatches}) in multiples of PP {pp}; change "
+                          "global_batch_size or micro_batch_size, or do not interleave")
 
 
 def initialize(config: RunConfig) -> Topology:

@@ -8,8 +8,6 @@ Shapes: C width · F width of the FFN · V padded vocabulary · N experts · h, 
 
 from __future__ import annotations
 
-import functools
-import inspect
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -79,21 +77,9 @@ def chunk_tensors(config: RunConfig, kind: str, pp_rank: int, chunk: int = 0) ->
 
 
 def experts_reduced_apart(config: RunConfig) -> bool:
-    """Whether megatron-core reduces experts over the ranks that hold the same ones, rather than like everything else.
-
-    It does under EP; at EP 1 and an expert-TP other than TP the installed version decides (0.16.1 does not, 0.19.2 does).
-    """
+    """Whether experts are reduced over the ranks that hold the same ones, rather than like everything else (moe/layer.py)."""
     p = config.parallel
-    differs = p.expert_tensor_parallel_size != p.tensor_model_parallel_size
-    return p.expert_model_parallel_size > 1 or (differs and _core_knows_expert_tensor_parallelism())
-
-
-@functools.cache
-def _core_knows_expert_tensor_parallelism() -> bool:
-    """Read from the source, because the version that changed it is not documented."""
-    from megatron.core.tensor_parallel.layers import ColumnParallelLinear
-
-    return "expert_tensor_parallel_size" in inspect.getsource(ColumnParallelLinear.__init__)
+    return p.expert_model_parallel_size > 1 or p.expert_tensor_parallel_size != p.tensor_model_parallel_size
 
 
 def _named(config: RunConfig, kind: str, pp_rank: int, chunk: int) -> Iterator[tuple[int, str, int]]:

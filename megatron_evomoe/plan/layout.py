@@ -11,8 +11,6 @@ from dataclasses import dataclass, fields, replace
 
 from megatron_evomoe.config import ConfigError, RunConfig
 from megatron_evomoe.parallel import topology
-from megatron_evomoe.plan.counts import experts_reduced_apart
-from megatron_evomoe.train.stages import trained_parts
 
 RECOMPUTE = ("none", "selective", "full")
 MOST_CHUNKS = 4
@@ -101,16 +99,7 @@ def check(config: RunConfig, kind: str, world_size: int) -> None:
         ConfigError: names the value, the rule and what would fit.
     """
     topology.validate(config, world_size)
-    chunks = topology.virtual_stages(config) or 1
-    p, m = config.parallel, microbatches(config, world_size)
-    if chunks > 1 and m % p.pipeline_model_parallel_size:
-        raise ConfigError(f"the interleaved schedule needs microbatches ({m}) in multiples of PP {p.pipeline_model_parallel_size}; "
-                          "change global_batch_size or micro_batch_size, or do not interleave")
-    _check_widths(config)
-    tp = p.tensor_model_parallel_size
-    if kind == "route" and tp > 1 and p.sequence_parallel is False:  # megatron-core's MoELayer says so in its first forward
-        raise ConfigError(f"mixtures under TP {tp} need sequence_parallel; leave it out, or use TP 1")
-    _check_expert_gradients(config, kind)
+    p = config.parallel
     if kind == "evolve":
         from megatron_evomoe.moe.evolution import check_rule, validate_ranges
 
@@ -118,27 +107,6 @@ def check(config: RunConfig, kind: str, world_size: int) -> None:
         check_rule(config.moe.evolution_rule, p.use_distributed_optimizer, data_parallel(config, world_size),
                    p.overlap_param_gather)
     _check_core(config)
-
-
-def _check_expert_gradients(config: RunConfig, kind: str) -> None:
-    """Under expert-TP 1 each TP rank has a copy of the expert and sees other tokens. At EP 1 megatron-core 0.16.1 does not add
-    their gradients up, and the copies drift apart without a word (seen after one step with TP 2; 0.19.2 keeps them equal)."""
-    p, parts = config.parallel, trained_parts(config, kind)
-    trains = kind == "route" and ("experts" in parts or "language" in parts)
-    if trains and p.expert_tensor_parallel_size != p.tensor_model_parallel_size and not experts_reduced_apart(config):
-        raise ConfigError(f"experts that train need expert_tensor_parallel_size {p.tensor_model_parallel_size} (it is "
-                          f"{p.expert_tensor_parallel_size}) as TP is, or EP above 1: this megatron-core would not add up the "
-                          "gradients of their copies; or install a newer one")
-
-
-def _check_widths(config: RunConfig) -> None:
-    p = config.parallel
-    tp, etp = p.tensor_model_parallel_size, p.expert_tensor_parallel_size
-    for what, width, degree in (("ffn_hidden_size", config.language.ffn_hidden_size, tp),
-                                ("ffn_hidden_size (expert-TP)", config.language.ffn_hidden_size, etp),
-                                ("vision_ffn_hidden_size", config.vision.ffn_hidden_size, tp)):
-        if width % degree:
-            raise ConfigError(f"{what} {width} cannot be split over {degree} tensor-parallel ranks")
 
 
 def _check_core(config: RunConfig) -> None:

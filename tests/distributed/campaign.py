@@ -63,19 +63,12 @@ class Campaign:
                 self.trained[stage, "one rank" if int(last) == STEPS else "unbroken"] = steps
 
     def run_layouts(self, stages: list[str], layouts: list[str]) -> None:
-        """Each stage under each layout: three steps and a save, and steps four to six from the one-rank checkpoint."""
+        """Each stage under each layout for three steps, saved."""
         for world in sorted({LAYOUTS[name].world for name in layouts}):
-            jobs = []
-            for layout in layouts:
-                if LAYOUTS[layout].world == world:
-                    for stage in stages:
-                        jobs += [self._job(stage, layout, save=True), self._job(stage, layout, resume="one rank")]
+            jobs = [self._job(stage, name, save=True) for name in layouts if LAYOUTS[name].world == world for stage in stages]
             for name, steps in self._run(world, jobs).items():
-                stage, layout, what = name.split("|")
-                if what == str(STEPS):
-                    self.trained[stage, layout] = steps
-                else:
-                    self.resumed[stage, "one rank", layout] = steps
+                stage, layout, _ = name.split("|")
+                self.trained[stage, layout] = steps
 
     def run_resumes(self, stages: list[str], pairs: list[tuple[str, str]]) -> None:
         """Steps four to six under the second layout of each pair, from what the first one saved."""

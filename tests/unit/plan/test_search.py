@@ -155,16 +155,3 @@ def test_report_names_what_it_ranks_by():
     rows = [line for line in text.splitlines() if " s a step, bubble " in line]
     assert len(rows) == 3 and rows[0].startswith("  1. TP ") and "EP " in rows[0]
     assert text.count("GiB ") >= 3 and text.count("activations ") >= 3 and text.count("gradient reduction ") == 3
-
-
-@pytest.mark.parametrize(("fields", "trainable", "runs"), [
-    ({"tp": 2}, ["experts"], False), ({"tp": 2, "etp": 2}, ["experts"], True), ({"tp": 2, "ep": 2}, ["experts"], True),
-    ({"tp": 2}, ["router"], True), ({}, ["experts"], True)])
-def test_copies_of_trained_experts_must_stay_equal(fields, trainable, runs, monkeypatch):
-    monkeypatch.setattr("megatron_evomoe.plan.counts._core_knows_expert_tensor_parallelism", lambda: False)  # as in 0.16.1
-    plan = planned("route", held=held(**fields), train={**QWEN["train"], "trainable": trainable})
-    assert bool(plan.fits) == runs
-    if not runs:
-        assert "experts that train need expert_tensor_parallel_size 2" in plan.refused[0].example
-        monkeypatch.setattr("megatron_evomoe.plan.counts._core_knows_expert_tensor_parallelism", lambda: True)
-        assert planned("route", held=held(**fields), train={**QWEN["train"], "trainable": trainable}).fits
