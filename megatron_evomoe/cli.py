@@ -59,12 +59,16 @@ def _train(args: argparse.Namespace) -> int:
     import torch.distributed as dist
 
     from megatron_evomoe.data.errors import DataError
+    from megatron_evomoe.observe.heartbeat import CollectiveError
     from megatron_evomoe.train.loop import train
     from megatron_evomoe.train.step import NonFiniteError
 
     backend.init_process_group(config.parallel.distributed_timeout_minutes)
     try:
         train(config, args.stage)
+    except CollectiveError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(3)  # leaving in order would wait for the ranks that are gone
     except (*_user_errors(), NonFiniteError) as error:
         # samples are read by some ranks only, so their errors are told by whoever meets them; the rest all ranks know alike
         if dist.get_rank() == 0 or isinstance(error, DataError):

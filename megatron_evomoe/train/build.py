@@ -15,6 +15,7 @@ from megatron_evomoe.model.llava import LlavaModel
 from megatron_evomoe.moe.evolving import EvolvingMLP
 from megatron_evomoe.parallel import backend
 from megatron_evomoe.train import optimizer as optim
+from megatron_evomoe.train.clock import StepClock
 from megatron_evomoe.train.stages import freeze
 
 
@@ -27,6 +28,7 @@ class Built:
     optimizer: Any
     scheduler: Any
     part_sizes: dict[str, int] = field(default_factory=dict)
+    clock: StepClock = field(default_factory=StepClock)
 
     @property
     def evolving(self) -> list[EvolvingMLP]:
@@ -67,12 +69,18 @@ def build_stage(config: RunConfig, stage: StageConfig) -> Built:
     wrapped = optim.wrap(modules, config)
     optimizer = optim.build_optimizer(wrapped, config)
     scheduler = optim.build_scheduler(optimizer, config)
+    clock = StepClock()
+
+    def finalize(*args: Any, **kwargs: Any) -> None:
+        clock.backward_done()
+        finalize_model_grads(*args, **kwargs)
+
     core = get_model_config(modules[0])
-    core.finalize_model_grads_func = finalize_model_grads
+    core.finalize_model_grads_func = finalize
     core.grad_scale_func = optimizer.scale_loss
     core.no_sync_func = wrapped[0].no_sync if len(wrapped) == 1 else [w.no_sync for w in wrapped]
     for module in modules[1:]:
         other = get_model_config(module)
         other.finalize_model_grads_func, other.grad_scale_func, other.no_sync_func = (
             core.finalize_model_grads_func, core.grad_scale_func, core.no_sync_func)
-    return Built(modules=modules, wrapped=wrapped, optimizer=optimizer, scheduler=scheduler, part_sizes=sizes)
+    return Built(modules=modules, wrapped=wrapped, optimizer=optimizer, scheduler=scheduler, part_sizes=sizes, clock=clock)

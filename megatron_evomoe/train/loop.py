@@ -18,6 +18,7 @@ from megatron_evomoe.checkpoint.record import CheckpointError, Record
 from megatron_evomoe.config import RunConfig, StageConfig
 from megatron_evomoe.diagnose import collect
 from megatron_evomoe.moe import evolution
+from megatron_evomoe.observe.heartbeat import CollectiveError
 from megatron_evomoe.parallel import broadcast, rng, topology
 from megatron_evomoe.train import evaluate, report
 from megatron_evomoe.train.build import Built, build_stage
@@ -43,8 +44,13 @@ def train(config: RunConfig, stage_names: list[str] | None = None) -> Session:
                 session.logger.event("stop", reason=reason)
                 return session
         report.stage_table(session)
+    except Exception as error:
+        if explanation := session.heartbeat.explain(error):
+            raise CollectiveError(explanation) from error
+        raise
     finally:
         stop.restore()
+        session.heartbeat.close()
         session.logger.close()
     return session
 
@@ -60,11 +66,13 @@ def train_stage(session: Session, stage: StageConfig, stop: StopRequests) -> str
         session.logger.say(f"stage {stage.name}: already finished ({done})")
         return None
     found = _checkpoint_of(session, stage, config)
+    session.heartbeat.enter("setup", 0, stage.name)
     topology.seed_everything(config.train.seed)
     built = build_stage(config, stage)
     _check_evolution(built, session, config)
     record = _resume(session, found, built, stage, config) if found else _begin(session, built, stage, config)
     session.logger.start_stage(stage.name, config.train.train_iters, record.step)
+    session.heartbeat.enter("setup", record.step)
     meter = report.StageMeter(session, built, config, stage)
     if not record.finished:
         if reason := _take_steps(session, built, record, config, stage, stop, meter):
@@ -83,8 +91,12 @@ def _take_steps(session: Session, built: Built, record: Record, config: RunConfi
     batches = iter(loader) if loader is not None else None
     while record.step < config.train.train_iters:
         started = time.perf_counter()
+        built.clock.start()
+        session.heartbeat.enter("data", record.step + 1)
         batch = next_step(batches, session, config)
+        session.heartbeat.enter("step")
         result = take_step(built, batch, record.step + 1)
+        built.clock.stop()
         record.step += 1
         record.position += config.train.global_batch_size
         for mlp in built.evolving:
@@ -206,6 +218,7 @@ def _is_due(step: int, config: RunConfig) -> bool:
 
 def _save(session: Session, built: Built, record: Record, stage: StageConfig) -> None:
     if session.config.checkpoint.save is not None:
+        session.heartbeat.enter("save")
         path = session.saver.save(stage_dir(session.run_dir, stage), modules=built.modules, optimizer=built.optimizer,
                                   scheduler=built.scheduler, record=record, config_yaml=session.config.to_yaml())
         _announce(session, stage, path)
@@ -218,6 +231,7 @@ def _announce(session: Session, stage: StageConfig, published: Path | None) -> N
 
 def _measure(session: Session, built: Built, config: RunConfig, stage: StageConfig, step: int, meter: report.StageMeter) -> None:
     """Held-out accuracy, seeing, blind and with shuffled routing, and what the experts do. Communicates."""
+    session.heartbeat.enter("evaluate")
     asked = questions(session, config, config.train.eval_samples)
     if not asked:
         meter.finish({})

@@ -54,6 +54,8 @@ class StageMeter:
             metrics["mem-max-allocated-bytes"] = torch.cuda.max_memory_allocated()
         if self.watch is not None and step % self.config.log.moe_metrics_interval == 0:
             metrics |= routing_metrics(self.watch, self.config, steps=self.config.log.moe_metrics_interval)
+        if dist.get_world_size() > 1 and step % self.config.log.log_interval == 0:
+            metrics |= self.built.clock.report()
         samples = dict(loader.skipped) if loader is not None and loader.skipped else None
         self.session.logger.log(step, metrics, {"skipped": samples} if samples else None)
 

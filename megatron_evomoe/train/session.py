@@ -19,6 +19,7 @@ from megatron_evomoe.data.image import ImageProcessor, processor_for
 from megatron_evomoe.data.loader import TrainLoader
 from megatron_evomoe.data.shards import ShardDataset
 from megatron_evomoe.data.tokenizer import Tokenizer, build_tokenizer
+from megatron_evomoe.observe.heartbeat import Heartbeat
 from megatron_evomoe.observe.log import RunLogger
 from megatron_evomoe.parallel import topology
 from megatron_evomoe.parallel.topology import Topology
@@ -38,6 +39,7 @@ class Session:
     logger: RunLogger
     run_dir: Path
     saver: Saver
+    heartbeat: Heartbeat
 
     @property
     def fingerprint(self) -> str:
@@ -81,7 +83,7 @@ def open_session(config: RunConfig, *, wandb_run_id: str | None) -> Session:
                        wandb_run_id=wandb_run_id)
     processor = processor_for(config)
     return Session(config=config, topology=place, tokenizer=tokenizer, processor=processor, logger=logger, run_dir=run_dir,
-                   saver=Saver(config.checkpoint))
+                   saver=Saver(config.checkpoint), heartbeat=Heartbeat(run_dir))
 
 
 def train_loader(session: Session, config: RunConfig, *, start_position: int) -> TrainLoader | None:

@@ -1,0 +1,51 @@
+"""Who is named when ranks hang: the silent first, then those behind."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_evomoe.observe.heartbeat import Heartbeat, describe
+
+
+def at(rank: int, step: int, phase: str, *, since: float, beat: float) -> dict:
+    return {"rank": rank, "host": f"node{rank}", "pid": 100 + rank, "stage": "warmup", "step": step, "phase": phase, "since": since,
+            "beat": beat}
+
+
+@pytest.mark.parametrize(("ranks", "text"), [
+    ([at(0, 7, "step", since=90, beat=99), at(1, 7, "data", since=40, beat=41)],
+     "rank 1 (node1, pid 101) has been silent for 59 s, last in phase 'data' of stage 'warmup', step 7"),
+    ([at(0, 7, "step", since=90, beat=99), at(1, 7, "data", since=40, beat=99), at(2, 7, "step", since=90, beat=99)],
+     "rank 1 (node1, pid 101) is still in phase 'data' of stage 'warmup', step 7, for 60 s"),
+    ([at(0, 7, "step", since=90, beat=99), at(1, 6, "save", since=40, beat=99)],
+     "rank 1 (node1, pid 101) is still in phase 'save'"),
+    ([at(0, 7, "step", since=90, beat=99), at(1, 7, "step", since=91, beat=98)], "all 2 ranks are in phase 'step'"),
+    ([{"rank": 0}], "no rank has spoken yet"),
+])
+def test_describe(ranks, text):
+    assert text in describe(ranks, now=100, interval=2)
+
+
+def test_heartbeat_file_follows_the_run_and_a_failed_collective_is_named(tmp_path, one_rank):
+    heart = Heartbeat(tmp_path, interval=0.05)
+    try:
+        heart.enter("data", 3, "warmup")
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            found = json.loads((tmp_path / "heartbeat.json").read_text()) if (tmp_path / "heartbeat.json").exists() else {}
+            if (found.get("step"), found.get("phase")) == (3, "data"):
+                break
+            time.sleep(0.02)
+        assert found["stage"] == "warmup" and found["beat"] >= found["since"]
+        assert "all 1 ranks are in phase 'data'" in found["ranks"]
+        with pytest.raises((RuntimeError, ValueError)) as caught:
+            dist.all_gather([], torch.zeros(2))
+        assert heart.explain(caught.value).startswith("rank 0: all_gather, failed in stage 'warmup' at step 3: ")
+        assert heart.explain(ValueError("of our own")) is None
+    finally:
+        heart.close()
