@@ -37,9 +37,9 @@ install() {
 }
 
 configure() {
-    local folder="$1" name="$2" tracking=proctrack/linuxproc
+    local folder="$1" name="$2" tracking=proctrack/pgid
     # the way real clusters track processes: a signal reaches only a task's first process. Version 1 hierarchies alone,
-    # because Debian's Slurm wants systemd for version 2.
+    # because Debian's Slurm wants systemd for version 2. Process groups come nearest to it: torchrun's workers have their own
     if mkdir "/sys/fs/cgroup/freezer/probe-$$" 2>/dev/null; then
         rmdir "/sys/fs/cgroup/freezer/probe-$$"
         tracking=proctrack/cgroup
