@@ -68,10 +68,12 @@ class Heartbeat:
                 f"{lines[0] if lines else type(error).__name__}. {describe(self._everyone(), time.time(), self._interval)}")
 
     def _run(self) -> None:
-        while not self._stopped.wait(self._interval):
+        while True:
             try:
                 self._tell()
             except Exception:  # the store's host is gone, and with it the job; nobody is left to tell
+                return
+            if self._stopped.wait(self._interval):
                 return
 
     def _tell(self) -> None:
@@ -90,6 +92,9 @@ def describe(ranks: list[dict[str, Any]], now: float, interval: float) -> str:
 
     ranks: each rank's last record, with nothing but `rank` where it never spoke.
     """
+    never = [r["rank"] for r in ranks if "beat" not in r]
+    if never and len(never) < len(ranks):
+        return f"ranks {', '.join(map(str, never))} have never spoken"
     silent = [r for r in ranks if now - r.get("beat", now) > 5 * interval]
     if silent:
         return "; ".join(f"rank {r['rank']} ({r['host']}, pid {r['pid']}) has been silent for {now - r['beat']:.0f} s, last in "

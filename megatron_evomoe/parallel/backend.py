@@ -46,10 +46,12 @@ def prepare() -> None:
 
 
 def init_process_group(timeout_minutes: float) -> None:
-    """Join torchrun's world; outside torchrun, be a world of one on a free port."""
-    if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group(backend_name(), timeout=datetime.timedelta(minutes=timeout_minutes))
+    """Join torchrun's world; outside torchrun, be a world of one on a free port (the environment stays as it is)."""
+    timeout = datetime.timedelta(minutes=timeout_minutes)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend_name(), timeout=timeout)
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    dist.init_process_group(backend_name(), timeout=timeout, init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)

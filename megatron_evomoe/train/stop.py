@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
+import threading
 import time
+from multiprocessing.managers import SyncManager
 from types import FrameType
 
 import torch
@@ -28,11 +31,12 @@ class StopRequests:
         self._code = 0
         self._previous = {}
         if config.exit_signal_handler:
+            _shield_helpers()
             for number in SIGNALS:
                 self._previous[number] = signal.signal(number, self._remember)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._owner:  # a data worker forked from this process: the signal does what it always did
+        if os.getpid() != self._owner:  # forked from this process: the signal does what it always did
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self._code = number
@@ -60,3 +64,34 @@ class StopRequests:
         if code == _STEPS:
             return f"exit_interval {self._config.exit_interval}"
         return signal.Signals(code).name if code else None
+
+
+def _shield_helpers() -> None:
+    """Keep signals meant for this rank from its helpers. torchrun signals a rank's whole process group, and a save or a
+    loader whose helper has died fails, so that nothing would be saved."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    if filesystem_async._results_queue is None:
+        # megatron-core starts this server at the first save and keeps it
+        manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
+        manager.start(initializer=_only_follow_parent)
+        filesystem_async._results_queue = manager.Queue()
+    global _forks_leave
+    if not _forks_leave:
+        os.register_at_fork(after_in_child=os.setpgrp)  # data workers and writers; what is sent to them alone still arrives
+        _forks_leave = True
+
+
+def _only_follow_parent() -> None:
+    """In a helper: deaf to the signals, but gone when the rank is, however that ended."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+    def follow() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(0)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+_forks_leave = False

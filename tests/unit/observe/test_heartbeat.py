@@ -25,6 +25,7 @@ def at(rank: int, step: int, phase: str, *, since: float, beat: float) -> dict:
     ([at(0, 7, "step", since=90, beat=99), at(1, 6, "save", since=40, beat=99)],
      "rank 1 (node1, pid 101) is still in phase 'save'"),
     ([at(0, 7, "step", since=90, beat=99), at(1, 7, "step", since=91, beat=98)], "all 2 ranks are in phase 'step'"),
+    ([at(0, 7, "step", since=90, beat=99), {"rank": 1}], "ranks 1 have never spoken"),
     ([{"rank": 0}], "no rank has spoken yet"),
 ])
 def test_describe(ranks, text):

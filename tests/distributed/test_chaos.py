@@ -1,0 +1,298 @@
+"""Training under torchrun that is killed, stopped, starved and poisoned, and ends where the undisturbed run ends.
+
+The faults come in an order drawn from a seed, each when training has gone on for a few steps. After each one the same command is
+started again (or torchrun restarts its workers itself).
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from tests.integration.conftest import ROOT, digits, environment, metrics, tiny_yaml  # noqa: F401 - fixtures
+from tests.integration.test_stages import steady
+
+STEPS = {"align": 10, "warmup": 90, "evolve": 90, "route": 90}
+PATIENCE = 120.0
+
+
+@dataclass
+class Job:
+    """A training run that is started over and over."""
+
+    config: Path
+    out: Path
+    trigger: Path
+    process: subprocess.Popen[bytes] | None = None
+    log: Path = field(init=False)
+    launches: int = 0
+
+    def start(self, restarts: int = 0) -> None:
+        self.launches += 1
+        self.log = self.config.parent / f"launch{self.launches}.log"
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                 f"--max-restarts={restarts}", "-m", "tests.distributed.chaos_worker", "train", "--config", str(self.config)],
+                env=environment(CHAOS_TRIGGER=str(self.trigger)), cwd=ROOT, stdout=log, stderr=log)
+
+    def workers(self) -> list[psutil.Process]:
+        """The training processes, rank 0 first."""
+        found = []
+        for child in psutil.Process(self.process.pid).children(recursive=True):
+            try:
+                if "tests.distributed.chaos_worker" in child.cmdline() and child.environ().get("RANK"):
+                    found.append((int(child.environ()["RANK"]), child.create_time(), child))
+            except psutil.Error:  # gone meanwhile
+                continue
+        first: dict[int, psutil.Process] = {}
+        for rank, _, child in sorted(found, key=lambda f: f[:2]):  # a rank's own forks come after it
+            first.setdefault(rank, child)
+        return [first[rank] for rank in sorted(first)]
+
+    def kill(self) -> None:
+        """Everything at once, the way a power cut does it."""
+        for process in [*psutil.Process(self.process.pid).children(recursive=True), self.process]:
+            try:
+                process.kill()
+            except psutil.Error:
+                continue
+        self.process.wait()
+
+    def ended(self) -> int:
+        """Wait for the job to end by itself."""
+        return self.process.wait(timeout=PATIENCE)
+
+    def steps(self) -> int:
+        file = self.out / "metrics.jsonl"
+        return file.read_bytes().count(b"\n") if file.exists() else 0
+
+    def text(self) -> str:
+        return self.log.read_text(errors="replace")
+
+
+def wait_for(condition: Callable[[], bool], job: Job) -> bool:
+    """Until `condition`, or the job's end: whether it came true."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        if job.process.poll() is not None:
+            return False
+        assert time.monotonic() < deadline, job.text()[-3000:]
+        time.sleep(0.002)
+    return True
+
+
+def some_steps(job: Job, draw: random.Random) -> bool:
+    """Let training go on for one to three steps; whether it did not end before that."""
+    target = job.steps() + draw.randint(1, 3)
+    return wait_for(lambda: job.steps() >= target, job)
+
+
+def kill_rank(job: Job, draw: random.Random) -> None:
+    job.workers()[draw.randrange(2)].kill()
+    assert job.ended() != 0
+
+
+def kill_rank_and_let_torchrun_restart(job: Job, draw: random.Random) -> None:
+    """Needs a job that was started with restarts; the next steps come without a new launch."""
+    job.kill()
+    job.start(restarts=1)
+    if some_steps(job, draw):
+        job.workers()[draw.randrange(2)].kill()
+
+
+def kill_job(job: Job, draw: random.Random) -> None:
+    job.kill()
+
+
+def kill_while_saving(job: Job, draw: random.Random) -> None:
+    if wait_for(lambda: any(job.out.glob("*/saving_*")), job):
+        job.kill()
+
+
+def kill_in_transition(job: Job, draw: random.Random) -> None:
+    """Between the last step of a stage and the first of the next; where none is near, anywhere."""
+    ends = [job.out / stage / f"iter_{steps:07d}" for stage, steps in STEPS.items()]
+    target = next(path for path in ends if not path.exists())
+    deadline = time.monotonic() + 10
+    wait_for(lambda: target.exists() or time.monotonic() > deadline, job)
+    job.kill()
+
+
+def terminate_rank(job: Job, draw: random.Random) -> None:
+    job.workers()[draw.randrange(2)].send_signal(signal.SIGTERM)
+    assert job.ended() == 0
+    assert "exiting on SIGTERM" in job.text() or "Held-out exact match by kind" in job.text()  # the run's end came first
+
+
+def usr1_rank(job: Job, draw: random.Random) -> None:
+    job.workers()[draw.randrange(2)].send_signal(signal.SIGUSR1)
+    assert job.ended() == 0
+    assert "exiting on SIGUSR1" in job.text() or "Held-out exact match by kind" in job.text()  # the run's end came first
+
+
+def terminate_job(job: Job, draw: random.Random) -> None:
+    job.process.send_signal(signal.SIGTERM)
+    job.ended()
+
+
+def hang_rank(job: Job, draw: random.Random) -> None:
+    victim = job.workers()[1]
+    victim.suspend()
+    assert wait_for(lambda: "failed in stage" in job.text(), job), job.text()[-3000:]
+    assert f"pid {victim.pid}) has been silent" in job.text() and "rank 1 (" in job.text()
+    job.kill()
+
+
+def poison(job: Job, draw: random.Random) -> None:
+    job.trigger.touch()
+    assert job.ended() != 0 and "gradient norm is nan at step" in job.text(), job.text()[-3000:]
+
+
+def lose_shard(job: Job, draw: random.Random) -> None:
+    shards = sorted(Path(json.loads((job.config.parent / "data.json").read_text())).glob("*.tar"))
+    hidden = [(shard, shard.with_suffix(".hidden")) for shard in shards]
+    for shard, aside in hidden:
+        shard.rename(aside)
+    try:
+        code = job.ended()
+        assert code == 0 or any(str(shard) in job.text() for shard, _ in hidden), job.text()[-3000:]
+    finally:
+        for shard, aside in hidden:
+            aside.rename(shard)
+
+
+def fill_disk(job: Job, draw: random.Random) -> None:
+    free = os.statvfs(job.out).f_bavail * os.statvfs(job.out).f_frsize
+    filler = job.out / "filler"
+    with filler.open("wb") as file:
+        file.write(b"\0" * max(0, free - draw.choice([4096, 200_000])))
+    try:
+        assert job.ended() != 0
+        assert "are free" in job.text() or "No space left" in job.text(), job.text()[-3000:]
+    finally:
+        filler.unlink()
+
+
+KINDS = {
+    "SIGKILL of a rank": kill_rank, "SIGKILL of a rank, torchrun restarts": kill_rank_and_let_torchrun_restart,
+    "SIGKILL of the job": kill_job, "SIGKILL during a save": kill_while_saving, "SIGKILL in a stage transition": kill_in_transition,
+    "SIGTERM to a rank": terminate_rank, "SIGUSR1 to a rank": usr1_rank, "SIGTERM to torchrun": terminate_job,
+    "hung rank": hang_rank, "NaN gradient on a rank": poison, "shards gone": lose_shard, "disk full": fill_disk,
+}
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 24 MiB for the run, where this machine lets us have one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(folder)], capture_output=True, check=False)
+    yield folder if mounted.returncode == 0 else None
+    if mounted.returncode == 0:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_one_of_each_quick_fault(tmp_path, digits, tiny_yaml):  # noqa: F811
+    steps = {"align": 2, "warmup": 8, "evolve": 8, "route": 8}
+    disturbed(tmp_path, digits, tiny_yaml, None, ["SIGUSR1 to a rank", "NaN gradient on a rank", "hung rank"], seed=1, steps=steps)
+
+
+@pytest.mark.slow
+def test_fifty_faults(tmp_path, digits, tiny_yaml, small_disk):  # noqa: F811
+    kinds = [kind for kind in KINDS if small_disk or kind != "disk full"]
+    draw = random.Random(7)
+    order = list(itertools.chain.from_iterable(draw.sample(kinds, len(kinds)) for _ in range(5)))
+    table = disturbed(tmp_path, digits, tiny_yaml, small_disk, order, seed=7, steps=STEPS)
+    print("\n".join(f"| {kind} | {count} |" for kind, count in sorted(table.items())))
+    assert sum(table.values()) >= 50
+
+
+def disturbed(tmp_path, digits, tiny_yaml, disk, order, *, seed, steps) -> Counter[str]:  # noqa: F811
+    """Run undisturbed and disturbed; what they came to must be the same. Returns the faults injected, by kind."""
+    stages = [{"name": name, "train_iters": count} for name, count in steps.items()]
+    stages[0] |= {"train_data": [str(digits / "captions")], "conversation_template": "plain"}
+    common = {"stages": stages, "train": {"eval_samples": 4}, "parallel": {"expert_model_parallel_size": 2,
+                                                                           "distributed_timeout_minutes": 0.2}}
+    (tmp_path / "calm").mkdir()
+    calm = tiny_yaml(tmp_path / "calm", **common)
+    job = Job(calm, tmp_path / "calm" / "run", tmp_path / "never")
+    job.start()
+    assert job.ended() == 0, job.text()[-3000:]
+
+    home = tmp_path / "wild"
+    home.mkdir()
+    out = (disk or home) / "run"
+    wild = tiny_yaml(home, checkpoint={"save": str(out), "save_interval": 1, "keep": 2}, **common)
+    (home / "data.json").write_text(json.dumps(str(digits / "instruct")))
+    job, draw, injected = Job(wild, out, home / "poison"), random.Random(seed), Counter()
+    job.start()
+    for kind in order:
+        if job.process.poll() is not None:
+            job.start()
+        if some_steps(job, draw):
+            KINDS[kind](job, draw)
+            injected[kind] += 1
+        if job.process.poll() == 0 and job.steps() == sum(steps.values()):
+            break
+    while job.process.poll() is None or job.process.returncode != 0 or job.steps() < sum(steps.values()):
+        if job.process.poll() is not None:
+            assert job.launches < len(order) + 20, job.text()[-3000:]
+            job.start()
+        job.ended()
+    same(tmp_path / "calm" / "run", out, steps)
+    nothing_lost(out)
+    return injected
+
+
+def same(calm: Path, wild: Path, steps: dict[str, int]) -> None:
+    """Every step once and in order, with the same bits; the same weights at every stage's end; the same accuracy."""
+    assert steady(metrics(wild)) == steady(metrics(calm))
+    for stage, count in steps.items():
+        a, b = (tensors(folder / stage / f"iter_{count:07d}") for folder in (calm, wild))
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), stage
+    tables = [json.loads((folder / "summary.json").read_text()) for folder in (calm, wild)]
+    calm_rows, wild_rows = ([(r["stage"], r["loss"], r["accuracy"]) for r in table] for table in tables)
+    assert calm_rows == wild_rows
+
+
+def tensors(path: Path) -> dict[str, torch.Tensor]:
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
+
+    from megatron_evomoe.checkpoint import integrity
+
+    integrity.require_safe(path)
+    found = _load_state_dict_from_keys(storage_reader=FileSystemReader(path))
+    return {k: v for k, v in flatten(found).items() if torch.is_tensor(v) and not k.startswith("rng.")}
+
+
+def flatten(tree: dict, prefix: str = "") -> dict:
+    out = {}
+    for key, value in tree.items():
+        out |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return out
+
+
+def nothing_lost(out: Path) -> None:
+    """A stage goes on from its newest published checkpoint, never from before it."""
+    saved: dict[str, int] = {}
+    for event in (json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()):
+        if event["event"] == "save":
+            saved[event["stage"]] = max(event["step"], saved.get(event["stage"], 0))
+        if event["event"] == "resume":
+            assert event["step"] >= saved.get(event["stage"], 0), event
