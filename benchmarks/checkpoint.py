@@ -1,0 +1,143 @@
+"""What saving and loading cost beside a plain torch.save and torch.load of the same tensors, in the same run.
+
+    python benchmarks/checkpoint.py [--hidden 1024] [--layers 6] [--rounds 3] [--folder DIR]
+
+One rank, stage `warmup` with Adam's moments. Rounds alternate; medians and their ratio are printed as Markdown. Peak memory is
+the process's high-water mark above what it held before, children included in "with writers" (megatron-core forks them).
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+warnings.filterwarnings("ignore")
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import psutil  # noqa: E402
+import torch  # noqa: E402
+
+from megatron_evomoe.parallel import backend  # noqa: E402
+
+
+def build(args: argparse.Namespace) -> Any:
+    """A stage with optimizer state allocated."""
+    from megatron_evomoe.config import from_mapping
+    from megatron_evomoe.parallel import topology
+    from megatron_evomoe.train.build import build_stage
+
+    config = from_mapping({
+        "language": {"num_layers": args.layers, "hidden_size": args.hidden, "ffn_hidden_size": 4 * args.hidden,
+                     "num_attention_heads": args.hidden // 64, "vocab_size": 32000},
+        "train": {"train_iters": 10}, "stages": [{"name": "warmup"}]})
+    topology.initialize(config)
+    topology.seed_everything(1)
+    built = build_stage(config, config.stages[0])
+    built.optimizer.step()
+    built.scheduler.step(increment=1)
+    return built
+
+
+def tensors_of(tree: Any) -> Iterator[torch.Tensor]:
+    """What a checkpoint of `tree` holds."""
+    if isinstance(tree, dict):
+        for value in tree.values():
+            yield from tensors_of(value)
+    elif isinstance(tree, (list, tuple)):
+        for value in tree:
+            yield from tensors_of(value)
+    elif torch.is_tensor(getattr(tree, "data", None)) and hasattr(tree, "replica_id"):
+        yield tree.data.detach()
+
+
+def measure(action: Callable[[], Any]) -> tuple[float, float]:
+    """Seconds, and the peak of proportional memory (this process and its children) above the start, bytes."""
+    gc.collect()
+    me = psutil.Process()
+
+    def used() -> int:
+        total = 0
+        for process in [me, *me.children(recursive=True)]:
+            try:
+                total += process.memory_full_info().pss
+            except psutil.Error:
+                continue
+        return total
+
+    before, peak, done = used(), [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.05):
+            peak[0] = max(peak[0], used())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    started = time.perf_counter()
+    action()
+    os.sync()  # both ways end on the disk
+    seconds = time.perf_counter() - started
+    done.set()
+    watcher.join()
+    return seconds, max(0, peak[0] - before)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--folder", type=Path, help="where to write (a temporary folder by default)")
+    args = parser.parse_args()
+    backend.prepare()
+    backend.init_process_group(timeout_minutes=5)
+    from megatron_evomoe.checkpoint import find, store
+    from megatron_evomoe.checkpoint.record import Record
+    from megatron_evomoe.config import CheckpointConfig
+    from megatron_evomoe.parallel import rng
+
+    built = build(args)
+    folder = Path(tempfile.mkdtemp(dir=args.folder))
+    record = Record(stage="warmup", kind="warmup", step=1, position=1, finished=False, layout=rng.layout(), vocab_size=32000,
+                    tokenizer_fingerprint="")
+    parts = {"modules": built.modules, "optimizer": built.optimizer, "scheduler": built.scheduler}
+    plain = list(tensors_of(store._state(**parts, is_loading=False)))
+    size = sum(t.numel() * t.element_size() for t in plain)
+
+    def load() -> None:
+        store.load_training_state(find.resolve(folder / "ours"), **parts, record=record)
+
+    actions: dict[str, Callable[[], Any]] = {
+        "save": lambda: store.Saver(CheckpointConfig(keep=1)).save(folder / "ours", **parts, record=record, config_yaml=""),
+        "torch.save": lambda: torch.save(plain, folder / "plain.pt"),
+        "load, checksums verified": load,
+        "torch.load": lambda: [a.copy_(b) for a, b in zip(plain, torch.load(folder / "plain.pt"), strict=True)],
+    }
+    with torch.no_grad():
+        found: dict[str, list[tuple[float, float]]] = {name: [] for name in actions}
+        for _ in range(args.rounds + 1):
+            for name, action in actions.items():
+                found[name].append(measure(action))
+    shutil.rmtree(folder)
+    median = {name: [statistics.median(column) for column in zip(*values[1:], strict=True)] for name, values in found.items()}
+    print(f"{len(plain)} tensors, {size / 1e9:.2f} GB; torch {torch.__version__}; medians of {args.rounds} rounds after one\n")
+    print("| | seconds | GB/s | peak memory / bytes written |\n|---|---|---|---|")
+    for name, (seconds, memory) in median.items():
+        print(f"| {name} | {seconds:.2f} | {size / 1e9 / seconds:.2f} | {memory / size:.2f} |")
+    print(f"\nsave / torch.save: {median['save'][0] / median['torch.save'][0]:.2f}; load / torch.load: "
+          f"{median['load, checksums verified'][0] / median['torch.load'][0]:.2f}")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
