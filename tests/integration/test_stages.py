@@ -107,6 +107,22 @@ def _run_until(path: Path, out: Path, stage: str, step: int) -> None:
     job.wait()
 
 
+def test_limits_end_a_run_saved_and_the_same_command_goes_on(two_ranks, tiny_yaml, tmp_path):
+    path = tiny_yaml(tmp_path, parallel={"expert_model_parallel_size": 2},
+                     checkpoint={"save": str(tmp_path / "run"), "save_interval": 0})
+    first = run("train", "--config", str(path), "--exit-interval", "4", processes=2)
+    assert "exiting on exit_interval 4; the same command goes on from here" in first.stdout
+    assert metrics(tmp_path / "run")[-1]["step"] == 4
+    assert (tmp_path / "run" / "warmup" / "latest_checkpointed_iteration.txt").read_text() == "4"
+    second = run("train", "--config", str(path), "--exit-duration-in-mins", "0.0001", "--stage", "warmup", processes=2)
+    assert "exiting on the limit of 0.0001 minutes" in second.stdout
+    run("train", "--config", str(path), "--stage", "warmup", "--load", str(tmp_path / "run"), "--save", str(tmp_path / "other"),
+        processes=2)
+    resumed = [x for x in metrics(tmp_path / "other") if x["stage"] == "warmup"]
+    unbroken = [x for x in metrics(two_ranks / "run") if x["stage"] == "warmup"]
+    assert steady(resumed) == steady(unbroken)[4:], "taken up from --load, in a folder of its own"
+
+
 def test_baselines_run_from_a_dense_checkpoint(two_ranks, tiny_yaml, tmp_path):
     """MoE-LLaVA's setting: replicated experts, one linear router, both trained; and the dense control."""
     warmup = str(two_ranks / "run" / "warmup")
