@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Style check and the whole test suite, in an environment this script makes.
 #   bash tests/run.sh [--full] [pytest arguments]
-# --full adds the slow tests, and repeats the suite on Python 3.12 with megatron-core 0.19.2 where a python3.12 runs.
+# --full adds the slow tests, and repeats the others on Python 3.12 with megatron-core 0.19.2 where a python3.12 runs.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 FULL=""
@@ -20,7 +20,7 @@ NEWER="$(command -v python3.12 || true)"
 if [ -n "$NEWER" ] && "$NEWER" -c '' 2>/dev/null; then
     echo "== again on $("$NEWER" --version) with megatron-core 0.19.2"
     BASE_PYTHON="$NEWER" VENV="${VENV_312:-$PWD/.venv-py312}" CONSTRAINTS="$PWD/constraints-core0.19.txt" \
-        bash -c 'source examples/setup_venv.sh && "$PYTHON" -m pytest "$@"' run "$@"
+        bash -c 'source examples/setup_venv.sh && "$PYTHON" -m pytest -m "not slow" "$@"' run "$@"
 else
     echo "no python3.12 that runs: the megatron-core 0.19.2 half is skipped"
 fi
