@@ -9,6 +9,7 @@ whole; the tracker file moves after that. With `async_save` the writing happens 
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import re
@@ -33,6 +34,8 @@ from megatron_evomoe.parallel import rng
 
 TRACKER = "latest_checkpointed_iteration.txt"
 _FREE_SPACE_MARGIN = 1.05
+# newer cores write background saves through nvidia-resiliency-ext unless told to use their own writer
+_WRITER = {"async_strategy": "mcore"} if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters else {}
 _FAILURES = (Exception, CheckpointException)  # torch's CheckpointException is no Exception
 
 log = logging.getLogger(__name__)
@@ -114,7 +117,7 @@ class Saver:
         error = None
         try:
             request = dist_checkpointing.save(state, str(publication.pending), content_metadata=metadata(),
-                                              async_sharded_save=self._queue is not None)
+                                              async_sharded_save=self._queue is not None, **_WRITER)
         except _FAILURES as failure:
             error = failure
         if self._queue is None:
