@@ -191,16 +191,15 @@ def test_flipped_byte_is_named_and_the_one_before_is_used(tmp_path, caplog):
     assert "falling back to the checkpoint before it" in caplog.text
     with pytest.raises(CheckpointError, match="not those that were saved"):
         find.resolve(second)
-    for name in ("common.pt", "run_config.yaml", ".metadata"):
+    for name in ("metadata.json", "run_config.yaml", ".metadata"):
         other = bytearray((first / name).read_bytes())
         other[-1] ^= 128
         (first / name).write_bytes(other)
         assert name in find.why_bad(first)
         other[-1] ^= 128
         (first / name).write_bytes(other)
-    shutil.copy(first / "common.pt", tmp_path / "kept.pt")
-    (first / "common.pt").unlink()
-    with pytest.raises(CheckpointError, match=r"no good checkpoint under .*common.pt is missing"):
+    (first / "metadata.json").unlink()
+    with pytest.raises(CheckpointError, match=r"no good checkpoint under .*metadata.json is missing"):
         find.newest_good(tmp_path)
 
 
