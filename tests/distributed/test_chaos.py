@@ -242,8 +242,8 @@ def disturbed(tmp_path, digits, tiny_yaml, disk, order, *, seed, stages) -> Coun
     stages = [{**stages[0], "train_data": [str(digits / "captions")], "conversation_template": "plain"}, *stages[1:]]
     steps = {stage["name"]: stage["train_iters"] for stage in stages}
     # routing metrics sum over the steps since their last line, and a sum begun before a kill is gone: a line for every step
-    common = {"stages": stages, "train": {"eval_samples": 4}, "log": {"log_interval": 2, "moe_metrics_interval": 1}, "parallel": {"expert_model_parallel_size": 2,
-                                                                           "distributed_timeout_minutes": 0.2}}
+    common = {"stages": stages, "train": {"eval_samples": 4}, "log": {"log_interval": 2, "moe_metrics_interval": 1},
+              "parallel": {"expert_model_parallel_size": 2, "distributed_timeout_minutes": 0.2}}
     (tmp_path / "calm").mkdir()
     calm = tiny_yaml(tmp_path / "calm", **common)
     job = Job(calm, tmp_path / "calm" / "run", tmp_path / "never")
