@@ -1,0 +1,240 @@
+"""Read and write `torch_dist` checkpoints tensor by tensor: no process group, no GPU, no megatron-core.
+
+What `store.py` does for a running model, this does for a converter: memory holds one tensor, whatever the model's size. The files
+are those of torch.distributed.checkpoint, so megatron-core loads them under any layout.
+
+    SAVE/latest_checkpointed_iteration.txt          written last
+    SAVE/iter_0000000/__0_0.distcp .metadata common.pt metadata.json run_config.yaml evomoe.json
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import pickle
+import shutil
+import zlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.serialization import get_crc32_options, set_crc32_options
+
+from megatron_evomoe.checkpoint import integrity
+from megatron_evomoe.checkpoint.record import CheckpointError, Record, read
+
+TRACKER = "latest_checkpointed_iteration.txt"
+_DATA_FILE = "__0_0.distcp"
+_FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
+
+
+class CheckpointReader:
+    """The tensors of one checkpoint folder (``iter_…``), put together from the chunks their ranks wrote.
+
+    Attributes:
+        record: what the checkpoint says about itself.
+        shapes: key -> global shape of every tensor; optimizer state and generators are among them.
+        dtypes: key -> dtype.
+
+    Raises:
+        CheckpointError: no whole checkpoint, or its metadata is damaged or names code.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        self.record = read(self.directory)
+        metadata = integrity.read_metadata(self.directory)
+        self._tensors = {k: e for k, e in metadata.state_dict_metadata.items() if isinstance(e, TensorStorageMetadata)}
+        self._places: dict[MetadataIndex, _StorageInfo] = metadata.storage_data
+        self.shapes = {k: tuple(e.size) for k, e in self._tensors.items()}
+        self.dtypes = {k: e.properties.dtype for k, e in self._tensors.items()}
+
+    def read(self, key: str, index: int | None = None) -> Tensor:
+        """One global tensor, or element `index` of its leading axis (one expert); reads no chunk that has no part in it.
+
+        Raises:
+            CheckpointError: there is no such tensor, or its chunks are damaged or do not cover it.
+        """
+        if key not in self._tensors:
+            raise CheckpointError(f"checkpoint {self.directory} has no tensor {key!r}")
+        shape, chunks = self.shapes[key], self._tensors[key].chunks
+        first, count = (0, shape[0] if shape else 1) if index is None else (index, 1)
+        wanted = [c for c in chunks if not shape or (c.offsets[0] < first + count and first < c.offsets[0] + c.sizes[0])]
+        pieces = [(c, self._chunk(key, c)) for c in wanted]
+        if len(pieces) == 1 and tuple(pieces[0][0].sizes) == (count, *shape[1:])[:len(shape)]:
+            return pieces[0][1] if index is None else pieces[0][1][0]
+        whole = torch.empty((count, *shape[1:]), dtype=self.dtypes[key])
+        if sum(_overlap(c, first, count) for c, _ in pieces) != whole.numel():
+            raise CheckpointError(f"checkpoint {self.directory}: the chunks of {key!r} do not cover its shape {shape}")
+        while pieces:  # each is let go once it is copied
+            chunk, piece = pieces.pop()
+            start, stop = max(chunk.offsets[0], first), min(chunk.offsets[0] + chunk.sizes[0], first + count)
+            target = whole[start - first : stop - first]
+            for axis, (offset, size) in enumerate(zip(chunk.offsets[1:], chunk.sizes[1:], strict=True), 1):
+                target = target.narrow(axis, offset, size)
+            target.copy_(piece[start - chunk.offsets[0] : stop - chunk.offsets[0]])
+        return whole if index is None else whole[0]
+
+    def _chunk(self, key: str, chunk: ChunkStorageMetadata) -> Tensor:
+        place = self._places.get(MetadataIndex(key, chunk.offsets))
+        path = self.directory / (place.relative_path if place else "")
+        try:
+            if place is None:
+                raise KeyError(f"no place for the chunk at {tuple(chunk.offsets)}")
+            tensor = _read_saved(path, place.offset, place.length)
+        except Exception as error:  # a damaged archive can raise anything
+            raise CheckpointError(f"checkpoint {self.directory}: {key!r} in {path.name} is unsafe or damaged "
+                                  f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})") from None
+        if tensor.shape != chunk.sizes or tensor.dtype != self.dtypes[key]:
+            raise CheckpointError(f"checkpoint {self.directory}: {key!r} holds a {tensor.dtype} of shape {tuple(tensor.shape)} "
+                                  f"where .metadata says {self.dtypes[key]} and {tuple(chunk.sizes)}")
+        return tensor
+
+
+def _overlap(chunk: ChunkStorageMetadata, first: int, count: int) -> int:
+    rows = min(chunk.offsets[0] + chunk.sizes[0], first + count) - max(chunk.offsets[0], first)
+    return rows * math.prod(chunk.sizes[1:])
+
+
+def _read_saved(path: Path, offset: int, length: int) -> Tensor:
+    """The tensor that torch.save wrote at `offset`; nothing the file names is run."""
+    with path.open("rb", buffering=0) as file:
+        return torch.load(_Window(file, offset, length), map_location="cpu", weights_only=True)
+
+
+class _Window(io.RawIOBase):
+    """A part of a file as a file of its own, read straight into the tensor's memory."""
+
+    def __init__(self, file: Any, start: int, length: int) -> None:
+        self._file, self._start, self._length, self._at = file, start, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        self._file.seek(self._start + self._at)
+        count = self._file.readinto(memoryview(buffer)[: max(0, self._length - self._at)])
+        self._at += count
+        return count
+
+
+class CheckpointWriter:
+    """Writes one checkpoint of weights; a context manager that publishes it on leaving, or removes it if an error does.
+
+    Args:
+        directory: gets ``iter_{step}`` and the tracker file.
+        record: everything but `files`, which is filled in.
+        config_yaml: for ``run_config.yaml``.
+    """
+
+    def __init__(self, directory: str | Path, record: Record, config_yaml: str) -> None:
+        self._directory, self._record, self._yaml = Path(directory), record, config_yaml
+        self.path = self._directory / f"iter_{record.step:07d}"
+        self._pending = self._directory / f"saving_{record.step:07d}_{os.getpid():x}"
+        self._tensors: dict[str, TensorStorageMetadata] = {}
+        self._places: dict[MetadataIndex, _StorageInfo] = {}
+
+    def __enter__(self) -> CheckpointWriter:
+        self._pending.mkdir(parents=True)
+        self._crc_before = get_crc32_options()
+        set_crc32_options(False)  # ours cover the whole file
+        self._file = _SummedFile(self._pending / _DATA_FILE)
+        return self
+
+    def put(self, key: str, tensor: Tensor, *, shape: Sequence[int] | None = None, offset: Sequence[int] = ()) -> None:
+        """Write a tensor, or with `shape` (the global one) the chunk of it that lies at `offset` (zeros left out at the end)."""
+        shape = torch.Size(tensor.shape if shape is None else shape)
+        offset = torch.Size((*offset, *[0] * (len(shape) - len(offset))))
+        entry = self._tensors.setdefault(key, TensorStorageMetadata(TensorProperties(dtype=tensor.dtype), shape, []))
+        assert entry.size == shape and entry.properties.dtype == tensor.dtype, f"chunks of {key} disagree"
+        entry.chunks.append(ChunkStorageMetadata(offset, tensor.shape))
+        start = self._file.tell()
+        torch.save(_alone(tensor), self._file)
+        self._places[MetadataIndex(key, offset)] = _StorageInfo(_DATA_FILE, start, self._file.tell() - start)
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        set_crc32_options(self._crc_before)
+        try:
+            with self._file:
+                pass
+            if kind is None:
+                self._publish()
+        finally:
+            shutil.rmtree(self._pending, ignore_errors=True)
+
+    def _publish(self) -> None:
+        """Everything beside the tensors, checksums, the new name, the tracker: in this order."""
+        for key, entry in self._tensors.items():
+            assert sum(c.sizes.numel() for c in entry.chunks) == entry.size.numel(), f"the chunks of {key} do not cover it"
+        pending = self._pending
+        metadata = Metadata(dict(self._tensors), None, self._places, StorageMeta(), "1.0.0")
+        (pending / ".metadata").write_bytes(pickle.dumps(metadata))
+        (pending / "metadata.json").write_text(json.dumps(_FORMAT))
+        torch.save({}, pending / "common.pt")
+        (pending / "run_config.yaml").write_text(self._yaml)
+        sums = {p.name: [p.stat().st_size, integrity.checksum(p)] for p in pending.iterdir() if p.name != _DATA_FILE}
+        files = {_DATA_FILE: [(pending / _DATA_FILE).stat().st_size, self._file.crc], **sums}
+        replace(self._record, files=files).write(pending)
+        os.replace(pending, self.path)
+        tracker = self._directory / (TRACKER + ".new")
+        tracker.write_text(str(self._record.step))
+        os.replace(tracker, self._directory / TRACKER)
+
+
+class _SummedFile(io.BufferedWriter):
+    """A file being written that knows the CRC-32 of what went into it, computed beside the writing."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(io.FileIO(path, "wb"), buffer_size=1 << 20)
+        self.crc = 0
+        self._pool = ThreadPoolExecutor(1)
+
+    def write(self, data: Any) -> int:
+        """As `io.BufferedWriter.write`."""
+        if len(data) < 1 << 16:
+            self.crc = zlib.crc32(data, self.crc)
+            return super().write(data)
+        crc = self._pool.submit(zlib.crc32, data, self.crc)
+        written = super().write(data)
+        self.crc = crc.result()
+        return written
+
+    def close(self) -> None:
+        """As `io.BufferedWriter.close`."""
+        super().close()
+        self._pool.shutdown()
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """`tensor`, contiguous and with a storage of its own size: torch.save writes the whole storage behind a view."""
+    tensor = tensor.detach().contiguous()
+    if tensor.untyped_storage().nbytes() == tensor.nbytes:
+        return tensor
+    start = tensor.storage_offset() * tensor.element_size()
+    own = tensor.untyped_storage()[start : start + tensor.nbytes]  # shares the memory
+    return torch.empty(0, dtype=tensor.dtype).set_(own, 0, tensor.shape, tensor.stride())
