@@ -1,0 +1,350 @@
+"""EvoMoE: a LLaVA-style vision-language model whose decoder mixes experts, routed by modality and token.
+
+Self-contained: needs torch and transformers (4.56 or later) alone. Tensors are named as in LLaVA files of transformers 4.x.
+
+Shapes: b rows · s positions · n images of p positions · C width · D size of a head · V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from dataclasses import dataclass
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import ModelOutput
+
+from .configuration_evomoe import EvoMoeConfig
+from .routing_evomoe import EvoMoeHyperNetwork, EvoMoeMixture, build_ffn
+from .vision_evomoe import EvoMoeProjector, EvoMoeVisionEmbeddings, EvoMoeVisionTower
+
+_MASK_ARGUMENTS = frozenset(inspect.signature(create_causal_mask).parameters)
+# 4.x caches of fixed size write where they are told to, and at 0 if they are not; 5.x ones count for themselves
+_CACHE_WANTS_POSITIONS = "cache_kwargs" in inspect.signature(Cache.update).parameters
+
+
+class EvoMoeRMSNorm(nn.Module):
+    """x / rms(x) · weight."""
+
+    def __init__(self, width, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, hidden):
+        """Any shape, normalised over its last axis."""
+        return F.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
+
+
+def build_norm(config, width):
+    """The decoder's kind of norm."""
+    return EvoMoeRMSNorm(width, config.norm_eps) if config.norm_type == "RMSNorm" else nn.LayerNorm(width, eps=config.norm_eps)
+
+
+def rotary_tables(config, position_ids, dtype):
+    """cos and sin [b, 1, s, R] for the R rotated channels of each head. No buffer: loading would leave it empty."""
+    rotated = int(config.head_dim * config.rotary_percent)
+    exponents = torch.arange(0, rotated, 2, dtype=torch.float32, device=position_ids.device) / rotated
+    frequencies = 1.0 / config.rope_base**exponents
+    adjustment = config.rope_adjustment or {}
+    if adjustment.get("type") == "linear":
+        frequencies = frequencies / adjustment["factor"]
+    elif adjustment.get("type") == "llama3":
+        frequencies = _llama3_frequencies(frequencies, adjustment)
+    angles = (position_ids[..., None].float() * frequencies).repeat(1, 1, 2)[:, None]
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def _llama3_frequencies(frequencies, adjustment):
+    """Llama 3.1's: long waves are stretched by `factor`, short ones kept, those between blended."""
+    low, high = adjustment["low_freq_factor"], adjustment["high_freq_factor"]
+    turns = adjustment["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 - kept) * frequencies / adjustment["factor"] + kept * frequencies
+
+
+def rotate(states, cos, sin):
+    """Turn the first R channels of [b, heads, s, D] by their position; the others pass."""
+    rotated, passed = states[..., : cos.shape[-1]], states[..., cos.shape[-1] :]
+    first, second = rotated.chunk(2, dim=-1)
+    return torch.cat([rotated * cos + torch.cat([-second, first], dim=-1) * sin, passed], dim=-1)
+
+
+def eager_attention(module, query, key, value, attention_mask, scaling, **ignored):
+    """Attention spelled out; softmax in float32. Called as transformers' own attention functions are."""
+    key = key.repeat_interleave(module.num_key_value_groups, dim=1)
+    value = value.repeat_interleave(module.num_key_value_groups, dim=1)
+    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask[..., : key.shape[-2]]
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+class EvoMoeAttention(nn.Module):
+    """Grouped-query attention with rotary positions."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.config, self.layer, self.is_causal = config, layer, True
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        width, bias = config.hidden_size, config.qkv_bias or config.linear_bias
+        queries, keys = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(width, queries, bias=bias)
+        self.k_proj = nn.Linear(width, keys, bias=bias)
+        self.v_proj = nn.Linear(width, keys, bias=bias)
+        self.output_name = "dense" if config.parallel_residual else "o_proj"  # Phi's and Llama's names
+        setattr(self, self.output_name, nn.Linear(queries, width, bias=config.linear_bias))
+        self.q_norm = build_norm(config, self.head_dim) if config.qk_norm else nn.Identity()
+        self.k_norm = build_norm(config, self.head_dim) if config.qk_norm else nn.Identity()
+
+    def forward(self, hidden, cos, sin, mask, cache, cache_arguments):
+        """[b, s, C] to [b, s, C]; keys and values go through the cache if there is one."""
+        query, key, value = (p(hidden).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        query = rotate(self.q_norm(query).transpose(1, 2), cos, sin)
+        key = rotate(self.k_norm(key).transpose(1, 2), cos, sin)
+        value = value.transpose(1, 2)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer, *cache_arguments)
+        name = self.config._attn_implementation
+        attend = eager_attention if name in (None, "eager") else ALL_ATTENTION_FUNCTIONS[name]
+        output, _ = attend(self, query, key, value, mask, dropout=0.0, scaling=self.head_dim**-0.5,
+                           sliding_window=self.config.sliding_window)
+        return getattr(self, self.output_name)(output.flatten(2))
+
+
+class EvoMoeDecoderLayer(nn.Module):
+    """Attention, then a dense FFN or a mixture. With a parallel residual both read one norm and add to the stream together."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.input_layernorm = build_norm(config, config.hidden_size)
+        self.self_attn = EvoMoeAttention(config, layer)
+        self.post_attention_layernorm = None if config.parallel_residual else build_norm(config, config.hidden_size)
+        self.mlp = EvoMoeMixture(config) if layer in config.moe_layers else build_ffn(config)
+
+    def forward(self, hidden, is_vision, *attention_arguments):
+        """[b, s, C] to [b, s, C], and the router's logits [b·s, N] where there is one."""
+        normed = self.input_layernorm(hidden)
+        attended = self.self_attn(normed, *attention_arguments)
+        if self.post_attention_layernorm is None:
+            fed, logits = self._feed(normed, is_vision)
+            return hidden + attended + fed, logits
+        hidden = hidden + attended
+        fed, logits = self._feed(self.post_attention_layernorm(hidden), is_vision)
+        return hidden + fed, logits
+
+    def _feed(self, normed, is_vision):
+        return self.mlp(normed, is_vision) if isinstance(self.mlp, EvoMoeMixture) else (self.mlp(normed), None)
+
+
+class EvoMoeDecoder(nn.Module):
+    """Embeddings, layers, and the norm after the last."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(EvoMoeDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm_name = "final_layernorm" if config.parallel_residual else "norm"  # Phi's and Llama's names
+        setattr(self, self.norm_name, build_norm(config, config.hidden_size))
+
+    def forward(self, inputs_embeds, is_vision, attention_mask, position_ids, cache):
+        """Embeddings [b, s, C] and whether each is an image's [b, s], to hidden states [b, s, C] and each mixture's logits."""
+        seen = cache.get_seq_length() if cache is not None else 0
+        positions = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen
+        if position_ids is None:
+            position_ids = _positions(attention_mask, positions, inputs_embeds)
+        mask = _mask(self.config, inputs_embeds, attention_mask, cache, positions)
+        tables = rotary_tables(self.config, position_ids, inputs_embeds.dtype)
+        cache_arguments = ({"cache_position": positions},) if _CACHE_WANTS_POSITIONS else ()
+        hidden, router_logits = inputs_embeds, []
+        for layer in self.layers:
+            hidden, logits = layer(hidden, is_vision, *tables, mask, cache, cache_arguments)
+            if logits is not None:
+                router_logits.append(logits)
+        return getattr(self, self.norm_name)(hidden), tuple(router_logits)
+
+
+def _positions(attention_mask, positions, inputs_embeds):
+    """Position ids [b, s]; those of padded rows count their real tokens."""
+    if attention_mask is None or attention_mask.ndim != 2:
+        return positions.expand(inputs_embeds.shape[:2])
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1] :]
+
+
+def _mask(config, inputs_embeds, attention_mask, cache, positions):
+    """transformers' causal mask in the form that the attention function wants; its arguments differ by version."""
+    embeds = "inputs_embeds" if "inputs_embeds" in _MASK_ARGUMENTS else "input_embeds"
+    arguments = {"config": config, embeds: inputs_embeds, "attention_mask": attention_mask, "past_key_values": cache}
+    if "cache_position" in _MASK_ARGUMENTS:
+        arguments["cache_position"] = positions
+    return (create_sliding_window_causal_mask if config.sliding_window else create_causal_mask)(**arguments)
+
+
+class EvoMoeLanguageModel(nn.Module):
+    """Decoder and output layer, under the names that LLaVA files have them by."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.model = EvoMoeDecoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
+
+
+@dataclass
+class EvoMoeOutput(ModelOutput):
+    """What a forward gives.
+
+    `loss`: mean cross entropy of `labels`, where given. `logits` [b, s, V]. `past_key_values`: the cache, where used.
+    `router_logits`: where asked for, one float32 tensor [b·s, N] per mixture, in layer order.
+    """
+
+    loss: Optional[torch.FloatTensor] = None
+    logits: Optional[torch.FloatTensor] = None
+    past_key_values: Optional[Cache] = None
+    router_logits: Optional[tuple[torch.FloatTensor, ...]] = None
+
+
+class EvoMoePreTrainedModel(PreTrainedModel):
+    """What transformers asks of a model class."""
+
+    config_class = EvoMoeConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    _no_split_modules = ["EvoMoeDecoderLayer", "EvoMoeVisionLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    supports_gradient_checkpointing = False
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    # Servers that feed embeddings alone would send image tokens through the text router without a word; so they must refuse.
+    _supports_attention_backend = False
+
+    def _init_weights(self, module):
+        """Fresh weights; through torch.nn.init alone, which 5.x guards so that loaded ones stay."""
+        std = self.config.text_config.initializer_range
+        if isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding)):
+            nn.init.normal_(module.weight, std=std)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, (nn.LayerNorm, EvoMoeRMSNorm)):
+            nn.init.ones_(module.weight)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, EvoMoeVisionEmbeddings) and module.class_embedding is not None:
+            nn.init.normal_(module.class_embedding, std=std)
+        elif isinstance(module, EvoMoeHyperNetwork):
+            for name, parameter in module.named_parameters():
+                nn.init.zeros_(parameter) if name == "bias1" else nn.init.normal_(parameter, std=std)
+
+
+class EvoMoeForConditionalGeneration(EvoMoePreTrainedModel, GenerationMixin):
+    """Images and text to text."""
+
+    _tied_weights_keys = {"language_model.lm_head.weight": "language_model.model.embed_tokens.weight"}
+
+    def __init__(self, config):
+        super().__init__(config)
+        if config.text_config._attn_implementation is None:  # set for parts that are PreTrainedModels, or where asked for
+            config.text_config._attn_implementation = config._attn_implementation
+        self.vision_tower = EvoMoeVisionTower(config.vision_config)
+        self.multi_modal_projector = EvoMoeProjector(config)
+        self.language_model = EvoMoeLanguageModel(config.text_config)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        """Word embeddings."""
+        return self.language_model.model.embed_tokens
+
+    def set_input_embeddings(self, value):
+        """Replace the word embeddings."""
+        self.language_model.model.embed_tokens = value
+
+    def get_output_embeddings(self):
+        """Output layer."""
+        return self.language_model.lm_head
+
+    def set_output_embeddings(self, value):
+        """Replace the output layer."""
+        self.language_model.lm_head = value
+
+    def get_image_features(self, pixel_values, **ignored):
+        """Normalised pixels [n, 3, S, S] to features [n, p, C]."""
+        return self.multi_modal_projector(self.vision_tower(pixel_values))
+
+    def embed(self, input_ids, pixel_values=None):
+        """Ids [b, s] and the images of all rows, in order, to embeddings [b, s, C] and whether each is an image's [b, s].
+
+        Raises:
+            ValueError: the images' positions are not as many as the ids have.
+        """
+        is_vision = input_ids == self.config.image_token_id
+        embeds = self.get_input_embeddings()(input_ids.masked_fill(is_vision, 0))  # the image token may have no embedding
+        if pixel_values is None:
+            return embeds, is_vision
+        features = self.get_image_features(pixel_values).flatten(0, 1).to(embeds)
+        if int(is_vision.sum()) != len(features):
+            raise ValueError(f"{int(is_vision.sum())} image tokens in input_ids, {len(features)} image features: "
+                             f"each image takes {self.config.image_seq_length} tokens of id {self.config.image_token_id}")
+        return embeds.masked_scatter(is_vision[..., None], features), is_vision
+
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
+                pixel_values=None, image_mask=None, labels=None, use_cache=None, logits_to_keep=0, output_router_logits=False,
+                return_dict=None, **ignored):
+        """Next-token logits.
+
+        Args:
+            input_ids: int64 [b, s]; `config.image_token_id` at every image position.
+            attention_mask: [b, tokens seen + s], 0 at padding, which may be on either side.
+            inputs_embeds: [b, s, C] instead of `input_ids`; `image_mask` [b, s] then says which are an image's (none if not
+                given), because the routers must know.
+            pixel_values: [n, 3, S, S], with `input_ids`.
+            labels: int64 [b, s], -100 where nothing is learned; not shifted. The loss has no load-balancing term.
+            logits_to_keep: last positions to compute logits of, 0 all; or an index tensor.
+
+        Raises:
+            ValueError: neither or both of `input_ids` and `inputs_embeds`, pixels with embeddings, or as `embed`.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        if input_ids is not None:
+            inputs_embeds, is_vision = self.embed(input_ids, pixel_values)
+        elif pixel_values is not None:
+            raise ValueError("pixel_values need input_ids; with inputs_embeds put the image features in and give image_mask")
+        else:
+            is_vision = inputs_embeds.new_zeros(inputs_embeds.shape[:2], dtype=torch.bool) if image_mask is None else image_mask
+        use_cache = (labels is None and not self.training) if use_cache is None else use_cache
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache()
+        hidden, router_logits = self.language_model.model(inputs_embeds, is_vision, attention_mask, position_ids, past_key_values)
+        kept = slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.language_model.lm_head(hidden[:, kept])
+        output = EvoMoeOutput(
+            loss=None if labels is None else _loss(logits, labels),
+            logits=logits,
+            past_key_values=past_key_values if use_cache else None,
+            router_logits=router_logits if output_router_logits else None,
+        )
+        return output.to_tuple() if return_dict is False else output
+
+    def prepare_inputs_for_generation(self, input_ids, *args, inputs_embeds=None, pixel_values=None, **kwargs):
+        """One step's arguments; images go in with the first tokens only, since the cache holds them after that."""
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
+        cache = inputs.get("past_key_values")
+        if cache is None or cache.get_seq_length() == 0:
+            inputs["pixel_values"] = pixel_values
+        return inputs
+
+
+def _loss(logits, labels):
+    return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+
+
+__all__ = ["EvoMoeForConditionalGeneration", "EvoMoePreTrainedModel"]

@@ -1,0 +1,164 @@
+"""Routers and mixtures of experts.
+
+Shapes: T tokens · C width · N experts · K experts per token · h, r inner width and rank of the dynamic router.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.activations import ACT2FN
+
+
+class EvoMoeFFN(nn.Module):
+    """A feed-forward network without a gate, dense or one expert."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.linear_bias)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.linear_bias)
+        self.act = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden, scale=None):
+        """[…, C] to […, C]; `scale` […, 1] multiplies the output."""
+        return scaled_linear(self.fc2, self.act(self.fc1(hidden)), scale)
+
+
+class EvoMoeGatedFFN(nn.Module):
+    """A feed-forward network with a gate, dense or one expert."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.linear_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.linear_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.linear_bias)
+        self.act = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden, scale=None):
+        """[…, C] to […, C]; `scale` […, 1] multiplies the output."""
+        return scaled_linear(self.down_proj, self.act(self.gate_proj(hidden)) * self.up_proj(hidden), scale)
+
+
+def scaled_linear(linear, inner, scale):
+    """`linear`'s output times `scale`, multiplied in where training does: before the matrix, and on the bias."""
+    if scale is None:
+        return linear(inner)
+    output = F.linear((inner * scale).to(inner.dtype), linear.weight)
+    return output if linear.bias is None else output + (linear.bias * scale).to(output.dtype)
+
+
+def build_ffn(config):
+    """The decoder's kind of feed-forward network."""
+    return EvoMoeGatedFFN(config) if config.gated_ffn else EvoMoeFFN(config)
+
+
+class EvoMoeHyperNetwork(nn.Module):
+    """Writes, for each token z of one modality, the weights Θ(z) = W2·(W1·z + b1) + b2 of that token's own small router.
+
+    The last slice of `weight2_*` along the first axis is the bias b2. `weight2_up` is stored transposed.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        width, inner, rank = config.hidden_size, config.dtr_hidden_size, config.dtr_rank
+        self.weight1 = nn.Parameter(torch.empty(inner, width))
+        self.bias1 = nn.Parameter(torch.empty(inner))
+        self.weight2_down = nn.Parameter(torch.empty(inner + 1, 2 * rank, width))
+        self.weight2_up = nn.Parameter(torch.empty(inner + 1, rank, width))
+        self.activation = config.dtr_activation
+
+    def forward(self, tokens, phi):
+        """Logits [T, N] of tokens [T, C]: φ·Θ_up·SwiGLU(Θ_down·z), all in float32.
+
+        Θ is never built. It is linear in ê = [e, 1], so Θ_down·z is one matrix product and a sum weighted by ê, and φ is
+        multiplied into W2_up before any token is seen.
+        """
+        down, up = self.weight2_down.float(), self.weight2_up.float()
+        terms, rank, width = up.shape
+        e = tokens @ self.weight1.float().t() + self.bias1.float()
+        if self.activation != "none":
+            e = ACT2FN[self.activation](e)
+        e = F.pad(e, (0, 1), value=1.0)[:, None]
+        projected = (tokens @ down.flatten(0, 1).t()).view(-1, terms, 2 * rank)
+        gate, value = torch.bmm(e, projected)[:, 0].chunk(2, dim=-1)
+        folded = F.linear(up.reshape(-1, width), phi).view(terms, rank, len(phi))
+        of_each_term = ((F.silu(gate) * value) @ folded.transpose(0, 1).reshape(rank, -1)).view(-1, terms, len(phi))
+        return torch.bmm(e, of_each_term)[:, 0]
+
+
+class EvoMoeDynamicRouter(nn.Module):
+    """EvoMoE's token-aware router: one hypernetwork per modality, one map φ from its output to logits."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.text, self.vision = EvoMoeHyperNetwork(config), EvoMoeHyperNetwork(config)
+        self.phi = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+
+    def forward(self, tokens, is_vision):
+        """Logits [T, N] in float32. Each token meets its own modality's hypernetwork alone."""
+        tokens, phi = tokens.float(), self.phi.weight.float()
+        logits = tokens.new_empty(len(tokens), len(phi))
+        for network, mask in ((self.text, ~is_vision), (self.vision, is_vision)):
+            index = mask.nonzero()[:, 0]
+            logits = logits.index_copy(0, index, network(tokens[index], phi))
+        return logits
+
+
+class EvoMoeLinearRouter(nn.Linear):
+    """One linear map for all tokens."""
+
+    def __init__(self, config):
+        super().__init__(config.hidden_size, config.num_experts, bias=False)
+
+    def forward(self, tokens, is_vision):
+        """Logits [T, N] in float32."""
+        return F.linear(tokens.float(), self.weight.float())
+
+
+class EvoMoeModalityLinearRouter(nn.Module):
+    """One linear map per modality."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.text = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.vision = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+
+    def forward(self, tokens, is_vision):
+        """Logits [T, N] in float32."""
+        both = F.linear(tokens.float(), torch.cat([self.text.weight, self.vision.weight]).float())
+        of_text, of_vision = both.chunk(2, dim=-1)
+        return torch.where(is_vision[:, None], of_vision, of_text)
+
+
+ROUTERS = {"linear": EvoMoeLinearRouter, "modality-linear": EvoMoeModalityLinearRouter, "dtr": EvoMoeDynamicRouter}
+
+
+class EvoMoeMixture(nn.Module):
+    """A router and its experts. With router "none" every token goes to expert 0."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.router = None if config.router == "none" else ROUTERS[config.router](config)
+        self.experts = nn.ModuleList(build_ffn(config) for _ in range(config.num_experts))
+        self.top_k, self.gate = config.num_experts_per_tok, config.router_gate
+
+    def forward(self, hidden, is_vision):
+        """[b, s, C] and whether each is an image position [b, s], to the output [b, s, C] and the router's logits [b·s, N]."""
+        if self.router is None:
+            return self.experts[0](hidden), None
+        tokens = hidden.flatten(0, 1)
+        logits = self.router(tokens, is_vision.flatten())
+        weights, chosen = self.choose(logits)
+        output = torch.zeros_like(tokens)
+        for number, expert in enumerate(self.experts):
+            token, slot = (chosen == number).nonzero(as_tuple=True)
+            output.index_add_(0, token, expert(tokens[token], weights[token, slot, None]))
+        return output.view_as(hidden), logits
+
+    def choose(self, logits):
+        """Logits [T, N] to weights, float32, and expert numbers, both [T, K]. Nothing is dropped, whatever the load."""
+        weights, chosen = torch.softmax(logits, dim=-1).topk(self.top_k, dim=-1)
+        if self.gate == "straight_through":
+            weights = weights / weights.detach().sum(dim=-1, keepdim=True)
+        return weights, chosen
