@@ -74,6 +74,10 @@ class LanguageConfig:
     """RoPE base period."""
     rotary_percent: float = 1.0
     """Share of each head that is rotated."""
+    rope_scaling_type: Optional[Literal["linear", "llama3"]] = None
+    """How RoPE is stretched to longer sequences: `linear` divides all positions, `llama3` only low frequencies; none does not."""
+    rope_scaling_factor: float = 1.0
+    """By how much."""
     window_size: Optional[int] = None
     """Sliding attention window in tokens (Mistral); none attends to everything before."""
     tie_word_embeddings: bool = True
@@ -339,6 +343,7 @@ class LogConfig:
 _VARIABLE = re.compile(r"\$\{(?P<name>[A-Za-z_]\w*)(?::-(?P<default>[^}]*))?\}")
 STAGE_KINDS = ("align", "warmup", "dense", "evolve", "route")
 STAGE_SECTIONS = ("moe", "data", "optimizer", "train", "log")
+MODEL_SECTIONS = ("language", "vision", "moe")
 
 
 @dataclass(kw_only=True)
@@ -360,7 +365,8 @@ class RunConfig:
     """Everything one run needs. Build it with `load_config` or `from_mapping`."""
 
     preset: Optional[str] = None
-    """Named model shape; its values come before the file's own `language` and `vision`."""
+    """Named model shape, or a YAML file of `language`, `vision` and `moe` (as the importer writes); its values come before the
+    file's own."""
     language: LanguageConfig = field(default_factory=LanguageConfig)
     vision: VisionConfig = field(default_factory=VisionConfig)
     moe: MoEConfig = field(default_factory=MoEConfig)
@@ -430,17 +436,19 @@ def load_config(path: str | Path | None, flags: dict[str, Any] | None = None) ->
         ConfigError: the file is missing or no mapping, a key is unknown (names the nearest), a value has the wrong
             type, or fields contradict each other.
     """
-    raw: Any = {}
-    if path is not None:
-        try:
-            raw = yaml.safe_load(_expand_environment(Path(path).read_text(), path)) or {}
-        except FileNotFoundError:
-            raise ConfigError(f"config file {path} does not exist") from None
-        except yaml.YAMLError as error:
-            raise ConfigError(f"config file {path} is not valid YAML: {error}") from None
-        if not isinstance(raw, dict):
-            raise ConfigError(f"config file {path} holds a {type(raw).__name__}; a mapping of sections is expected")
-    return from_mapping(raw, flags)
+    return from_mapping(_read_yaml(path) if path is not None else {}, flags)
+
+
+def _read_yaml(path: str | Path) -> dict[str, Any]:
+    try:
+        raw = yaml.safe_load(_expand_environment(Path(path).read_text(), path)) or {}
+    except FileNotFoundError:
+        raise ConfigError(f"config file {path} does not exist") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config file {path} is not valid YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"config file {path} holds a {type(raw).__name__}; a mapping of sections is expected")
+    return raw
 
 
 def _expand_environment(text: str, path: str | Path) -> str:
@@ -463,10 +471,9 @@ def from_mapping(raw: dict[str, Any], flags: dict[str, Any] | None = None) -> Ru
     preset = flags.pop("preset", raw.get("preset"))
     layers: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
     if preset is not None:
-        if preset not in PRESETS:
-            raise ConfigError(f"unknown preset {preset!r}{_nearest(preset, PRESETS)}; known: {', '.join(PRESETS)}")
-        for section, values in PRESETS[preset].items():
+        for section, values in _preset(preset).items():
             layers[section].update(values)
+        preset = preset if preset in PRESETS else None  # a file may be gone when this configuration is read again
     for section in SECTIONS:
         values = raw.get(section) or {}
         if not isinstance(values, dict):
@@ -489,6 +496,19 @@ def from_mapping(raw: dict[str, Any], flags: dict[str, Any] | None = None) -> Ru
     for stage in stages:
         config.for_stage(stage.name)
     return config
+
+
+def _preset(name: str) -> dict[str, dict[str, Any]]:
+    """Sections of a named preset, or of a YAML file that holds the sections of a model alone."""
+    if name in PRESETS:
+        return PRESETS[name]
+    if not str(name).endswith((".yaml", ".yml")):
+        raise ConfigError(f"unknown preset {name!r}{_nearest(name, PRESETS)}; known: {', '.join(PRESETS)}, or a YAML file")
+    raw = _read_yaml(name)
+    _refuse_unknown(raw, MODEL_SECTIONS, f"section in the preset file {name}:")
+    for section, values in raw.items():
+        _refuse_unknown(values, {f.name for f in fields(SECTIONS[section])}, f"key in section {section!r} of {name}:")
+    return raw
 
 
 def _build(section: str, values: dict[str, Any]) -> Any:
@@ -566,6 +586,7 @@ def check(config: RunConfig) -> None:
     rule(config.data.seq_length <= lm.max_position_embeddings,
          f"seq_length {config.data.seq_length} exceeds max_position_embeddings {lm.max_position_embeddings}")
     rule(not (lm.tie_word_embeddings and lm.lm_head_bias), "lm_head_bias needs untied embeddings")
+    rule(lm.rope_scaling_factor >= 1.0, f"rope_scaling_factor {lm.rope_scaling_factor} must be at least 1")
 
 
 def add_flags(parser: Any) -> None:

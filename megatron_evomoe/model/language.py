@@ -114,6 +114,9 @@ def build_language_model(config: RunConfig, *, stage_kind: str, pre_process: boo
             position_embedding_type="rope",
             rotary_percent=lm.rotary_percent,
             rotary_base=lm.rotary_base,
+            seq_len_interpolation_factor=lm.rope_scaling_factor if lm.rope_scaling_type == "linear" else None,
+            rope_scaling=lm.rope_scaling_type == "llama3",
+            rope_scaling_factor=lm.rope_scaling_factor,
             scatter_embedding_sequence_parallel=False,
             vp_stage=vp_stage,
         )
