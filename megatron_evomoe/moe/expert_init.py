@@ -9,13 +9,11 @@ Shape legend: N experts, F width of the FFN (2F rows in a gated first layer), C 
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, Optional
 
-import numpy as np
 import torch
 from megatron.core.dist_checkpointing.mapping import (
     LocalNonpersistentObject,
@@ -26,6 +24,7 @@ from megatron.core.dist_checkpointing.mapping import (
 from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 
 from megatron_evomoe.config import ConfigError
+from megatron_evomoe.moe import fresh
 
 _EXPERT_KEY = re.compile(r"^(?P<before>(?:.*\.)?)experts\.experts\.(?:(?P<index>\d+)\.)?(?P<name>linear_fc[12]\..+)$")
 """Where a checkpoint has an expert: the index is an axis of the tensor, or (core's singleton_local_shards) in the key."""
@@ -105,9 +104,7 @@ def add_noise(experts: Any, seed: int, layer_number: int, std_units: float) -> N
         axis = 1 if which == 1 else 2  # of [gates, rows, columns]: fc1 is cut by rows within gate and value, fc2 by columns
         local = (gates, weight.shape[0] // gates, weight.shape[1])
         shape = [n * ranks if i == axis else n for i, n in enumerate(local)]
-        # The last word keeps these counters apart from those of evolution's draws, which have 0 there.
-        philox = np.random.Philox(key=seed, counter=[0, layer_number, expert, which])
-        whole = torch.from_numpy(np.random.Generator(philox).standard_normal(shape, dtype=np.float32))
+        whole = fresh.expert_noise(seed, layer_number, expert, which, shape)
         part = whole.narrow(axis, rank * local[axis], local[axis]).reshape(weight.shape)
         scale = std_units * _std(weight, experts.tp_group)
         weight.copy_(weight.float() + part.to(weight.device) * scale)
@@ -125,13 +122,8 @@ def _matrices(experts: Any) -> Iterator[tuple[int, int, torch.nn.Parameter]]:
 
 
 def _std(weight: torch.Tensor, group: torch.distributed.ProcessGroup) -> float:
-    """Standard deviation of the whole matrix, summed in float64 and rounded to fp32.
-
-    The order of summation, which the layout decides, is below what the rounding leaves.
-    """
-    wide = weight.double()
-    moments = torch.stack([wide.sum(), wide.square().sum(), torch.full_like(wide.sum(), wide.numel())])
+    """Standard deviation of the whole matrix, of which each rank of the group has a part."""
+    total = fresh.moments(weight)
     if group.size() > 1:
-        torch.distributed.all_reduce(moments, group=group)
-    total, squares, count = moments.tolist()
-    return float(np.float32(math.sqrt(max(squares / count - (total / count) ** 2, 0.0))))
+        torch.distributed.all_reduce(total, group=group)
+    return fresh.std_of(total)
