@@ -24,6 +24,8 @@ from megatron_evomoe.config import ConfigError
 # Protocol buffers merge a message that occurs twice, so appending this overrides those two fields and no other.
 _VERBATIM_WHITESPACE = bytes([0x1A, 4, 0x18, 0, 0x20, 0])
 _MARKUP = re.compile(r"<[^<>\s]+>|\[[A-Z_/]+\]")
+# An export puts it behind the vocabulary, for transformers' processors; no model has an embedding for it and no text gives it.
+_IMAGE_PLACEHOLDER = "<image>"
 
 
 class Tokenizer(Protocol):
@@ -145,6 +147,8 @@ class HuggingFaceTokenizer:
         as_published = hf.backend_tokenizer.encode("a", add_special_tokens=False).ids
         self.text_prefix = " " if as_published != self.encode("a") else ""
         vocab = self._decoder.get_vocab(with_added_tokens=True)
+        if vocab.get(_IMAGE_PLACEHOLDER) == max(vocab.values()):
+            del vocab[_IMAGE_PLACEHOLDER]
         self._vocab: dict[str, int] = vocab
         self._added = {str(token.content): i for i, token in self._decoder.get_added_tokens_decoder().items()}
         self.vocab_size: int = max(vocab.values()) + 1
@@ -168,6 +172,15 @@ class HuggingFaceTokenizer:
     def special_id(self, piece: str) -> int | None:
         """See `Tokenizer`."""
         return self._added.get(piece)
+
+    def to_json(self) -> str:
+        """As a ``tokenizer.json`` that adds no space before a text and strips none after decoding."""
+        return self._decoder.to_str()
+
+
+def is_markup(piece: str) -> bool:
+    """Whether a user-defined piece looks like markup, and so is neither found in text nor decoded to it."""
+    return bool(_MARKUP.fullmatch(piece))
 
 
 def _verbatim(serialized: str) -> tuple[Any, Any]:
