@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core import dist_checkpointing
 
 from megatron_evomoe.checkpoint import find, store
 from megatron_evomoe.checkpoint.record import CheckpointError, Record
@@ -19,6 +21,7 @@ from megatron_evomoe.train.stages import STARTS_FROM
 log = logging.getLogger(__name__)
 
 _ROUTER = r"\.mlp\.router\."
+_NORM_NAMES = (".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_")
 _EVOLUTION = r"\.mlp\.(experts|evolution)\."
 
 
@@ -51,6 +54,7 @@ def start_from(folder: Path, built: Built, config: RunConfig, stage: StageConfig
         if stage.kind == "evolve":
             state = {k: v for k, v in state.items() if not re.search(_EVOLUTION, getattr(v, "key", k))}
         states.append(state)
+    states = _under_stored_names(states, folder)
     loaded, fresh = store.load_weights(folder, states, may_be_fresh=re.compile("|".join(fresh_allowed)))
     for module, tensors in zip(built.modules, loaded, strict=True):
         module.load_state_dict(_tensors(tensors), strict=False)
@@ -64,6 +68,21 @@ def start_from(folder: Path, built: Built, config: RunConfig, stage: StageConfig
     if fresh:
         log.info("stage %s starts %d tensors fresh: %s", stage.name, len(fresh), ", ".join(_families(fresh)))
     return source
+
+
+def _under_stored_names(states: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
+    """The norm before an FFN has one name in layers designated as mixtures and another elsewhere; a checkpoint may come from a run
+    (or an import) that designated others. Each norm is read under the name it was stored by."""
+    stored = dist_checkpointing.load_tensors_metadata(str(folder))
+
+    def entry_for(entry: Any) -> Any:
+        key = getattr(entry, "key", "")
+        for name, other in (_NORM_NAMES, _NORM_NAMES[::-1]):
+            if name in key and key not in stored and (twin := key.replace(name, other)) in stored:
+                return replace(entry, key=twin)
+        return entry
+
+    return [{name: entry_for(entry) for name, entry in state.items()} for state in states]
 
 
 def _check_source(source: Record, folder: Path, stage: StageConfig, config: RunConfig, fingerprint: str) -> None:

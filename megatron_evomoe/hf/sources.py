@@ -1,0 +1,201 @@
+"""What an import starts from: one directory with everything, or a language model and a tower apart."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_evomoe.checkpoint.record import CheckpointError
+from megatron_evomoe.config import MODEL_SECTIONS, STAGE_KINDS, ConfigError
+from megatron_evomoe.hf import layouts
+from megatron_evomoe.hf.config_in import LLAVA_TYPES, language_section, llava_sections, vision_section
+from megatron_evomoe.hf.directory import HfDirectory, Place
+from megatron_evomoe.hf.names import PARTS
+from megatron_evomoe.presets import VISION_PRESETS
+
+log = logging.getLogger(__name__)
+
+OWN_KEY = "evomoe_config"
+"""Where an export's config.json holds our own sections and the stage kind."""
+_KNOWN_TOWERS = {"clip-vit-large-patch14-336": "clip-l-336"}
+_FETCHED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.bin"]
+
+
+@dataclass
+class Source:
+    """Sections of our configuration, the stage kind, and the tensors by canonical name."""
+
+    sections: dict[str, dict[str, Any]] = field(default_factory=dict)
+    kind: str = "pretrained"
+    parts: list[str] = field(default_factory=list)
+    tensors: dict[str, tuple[HfDirectory, str]] = field(default_factory=dict)
+    tokenizer: Path | None = None
+    """Directory the tokenizer is in."""
+
+    def place(self, name: str) -> Place:
+        """Where a tensor lies."""
+        directory, original = self.tensors[name]
+        return directory.tensors[original]
+
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor by its canonical name."""
+        directory, original = self.tensors[name]
+        return directory.read(original)
+
+    def add(self, directory: HfDirectory, keep: Callable[[str], bool] = lambda name: True) -> None:
+        """Take the directory's tensors whose canonical names are wanted.
+
+        Raises:
+            CheckpointError: two names mean the same tensor.
+        """
+        for name, original in layouts.canonical(directory.tensors, directory.path).items():
+            if keep(name):
+                self.tensors[name] = (directory, original)
+
+
+def open_source(model: str | None, language_model: str | None, vision_model: str | None, *,
+                allow_remote_code: bool = False) -> Source:
+    """Read the configurations and list the tensors.
+
+    Args:
+        model: a LLaVA model or an export of ours; with `vision_model` the tower (LLaVA's own format leaves it elsewhere).
+        language_model, vision_model: directories or hub ids, instead of `model`; either may be left out.
+        allow_remote_code: accept a directory that asks for its own code; the code is not run.
+
+    Raises:
+        ConfigError: nothing or a contradiction given, or an unsupported model.
+        CheckpointError: damaged or unreadable weights.
+    """
+    if model is not None and language_model is not None:
+        raise ConfigError("--model and --language-model are both given; a LLaVA model comes as --model, its parts apart as "
+                          "--language-model and --vision-model")
+    if not (model or language_model or vision_model):
+        raise ConfigError("nothing to import: give --model, or --language-model and --vision-model")
+    tower = _open(vision_model, allow_remote_code) if vision_model else None
+    if model is None:
+        return _from_parts(_open(language_model, allow_remote_code) if language_model else None, tower)
+    directory = _open(model, allow_remote_code)
+    return _own_export(directory) if OWN_KEY in directory.config else _llava(directory, tower)
+
+
+def _open(path: str, allow_remote_code: bool) -> HfDirectory:
+    directory = HfDirectory(_local(path))
+    if directory.config.get("auto_map") and OWN_KEY not in directory.config:
+        if not allow_remote_code:
+            code = ", ".join(map(str, directory.config["auto_map"].values()))
+            raise ConfigError(f"{path} asks to run its own code ({code}); none of it is run here. If its tensors are those of a "
+                              f"{directory.config.get('model_type')!r}, as its model_type says, confirm that with "
+                              "--allow-remote-code")
+        log.warning("%s comes with code of its own; it is not run, and the model is taken for a %s", path,
+                    directory.config.get("model_type"))
+    return directory
+
+
+def _local(path: str) -> Path:
+    """The directory itself, or that of a model fetched from the hub by its id."""
+    local = Path(path).expanduser()
+    if local.is_dir() or path.count("/") != 1 or path.startswith((".", "/", "~")):
+        return local
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(path, allow_patterns=_FETCHED))
+    except Exception as error:  # no network, no such model, no access
+        raise ConfigError(f"{path} is no directory here, and fetching it from the hub failed: "
+                          f"{type(error).__name__}: {str(error).splitlines()[0]}") from None
+
+
+def _own_export(directory: HfDirectory) -> Source:
+    own = directory.config[OWN_KEY]
+    kind = own.get("kind")
+    if kind not in (*STAGE_KINDS, "pretrained") or not all(isinstance(own.get(s), dict) for s in MODEL_SECTIONS):
+        raise ConfigError(f"{directory.path / 'config.json'}: {OWN_KEY} must hold {', '.join(MODEL_SECTIONS)} and kind, "
+                          f"it holds {', '.join(own)}")
+    source = Source({name: dict(own[name]) for name in MODEL_SECTIONS}, "route" if kind == "route" else "pretrained", list(PARTS),
+                    tokenizer=directory.path)
+    source.add(directory)
+    return source
+
+
+def _llava(directory: HfDirectory, tower: HfDirectory | None) -> Source:
+    config = directory.config
+    if config.get("model_type") not in LLAVA_TYPES:
+        raise ConfigError(f"{directory.path} holds a {config.get('model_type')!r}, which is no LLaVA model "
+                          f"({', '.join(LLAVA_TYPES)}); a language model or a tower comes as --language-model or --vision-model")
+    language, vision = llava_sections(config)
+    source = Source({"language": language, "vision": vision}, parts=list(PARTS), tokenizer=directory.path)
+    source.add(directory)
+    if language.get("lm_head_bias"):  # transformers' LLaVA has no bias there since 4.52, whatever the language model
+        language["lm_head_bias"] = "language_model.lm_head.bias" in source.tensors
+    if config["model_type"] != "llava":
+        source.sections["vision"] = {**_tower_of(config, directory, tower), **vision}
+    has_tower = any(name.startswith("vision_tower.") for name in source.tensors)
+    if tower is not None and has_tower and config["model_type"] == "llava":
+        raise ConfigError(f"{directory.path} has a vision tower of its own; leave --vision-model out")
+    if not has_tower:
+        if tower is None:
+            raise ConfigError(f"{directory.path} does not hold its vision tower ({config.get('mm_vision_tower', 'unnamed')}); give "
+                              "that model's directory as --vision-model")
+        source.add(tower, lambda name: name.startswith("vision_tower."))
+    return source
+
+
+def _tower_of(config: dict[str, Any], directory: HfDirectory, tower: HfDirectory | None) -> dict[str, Any]:
+    """The sizes of LLaVA's own models' tower, which their configuration only names."""
+    if tower is not None:
+        return vision_section(tower.config)
+    name = str(config.get("mm_vision_tower", "")).rstrip("/").split("/")[-1]
+    if name in _KNOWN_TOWERS:
+        return dict(VISION_PRESETS[_KNOWN_TOWERS[name]])
+    raise ConfigError(f"{directory.path} does not say the sizes of its vision tower, {config.get('mm_vision_tower')!r}; give that "
+                      "model's directory as --vision-model")
+
+
+def _from_parts(language: HfDirectory | None, tower: HfDirectory | None) -> Source:
+    source = Source()
+    if tower is not None:
+        source.sections["vision"] = vision_section(tower.config)
+        source.parts.append("vision_model")
+        source.add(tower)
+    if language is not None:
+        source.sections["language"] = language_section(language.config)
+        source.parts.append("language_model")
+        source.tokenizer = language.path
+        source.add(language)
+    return source
+
+
+def drop_unread(source: Source, tower_layers: int) -> list[str]:
+    """Take out the tensors LLaVA does not compute with; their canonical names.
+
+    Raises:
+        CheckpointError: the configuration ties the output layer to the embedding, and the file has another one.
+    """
+    dropped = [name for name in source.tensors if layouts.is_unread(name, tower_layers)]
+    head, embedding = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
+    if source.sections.get("language", {}).get("tie_word_embeddings") and {head, embedding} <= source.tensors.keys():
+        if not torch.equal(source.read(head), source.read(embedding)):
+            raise CheckpointError(f"tie_word_embeddings is true, but {head} differs from {embedding}; if it is meant to, set "
+                                  "tie_word_embeddings to false in config.json")
+        dropped.append(head)
+    for name in dropped:
+        del source.tensors[name]
+    return dropped
+
+
+def require_floating(source: Source) -> None:
+    """Raises `CheckpointError` unless every tensor is of a floating type (quantised weights are not)."""
+    for name in source.tensors:
+        if not (dtype := source.place(name).dtype).is_floating_point:
+            raise CheckpointError(f"{name} is of type {dtype}; weights are of a floating type. Give the unquantised model")
+
+
+def sizes(source: Source) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """(canonical name, shape) of every tensor."""
+    for name in source.tensors:
+        yield name, source.place(name).shape
