@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable
 
-COMMANDS = ("train", "make-shards", "inspect-data", "plan", "doctor", "plot")
+COMMANDS = ("train", "make-shards", "inspect-data", "plan", "doctor", "plot", "evaluate", "generate")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,11 +32,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _user_errors() -> tuple[type[Exception], ...]:
+    from megatron_evomoe.benchmarks.item import BenchmarkError
     from megatron_evomoe.checkpoint.record import CheckpointError
     from megatron_evomoe.config import ConfigError
     from megatron_evomoe.data.errors import DataError
+    from megatron_evomoe.hf.loading import ModelError
 
-    return ConfigError, CheckpointError, DataError
+    return ConfigError, CheckpointError, DataError, BenchmarkError, ModelError
 
 
 def _add_train(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
@@ -115,6 +117,20 @@ def _add_doctor(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace
     return doctor.run
 
 
+def _add_evaluate(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
+    from megatron_evomoe.benchmarks import evaluate
+
+    evaluate.add_arguments(parser)
+    return evaluate.run
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
+    from megatron_evomoe.generate import command
+
+    command.add_arguments(parser)
+    return command.run
+
+
 _HELP = {
     "train": "run the stages of a configuration, under torchrun or alone",
     "make-shards": "LLaVA JSON and an image folder to webdataset shards",
@@ -122,6 +138,8 @@ _HELP = {
     "plan": "which layouts of a run fit a cluster: memory, communication, step time",
     "doctor": "versions, devices, and what is missing with its remedy",
     "plot": "draw a run's figures from its JSONL files",
+    "evaluate": "a published benchmark's official metric of an exported model, under torchrun or alone",
+    "generate": "an exported model's answer to a prompt and images, or a chat",
 }
 _ADD = {
     "train": _add_train,
@@ -130,5 +148,7 @@ _ADD = {
     "plan": _add_plan,
     "doctor": _add_doctor,
     "plot": _add_plot,
+    "evaluate": _add_evaluate,
+    "generate": _add_generate,
 }
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -1,0 +1,184 @@
+"""``evaluate``: a benchmark's questions put to an exported model, batched over ranks, and the official metric of the answers."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from megatron_evomoe.benchmarks.item import Benchmark, BenchmarkError, Item, Metrics, Source, first_groups
+from megatron_evomoe.benchmarks.ranks import Ranks
+from megatron_evomoe.benchmarks.registry import BENCHMARKS
+from megatron_evomoe.benchmarks.store import AnswerStore
+from megatron_evomoe.data.errors import SampleError
+from megatron_evomoe.data.image import decode_image
+from megatron_evomoe.data.shards import write_atomically
+from megatron_evomoe.hf.loading import DTYPES, LoadedModel, ModelError, check_directory, greedy, load, user_message
+
+_SAMPLED_BYTES = 1 << 20
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of ``evaluate``."""
+    parser.add_argument("--model", required=True, type=Path, help="directory that convert_to_hf wrote, or a plain LLaVA one")
+    parser.add_argument("--benchmark", required=True, choices=list(BENCHMARKS))
+    parser.add_argument("--questions", required=True, type=Path, help="the benchmark's own file or folder (docs/evaluation.md)")
+    parser.add_argument("--images", type=Path, help="folder of the images, where the benchmark keeps them apart")
+    parser.add_argument("--annotations", type=Path, help="VQAv2: the answers, where they are public")
+    parser.add_argument("--ocr-tokens", type=Path, help="TextVQA: Rosetta OCR tokens to show under each question")
+    parser.add_argument("--split", default="test", help="ScienceQA: which split of pid_splits.json (default %(default)s)")
+    parser.add_argument("--output", required=True, type=Path, help="folder for predictions.jsonl, metrics.json, submission files")
+    parser.add_argument("--batch-size", type=int, default=8, help="questions answered together on each rank (default %(default)s)")
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer (default %(default)s, LLaVA's)")
+    parser.add_argument("--limit", type=int, help="only the first questions, for a trial; a later run may raise it")
+    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="of the weights (default: the directory's)")
+    parser.add_argument("--device", help="cuda:0, cpu, …; default: this rank's GPU where there is one")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Answer what is unanswered, then score everything.
+
+    Raises:
+        BenchmarkError: unreadable questions, missing images, or an output folder of another run.
+        ModelError: the model cannot be loaded or a prompt is too long for it.
+    """
+    if min(args.batch_size, args.max_new_tokens) < 1 or (args.limit is not None and args.limit < 1):
+        raise BenchmarkError("--batch-size, --max-new-tokens and --limit must be at least 1")
+    benchmark, store = BENCHMARKS[args.benchmark], AnswerStore(args.output)
+    with Ranks() as ranks:
+        ranks.first_alone(lambda: store.open(_job(args, _questions(benchmark, args))))
+        items = first_groups(_questions(benchmark, args), args.limit)
+        answered = store.read()
+        ranks.wait()  # a rank that began to answer before another had read would change that one's share
+        share = [item for item in items if item.id not in answered][ranks.index :: ranks.size]
+        if share:
+            _answer(share, load(args.model, args.dtype, args.device), store, ranks, args)
+        ranks.wait()
+        ranks.first_alone(lambda: _finish(benchmark, items, store.read(), args.output))
+    return 0
+
+
+def _questions(benchmark: Benchmark, args: argparse.Namespace) -> list[Item]:
+    """Every question of the files; `--limit` comes after, so that it does not change what the answers belong to."""
+    check_directory(args.model)
+    if not args.questions.exists():
+        raise BenchmarkError(f"--questions {args.questions} does not exist")
+    if args.images is not None and not args.images.is_dir():
+        raise BenchmarkError(f"--images {args.images} is no folder")
+    items = benchmark.read(Source(args.questions, args.images, args.annotations, args.ocr_tokens, args.split))
+    if not items:
+        raise BenchmarkError(f"{args.questions} holds no questions")
+    seen: set[str] = set()
+    for item in items:
+        if item.id in seen:
+            raise BenchmarkError(f"{args.questions}: question {item.id} occurs twice")
+        seen.add(item.id)
+    return items
+
+
+def _job(args: argparse.Namespace, items: Sequence[Item]) -> dict[str, Any]:
+    """What the answers depend on; batch size, ranks and limit are free."""
+    prompts = hashlib.sha256(json.dumps([[item.id, item.prompt] for item in items]).encode())
+    return {
+        "benchmark": args.benchmark,
+        "questions": prompts.hexdigest(),
+        "model": _fingerprint(args.model),
+        "max_new_tokens": args.max_new_tokens,
+        "dtype": args.dtype,
+    }
+
+
+def _fingerprint(model: Path) -> str:
+    """Of all configuration, and of the ends and the size of each weight file: a retrained model differs there, and is soon read."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in model.iterdir() if p.suffix in (".json", ".jinja", ".model", ".safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with open(path, "rb") as file:
+            digest.update(file.read(_SAMPLED_BYTES))
+            file.seek(max(0, size - _SAMPLED_BYTES))
+            digest.update(file.read(_SAMPLED_BYTES))
+    return digest.hexdigest()
+
+
+def _answer(share: Sequence[Item], model: LoadedModel, store: AnswerStore, ranks: Ranks, args: argparse.Namespace) -> None:
+    columns = (TextColumn(args.benchmark), BarColumn(), MofNCompleteColumn(), TextColumn(f"of rank 0 of {ranks.size}"),
+               TimeElapsedColumn(), TimeRemainingColumn())
+    with store.writer(ranks.index) as writer, Progress(*columns, console=Console(stderr=True), disable=ranks.index > 0) as progress:
+        task = progress.add_task("", total=len(share))
+        for batch in _batches(share, args.batch_size):
+            answers = _answer_batch(batch, model, args.max_new_tokens)
+            writer.add(dict(zip((item.id for item in batch), answers, strict=True)))
+            progress.advance(task, len(batch))
+
+
+def _batches(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def _answer_batch(items: Sequence[Item], model: LoadedModel, max_new_tokens: int) -> list[str]:
+    conversations = [[user_message(item.prompt, len(item.images))] for item in items]
+    pixels = [_pixels(image, item) for item in items for image in item.images]
+    try:
+        batch = model.encode(conversations, pixels)
+    except ModelError as error:
+        raise ModelError(f"questions {items[0].id} to {items[-1].id}: {error}") from None
+    return model.answer(batch, **greedy(max_new_tokens))
+
+
+def _pixels(image: Path | bytes, item: Item) -> np.ndarray:
+    try:
+        return decode_image(image if isinstance(image, bytes) else image.read_bytes())
+    except (SampleError, OSError) as error:
+        name = "its image" if isinstance(image, bytes) else image
+        raise BenchmarkError(f"question {item.id}: {name} cannot be read: {error}") from None
+
+
+def _finish(benchmark: Benchmark, items: Sequence[Item], answers: Mapping[str, str], output: Path) -> None:
+    """Predictions in the order of the questions, metrics, submission files, and a table."""
+    missing = [item.id for item in items if item.id not in answers]
+    if missing:
+        raise BenchmarkError(f"{len(missing)} of {len(items)} questions have no answer, first {missing[0]}; run the same command "
+                             "again to answer them")
+    lines = [json.dumps({"question_id": i.id, "prompt": i.prompt, "text": answers[i.id], "answer": i.metadata["answer"]},
+                        ensure_ascii=False) for i in items]
+    write_atomically(output / "predictions.jsonl", ("\n".join(lines) + "\n").encode())
+    metrics = benchmark.score(items, answers)
+    document = {"benchmark": benchmark.name, "questions": len(items), "metrics": metrics}
+    write_atomically(output / "metrics.json", (json.dumps(document, indent=1) + "\n").encode())
+    written = [output / "metrics.json", output / "predictions.jsonl"]
+    if benchmark.submission is not None:
+        written += benchmark.submission(items, answers, output)
+    _print(benchmark, len(items), metrics, written)
+
+
+def _print(benchmark: Benchmark, questions: int, metrics: Metrics, written: Sequence[Path]) -> None:
+    console = Console(soft_wrap=True)
+    table = Table("metric", title=f"{benchmark.name}, {questions} questions", title_justify="left")
+    table.add_column("value", justify="right")
+    for name, value in _rows(metrics):
+        table.add_row(name, f"{value:.2f}")
+    if metrics:
+        console.print(table)
+    else:
+        console.print("the answers to these questions are not public: hand in the submission file", markup=False)
+    for path in written:
+        console.print(f"wrote {path}", markup=False, highlight=False)
+
+
+def _rows(metrics: Metrics, before: str = "") -> Iterator[tuple[str, float]]:
+    """Nested metrics as (``by_category / count / acc``, value)."""
+    for name, value in metrics.items():
+        if isinstance(value, dict):
+            yield from _rows(value, f"{before}{name} / ")
+        else:
+            yield f"{before}{name}", value

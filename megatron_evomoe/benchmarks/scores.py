@@ -1,0 +1,40 @@
+"""Arithmetic that several benchmarks share. Shares are in percent throughout."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Sequence
+from typing import Any
+
+
+def percent(part: float, whole: float) -> float:
+    """100 part / whole; 0 of nothing is 0."""
+    return 100.0 * part / whole if whole else 0.0
+
+
+def mean_percent(scores: Sequence[float]) -> float:
+    """The mean of scores between 0 and 1, in percent."""
+    return percent(sum(scores), len(scores))
+
+
+def grouped(pairs: Iterable[tuple[Hashable, Any]]) -> dict[Any, list[Any]]:
+    """Values by key, keys in the order they first come."""
+    out: dict[Any, list[Any]] = {}
+    for key, value in pairs:
+        out.setdefault(key, []).append(value)
+    return out
+
+
+def mean_by(pairs: Iterable[tuple[Hashable, float]]) -> dict[str, float]:
+    """(key, score) pairs to each key's mean in percent, by name."""
+    found = grouped(pairs)
+    return {str(key): mean_percent(found[key]) for key in sorted(found, key=str)}
+
+
+def leave_one_out(answer: str, references: Sequence[str]) -> float:
+    """VQA's soft accuracy: over each choice of all references but one, the mean of min(matches / 3, 1).
+
+    Source: visualqa.org/evaluation.html and GT-Vision-Lab/VQA. With ten references, 1 match gives 0.3, 2 give 0.6, 3 give 0.9,
+    and 4 or more give 1.
+    """
+    matches = [reference == answer for reference in references]
+    return sum(min(1.0, (sum(matches) - match) / 3) for match in matches) / len(matches)

@@ -1,0 +1,70 @@
+"""TextVQA 0.5.1: questions about text in pictures, ten people's answers each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from megatron_evomoe.benchmarks.files import field, find_image, read_json
+from megatron_evomoe.benchmarks.item import Answers, Benchmark, Item, Metrics, Source
+from megatron_evomoe.benchmarks.normalize import evalai_answer
+from megatron_evomoe.benchmarks.prompts import SHORT_ANSWER, short_answer
+from megatron_evomoe.benchmarks.scores import leave_one_out, mean_percent
+from megatron_evomoe.data.shards import write_atomically
+
+
+def read(source: Source) -> list[Item]:
+    """``TextVQA_0.5.1_val.json``: ``data``, a list of question_id, image_id, question, answers (none in the test split).
+
+    With `ocr_tokens` the tokens of each image stand under its question, as LLaVA-1.5 was evaluated.
+    """
+    tokens = _ocr_tokens(source.ocr_tokens) if source.ocr_tokens else None
+    items = []
+    for number, record in enumerate(field(read_json(source.questions), "data", list, str(source.questions))):
+        where = f"{source.questions}: data[{number}]"
+        image = field(record, "image_id", str, where)
+        question = field(record, "question", str, where)
+        references = field(record, "answers", list, where) if "answers" in record else None
+        folders = ("", "train_images/", "test_images/", "train_val_images/train_images/")
+        items.append(Item(
+            id=str(field(record, "question_id", int, where)),
+            prompt=short_answer(question) if tokens is None else _with_tokens(question, tokens.get(image, [])),
+            images=(find_image(source, tuple(f"{folder}{image}.jpg" for folder in folders), where),),
+            metadata={"answer": references or None},
+        ))
+    return items
+
+
+def _ocr_tokens(path: Path) -> Mapping[str, list[str]]:
+    """``TextVQA_Rosetta_OCR_v0.2_val.json``."""
+    records = field(read_json(path), "data", list, str(path))
+    names = [f"{path}: data[{number}]" for number in range(len(records))]
+    return {field(r, "image_id", str, where): field(r, "ocr_tokens", list, where) for r, where in zip(records, names, strict=True)}
+
+
+def _with_tokens(question: str, tokens: Sequence[str]) -> str:
+    return f"{question.strip()}\nReference OCR token: {', '.join(tokens)}\n{SHORT_ANSWER}"
+
+
+def score(items: Sequence[Item], answers: Answers) -> Metrics:
+    """Mean soft accuracy in percent, answer and references normalised. Source: TextVQAAccuracyEvaluator of facebookresearch/mmf."""
+    known = [item for item in items if item.metadata["answer"]]
+    if not known:
+        return {}
+    return {"accuracy": mean_percent([_soft(answers[i.id], i.metadata["answer"]) for i in known])}
+
+
+def _soft(answer: str, references: Sequence[str]) -> float:
+    return leave_one_out(evalai_answer(answer), [evalai_answer(reference) for reference in references])
+
+
+def submission(items: Sequence[Item], answers: Answers, folder: Path) -> list[Path]:
+    """``submission.json`` for EvalAI: a list of question_id and answer, normalised."""
+    path = folder / "submission.json"
+    rows = [{"question_id": int(item.id), "answer": evalai_answer(answers[item.id])} for item in items]
+    write_atomically(path, json.dumps(rows).encode())
+    return [path]
+
+
+TEXTVQA = Benchmark("textvqa", read, score, submission)

@@ -1,0 +1,1 @@
+"""One answer, or a conversation, from an exported model."""

@@ -1,0 +1,64 @@
+"""``generate``: an exported model's answer to one prompt, or a chat when no prompt is given."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from megatron_evomoe.generate.chat import chat, reply
+from megatron_evomoe.generate.conversation import Conversation
+from megatron_evomoe.hf.loading import DTYPES, ModelError, check_directory, greedy, load
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of ``generate``."""
+    parser.add_argument("--model", required=True, type=Path, help="directory that convert_to_hf wrote, or a plain LLaVA one")
+    parser.add_argument("--image", action="append", default=[], type=Path, help="an image to ask about; may be repeated")
+    parser.add_argument("--prompt", help="the question; without it a chat starts that reads lines from standard input")
+    parser.add_argument("--max-new-tokens", type=int, default=512, help="longest answer (default %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the most likely token (default %(default)s)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="sample from the smallest set of this mass (default %(default)s)")
+    parser.add_argument("--num-beams", type=int, default=1, help="beams to search with (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of sampling (default %(default)s)")
+    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="of the weights (default: the directory's)")
+    parser.add_argument("--device", help="cuda:0, cpu, …; default: the GPU where there is one")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the answer, or chat.
+
+    Raises:
+        ModelError: the model, an image or a flag cannot be used.
+    """
+    settings = generation_settings(args)
+    check_directory(args.model)
+    conversation = Conversation()
+    for path in args.image:
+        conversation.attach(path)
+    model = load(args.model, args.dtype, args.device)
+    _seed(args.seed)
+    if args.prompt is None:
+        chat(model, conversation, settings)
+    else:
+        conversation.ask(args.prompt)
+        reply(model, conversation, settings, print_text=lambda text: print(text, end="", flush=True))
+    return 0
+
+
+def generation_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags as arguments of transformers' ``generate``. Raises `ModelError` for values out of range."""
+    if args.max_new_tokens < 1 or args.num_beams < 1:
+        raise ModelError("--max-new-tokens and --num-beams must be at least 1")
+    if args.temperature < 0 or not 0 < args.top_p <= 1:
+        raise ModelError("--temperature must not be negative, and --top-p lies above 0 and at most at 1")
+    settings = {**greedy(args.max_new_tokens), "num_beams": args.num_beams}
+    if args.temperature > 0:
+        settings |= {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
+    return settings
+
+
+def _seed(seed: int) -> None:
+    import torch
+
+    torch.manual_seed(seed)
