@@ -73,6 +73,10 @@ def _redirect_cuda_device() -> None:
 
         return wrapped
 
+    # torch notes which functions obey ``with torch.device(…)`` when that is first used. It must note its own: with ours noted the
+    # meta device is ignored, and models of transformers 5 are loaded with their position and RoPE buffers never filled.
+    with torch.device("cpu"):
+        torch.empty(0)
     for name in ("tensor", "zeros", "empty", "ones", "full", "rand", "randn", "arange",
                  "zeros_like", "empty_like", "ones_like", "full_like"):
         setattr(torch, name, on_cpu(getattr(torch, name)))
