@@ -1,0 +1,165 @@
+"""transformers' models, imported, loaded through megatron-core under several layouts: the same logits, the same greedy text.
+
+fp32 on a CPU. The weights are random, norms and biases too. Tolerance: measured with torch 2.13, transformers 5.23 and
+megatron-core 0.16.1, the logits are bit-identical on one rank and under PP 2 but for Phi's (3.6e-7 of the largest: its tanh GELU
+is written out there), and differ by at most 9.8e-7 under TP 2, which sums in another order. 5e-6 leaves room for other BLAS
+builds; the smallest mistake of `test_a_wrong_detail_shows` is far above.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from megatron_evomoe.config import VisionConfig
+from megatron_evomoe.hf.importing import Request, import_model
+from tests.parity import hf_models
+from tests.parity.hf_models import IMAGE_TOKEN, LANGUAGE, LLAVA, PATCHES, SIDE
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra [hf])")
+
+ROOT = Path(__file__).resolve().parents[2]
+TOLERANCE = 5e-6  # of the largest logit
+LAYOUTS = {"TP 1": {}, "TP 2": {"tensor_model_parallel_size": 2}, "PP 2": {"pipeline_model_parallel_size": 2}}
+QUICK = ("llava", "llama3", "phi")
+NAMES = (*LLAVA, *LANGUAGE)
+
+
+def question(tokens_per_image: int | None) -> dict[str, Any]:
+    """Two rows of one length, of different images, or of text alone."""
+    g = torch.Generator().manual_seed(5)
+    rows, length = 2, 24
+    tokens = torch.randint(3, IMAGE_TOKEN, (rows, length), generator=g)
+    types = torch.zeros(rows, length, dtype=torch.int64)
+    if tokens_per_image:
+        types[0, 2 : 2 + tokens_per_image] = types[1, 7 : 7 + tokens_per_image] = 1
+        tokens[types == 1] = IMAGE_TOKEN
+    pixels = torch.randint(0, 256, (rows if tokens_per_image else 0, 3, SIDE, SIDE), generator=g, dtype=torch.uint8)
+    return {"tokens": tokens, "types": types, "pixels": pixels}
+
+
+QUESTIONS = {"text": question(None), str(PATCHES): question(PATCHES), str(PATCHES + 1): question(PATCHES + 1)}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("import")
+
+
+@pytest.fixture(scope="module")
+def imported(folder):
+    """Name -> (transformers' model, imported folder); made once each."""
+    made: dict[str, tuple[Any, Path]] = {}
+
+    def get(name: str) -> tuple[Any, Path]:
+        if name not in made:
+            model = hf_models.llava(name) if name in LLAVA else hf_models.language_model(name)
+            source = str(hf_models.save(model, folder / "hf" / name))
+            request = {"model": source} if name in LLAVA else {"language_model": source}
+            import_model(Request(output=str(folder / "imported" / name), **request))
+            made[name] = (model, folder / "imported" / name)
+        return made[name]
+
+    return get
+
+
+def asked_of(name: str) -> dict[str, Any]:
+    if name in LANGUAGE:
+        return QUESTIONS["text"]
+    _, tower, arguments = LLAVA[name]
+    keeps_class_token = tower == "clip" and arguments.get("vision_feature_select_strategy") == "full"
+    return QUESTIONS[str(PATCHES + int(keeps_class_token))]
+
+
+@torch.no_grad()
+def wanted(model: Any, name: str) -> dict[str, Any]:
+    """transformers' logits and greedy answers."""
+    from megatron_evomoe.config import RunConfig
+    from megatron_evomoe.data.image import processor_for
+
+    given = asked_of(name)
+    inputs = {"input_ids": given["tokens"], "attention_mask": torch.ones_like(given["tokens"])}
+    if name in LLAVA:
+        config = RunConfig(vision=VisionConfig(model_type=LLAVA[name][1], image_size=SIDE))
+        inputs["pixel_values"] = processor_for(config).normalize(given["pixels"], torch.float32)
+    answers = model.generate(**inputs, max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=None)
+    return {"logits": model(**inputs).logits, "answers": answers[:, given["tokens"].shape[1] :].tolist()}
+
+
+def run(jobs: dict[str, Path], layout: str, folder: Path) -> dict[str, Any]:
+    """`import_worker` on as many processes as the layout fills."""
+    world = 1 if layout == "TP 1" else 2
+    tag = layout.replace(" ", "") + "-" + str(len(jobs))
+    asked, answered, questions = (folder / f"{tag}.{x}" for x in ("json", "results", "questions"))
+    torch.save(QUESTIONS, questions)
+    asked.write_text(json.dumps({"questions": str(questions), "parallel": LAYOUTS[layout],
+                                 "jobs": {name: str(path) for name, path in jobs.items()}}))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)
+    logs, processes = [folder / f"{tag}-{rank}.log" for rank in range(world)], []
+    for rank in range(world):
+        env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank),
+               "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        with logs[rank].open("w") as log:
+            processes.append(subprocess.Popen([sys.executable, "-m", "tests.parity.import_worker", str(asked), str(answered)],
+                                              env=env, cwd=ROOT, stdout=log, stderr=log))
+    try:
+        codes = [p.wait(timeout=600) for p in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert not any(codes), f"exit codes {codes}\n" + "\n".join(log.read_text()[-3000:] for log in logs)
+    return torch.load(answered, weights_only=True)
+
+
+def agree(names: tuple[str, ...], layout: str, imported: Any, folder: Path) -> None:
+    pairs = {name: imported(name) for name in names}
+    results = run({name: path for name, (_, path) in pairs.items()}, layout, folder)
+    problems = []
+    for name, (model, _) in pairs.items():
+        theirs, ours = wanted(model, name), results[name]
+        error = ((ours["logits"] - theirs["logits"]).abs().max() / theirs["logits"].abs().max()).item()
+        print(f"{layout}  {name:28} {error:.1e}")
+        if not error < TOLERANCE:
+            problems.append(f"{name}: logits differ by {error:.1e} of the largest")
+        if ours["answers"] != theirs["answers"]:
+            problems.append(f"{name}: {ours['answers']} is not {theirs['answers']}")
+        if len({tuple(row) for row in theirs["answers"]}) == 1:
+            problems.append(f"{name}: all answers are alike, which proves nothing")
+    assert not problems, problems
+
+
+@pytest.mark.parametrize(("name", "change"), [("llama3", {"rope_scaling_type": None}), ("llama", {"norm_epsilon": 1e-4})])
+def test_a_wrong_detail_shows(name, change, imported, folder, tmp_path):
+    """Each change of the configuration is the only difference, and the comparison sees it."""
+    model, good = imported(name)
+    bad = tmp_path / "bad"
+    shutil.copytree(good, bad)
+    sections = yaml.safe_load((bad / "model.yaml").read_text())
+    sections["language"] |= change
+    (bad / "model.yaml").write_text(yaml.safe_dump(sections))
+    ours, theirs = run({name: bad}, "TP 1", tmp_path)[name]["logits"], wanted(model, name)["logits"]
+    assert (ours - theirs).abs().max() / theirs.abs().max() > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("layout", ["TP 1", "TP 2"])
+def test_imported_models_agree(layout, imported, folder):
+    agree(QUICK, layout, imported, folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_imported_model_agrees(layout, imported, folder):
+    agree(NAMES, layout, imported, folder)
