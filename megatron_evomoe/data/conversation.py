@@ -154,7 +154,12 @@ def encode_prompt(conversations: Any, num_images: int, tokenizer: Tokenizer, tem
 
 def stop_ids(tokenizer: Tokenizer, template: str) -> set[int]:
     """Ids that end an answer in generation."""
-    return {_end_id(tokenizer, _template(template)), tokenizer.eos_id}
+    return {end_id(tokenizer, template), tokenizer.eos_id}
+
+
+def end_id(tokenizer: Tokenizer, template: str) -> int:
+    """Id of the end-of-turn token."""
+    return _end_id(tokenizer, _template(template))
 
 
 def check_template(tokenizer: Tokenizer, template: str) -> None:

@@ -29,6 +29,7 @@ PARTS = ("vision_model", "vision_projection", "language_model")
 Shape = tuple[int, ...]
 _NO_WEIGHT = re.compile(r"^(optimizer|rng)\.|\._extra_state(/|$)")
 _EVOLVING = re.compile(r"\.mlp\.(experts|evolution)\.")
+_EVOLVING_STATE = re.compile(r"\.mlp\.(linear_fc[12]\.(weight|bias)$|evolution\.)")  # the first expert is there twice
 
 
 class Layout(Protocol):
@@ -136,20 +137,24 @@ class NameMap:
         kind: stage kind, or `pretrained`: designated layers are mixtures for `route` and dense FFNs for everything else
             (an `evolve` checkpoint's experts are left aside; it computes with its first one, the dense FFN).
         parts: of `PARTS`, those the checkpoint has.
+        all_experts: of an `evolve` checkpoint map all experts rather than the dense FFN, which is the first of them.
 
     Raises:
         ConfigError: no vocabulary size is set.
     """
 
-    def __init__(self, config: RunConfig, kind: str, parts: Sequence[str] = PARTS) -> None:
+    def __init__(self, config: RunConfig, kind: str, parts: Sequence[str] = PARTS, *, all_experts: bool = False) -> None:
         self.kind, self.parts = kind, tuple(parts)
+        evolved = kind == "evolve" and all_experts
+        self._aside = _EVOLVING_STATE if evolved else _EVOLVING if kind == "evolve" else None
         makers: dict[str, Callable[[], Iterator[Entry]]] = {
             "vision_model": lambda: _vision(config),
             "vision_projection": lambda: _projector(config),
-            "language_model": lambda: _language(config, mixtures=kind == "route"),
+            "language_model": lambda: _language(config, mixtures=kind == "route" or evolved, routed=kind == "route"),
         }
         self.num_experts = config.moe.num_experts
         self.entries = [entry for part in PARTS if part in self.parts for entry in makers[part]()]
+        self._dense = {e.core for e in self.entries if e.expert is None}
         self._flexible = {e.core: e.layout.rows for e in self.entries if isinstance(e.layout, Vocabulary)}
 
     def core_shapes(self) -> dict[str, Shape]:
@@ -163,7 +168,7 @@ class NameMap:
     def is_weight(self, key: str) -> bool:
         """Whether a checkpoint's key belongs to the model an export shows, rather than to training (optimizer, generators,
         FP8 history, experts still evolving) or to a part that was not asked for."""
-        if _NO_WEIGHT.search(key) or (self.kind == "evolve" and _EVOLVING.search(key)):
+        if _NO_WEIGHT.search(key) or (self._aside and self._aside.search(key) and key not in self._dense):
             return False
         part = key.split(".")[0]
         return part in self.parts or part not in PARTS
@@ -226,7 +231,7 @@ def _projector(config: RunConfig) -> Iterator[Entry]:
         yield from _linear(f"vision_projection.encoder.linear_fc{i}", f"multi_modal_projector.linear_{i}", (C, columns), bias=True)
 
 
-def _language(config: RunConfig, *, mixtures: bool) -> Iterator[Entry]:
+def _language(config: RunConfig, *, mixtures: bool, routed: bool) -> Iterator[Entry]:
     lm = config.language
     if lm.vocab_size is None:
         raise ConfigError("language.vocab_size is not set; set it to the true size of the vocabulary")
@@ -234,7 +239,7 @@ def _language(config: RunConfig, *, mixtures: bool) -> Iterator[Entry]:
     norm_bias = lm.normalization == "LayerNorm"
     yield _vocabulary(f"{ours}.embedding.word_embeddings.weight", f"{theirs}.embed_tokens.weight", config, C)
     for i in range(lm.num_layers):
-        yield from _decoder_layer(config, i, mixtures)
+        yield from _decoder_layer(config, i, mixtures, routed)
     yield from _norm(f"{ours}.decoder.final_layernorm.", f"{theirs}.{'final_layernorm' if lm.parallel_residual else 'norm'}",
                      C, bias=norm_bias)
     if not lm.tie_word_embeddings:
@@ -243,7 +248,7 @@ def _language(config: RunConfig, *, mixtures: bool) -> Iterator[Entry]:
         yield _vocabulary(f"{ours}.output_layer.bias", "language_model.lm_head.bias", config)
 
 
-def _decoder_layer(config: RunConfig, i: int, mixtures: bool) -> Iterator[Entry]:
+def _decoder_layer(config: RunConfig, i: int, mixtures: bool, routed: bool) -> Iterator[Entry]:
     lm, designated = config.language, config.moe.is_moe_layer(i)
     our, their, C = f"language_model.decoder.layers.{i}", f"language_model.model.layers.{i}", lm.hidden_size
     norm_bias, fused = lm.normalization == "LayerNorm", not lm.parallel_residual
@@ -262,7 +267,8 @@ def _decoder_layer(config: RunConfig, i: int, mixtures: bool) -> Iterator[Entry]
         norm = "pre_mlp_layernorm." if designated else "mlp.linear_fc1.layer_norm_"
         yield from _norm(f"{our}.{norm}", f"{their}.post_attention_layernorm", C, bias=norm_bias)
     if mixtures and designated:
-        yield from _router(config, f"{our}.mlp.router", f"{their}.mlp.router")
+        if routed:
+            yield from _router(config, f"{our}.mlp.router", f"{their}.mlp.router")
         for expert in range(config.moe.num_experts):
             yield from _ffn(config, f"{our}.mlp.experts.experts", f"{their}.mlp.experts.{expert}", expert)
     else:

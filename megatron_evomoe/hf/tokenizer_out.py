@@ -156,5 +156,5 @@ def check_ids(written: Spec, tokenizer: SentencePieceTokenizer | HuggingFaceToke
         behind = exported.encode(f"{IMAGE_TOKEN}\n{text}", add_special_tokens=False).ids[1:]
         for got, wanted in ((first, tokenizer.encode(tokenizer.text_prefix + text)), (behind, tokenizer.encode(f"\n{text}"))):
             if got != wanted:
-                raise ConfigError(f"the tokenizer cannot be exported: {text!r} is {wanted[:12]} in training and would be {got[:12]} "
-                                  "in transformers; give a Hugging Face directory of the same tokenizer with --tokenizer")
+                raise ConfigError(f"the tokenizer cannot be exported: {text!r} is {wanted[:12]} in training and would be "
+                                  f"{got[:12]} in transformers; give a Hugging Face directory of the same one with --tokenizer")

@@ -1,0 +1,254 @@
+"""A checkpoint of any stage and layout to a Hugging Face directory, tensor by tensor: no process group, no GPU, no transformers.
+
+    OUTPUT/config.json  generation_config.json  preprocessor_config.json  processor_config.json  README.md
+    OUTPUT/model.safetensors, or model-00001-of-0000N.safetensors … and an index
+    OUTPUT/tokenizer.json  tokenizer_config.json  special_tokens_map.json  chat_template.jinja
+    OUTPUT/configuration_evomoe.py  modeling_evomoe.py …    where transformers has no class of its own for the model
+
+All of it is written beside OUTPUT and renamed at the end.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Optional
+
+import torch
+from torch import Tensor
+
+from megatron_evomoe.checkpoint import integrity
+from megatron_evomoe.checkpoint.record import CheckpointError, Record
+from megatron_evomoe.checkpoint.stream import CheckpointReader
+from megatron_evomoe.config import ConfigError, RunConfig
+from megatron_evomoe.data.conversation import TEMPLATES, end_id, stop_ids
+from megatron_evomoe.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, build_tokenizer
+from megatron_evomoe.hf import card, config_out, origin
+from megatron_evomoe.hf.chat import chat_template
+from megatron_evomoe.hf.code.files import source_files
+from megatron_evomoe.hf.names import PARTS, NameMap
+from megatron_evomoe.hf.safetensors_out import ShardedWriter
+from megatron_evomoe.hf.tokenizer_out import TokenizerFiles, check_ids, tokenizer_files
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MIXTURES = ("evolve", "route")
+_EMBEDDINGS = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
+
+
+@dataclass(kw_only=True)
+class Request:
+    """What to export, and how."""
+
+    checkpoint: str
+    """An ``iter_…`` folder, or a stage's folder whose newest is meant."""
+    output: str
+    format: Literal["auto", "evomoe", "llava"] = "auto"
+    """Custom code, or transformers' own LLaVA; auto takes the latter for a dense model that it can compute."""
+    dense: bool = False
+    """Of an evolving model, the first expert alone, as a dense model."""
+    dtype: Optional[str] = None
+    """One of `DTYPES`; none keeps what the run trained in."""
+    tokenizer: Optional[str] = None
+    """Where the run's tokenizer is now; none means where it was."""
+    max_shard_bytes: int = 5 * 10**9
+
+
+@dataclass
+class Exported:
+    """What was written."""
+
+    output: Path
+    source: Path
+    config: RunConfig
+    kind: str
+    """Stage kind; `dense` where one expert was taken."""
+    format: str
+    tensors: int
+    size: int
+    """Bytes of weights."""
+
+
+@dataclass
+class _Plan:
+    """Everything that is decided before the first byte is written."""
+
+    reader: CheckpointReader
+    config: RunConfig
+    kind: str
+    format: str
+    dtype: str
+    names: NameMap
+    tokenizer: SentencePieceTokenizer | HuggingFaceTokenizer
+    tokenizer_files: TokenizerFiles
+    tokens: config_out.Tokens
+    own: dict[str, Any]
+
+    @property
+    def rows(self) -> int:
+        """Of the embedding in HF: plain LLaVA looks the image token up before it overwrites it, so it needs a row."""
+        true = self.config.language.vocab_size or 0
+        return max(true, self.tokens.image + 1) if self.format == "llava" else true
+
+
+def export_model(request: Request) -> Exported:
+    """Convert; nothing is at `request.output` unless all went well.
+
+    Raises:
+        ConfigError: the request contradicts itself or the checkpoint, or the tokenizer is missing or cannot be expressed.
+        CheckpointError: a damaged checkpoint, missing, surplus or misshapen tensors; the output is not empty; no room.
+    """
+    output = Path(request.output).expanduser()
+    require_empty(output)
+    plan = _plan(request)
+    pending = output.with_name(f".{output.name}.exporting-{os.getpid()}")
+    try:
+        pending.mkdir(parents=True)
+        writer = ShardedWriter(pending, _shapes(plan), DTYPES[plan.dtype], request.max_shard_bytes)
+        _require_room(pending, writer.total_size, output)
+        for name, tensor in _tensors(plan):
+            writer.put(name, tensor)
+        writer.finish()
+        _write_files(plan, pending, writer)
+        if output.is_dir():
+            output.rmdir()
+        os.replace(pending, output)
+    finally:
+        shutil.rmtree(pending, ignore_errors=True)
+    return Exported(output=output, source=plan.reader.directory, config=plan.config, kind=plan.kind, format=plan.format,
+                    tensors=len(_shapes(plan)), size=writer.total_size)
+
+
+def require_empty(output: Path) -> None:
+    """Raises `CheckpointError` if something is there."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise CheckpointError(f"{output} exists and is not empty; choose another --output, or remove it")
+
+
+def _plan(request: Request) -> _Plan:
+    folder = origin.find_checkpoint(Path(request.checkpoint).expanduser())
+    reader = CheckpointReader(folder)
+    if problem := integrity.mismatch(folder, reader.record.files):
+        raise CheckpointError(problem)
+    record, config = reader.record, origin.config_of(folder, reader.record)
+    if lacking := [part for part in PARTS if part not in record.parts]:
+        raise CheckpointError(f"{folder} holds no {', '.join(lacking)}; only a whole model can be exported")
+    kind, form = _kind_and_format(request, record, config)
+    tokenizer, path = _tokenizer(request, record, config)
+    files = tokenizer_files(tokenizer, path, config.language.max_position_embeddings)
+    check_ids(files.files["tokenizer.json"], tokenizer, files.template_prefix, _probes(config))
+    stops = stop_ids(tokenizer, config.data.conversation_template)
+    names = NameMap(config, record.kind, all_experts=kind == "evolve")
+    names.check_core(reader.shapes, folder)
+    stage = {"name": record.stage, "kind": record.kind, "step": record.step, "lineage": origin.lineage(record)}
+    return _Plan(
+        reader=reader, config=config, kind=kind, format=form, dtype=_dtype(request, config), names=names, tokenizer=tokenizer,
+        tokenizer_files=files, own=config_out.own_sections(config, kind, stage),
+        tokens=config_out.Tokens(bos=tokenizer.bos_id, eos=tokenizer.eos_id, pad=tokenizer.pad_id, image=files.image_token_id,
+                                 stop=tuple(stops)),
+    )
+
+
+def _kind_and_format(request: Request, record: Record, config: RunConfig) -> tuple[str, str]:
+    kind = record.kind
+    if request.dense:
+        if kind == "route":
+            raise ConfigError(f"--dense takes the first expert of an evolving model, and {request.checkpoint} is a routed one, "
+                              "whose tokens go to all of them; export its evolve stage, or leave --dense out")
+        kind = "dense"
+    if kind in MIXTURES:
+        if request.format == "llava":
+            raise ConfigError(f"--format llava: transformers' LLaVA has no experts, and {request.checkpoint} is a {kind!r} stage; "
+                              f"use --format evomoe{', or --dense for its first expert' if kind == 'evolve' else ''}")
+        return kind, "evomoe"
+    if request.format == "evomoe":
+        return kind, "evomoe"
+    try:
+        config_out.stock_text_config(config.language)
+    except ConfigError:
+        if request.format == "llava":
+            raise
+        return kind, "evomoe"
+    return kind, "llava"
+
+
+def _dtype(request: Request, config: RunConfig) -> str:
+    if request.dtype is not None and request.dtype not in DTYPES:
+        raise ConfigError(f"dtype {request.dtype!r} is unknown; known: {', '.join(DTYPES)}")
+    return request.dtype or ("bfloat16" if config.train.bf16 else "float32")
+
+
+def _tokenizer(request: Request, record: Record, config: RunConfig) -> tuple[SentencePieceTokenizer | HuggingFaceTokenizer, Path]:
+    path = request.tokenizer or config.data.tokenizer
+    if path is None or not Path(path).expanduser().exists():
+        raise ConfigError(f"the tokenizer that {request.checkpoint} was trained with "
+                          f"({path or 'the checkpoint does not say which'}) is not there; give it with --tokenizer")
+    tokenizer = build_tokenizer(path)
+    if record.tokenizer_fingerprint not in ("", tokenizer.fingerprint()):
+        raise ConfigError(f"{path} is not the tokenizer that {request.checkpoint} was trained with; token ids would mean other "
+                          "words. Give that one with --tokenizer")
+    if tokenizer.vocab_size > (config.language.vocab_size or 0):
+        raise ConfigError(f"{path} has {tokenizer.vocab_size} tokens, the model {config.language.vocab_size}")
+    return tokenizer, Path(path).expanduser()
+
+
+def _probes(config: RunConfig) -> list[str]:
+    """Texts on which both tokenizers must agree before anything is written."""
+    return [TEMPLATES[config.data.conversation_template].system or "A caption.", "USER: What is this? ASSISTANT:",
+            "user\nHow many, 1 or 23?\nWhich?", "Ça, é — 漢字 🙂\tund so  weiter."]
+
+
+def _shapes(plan: _Plan) -> dict[str, tuple[int, ...]]:
+    """HF name -> shape of all that is written, in the order in which it is."""
+    shapes = plan.names.hf_shapes()
+    for name in _EMBEDDINGS:
+        if name in shapes:
+            shapes[name] = (plan.rows, *shapes[name][1:])
+    return {**shapes, **{name: tuple(t.shape) for name, t in _stand_ins(plan).items()}}
+
+
+def _tensors(plan: _Plan) -> Iterator[tuple[str, Tensor]]:
+    for entry in plan.names.entries:
+        core = plan.reader.read(entry.core, entry.expert)
+        for name, tensor in entry.to_hf(core).items():
+            if name in _EMBEDDINGS and len(tensor) < plan.rows:
+                tensor = torch.cat([tensor, tensor.new_zeros(plan.rows - len(tensor), *tensor.shape[1:])])
+            yield name, tensor
+    yield from _stand_ins(plan).items()
+
+
+def _stand_ins(plan: _Plan) -> dict[str, Tensor]:
+    """The norm behind the tower, which transformers' classes have and LLaVA never runs: as fresh."""
+    if plan.format != "llava":
+        return {}
+    width, name = plan.config.vision.hidden_size, "vision_tower.vision_model.post_layernorm"
+    return {f"{name}.weight": torch.ones(width), f"{name}.bias": torch.zeros(width)}
+
+
+def _require_room(pending: Path, needed: int, output: Path) -> None:
+    if needed > (free := shutil.disk_usage(pending).free):
+        raise CheckpointError(f"{output} needs {needed / 2**30:.2f} GiB and {free / 2**30:.2f} GiB are free; nothing was written. "
+                              "Free some space, or choose another --output")
+
+
+def _write_files(plan: _Plan, folder: Path, writer: ShardedWriter) -> None:
+    config, tokens, files = plan.config, plan.tokens, plan.tokenizer_files
+    if plan.format == "llava":
+        described = config_out.llava_config(config, tokens, plan.own, plan.dtype, plan.rows)
+    else:
+        described = config_out.evomoe_config(config, plan.kind, tokens, plan.own, plan.dtype)
+        for file in source_files():
+            shutil.copyfile(file, folder / file.name)
+    contents = {"config.json": described, "generation_config.json": config_out.generation_config(tokens, plan.rows),
+                **config_out.processor_configs(config), **files.files}
+    for name, value in contents.items():
+        (folder / name).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    template = config.data.conversation_template
+    end = files.pieces[end_id(plan.tokenizer, template)]
+    (folder / "chat_template.jinja").write_text(chat_template(template, end, files.template_prefix))
+    (folder / "README.md").write_text(card.model_card(plan.own, plan.format, plan.dtype, writer.total_size))
+
+
