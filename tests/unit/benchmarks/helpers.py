@@ -21,18 +21,23 @@ TEMPLATE = (
 )
 
 
-def write_model(folder: Path, positions: int = 1024) -> Path:
-    """A randomly initialised LlavaForConditionalGeneration with a byte-level tokenizer and a processor."""
+def write_model(folder: Path, kind: str = "llava", positions: int = 1024) -> Path:
+    """A randomly initialised model with a byte-level tokenizer and a processor; `kind` is llava (stock) or evomoe."""
+    from transformers import CLIPImageProcessor, LlavaProcessor
+
+    tokenizer = _tokenizer()
+    torch.manual_seed(0)
+    build = {"llava": _llava, "evomoe": _evomoe}[kind]
+    build(len(tokenizer), tokenizer.convert_tokens_to_ids("<image>"), positions).save_pretrained(folder)
+    pixels = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    LlavaProcessor(pixels, tokenizer, patch_size=8, vision_feature_select_strategy="default", chat_template=TEMPLATE,
+                   num_additional_image_tokens=1).save_pretrained(folder)
+    return folder
+
+
+def _tokenizer() -> Any:
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import (
-        CLIPImageProcessor,
-        CLIPVisionConfig,
-        LlamaConfig,
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-        LlavaProcessor,
-        PreTrainedTokenizerFast,
-    )
+    from transformers import PreTrainedTokenizerFast
 
     pieces = ["<unk>", "<s>", "</s>", "<pad>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     backend = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[], unk_token="<unk>"))
@@ -40,20 +45,30 @@ def write_model(folder: Path, positions: int = 1024) -> Path:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>",
                                         pad_token="<pad>", model_input_names=["input_ids", "attention_mask"])
     tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken("<image>", special=True, normalized=False)]})
+    return tokenizer
+
+
+def _llava(vocabulary: int, image_id: int, positions: int) -> Any:
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
     vision = CLIPVisionConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=16,
                               patch_size=8, projection_dim=16)
-    text = LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+    text = LlamaConfig(vocab_size=vocabulary, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
                        max_position_embeddings=positions, bos_token_id=1, eos_token_id=2, pad_token_id=3, initializer_range=0.3)
-    torch.manual_seed(0)
-    image_id = tokenizer.convert_tokens_to_ids("<image>")
-    model = LlavaForConditionalGeneration(LlavaConfig(
+    return LlavaForConditionalGeneration(LlavaConfig(
         vision_config=vision.to_dict(), text_config=text.to_dict(), image_token_id=image_id, image_token_index=image_id,
         vision_feature_layer=-2, vision_feature_select_strategy="default", image_seq_length=4))
-    model.save_pretrained(folder)
-    pixels = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
-    LlavaProcessor(pixels, tokenizer, patch_size=8, vision_feature_select_strategy="default", chat_template=TEMPLATE,
-                   num_additional_image_tokens=1).save_pretrained(folder)
-    return folder
+
+
+def _evomoe(vocabulary: int, image_id: int, positions: int) -> Any:
+    from megatron_evomoe.hf.code.configuration_evomoe import EvoMoeConfig
+    from megatron_evomoe.hf.code.modeling_evomoe import EvoMoeForConditionalGeneration
+
+    vision = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8)
+    text = dict(vocab_size=vocabulary, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+                max_position_embeddings=positions, bos_token_id=1, eos_token_id=2, pad_token_id=3, initializer_range=0.3,
+                moe_layers=[1], dtr_hidden_size=4, dtr_rank=4)
+    return EvoMoeForConditionalGeneration(EvoMoeConfig(vision, text, image_token_id=image_id, image_seq_length=4))
 
 
 def png(colour: int = 0) -> bytes:

@@ -140,14 +140,16 @@ def test_a_prompt_too_long_is_named(pope, tmp_path, capsys):
     assert "questions random/1 to random/1: the prompt is" in capsys.readouterr().err
 
 
-def test_text_only_and_image_questions_share_a_batch(model_dir, tmp_path):
+@pytest.mark.parametrize("kind", ["llava", "evomoe"])
+def test_text_only_and_image_questions_share_a_batch(kind, tmp_path):
     problem = {"question": "Which?", "choices": ["x", "y"], "answer": 0, "hint": "", "image": None, "subject": "natural science",
                "grade": "grade1"}
     helpers.write_json(tmp_path / "problems.json", {"1": problem, "2": {**problem, "image": "image.png"}, "3": problem})
     helpers.write_json(tmp_path / "pid_splits.json", {"test": ["1", "2", "3"]})
     helpers.picture(tmp_path / "images" / "2" / "image.png")
-    command = arguments(model_dir, tmp_path, tmp_path / "images", tmp_path / "out", "--batch-size", 3)
+    model = helpers.write_model(tmp_path / "model", kind)
+    command = arguments(model, tmp_path, tmp_path / "images", tmp_path / "out", "--batch-size", 3)
     command[command.index("pope")] = "scienceqa"
     assert main(command) == 0
     texts = [json.loads(line)["text"] for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
-    assert texts[0] == texts[2]
+    assert texts[0] == texts[2] != texts[1]
