@@ -292,7 +292,8 @@ def _router(config: RunConfig, our: str, their: str) -> Iterator[Entry]:
     moe, C = config.moe, config.language.hidden_size
     N, h, r = moe.num_experts, moe.dtr_hidden_size, moe.dtr_rank
     if moe.router == "linear":
-        yield _same(f"{our}.weight", (N, C), f"{their}.weight")
+        # the core's router, which has a bias where all linear layers have one
+        yield from _linear(our, their, (N, C), bias=config.language.add_bias_linear)
     elif moe.router == "modality-linear":
         for modality in ("text", "vision"):
             yield _same(f"{our}.weight_{modality}", (N, C), f"{their}.{modality}.weight")

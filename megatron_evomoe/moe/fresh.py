@@ -55,7 +55,8 @@ def router_weights(config: RunConfig, layer_number: int) -> dict[str, Tensor]:
         torch.manual_seed(int.from_bytes(place[:8], "little") >> 1)
         if moe.router != "dtr":
             names = ["weight"] if moe.router == "linear" else ["weight_text", "weight_vision"]
-            return {name: torch.empty(N, C).normal_(std=config.language.init_method_std) for name in names}
+            bias = {"bias": torch.zeros(N)} if moe.router == "linear" and config.language.add_bias_linear else {}
+            return {name: torch.empty(N, C).normal_(std=config.language.init_method_std) for name in names} | bias
         text, vision = (dtr.HyperWeights(torch.empty(h, C), torch.empty(h), torch.empty(h + 1, 2 * r, C), torch.empty(h + 1, r, C))
                         for _ in range(2))
         weights = dtr.DtrWeights(text, vision, torch.empty(N, C))
