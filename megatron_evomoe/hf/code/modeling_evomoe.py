@@ -342,6 +342,15 @@ class EvoMoeForConditionalGeneration(EvoMoePreTrainedModel, GenerationMixin):
             inputs["pixel_values"] = pixel_values
         return inputs
 
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, pixel_values=None, **kwargs):
+        """Repeat rows for beams and several answers. A row's images are repeated as one, where transformers repeats each."""
+        if pixel_values is not None and input_ids is not None:
+            counts = (input_ids == self.config.image_token_id).sum(-1) // self.config.image_seq_length
+            pixel_values = torch.cat([images.repeat(expand_size, 1, 1, 1) for images in pixel_values.split(counts.tolist())])
+        input_ids, kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **kwargs)
+        return input_ids, {**kwargs, "pixel_values": pixel_values}
+
 
 def _loss(logits, labels):
     return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
