@@ -117,9 +117,13 @@ def main() -> None:
     def load() -> None:
         store.load_training_state(find.resolve(folder / "ours"), **parts, record=record)
 
+    def plain_save() -> None:  # beside the old file, as any save must that can be interrupted
+        torch.save(plain, folder / "plain.new")
+        (folder / "plain.new").replace(folder / "plain.pt")
+
     actions: dict[str, Callable[[], Any]] = {
         "save": lambda: store.Saver(CheckpointConfig(keep=1)).save(folder / "ours", **parts, record=record, config_yaml=""),
-        "torch.save": lambda: torch.save(plain, folder / "plain.pt"),
+        "torch.save": plain_save,
         "load, checksums verified": load,
         "torch.load": lambda: [a.copy_(b) for a, b in zip(plain, torch.load(folder / "plain.pt"), strict=True)],
     }

@@ -24,16 +24,8 @@ def candidates(directory: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name[5:]), reverse=True)
 
 
-def latest(directory: Path, step: int | None = None) -> Path | None:
-    """The newest checkpoint whose files are all there (or the one of `step`), or none if there is none. Reads no tensor.
-
-    Raises:
-        CheckpointError: `step` was asked for and is not there or not whole.
-    """
-    if step is not None:
-        path = directory / f"iter_{step:07d}"
-        read(path)
-        return path
+def latest(directory: Path) -> Path | None:
+    """The newest checkpoint whose files are all there, or none if there is none. Reads no tensor."""
     for path in candidates(directory):
         try:
             read(path)

@@ -14,36 +14,73 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedBase
 
+from megatron_evomoe.checkpoint import flat_shards
 
-def sharded(optimizer: Any, model: dict[str, Any], step: int, *, is_loading: bool, metadata: dict[str, Any]) -> dict[str, Any]:
-    """The optimizer's sharded state dict. Communicates.
+
+def sharded(optimizer: Any, model: dict[str, Any], step: int, *, is_loading: bool, metadata: dict[str, Any]) -> dict[Any, Any]:
+    """The optimizer's sharded state dict, in megatron-core's structure.
 
     Args:
         model: the model's own, nested by chunk where there are several: chunks count layers from 0 each, so names collide.
         step: optimizer steps done.
+        metadata: how state dicts are sharded; a DistributedOptimizer's is always `fully_reshardable`.
     """
-    with _steps_of_empty_shards(optimizer, step):
-        return optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
+    parts = _parts(optimizer)
+    states = [_distributed(part, model, step) if _is_distributed(part)
+              else part.sharded_state_dict(model, is_loading=is_loading, metadata=dict(metadata)) for part in parts]
+    return states[0] if len(states) == 1 else dict(enumerate(states))
 
 
 def allocate(optimizer: Any) -> None:
-    """Let a fresh DistributedOptimizer have moments to load into: its state dict asserts that torch's Adam holds a step."""
+    """Let a fresh DistributedOptimizer have moments to load into."""
     for part in _parts(optimizer):
-        if not part.optimizer.state and hasattr(part, "_init_optimizer_states_with_dummy_values"):
+        if not part.optimizer.state and _is_distributed(part):
             part._init_optimizer_states_with_dummy_values()
 
 
-def load(optimizer: Any, own: dict[str, Any], tensors: dict[str, Any], step: int) -> None:
+def load(optimizer: Any, own: dict[Any, Any], tensors: dict[Any, Any], step: int) -> None:
     """Take `tensors`, read for the shards that `own` (from `sharded`) asked for, and `step`; all else is as in `own`."""
     state = _overlay(own, tensors)
-    for part in state.values() if len(_parts(optimizer)) > 1 else [state]:
-        _set_step(part, step)
-    optimizer.load_state_dict(state)
-    _own_step_tensors(optimizer)
+    parts = _parts(optimizer)
+    for i, part in enumerate(parts):
+        if _is_distributed(part):  # its boxes were views: reading has filled them
+            _set_step(part, step)
+        else:
+            _load_plain(part, state[i] if len(parts) > 1 else state, step)
 
 
 def _parts(optimizer: Any) -> list[Any]:
     return list(getattr(optimizer, "chained_optimizers", [optimizer]))
+
+
+def _is_distributed(part: Any) -> bool:
+    return hasattr(part, "gbuf_ranges")
+
+
+def _distributed(part: Any, model: dict[str, Any], step: int) -> dict[str, Any]:
+    with _step_of_empty_shard(part, step):
+        common = part.state_dict()
+    return {**common, "param_state": flat_shards.sharded(part, model), "param_state_sharding_type": "fully_reshardable"}
+
+
+def _set_step(part: Any, step: int) -> None:
+    """torch's Adam keeps it with each parameter, Transformer Engine's and apex's in the groups."""
+    for state in part.optimizer.state.values():
+        if "step" in state:
+            state["step"] = torch.tensor(float(step))
+    for group in part.optimizer.param_groups:
+        if "step" in group:
+            group["step"] = step
+
+
+def _load_plain(part: Any, state: dict[str, Any], step: int) -> None:
+    inner = state.get("optimizer", state)
+    inner["state"]["common_step"] = torch.tensor(float(step))
+    part.load_state_dict(state)
+    for own in part.optimizer.state.values():
+        # torch's Adam now shares one step tensor among all parameters, and would add 1 to it once per parameter
+        if torch.is_tensor(own.get("step")):
+            own["step"] = own["step"].clone()
 
 
 def _overlay(own: Any, tensors: Any) -> Any:
@@ -58,32 +95,14 @@ def _overlay(own: Any, tensors: Any) -> Any:
     return own
 
 
-def _set_step(part: dict[str, Any], step: int) -> None:
-    """Where each kind keeps it: DistributedOptimizer in the groups, the others in the state they share."""
-    inner = part.get("optimizer", part)
-    if "state" in inner:
-        inner["state"]["common_step"] = torch.tensor(float(step))
-    else:
-        for group in inner["param_groups"]:
-            group["step"] = step
-
-
 @contextlib.contextmanager
-def _steps_of_empty_shards(optimizer: Any, step: int) -> Iterator[None]:
+def _step_of_empty_shard(part: Any, step: int) -> Iterator[None]:
     """Where torch's Adam has no parameter in this rank's shard it knows no step, and DistributedOptimizer asserts that it does."""
-    empty = [part.optimizer for part in _parts(optimizer) if hasattr(part, "gbuf_ranges") and not part.optimizer.state]
-    for adam in empty:
+    adam, is_empty = part.optimizer, not part.optimizer.state
+    if is_empty:
         adam.state["empty shard"] = {"step": torch.tensor(float(step))}
     try:
         yield
     finally:
-        for adam in empty:
+        if is_empty:
             adam.state.pop("empty shard", None)
-
-
-def _own_step_tensors(optimizer: Any) -> None:
-    """A loaded torch Adam shares ONE step tensor among all parameters, and would add 1 to it once per parameter."""
-    for part in _parts(optimizer):
-        for state in part.optimizer.state.values():
-            if torch.is_tensor(state.get("step")):
-                state["step"] = state["step"].clone()

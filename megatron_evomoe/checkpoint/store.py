@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_evomoe.checkpoint import integrity, optimizer_state
 from megatron_evomoe.checkpoint.find import candidates, latest
 from megatron_evomoe.checkpoint.record import CheckpointError, Record
+from megatron_evomoe.checkpoint.writer import SummingStrategy
 from megatron_evomoe.config import CheckpointConfig
 from megatron_evomoe.parallel import rng
 
@@ -115,13 +116,14 @@ class Saver:
         publication = _Publication(directory, replace(record), config_yaml, self._config)
         publication.prepare(state)
         error = None
+        strategy = SummingStrategy() if self._queue is None else None
         try:
-            request = dist_checkpointing.save(state, str(publication.pending), content_metadata=metadata(),
+            request = dist_checkpointing.save(state, str(publication.pending), strategy, content_metadata=metadata(),
                                               async_sharded_save=self._queue is not None, **_WRITER)
         except _FAILURES as failure:
             error = failure
-        if self._queue is None:
-            publication.conclude(error)
+        if strategy:
+            publication.conclude(error, strategy.sums)
             return publication.final
         publication.agree(error)
         self._queue.schedule_async_request(request)
@@ -178,10 +180,12 @@ class _Publication:
             raise CheckpointError(f"saving {self.final} failed: {what}. Nothing was published; {_last(self.directory)} stays "
                                   "the newest")
 
-    def conclude(self, error: BaseException | None) -> None:
-        """Checksums, record, the new name, the tracker: in this order, so that a kill at any point leaves the last good one."""
-        sums = None
-        if error is None:
+    def conclude(self, error: BaseException | None, sums: dict[str, list[int]] | None = None) -> None:
+        """Checksums, record, the new name, the tracker: in this order, so that a kill at any point leaves the last good one.
+
+        `sums`: of the tensors' files this rank wrote; none reads them back.
+        """
+        if error is None and sums is None:
             try:
                 sums = self._sum_own_files()
             except OSError as failure:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
+from megatron_evomoe.config import RunConfig
 from megatron_evomoe.parallel import backend
 from megatron_evomoe.parallel.topology import Topology
 
@@ -31,14 +32,14 @@ class Step:
     """per microbatch; known to the reading rank only"""
 
 
-def to_replica(step: Step | None, topology: Topology, image_size: int) -> Step:
+def to_replica(step: Step | None, topology: Topology, config: RunConfig) -> Step:
     """Give the reading rank's `step` to its TP x PP x CP ranks. Communicates unless the replica is one rank."""
     from megatron.core import parallel_state as ps
 
     where = backend.device()
     group = ps.get_model_parallel_group()
     if dist.get_world_size(group) * ps.get_context_parallel_world_size() > 1:
-        step = _broadcast(step, topology, image_size, where)
+        step = _broadcast(step, topology, config, where)
     assert step is not None
     for name in ("tokens", "labels", "token_types"):
         setattr(step, name, getattr(step, name).to(where, non_blocking=True))
@@ -46,35 +47,31 @@ def to_replica(step: Step | None, topology: Topology, image_size: int) -> Step:
     return step
 
 
-def _broadcast(step: Step | None, topology: Topology, image_size: int, where: torch.device) -> Step:
+def _broadcast(step: Step | None, topology: Topology, config: RunConfig, where: torch.device) -> Step:
     from megatron.core import parallel_state as ps
 
     group = ps.get_model_parallel_group()
-    source = dist.get_global_rank(group, 0)
-    header = torch.zeros(3, dtype=torch.int64, device=where)
+    b = config.train.micro_batch_size
+    m = config.train.global_batch_size // (b * topology.data_parallel_size)
+    # One message of a length all ranks know, so that none has to be told it first: s, images of each microbatch, then
+    # tokens, labels and types, in int32, which is half the bytes.
+    message = torch.zeros(1 + m + 3 * m * b * config.data.seq_length, dtype=torch.int32, device=where)
     if topology.reads_data:
         assert step is not None
-        header.copy_(torch.tensor(step.tokens.shape))
-    dist.broadcast(header, source, group=group)
-    m, b, s = header.tolist()
-    # int32 halves the bytes; image counts ride in the same message
-    text = torch.empty(3 * m * b * s + m, dtype=torch.int32, device=where)
-    if topology.reads_data:
-        assert step is not None
-        counts = torch.tensor([len(p) for p in step.pixel_values])
-        flat = [step.tokens.flatten(), step.labels.flatten(), step.token_types.flatten(), counts]
-        text.copy_(torch.cat(flat))
-    dist.broadcast(text, source, group=group)
-    images_per_microbatch = text[3 * m * b * s :].tolist()
-    tokens, labels, types = text[: 3 * m * b * s].long().view(3, m, b, s)
+        head = torch.tensor([step.tokens.shape[2], *(len(p) for p in step.pixel_values)])
+        flat = torch.cat([head, step.tokens.flatten(), step.labels.flatten(), step.token_types.flatten()])
+        message[: len(flat)].copy_(flat)
+    dist.broadcast(message, dist.get_global_rank(group, 0), group=group)
+    s, *images = message[: 1 + m].tolist()
+    tokens, labels, types = message[1 + m : 1 + m + 3 * m * b * s].long().view(3, m, b, s)
     pixels: list[torch.Tensor] = []
     if topology.first_stage:
         tp_group = ps.get_tensor_model_parallel_group()
-        stacked = torch.empty(sum(images_per_microbatch), 3, image_size, image_size, dtype=torch.uint8, device=where)
+        stacked = torch.empty(sum(images), 3, *(config.vision.image_size,) * 2, dtype=torch.uint8, device=where)
         if topology.reads_data:
             assert step is not None
             stacked.copy_(torch.cat(step.pixel_values))
         if dist.get_world_size(tp_group) > 1 and len(stacked):
             dist.broadcast(stacked, dist.get_global_rank(tp_group, 0), group=tp_group)
-        pixels = list(stacked.split(images_per_microbatch))
+        pixels = list(stacked.split(images))
     return Step(tokens=tokens, labels=labels, token_types=types, pixel_values=pixels, keys=step.keys if step else [])

@@ -124,7 +124,7 @@ def next_step(batches: Iterator[Any] | None, session: Session, config: RunConfig
             pixel_values=[m["pixel_values"] for m in micro],
             keys=[m["keys"] for m in micro],
         )
-    return broadcast.to_replica(step, session.topology, config.vision.image_size)
+    return broadcast.to_replica(step, session.topology, config)
 
 
 def _check_evolution(built: Built, session: Session, config: RunConfig) -> None:
@@ -219,6 +219,7 @@ def _is_due(step: int, config: RunConfig) -> bool:
 def _save(session: Session, built: Built, record: Record, stage: StageConfig) -> None:
     if session.config.checkpoint.save is not None:
         session.heartbeat.enter("save")
+        _announce(session, stage, session.saver.poll(wait=True))  # one save at a time
         path = session.saver.save(stage_dir(session.run_dir, stage), modules=built.modules, optimizer=built.optimizer,
                                   scheduler=built.scheduler, record=record, config_yaml=session.config.to_yaml())
         _announce(session, stage, path)

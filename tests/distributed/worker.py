@@ -129,7 +129,7 @@ def replica_step(number: int, config: Any) -> Any:
             pixel_values=[torch.cat(batch["pixels"][c]) for c in chunks],
             keys=[[f"{number}-{i}" for i in range(c.start, c.stop)] for c in chunks],
         )
-    return broadcast.to_replica(step, place, config.vision.image_size)
+    return broadcast.to_replica(step, place, config)
 
 
 def collapse(built: Any) -> None:

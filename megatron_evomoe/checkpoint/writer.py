@@ -1,0 +1,133 @@
+"""Writing a checkpoint's tensors from the training process itself, with checksums taken on the way to the disk.
+
+megatron-core's writer forks a process per file, starts an interpreter for their results, and holds a copy of every tensor that is
+a view into a larger buffer until all is written. A save that training waits for needs none of that: here torch's own writer
+threads write each tensor from where it lies. The files are the same `torch_dist` format. docs/checkpoints.md has what it is worth.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    TorchDistSaveShardedStrategy,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
+from torch.futures import Future
+from torch.serialization import get_crc32_options, set_crc32_options
+
+from megatron_evomoe.parallel import backend
+
+
+class SummedFile(io.BufferedWriter):
+    """A binary file being written that knows the CRC-32 of what went into it."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(io.FileIO(path, "wb"), buffer_size=1 << 20)
+        self.crc = 0
+
+    def write(self, data: Any) -> int:
+        """As `io.BufferedWriter.write`."""
+        self.crc = zlib.crc32(data, self.crc)
+        return super().write(data)
+
+    def fileno(self) -> int:
+        """The descriptor, with nothing left in the buffer: whoever asks wants to fsync."""
+        self.flush()
+        return super().fileno()
+
+
+class _SummingFileSystem(FileSystem):
+    """Torch's file system; keeps size and checksum of each file written, by name."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, list[int]] = {}
+
+    @contextlib.contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
+        if mode != "wb":
+            with super().create_stream(path, mode) as stream:
+                yield stream
+            return
+        path = Path(path)
+        with SummedFile(path) as stream:
+            yield stream
+        self.sums[path.name] = [path.stat().st_size, stream.crc]
+
+
+class _Writer(FileSystemWriter):
+    """Torch's writer over a `_SummingFileSystem`."""
+
+    def __init__(self, path: Path) -> None:
+        # on CUDA one thread: torch then copies from the device ahead of the writing, which it does not do with several
+        super().__init__(path, thread_count=1 if backend.on_gpu() else 2)
+        self.fs = _SummingFileSystem()
+
+    def storage_meta(self) -> None:
+        """Nothing: torch would note the folder's path, which is about to change."""
+
+    def write_data(self, plan: Any, planner: Any) -> Future[list[Any]]:
+        written = super().write_data(plan, planner)
+        if (done := len(written.value())) != len(plan.items):  # torch loses what its second thread raises
+            raise OSError(f"only {done} of {len(plan.items)} tensors could be written")
+        return written
+
+
+class _Planner(MCoreSavePlanner):
+    """megatron-core's planner, handing out shards in a form that torch's writer does not copy."""
+
+    def __init__(self) -> None:
+        super().__init__(dedup_replicated_tensors=False, flatten_state_dict=False)
+
+    def resolve_data(self, write_item: Any) -> Any:
+        data = super().resolve_data(write_item)
+        if not torch.is_tensor(data) or not data.is_cpu or not data.is_contiguous():
+            return data
+        # torch would clone what does not fill its storage, to not save all of it; this is the same memory as a storage of its own
+        return torch.from_dlpack(data.detach())
+
+
+class SummingStrategy(TorchDistSaveShardedStrategy):
+    """megatron-core's `torch_dist`, written as this module's docstring says. For saves that training waits for.
+
+    Attributes:
+        sums: after `save`: name -> [bytes, CRC-32] of the files this rank wrote.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("torch_dist", 1)
+        self.sums: dict[str, list[int]] = {}
+
+    def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path) -> None:
+        """Write all ranks' tensors and `.metadata`. Communicates.
+
+        Raises:
+            CheckpointException, OSError: some rank could not write.
+        """
+        state, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
+        writer = _Writer(checkpoint_dir)
+        with _no_checksums_of_torch():  # ours cover the whole file
+            dcp.save(mcore_to_pyt_state_dict(state, False), storage_writer=writer,
+                     planner=_Planner())
+        self.sums = {name: entry for name, entry in writer.fs.sums.items() if name.endswith(".distcp")}
+
+
+@contextlib.contextmanager
+def _no_checksums_of_torch() -> Iterator[None]:
+    before = get_crc32_options()
+    set_crc32_options(False)  # for all threads, unlike torch.utils.serialization.config.patch
+    try:
+        yield
+    finally:
+        set_crc32_options(before)

@@ -1,0 +1,79 @@
+"""The checkpoint writer's parts: flat ranges as boxes, checksums on the way, failures of any of its threads."""
+
+from __future__ import annotations
+
+import math
+import random
+import threading
+import unittest.mock
+import zlib
+
+import pytest
+import torch
+
+from megatron_evomoe.checkpoint import find
+from megatron_evomoe.checkpoint import record as records
+from megatron_evomoe.checkpoint.record import CheckpointError
+from tests.unit.checkpoint.test_store import built_for, save
+
+
+def test_boxes_tile_any_range_in_memory_order():
+    from megatron_evomoe.checkpoint.flat_shards import boxes
+
+    draw = random.Random(1)
+    for _ in range(2000):
+        shape = tuple(draw.randint(1, 5) for _ in range(draw.randint(0, 4)))
+        total = math.prod(shape)
+        start, stop = sorted(draw.choices(range(total + 1), k=2))
+        array = torch.arange(total).view(shape)
+        found = list(boxes(shape, start, stop))
+        assert len(found) <= max(1, 2 * len(shape) - 1)
+        read = []
+        for offset, size, first in found:
+            part = array[tuple(slice(o, o + s) for o, s in zip(offset, size, strict=True))]
+            assert part.reshape(-1).tolist() == list(range(first, first + part.numel()))
+            read += part.reshape(-1).tolist()
+        assert read == list(range(start, stop)), (shape, start, stop)
+
+
+def test_optimizer_shards_are_views_of_the_optimizer(one_rank):
+    """Neither saving nor loading holds a second copy: the boxes are the moments and master weights themselves."""
+    from megatron_evomoe.checkpoint import store
+
+    _, built = built_for("warmup", trained=1)
+    state = store._state(built.modules, built.optimizer, built.scheduler, is_loading=False)
+    adam = built.optimizer.chained_optimizers[0].optimizer
+    owned = {t.untyped_storage().data_ptr() for s in adam.state.values() for t in s.values() if t.dim()}
+    boxes = [box for states in state["optimizer"]["param_state"].values() for name in ("exp_avg", "exp_avg_sq")
+             for box in states[name]]
+    assert boxes and all(box.data.untyped_storage().data_ptr() in owned for box in boxes)
+
+
+def test_checksums_are_those_of_the_files(tmp_path, one_rank):
+    _, built = built_for("align", trained=1)
+    path = save(tmp_path, built, "align", 1)
+    files = records.read(path).files
+    assert sum(name.endswith(".distcp") for name in files) == 2  # one for each writing thread
+    for name, (size, crc) in files.items():
+        content = (path / name).read_bytes()
+        assert (len(content), zlib.crc32(content)) == (size, crc), name
+
+
+def test_failure_in_any_writing_thread_fails_the_save(tmp_path, one_rank):
+    """torch's writer forgets what its second thread raises, and would publish a checkpoint that lacks half."""
+    from torch.distributed.checkpoint import filesystem
+
+    _, built = built_for("align", trained=1)
+    first = save(tmp_path, built, "align", 1)
+    write = filesystem._write_item
+    for thread in ("main", "other"):
+        def failing(*args, thread=thread):
+            if (threading.current_thread() is threading.main_thread()) == (thread == "main"):
+                raise OSError(28, "No space left on device")
+            return write(*args)
+
+        with (unittest.mock.patch.object(filesystem, "_write_item", failing),
+              unittest.mock.patch.object(threading, "excepthook"),
+              pytest.raises(CheckpointError, match=r"could be written|No space")):
+            save(tmp_path, built, "align", 2)
+        assert find.newest_good(tmp_path) == first and not list(tmp_path.glob("saving_*"))
