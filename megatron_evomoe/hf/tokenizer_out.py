@@ -64,7 +64,7 @@ def tokenizer_files(tokenizer: SentencePieceTokenizer | HuggingFaceTokenizer, pa
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast", "processor_class": "LlavaProcessor", **roles, "image_token": IMAGE_TOKEN,
         "extra_special_tokens": {"image_token": IMAGE_TOKEN}, "padding_side": "left", "model_max_length": max_length,
-        "clean_up_tokenization_spaces": False,
+        "clean_up_tokenization_spaces": False, "model_input_names": ["input_ids", "attention_mask"],
     }
     return TokenizerFiles(
         files={"tokenizer.json": spec, "tokenizer_config.json": settings,
