@@ -37,7 +37,8 @@ setup(
         # NVIDIA's apex is not on PyPI (the package of that name there is another); the Dockerfile builds it
         "gpu": ["transformer-engine[pytorch]>=2.9"],
         "hf": ["transformers>=4.56", "safetensors"],
-        "dev": ["pytest", "ruff", "scikit-learn", "transformers>=4.56", "safetensors"],
+        "eval": ["transformers>=4.56", "safetensors", "openpyxl>=3.1"],  # openpyxl writes MMBench's submission as a workbook
+        "dev": ["pytest", "ruff", "scikit-learn", "transformers>=4.56", "safetensors", "openpyxl>=3.1"],
     },
     entry_points={"console_scripts": ["megatron-evomoe=megatron_evomoe.cli:main"]},
 )

@@ -5,22 +5,21 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
-from megatron_evomoe.benchmarks.item import Benchmark, BenchmarkError, Item, Metrics, Source, first_groups
+from megatron_evomoe.benchmarks.item import Benchmark, BenchmarkError, Item, Source, first_groups
 from megatron_evomoe.benchmarks.ranks import Ranks
 from megatron_evomoe.benchmarks.registry import BENCHMARKS
+from megatron_evomoe.benchmarks.report import report
 from megatron_evomoe.benchmarks.store import AnswerStore
 from megatron_evomoe.data.errors import SampleError
 from megatron_evomoe.data.image import decode_image
-from megatron_evomoe.data.shards import write_atomically
 from megatron_evomoe.hf.loading import DTYPES, LoadedModel, ModelError, check_directory, greedy, load, user_message
 
 _SAMPLED_BYTES = 1 << 20
@@ -62,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
         if share:
             _answer(share, load(args.model, args.dtype, args.device), store, ranks, args)
         ranks.wait()
-        ranks.first_alone(lambda: _finish(benchmark, items, store.read(), args.output))
+        ranks.first_alone(lambda: report(benchmark, items, store.read(), args.output))
     return 0
 
 
@@ -141,44 +140,3 @@ def _pixels(image: Path | bytes, item: Item) -> np.ndarray:
     except (SampleError, OSError) as error:
         name = "its image" if isinstance(image, bytes) else image
         raise BenchmarkError(f"question {item.id}: {name} cannot be read: {error}") from None
-
-
-def _finish(benchmark: Benchmark, items: Sequence[Item], answers: Mapping[str, str], output: Path) -> None:
-    """Predictions in the order of the questions, metrics, submission files, and a table."""
-    missing = [item.id for item in items if item.id not in answers]
-    if missing:
-        raise BenchmarkError(f"{len(missing)} of {len(items)} questions have no answer, first {missing[0]}; run the same command "
-                             "again to answer them")
-    lines = [json.dumps({"question_id": i.id, "prompt": i.prompt, "text": answers[i.id], "answer": i.metadata["answer"]},
-                        ensure_ascii=False) for i in items]
-    write_atomically(output / "predictions.jsonl", ("\n".join(lines) + "\n").encode())
-    metrics = benchmark.score(items, answers)
-    document = {"benchmark": benchmark.name, "questions": len(items), "metrics": metrics}
-    write_atomically(output / "metrics.json", (json.dumps(document, indent=1) + "\n").encode())
-    written = [output / "metrics.json", output / "predictions.jsonl"]
-    if benchmark.submission is not None:
-        written += benchmark.submission(items, answers, output)
-    _print(benchmark, len(items), metrics, written)
-
-
-def _print(benchmark: Benchmark, questions: int, metrics: Metrics, written: Sequence[Path]) -> None:
-    console = Console(soft_wrap=True)
-    table = Table("metric", title=f"{benchmark.name}, {questions} questions", title_justify="left")
-    table.add_column("value", justify="right")
-    for name, value in _rows(metrics):
-        table.add_row(name, f"{value:.2f}")
-    if metrics:
-        console.print(table)
-    else:
-        console.print("the answers to these questions are not public: hand in the submission file", markup=False)
-    for path in written:
-        console.print(f"wrote {path}", markup=False, highlight=False)
-
-
-def _rows(metrics: Metrics, before: str = "") -> Iterator[tuple[str, float]]:
-    """Nested metrics as (``by_category / count / acc``, value)."""
-    for name, value in metrics.items():
-        if isinstance(value, dict):
-            yield from _rows(value, f"{before}{name} / ")
-        else:
-            yield f"{before}{name}", value

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,16 +138,19 @@ def load(path: str | Path, dtype: str = "auto", device: str | None = None) -> Lo
     if processor.tokenizer.pad_token_id is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
     processor.tokenizer.padding_side = "left"  # so that every answer starts at the same position
-    return LoadedModel(model.to(device or default_device()).eval(), processor)
+    device = device or default_device()
+    try:
+        return LoadedModel(model.to(device).eval(), processor)
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"{path} cannot be put on device {device}: {_first_line(error)}") from None
 
 
 def default_device() -> str:
-    """``cuda:LOCAL_RANK``, or ``cpu`` on a machine without a GPU."""
-    import os
-
+    """This rank's GPU (ranks beyond the GPUs share them), or ``cpu`` on a machine without one."""
     import torch
 
-    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % gpus}" if gpus else "cpu"
 
 
 def _load_model(path: Path, dtype: str) -> Any:

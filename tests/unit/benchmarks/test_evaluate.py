@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_evomoe.benchmarks import evaluate
+from megatron_evomoe.benchmarks.item import BenchmarkError
+from megatron_evomoe.benchmarks.registry import BENCHMARKS
+from megatron_evomoe.benchmarks.report import report
 from megatron_evomoe.cli import main
 
 from . import helpers
@@ -81,7 +83,7 @@ def test_killed_then_finished_by_two_ranks(alone, pope, model_dir, tmp_path):
     finished = subprocess.run([*torchrun, *arguments(model_dir, *pope, tmp_path, "--batch-size", 7)], cwd=ROOT, env=environment(),
                               capture_output=True, text=True, timeout=120)
     assert finished.returncode == 0, finished.stderr
-    assert finished.stdout.count("yes_ratio") == 2  # one table (the mean, and the one category)
+    assert finished.stdout.count("yes_ratio") == 2  # told once: among the means, and as a column
     assert sorted(p["id"] for p in lines(tmp_path)) == sorted(f"random/{n}" for n in range(1, QUESTIONS + 1))  # none twice
     assert (tmp_path / "answers" / "rank-00001.jsonl").exists()
     for name in ("predictions.jsonl", "metrics.json"):
@@ -96,8 +98,8 @@ def test_a_raised_limit_goes_on(pope, model_dir, tmp_path):
 
 def test_missing_answers_are_not_scored(tmp_path):
     items = [helpers.item("a", category="random", answer="yes"), helpers.item("b", category="random", answer="yes")]
-    with pytest.raises(evaluate.BenchmarkError, match="1 of 2 questions have no answer, first b"):
-        evaluate._finish(evaluate.BENCHMARKS["pope"], items, {"a": "yes"}, tmp_path)
+    with pytest.raises(BenchmarkError, match="1 of 2 questions have no answer, first b"):
+        report(BENCHMARKS["pope"], items, {"a": "yes"}, tmp_path)
     assert not list(tmp_path.iterdir())
 
 

@@ -113,6 +113,7 @@ def test_withdrawing_a_question_takes_its_images_along(image):
     (("--top-p", "0"), "--top-p lies above 0"),
     (("--num-beams", "0"), "must be at least 1"),
     (("--image", "nowhere.png"), "image nowhere.png cannot be read"),
+    (("--device", "toaster"), "cannot be put on device toaster"),
 ])
 def test_errors_take_one_line(capsys, model_dir, args, message):
     assert main(["generate", "--model", str(model_dir), "--prompt", "x", *args]) == 2

@@ -1,0 +1,65 @@
+"""What an evaluation leaves behind: predictions, metrics, submission files, and tables on the console."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_evomoe.benchmarks.item import Benchmark, BenchmarkError, Item, Metrics
+from megatron_evomoe.data.shards import write_atomically
+
+
+def report(benchmark: Benchmark, items: Sequence[Item], answers: Mapping[str, str], output: Path) -> None:
+    """Write and print everything, predictions in the order of the questions.
+
+    Raises:
+        BenchmarkError: a question has no answer; then nothing is written.
+    """
+    missing = [item.id for item in items if item.id not in answers]
+    if missing:
+        raise BenchmarkError(f"{len(missing)} of {len(items)} questions have no answer, first {missing[0]}; run the same command "
+                             "again to answer them")
+    metrics = benchmark.score(items, answers)
+    lines = [json.dumps({"question_id": i.id, "prompt": i.prompt, "text": answers[i.id], "answer": i.metadata["answer"]},
+                        ensure_ascii=False) for i in items]
+    document = {"benchmark": benchmark.name, "questions": len(items), "metrics": metrics}
+    written = [output / "predictions.jsonl", output / "metrics.json"]
+    write_atomically(written[0], ("\n".join(lines) + "\n").encode())
+    write_atomically(written[1], (json.dumps(document, indent=1) + "\n").encode())
+    if benchmark.submission is not None:
+        written += benchmark.submission(items, answers, output)
+    _print(f"{benchmark.name}, {len(items)} questions", metrics, written)
+
+
+def _print(title: str, metrics: Metrics, written: Sequence[Path]) -> None:
+    console = Console(soft_wrap=True)
+    console.print(title, style="bold", highlight=False)
+    for table in tables(metrics):
+        console.print(table)
+    if not metrics:
+        console.print("the answers to these questions are not public: hand in the submission file", markup=False)
+    for path in written:
+        console.print(f"wrote {path}", markup=False, highlight=False)
+
+
+def tables(metrics: Metrics) -> Iterator[Table]:
+    """The plain numbers, and a table for each of the others: a row per category, a column per number."""
+    plain = {name: {"value": value} for name, value in metrics.items() if not isinstance(value, dict)}
+    if plain:
+        yield _table("", "metric", plain)
+    for name, by in metrics.items():
+        if isinstance(by, dict):
+            yield _table(name.replace("_", " "), "", {row: v if isinstance(v, dict) else {"value": v} for row, v in by.items()})
+
+
+def _table(title: str, head: str, rows: Mapping[str, Mapping[str, float]]) -> Table:
+    table = Table(head, title=title or None, title_justify="left")
+    for column in next(iter(rows.values())):
+        table.add_column(column, justify="right")
+    for name, values in rows.items():
+        table.add_row(name, *(f"{value:.2f}" for value in values.values()))
+    return table
