@@ -14,8 +14,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Optional
 
@@ -66,7 +65,8 @@ class Imported:
     parameters: int
     left_out: list[str]
     """Tensors of the source that LLaVA does not compute with."""
-    tokenizer: Path | None
+    tokenizer: str | None
+    """For ``data.tokenizer``."""
 
 
 def import_model(request: Request) -> Imported:
@@ -84,30 +84,45 @@ def import_model(request: Request) -> Imported:
     left_out = sources.drop_unread(source, config.vision.num_layers_used)
     sources.require_floating(source)
     where = request.model or " and ".join(p for p in (request.language_model, request.vision_model) if p)
-    there = NameMap(config, source.kind, source.parts)
-    there.check_hf(dict(sources.sizes(source)), where)
-    kind = source.kind if request.expert_init == "none" else "route"
-    target = NameMap(config, kind, source.parts)
-    dtype = DTYPES[request.dtype]
-    _require_room(output, target, source, dtype)
+    NameMap(config, source.kind, source.parts, all_experts=True).check_hf(dict(sources.sizes(source)), where)
+    target = _Target(config, source.kind if request.expert_init == "none" else "route", source.parts)
+    _require_room(output, target, source, DTYPES[request.dtype])
+    tokenizer = _tokenizer_files(source.tokenizer)
+    if tokenizer:
+        path = _tokenizer_path(output.absolute() / "tokenizer", tokenizer)
+        config = replace(config, data=replace(config.data, tokenizer=str(path)))
     pending = output.with_name(f".{output.name}.importing-{os.getpid()}")
     try:
-        checkpoint = _write(pending, source, config, target, request, dtype)
-        tokenizer = _copy_tokenizer(source.tokenizer, pending / "tokenizer")
-        (pending / "model.yaml").write_text(model_yaml(config, kind, source.parts))
+        checkpoint = _write(pending, source, config, target, request)
+        (pending / "model.yaml").write_text(model_yaml(config, target.kind, source.parts))
+        if tokenizer:
+            (pending / "tokenizer").mkdir()
+        for file in tokenizer:
+            shutil.copyfile(file, pending / "tokenizer" / file.name)
         if output.is_dir():
             output.rmdir()
         os.replace(pending, output)
     finally:
         shutil.rmtree(pending, ignore_errors=True)
-    return Imported(output=output, checkpoint=output / checkpoint.name, config=config, kind=kind, parts=source.parts,
-                    tensors=len(source.tensors), parameters=sum(math.prod(s) for s in target.hf_shapes().values()),
-                    left_out=left_out, tokenizer=output / "tokenizer" if tokenizer else None)
+    return Imported(output=output, checkpoint=output / checkpoint.name, config=config, kind=target.kind, parts=source.parts,
+                    tensors=len(source.tensors), parameters=target.parameters, left_out=left_out, tokenizer=config.data.tokenizer)
+
+
+class _Target:
+    """The entries and global shapes of what is written. Of an evolving model both its experts and the dense FFN it computes with,
+    which is the first of them and the only thing in both of its maps."""
+
+    def __init__(self, config: RunConfig, kind: str, parts: list[str]) -> None:
+        maps = [NameMap(config, kind, parts, all_experts=every) for every in ((True, False) if kind == "evolve" else (False,))]
+        self.kind, self.parts = kind, parts
+        self.shapes = {key: shape for names in maps for key, shape in names.core_shapes().items()}
+        self.entries = list({(e.core, e.expert): e for names in maps for e in names.entries}.values())
+        self.parameters = sum(math.prod(shape) for e in self.entries for shape in e.hf.values())
 
 
 def model_yaml(config: RunConfig, kind: str, parts: list[str]) -> str:
-    """The sections that describe the model: of a mixture also `moe`."""
-    described = {"language": "language_model" in parts, "vision": "vision_model" in parts, "moe": kind == "route"}
+    """The sections that describe the model; with experts also `moe`."""
+    described = {"language": "language_model" in parts, "vision": "vision_model" in parts, "moe": kind in ("evolve", "route")}
     sections = config.to_dict()
     return yaml.safe_dump({name: sections[name] for name, is_there in described.items() if is_there}, sort_keys=False)
 
@@ -121,57 +136,62 @@ def _config(source: sources.Source, request: Request) -> RunConfig:
     """The source's sections with the request's fields over them."""
     if request.dtype not in DTYPES:
         raise ConfigError(f"dtype {request.dtype!r} is unknown; known: {', '.join(DTYPES)}")
-    if request.expert_init != "none" and (source.kind == "route" or "language_model" not in source.parts):
+    if request.expert_init != "none" and (source.kind != "pretrained" or "language_model" not in source.parts):
         raise ConfigError(f"--expert-init {request.expert_init} makes a mixture of a dense language model, and the source is "
-                          f"{'one already' if source.kind == 'route' else 'a vision tower alone'}; leave it out")
+                          f"{'one already' if source.kind != 'pretrained' else 'a vision tower alone'}; leave it out")
     moe = {"expert_init": request.expert_init} if request.expert_init != "none" else {}
     sections = {**source.sections, "moe": {**source.sections.get("moe", {}), **moe}}
     # a run's own sequence length is checked when it starts; here only the model's limit counts
     longest = sections.get("language", {}).get("max_position_embeddings")
-    return from_mapping({**sections, **({"data": {"seq_length": longest}} if longest else {})}, request.flags)
+    return from_mapping({**({"data": {"seq_length": longest}} if longest else {}), **sections}, request.flags)
 
 
-def _require_room(output: Path, target: NameMap, source: sources.Source, dtype: torch.dtype | None) -> None:
+def _require_room(output: Path, target: _Target, source: sources.Source, dtype: torch.dtype | None) -> None:
     widest = max(source.place(name).dtype.itemsize for name in source.tensors)
-    needed = sum(math.prod(s) for s in target.core_shapes().values()) * (dtype.itemsize if dtype else widest)
+    needed = sum(math.prod(s) for s in target.shapes.values()) * (dtype.itemsize if dtype else widest)
     existing = next(p for p in (output, *output.absolute().parents) if p.exists())
     if needed > (free := shutil.disk_usage(existing).free):
         raise CheckpointError(f"{output} needs up to {needed / 2**30:.2f} GiB and {free / 2**30:.2f} GiB are free; nothing was "
                               "written. Free some space, or choose another --output")
 
 
-def _write(directory: Path, source: sources.Source, config: RunConfig, target: NameMap, request: Request,
-           dtype: torch.dtype | None) -> Path:
+def _write(directory: Path, source: sources.Source, config: RunConfig, target: _Target, request: Request) -> Path:
     record = Record(stage="imported", kind=target.kind, step=0, position=0, finished=True, layout={"world": 1},
-                    vocab_size=config.language.vocab_size or 0, tokenizer_fingerprint="", parts=list(target.parts),
-                    num_experts=config.moe.num_experts if target.kind == "route" else 0)
-    shapes = target.core_shapes()
+                    vocab_size=config.language.vocab_size or 0, tokenizer_fingerprint="", parts=target.parts,
+                    lineage=source.lineage, num_experts=config.moe.num_experts if target.kind in ("evolve", "route") else 0)
+    dtype = DTYPES[request.dtype]
     with CheckpointWriter(directory, record, config.to_yaml()) as writer:
         for entry in target.entries:
             row = 0
             for piece in _pieces(entry, source, config, request):
                 piece = piece if dtype is None else piece.to(dtype)
                 if entry.expert is None:
-                    writer.put(entry.core, piece, shape=shapes[entry.core], offset=(row,))
+                    writer.put(entry.core, piece, shape=target.shapes[entry.core], offset=(row,))
                 else:
-                    writer.put(entry.core, piece[None], shape=shapes[entry.core], offset=(entry.expert, row))
+                    writer.put(entry.core, piece[None], shape=target.shapes[entry.core], offset=(entry.expert, row))
                 row += len(piece)
     return writer.path
 
 
-def _pieces(entry: Entry, source: sources.Source, config: RunConfig, request: Request) -> Iterator[Tensor]:
+def _pieces(entry: Entry, source: sources.Source, config: RunConfig, request: Request) -> list[Tensor]:
     """The core tensor of an entry, in pieces along its first axis."""
-    if request.expert_init == "none":
-        yield from entry.to_core({name: source.read(name) for name in entry.hf})
-    elif ".mlp.router." in entry.core:
+    if request.expert_init != "none" and ".mlp.router." in entry.core:
         layer, name = int(_LAYER.search(entry.core)[1]), entry.core.split(".mlp.router.")[1]
         like = source.place(f"language_model.model.layers.{layer}.input_layernorm.weight").dtype
-        yield fresh.router_weights(config, layer + 1)[name].to(like)
-    else:
-        dense = {name: source.read(_EXPERT.sub(".mlp.", name)) for name in entry.hf}
-        pieces = entry.to_core(dense)
-        noisy = request.expert_init == "noise" and entry.expert is not None and entry.core.endswith(".weight")
-        yield from [_with_noise(torch.cat(pieces), entry, len(pieces), config)] if noisy else pieces
+        return [fresh.router_weights(config, layer + 1)[name].to(like)]
+    pieces = entry.to_core({name: source.read(_origin(name, source)) for name in entry.hf})
+    if request.expert_init == "noise" and entry.expert is not None and entry.core.endswith(".weight"):
+        return [_with_noise(torch.cat(pieces), entry, len(pieces), config)]
+    return pieces
+
+
+def _origin(name: str, source: sources.Source) -> str:
+    """The source's tensor for an HF name: its own; for an expert of a new mixture the dense FFN's; for the dense FFN of an evolving
+    model its first expert's."""
+    if name in source.tensors:
+        return name
+    dense = _EXPERT.sub(".mlp.", name)
+    return dense if dense in source.tensors else name.replace(".mlp.", ".mlp.experts.0.")
 
 
 def _with_noise(weight: Tensor, entry: Entry, gates: int, config: RunConfig) -> Tensor:
@@ -182,14 +202,15 @@ def _with_noise(weight: Tensor, entry: Entry, gates: int, config: RunConfig) -> 
     return noise.reshape(weight.shape).mul_(scale).add_(weight).to(weight.dtype)
 
 
-def _copy_tokenizer(source: Path | None, target: Path) -> bool:
+def _tokenizer_files(source: Path | None) -> list[Path]:
     found = [source / name for name in _TOKENIZER_FILES if (source / name).is_file()] if source else []
-    if not any(f.name in ("tokenizer.json", "tokenizer.model", "vocab.json") for f in found):
-        return False
-    target.mkdir()
-    for file in found:
-        shutil.copyfile(file, target / file.name)
-    return True
+    is_tokenizer = any(file.name in ("tokenizer.json", "tokenizer.model") for file in found)
+    return found if is_tokenizer else []
+
+
+def _tokenizer_path(folder: Path, files: list[Path]) -> Path:
+    """What `data.tokenizer` takes: the folder where it has a fast tokenizer, else the sentencepiece file."""
+    return folder if any(file.name == "tokenizer.json" for file in files) else folder / "tokenizer.model"
 
 
 def describe(imported: Imported) -> str:
@@ -201,21 +222,16 @@ def describe(imported: Imported) -> str:
                      f"{vision.hidden_size} wide, {vision.image_size} pixels, {vision.tokens_per_image} tokens per image")
     if "language_model" in imported.parts:
         lines.append(f"  language model  {lm.num_layers} layers, {lm.hidden_size} wide, vocabulary {lm.vocab_size}")
-    if imported.kind == "route":
+    if imported.kind in ("evolve", "route"):
         mixtures = sum(moe.layer_pattern(lm.num_layers))
-        lines.append(f"  mixture         {moe.num_experts} experts in {mixtures} layers, {moe.router} router")
+        lines.append(f"  mixture         {moe.num_experts} experts in {mixtures} layers"
+                     f"{f', {moe.router} router' if imported.kind == 'route' else ', no router yet'}")
     if "vision_projection" not in imported.parts:
         lines.append("  the projector will start fresh")
     if imported.left_out:
         lines.append(f"  left out: {len(imported.left_out)} tensors without a part in the result (the tower's end, buffers, a tied "
                      "output layer)")
-    tokenizer = f" --tokenizer {_tokenizer_path(imported.tokenizer)}" if imported.tokenizer else ""
+    tokenizer = f" --tokenizer {imported.tokenizer}" if imported.tokenizer else ""
     lines.append(f"train on with: python -m megatron_evomoe train --config RUN.yaml --preset {imported.output}/model.yaml "
                  f"--load {imported.output}{tokenizer}")
     return "\n".join(lines)
-
-
-def _tokenizer_path(folder: Path) -> Path:
-    """A run takes the folder where it has a fast tokenizer, else the sentencepiece file."""
-    sentencepiece = folder / "tokenizer.model"
-    return sentencepiece if sentencepiece.exists() and not (folder / "tokenizer.json").exists() else folder

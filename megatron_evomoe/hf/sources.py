@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 
 OWN_KEY = "evomoe_config"
 """Where an export's config.json holds our own sections and the stage kind."""
+EMBEDDING, OUTPUT = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
 _KNOWN_TOWERS = {"clip-vit-large-patch14-336": "clip-l-336"}
 _FETCHED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.bin"]
 
@@ -36,16 +37,22 @@ class Source:
     tensors: dict[str, tuple[HfDirectory, str]] = field(default_factory=dict)
     tokenizer: Path | None = None
     """Directory the tokenizer is in."""
+    lineage: list[dict[str, Any]] = field(default_factory=list)
+    """Of an export of ours: the stages it went through."""
+    rows: dict[str, int] = field(default_factory=dict)
+    """Canonical name -> rows that count, of an embedding which has one more for the image token."""
 
     def place(self, name: str) -> Place:
         """Where a tensor lies."""
         directory, original = self.tensors[name]
-        return directory.tensors[original]
+        place = directory.tensors[original]
+        return replace(place, shape=(min(self.rows[name], place.shape[0]), *place.shape[1:])) if name in self.rows else place
 
     def read(self, name: str) -> torch.Tensor:
         """A tensor by its canonical name."""
         directory, original = self.tensors[name]
-        return directory.read(original)
+        tensor = directory.read(original)
+        return tensor[: self.rows[name]] if name in self.rows else tensor
 
     def add(self, directory: HfDirectory, keep: Callable[[str], bool] = lambda name: True) -> None:
         """Take the directory's tensors whose canonical names are wanted.
@@ -116,8 +123,13 @@ def _own_export(directory: HfDirectory) -> Source:
     if kind not in (*STAGE_KINDS, "pretrained") or not all(isinstance(own.get(s), dict) for s in MODEL_SECTIONS):
         raise ConfigError(f"{directory.path / 'config.json'}: {OWN_KEY} must hold {', '.join(MODEL_SECTIONS)} and kind, "
                           f"it holds {', '.join(own)}")
-    source = Source({name: dict(own[name]) for name in MODEL_SECTIONS}, "route" if kind == "route" else "pretrained", list(PARTS),
-                    tokenizer=directory.path)
+    sections = {name: dict(own[name]) for name in (*MODEL_SECTIONS, "data") if name in own}
+    source = Source(sections, kind if kind in ("evolve", "route") else "pretrained", list(PARTS), tokenizer=directory.path)
+    if stage := own.get("stage"):
+        source.lineage = [*stage.get("lineage", []), {"stage": stage["name"], "kind": stage["kind"], "step": stage["step"],
+                                                      "path": str(directory.path)}]
+    if directory.config.get("model_type") == "llava":  # transformers' LLaVA looks the image token up before it overwrites it
+        source.rows = dict.fromkeys((EMBEDDING, OUTPUT), own["language"]["vocab_size"])
     source.add(directory)
     return source
 
@@ -177,12 +189,11 @@ def drop_unread(source: Source, tower_layers: int) -> list[str]:
         CheckpointError: the configuration ties the output layer to the embedding, and the file has another one.
     """
     dropped = [name for name in source.tensors if layouts.is_unread(name, tower_layers)]
-    head, embedding = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
-    if source.sections.get("language", {}).get("tie_word_embeddings") and {head, embedding} <= source.tensors.keys():
-        if not torch.equal(source.read(head), source.read(embedding)):
-            raise CheckpointError(f"tie_word_embeddings is true, but {head} differs from {embedding}; if it is meant to, set "
+    if source.sections.get("language", {}).get("tie_word_embeddings") and {OUTPUT, EMBEDDING} <= source.tensors.keys():
+        if not torch.equal(source.read(OUTPUT), source.read(EMBEDDING)):
+            raise CheckpointError(f"tie_word_embeddings is true, but {OUTPUT} differs from {EMBEDDING}; if it is meant to, set "
                                   "tie_word_embeddings to false in config.json")
-        dropped.append(head)
+        dropped.append(OUTPUT)
     for name in dropped:
         del source.tensors[name]
     return dropped
