@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +55,8 @@ def run(args: argparse.Namespace) -> int:
         raise BenchmarkError("--batch-size, --max-new-tokens and --limit must be at least 1")
     benchmark, store = BENCHMARKS[args.benchmark], AnswerStore(args.output)
     with Ranks() as ranks:
-        ranks.first_alone(lambda: store.open(_job(args, _questions(benchmark, args))))
-        items = first_groups(_questions(benchmark, args), args.limit)
+        questions = ranks.first_alone(lambda: _begin(benchmark, store, args)) or _questions(benchmark, args)
+        items = first_groups(questions, args.limit)
         answered = store.read()
         ranks.wait()  # a rank that began to answer before another had read would change that one's share
         share = [item for item in items if item.id not in answered][ranks.index :: ranks.size]
@@ -65,9 +67,16 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _begin(benchmark: Benchmark, store: AnswerStore, args: argparse.Namespace) -> list[Item]:
+    """Check everything that can be wrong before a model is loaded."""
+    check_directory(args.model)
+    questions = _questions(benchmark, args)
+    store.open(_job(args, questions))
+    return questions
+
+
 def _questions(benchmark: Benchmark, args: argparse.Namespace) -> list[Item]:
     """Every question of the files; `--limit` comes after, so that it does not change what the answers belong to."""
-    check_directory(args.model)
     if not args.questions.exists():
         raise BenchmarkError(f"--questions {args.questions} does not exist")
     if args.images is not None and not args.images.is_dir():
@@ -113,25 +122,31 @@ def _answer(share: Sequence[Item], model: LoadedModel, store: AnswerStore, ranks
                TimeElapsedColumn(), TimeRemainingColumn())
     with store.writer(ranks.index) as writer, Progress(*columns, console=Console(stderr=True), disable=ranks.index > 0) as progress:
         task = progress.add_task("", total=len(share))
-        for batch in _batches(share, args.batch_size):
-            answers = _answer_batch(batch, model, args.max_new_tokens)
-            writer.add(dict(zip((item.id for item in batch), answers, strict=True)))
-            progress.advance(task, len(batch))
+        for items, batch in _encoded(share, model, args.batch_size):
+            answers = model.answer(batch, **greedy(args.max_new_tokens))
+            writer.add(dict(zip((item.id for item in items), answers, strict=True)))
+            progress.advance(task, len(items))
 
 
-def _batches(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
+def _encoded(share: Sequence[Item], model: LoadedModel, size: int) -> Iterator[tuple[Sequence[Item], Any]]:
+    """Batches of `size` with their inputs; the next one's pictures are decoded while this one is answered."""
+    batches = [share[start : start + size] for start in range(0, len(share), size)]
+    with ThreadPoolExecutor(1) as ahead:
+        waiting = ahead.submit(_encode, batches[0], model)
+        for items, following in itertools.zip_longest(batches, batches[1:]):
+            batch = waiting.result()
+            if following is not None:
+                waiting = ahead.submit(_encode, following, model)
+            yield items, batch
 
 
-def _answer_batch(items: Sequence[Item], model: LoadedModel, max_new_tokens: int) -> list[str]:
+def _encode(items: Sequence[Item], model: LoadedModel) -> Any:
     conversations = [[user_message(item.prompt, len(item.images))] for item in items]
     pixels = [_pixels(image, item) for item in items for image in item.images]
     try:
-        batch = model.encode(conversations, pixels)
+        return model.encode(conversations, pixels)
     except ModelError as error:
         raise ModelError(f"questions {items[0].id} to {items[-1].id}: {error}") from None
-    return model.answer(batch, **greedy(max_new_tokens))
 
 
 def _pixels(image: Path | bytes, item: Item) -> np.ndarray:

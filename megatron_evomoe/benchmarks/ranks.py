@@ -5,7 +5,9 @@ from __future__ import annotations
 import datetime
 import os
 from collections.abc import Callable
+from typing import TypeVar
 
+T = TypeVar("T")
 _PATIENCE = datetime.timedelta(days=7)  # a rank whose share is done waits for the slowest
 
 
@@ -35,21 +37,25 @@ class Ranks:
 
             dist.barrier()
 
-    def first_alone(self, work: Callable[[], None]) -> None:
+    def first_alone(self, work: Callable[[], T]) -> T | None:
         """Rank 0 does `work`; all go on when it succeeded, and all stop when it failed, one of them saying why.
+
+        Returns:
+            What `work` returned on rank 0, None on the others.
 
         Raises:
             ValueError: on rank 0, what `work` raised (all errors meant for users are ValueErrors).
             SystemExit: on the others, status 2.
         """
-        error: ValueError | None = None
+        result, error = None, None
         if self.index == 0:
             try:
-                work()
+                result = work()
             except ValueError as raised:
                 error = raised
         if self._any(error is not None):
             raise error or SystemExit(2)
+        return result
 
     def _any(self, mine: bool) -> bool:
         if self.size == 1:
