@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Optional
 
@@ -67,6 +67,7 @@ class Exported:
     kind: str
     """Stage kind; `dense` where one expert was taken."""
     format: str
+    dtype: str
     tensors: int
     size: int
     """Bytes of weights."""
@@ -119,7 +120,7 @@ def export_model(request: Request) -> Exported:
     finally:
         shutil.rmtree(pending, ignore_errors=True)
     return Exported(output=output, source=plan.reader.directory, config=plan.config, kind=plan.kind, format=plan.format,
-                    tensors=len(_shapes(plan)), size=writer.total_size)
+                    dtype=plan.dtype, tensors=len(_shapes(plan)), size=writer.total_size)
 
 
 def require_empty(output: Path) -> None:
@@ -143,6 +144,8 @@ def _plan(request: Request) -> _Plan:
     stops = stop_ids(tokenizer, config.data.conversation_template)
     names = NameMap(config, record.kind, all_experts=kind == "evolve")
     names.check_core(reader.shapes, folder)
+    if request.tokenizer:
+        config = replace(config, data=replace(config.data, tokenizer=str(path)))
     stage = {"name": record.stage, "kind": record.kind, "step": record.step, "lineage": origin.lineage(record)}
     return _Plan(
         reader=reader, config=config, kind=kind, format=form, dtype=_dtype(request, config), names=names, tokenizer=tokenizer,

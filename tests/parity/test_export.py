@@ -75,6 +75,11 @@ def test_routers_and_gates(make, moe):
     assert_same(load_here(exported.output), core_answer(saved, 0))
 
 
+def test_a_linear_router_with_a_bias(make):
+    saved, exported = make("route", moe={"router": "linear"}, language=CUSTOM["phi"])
+    assert_same(load_here(exported.output), core_answer(saved, 0))
+
+
 @pytest.mark.parametrize("vision", [{"model_type": "siglip"}, {"feature_layer": -1, "num_layers": 2}], ids=["siglip", "last"])
 @pytest.mark.parametrize("kind", ["warmup", "route"])
 def test_towers(make, vision, kind):

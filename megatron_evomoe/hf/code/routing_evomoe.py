@@ -106,14 +106,14 @@ class EvoMoeDynamicRouter(nn.Module):
 
 
 class EvoMoeLinearRouter(nn.Linear):
-    """One linear map for all tokens."""
+    """One linear map for all tokens; it has a bias where all linear layers have one."""
 
     def __init__(self, config):
-        super().__init__(config.hidden_size, config.num_experts, bias=False)
+        super().__init__(config.hidden_size, config.num_experts, bias=config.linear_bias)
 
     def forward(self, tokens, is_vision):
         """Logits [T, N] in float32."""
-        return F.linear(tokens.float(), self.weight.float())
+        return F.linear(tokens.float(), self.weight.float(), None if self.bias is None else self.bias.float())
 
 
 class EvoMoeModalityLinearRouter(nn.Module):
