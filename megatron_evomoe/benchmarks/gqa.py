@@ -53,21 +53,23 @@ def score(items: Sequence[Item], answers: Answers) -> Metrics:
     return {
         "accuracy": mean_percent([s for _, s in right]),
         **mean_by(("open" if m["structural"] == "query" else "binary", s) for m, s in right),
-        "distribution": _distribution(known, answers),
+        **_distribution(known, answers),
         "by_structural_type": mean_by((m["structural"], s) for m, s in right),
         "by_semantic_type": mean_by((m["semantic"], s) for m, s in right),
     }
 
 
-def _distribution(items: Sequence[Item], answers: Answers) -> float:
+def _distribution(items: Sequence[Item], answers: Answers) -> Metrics:
     """Chi-square between true and given answers in each global group, averaged by group size; lower is better, 0 is equal."""
     groups = grouped((i.metadata["global_group"], i) for i in items if i.metadata["global_group"] is not None)
+    if not groups:
+        return {}
     total = 0.0
     for members in groups.values():
         true = Counter(i.metadata["answer"] for i in members)
         given = Counter(gqa_answer(answers[i.id]) for i in members)
         total += len(members) * sum((given[answer] - count) ** 2 / count for answer, count in true.items())
-    return total / max(1, sum(map(len, groups.values())))
+    return {"distribution": total / sum(map(len, groups.values()))}
 
 
 def submission(items: Sequence[Item], answers: Answers, folder: Path) -> list[Path]:
