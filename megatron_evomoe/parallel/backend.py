@@ -13,6 +13,8 @@ import socket
 import torch
 import torch.distributed as dist
 
+from megatron_evomoe.parallel import attempt
+
 _prepared = False
 
 
@@ -49,9 +51,18 @@ def init_process_group(timeout_minutes: float) -> None:
     """Join torchrun's world; outside torchrun, be a world of one on a free port (the environment stays as it is)."""
     timeout = datetime.timedelta(minutes=timeout_minutes)
     if "RANK" in os.environ:
-        dist.init_process_group(backend_name(), timeout=timeout)
+        _join(timeout)
         return
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     dist.init_process_group(backend_name(), timeout=timeout, init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
+
+
+def _join(timeout: datetime.timedelta) -> None:
+    if not attempt.is_restartable():
+        dist.init_process_group(backend_name(), timeout=timeout)
+        return
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    store = attempt.own_store(store, rank, world_size, timeout)
+    dist.init_process_group(backend_name(), store=store, rank=rank, world_size=world_size, timeout=timeout)
