@@ -50,7 +50,9 @@ def run(args: argparse.Namespace, flags: dict[str, Any]) -> int:
     imported = import_model(request)
     print(describe(imported))
     if args.verify:
-        from megatron_evomoe.hf.verify import verify
+        from megatron_evomoe.hf import verify_in, verify_out
 
-        return 0 if verify(request, imported) else 1
+        rows = verify_in.compare(request, imported)
+        print(verify_out.table(rows))
+        return 0 if all(row.good for row in rows) else 1
     return 0

@@ -78,14 +78,8 @@ def import_model(request: Request) -> Imported:
     """
     output = Path(request.output).expanduser()
     _require_empty(output)
-    source = sources.open_source(request.model, request.language_model, request.vision_model,
-                                 allow_remote_code=request.allow_remote_code)
-    config = _config(source, request)
-    left_out = sources.drop_unread(source, config.vision.num_layers_used)
-    sources.require_floating(source)
-    where = request.model or " and ".join(p for p in (request.language_model, request.vision_model) if p)
-    NameMap(config, source.kind, source.parts, all_experts=True).check_hf(dict(sources.sizes(source)), where)
-    target = _Target(config, source.kind if request.expert_init == "none" else "route", source.parts)
+    source, config, left_out = _open(request)
+    target = _target(source, config, request)
     _require_room(output, target, source, DTYPES[request.dtype])
     tokenizer = _tokenizer_files(source.tokenizer)
     if tokenizer:
@@ -108,7 +102,29 @@ def import_model(request: Request) -> Imported:
                     tensors=len(source.tensors), parameters=target.parameters, left_out=left_out, tokenizer=config.data.tokenizer)
 
 
-class _Target:
+def open_target(request: Request, config: RunConfig) -> tuple[sources.Source, Target]:
+    """What was read and what was written, for a look back at an import."""
+    source, _, _ = _open(request)
+    return source, _target(source, config, request)
+
+
+def _open(request: Request) -> tuple[sources.Source, RunConfig, list[str]]:
+    """The source, checked against its configuration; and the tensors left out."""
+    source = sources.open_source(request.model, request.language_model, request.vision_model,
+                                 allow_remote_code=request.allow_remote_code)
+    config = _config(source, request)
+    left_out = sources.drop_unread(source, config.vision.num_layers_used)
+    sources.require_floating(source)
+    where = request.model or " and ".join(p for p in (request.language_model, request.vision_model) if p)
+    NameMap(config, source.kind, source.parts, all_experts=True).check_hf(dict(sources.sizes(source)), where)
+    return source, config, left_out
+
+
+def _target(source: sources.Source, config: RunConfig, request: Request) -> Target:
+    return Target(config, source.kind if request.expert_init == "none" else "route", source.parts)
+
+
+class Target:
     """The entries and global shapes of what is written. Of an evolving model both its experts and the dense FFN it computes with,
     which is the first of them and the only thing in both of its maps."""
 
@@ -118,6 +134,15 @@ class _Target:
         self.shapes = {key: shape for names in maps for key, shape in names.core_shapes().items()}
         self.entries = list({(e.core, e.expert): e for names in maps for e in names.entries}.values())
         self.parameters = sum(math.prod(shape) for e in self.entries for shape in e.hf.values())
+
+    @staticmethod
+    def origin(name: str, source: sources.Source) -> str:
+        """The source's tensor for an HF name: its own; for an expert of a new mixture the dense FFN's; for the dense FFN of an
+        evolving model its first expert's."""
+        if name in source.tensors:
+            return name
+        dense = _EXPERT.sub(".mlp.", name)
+        return dense if dense in source.tensors else name.replace(".mlp.", ".mlp.experts.0.")
 
 
 def model_yaml(config: RunConfig, kind: str, parts: list[str]) -> str:
@@ -146,7 +171,7 @@ def _config(source: sources.Source, request: Request) -> RunConfig:
     return from_mapping({**({"data": {"seq_length": longest}} if longest else {}), **sections}, request.flags)
 
 
-def _require_room(output: Path, target: _Target, source: sources.Source, dtype: torch.dtype | None) -> None:
+def _require_room(output: Path, target: Target, source: sources.Source, dtype: torch.dtype | None) -> None:
     widest = max(source.place(name).dtype.itemsize for name in source.tensors)
     needed = sum(math.prod(s) for s in target.shapes.values()) * (dtype.itemsize if dtype else widest)
     existing = next(p for p in (output, *output.absolute().parents) if p.exists())
@@ -155,7 +180,7 @@ def _require_room(output: Path, target: _Target, source: sources.Source, dtype: 
                               "written. Free some space, or choose another --output")
 
 
-def _write(directory: Path, source: sources.Source, config: RunConfig, target: _Target, request: Request) -> Path:
+def _write(directory: Path, source: sources.Source, config: RunConfig, target: Target, request: Request) -> Path:
     record = Record(stage="imported", kind=target.kind, step=0, position=0, finished=True, layout={"world": 1},
                     vocab_size=config.language.vocab_size or 0, tokenizer_fingerprint="", parts=target.parts,
                     lineage=source.lineage, num_experts=config.moe.num_experts if target.kind in ("evolve", "route") else 0)
@@ -173,25 +198,22 @@ def _write(directory: Path, source: sources.Source, config: RunConfig, target: _
     return writer.path
 
 
+def is_drawn(entry: Entry, request: Request) -> bool:
+    """Whether an entry's numbers are, in part, random."""
+    if request.expert_init == "none":
+        return False
+    noisy = request.expert_init == "noise" and entry.expert is not None and entry.core.endswith(".weight")
+    return noisy or ".mlp.router." in entry.core
+
+
 def _pieces(entry: Entry, source: sources.Source, config: RunConfig, request: Request) -> list[Tensor]:
     """The core tensor of an entry, in pieces along its first axis."""
-    if request.expert_init != "none" and ".mlp.router." in entry.core:
+    if is_drawn(entry, request) and entry.expert is None:
         layer, name = int(_LAYER.search(entry.core)[1]), entry.core.split(".mlp.router.")[1]
         like = source.place(f"language_model.model.layers.{layer}.input_layernorm.weight").dtype
         return [fresh.router_weights(config, layer + 1)[name].to(like)]
-    pieces = entry.to_core({name: source.read(_origin(name, source)) for name in entry.hf})
-    if request.expert_init == "noise" and entry.expert is not None and entry.core.endswith(".weight"):
-        return [_with_noise(torch.cat(pieces), entry, len(pieces), config)]
-    return pieces
-
-
-def _origin(name: str, source: sources.Source) -> str:
-    """The source's tensor for an HF name: its own; for an expert of a new mixture the dense FFN's; for the dense FFN of an evolving
-    model its first expert's."""
-    if name in source.tensors:
-        return name
-    dense = _EXPERT.sub(".mlp.", name)
-    return dense if dense in source.tensors else name.replace(".mlp.", ".mlp.experts.0.")
+    pieces = entry.to_core({name: source.read(Target.origin(name, source)) for name in entry.hf})
+    return [_with_noise(torch.cat(pieces), entry, len(pieces), config)] if is_drawn(entry, request) else pieces
 
 
 def _with_noise(weight: Tensor, entry: Entry, gates: int, config: RunConfig) -> Tensor:

@@ -90,8 +90,13 @@ def open_source(model: str | None, language_model: str | None, vision_model: str
     return _own_export(directory) if OWN_KEY in directory.config else _llava(directory, tower)
 
 
+def directory_of(path: str) -> HfDirectory:
+    """A directory, or the model of that hub id. Raises as `HfDirectory` and `local_path`."""
+    return HfDirectory(local_path(path))
+
+
 def _open(path: str, allow_remote_code: bool) -> HfDirectory:
-    directory = HfDirectory(_local(path))
+    directory = directory_of(path)
     if directory.config.get("auto_map") and OWN_KEY not in directory.config:
         if not allow_remote_code:
             code = ", ".join(map(str, directory.config["auto_map"].values()))
@@ -103,8 +108,8 @@ def _open(path: str, allow_remote_code: bool) -> HfDirectory:
     return directory
 
 
-def _local(path: str) -> Path:
-    """The directory itself, or that of a model fetched from the hub by its id."""
+def local_path(path: str) -> Path:
+    """The directory itself, or that of a model fetched from the hub by its id. Raises `ConfigError` if it cannot be fetched."""
     local = Path(path).expanduser()
     if local.is_dir() or path.count("/") != 1 or path.startswith((".", "/", "~")):
         return local

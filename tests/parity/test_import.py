@@ -22,6 +22,7 @@ import torch
 import yaml
 
 from megatron_evomoe.config import VisionConfig
+from megatron_evomoe.hf import verify_in
 from megatron_evomoe.hf.importing import Request, import_model
 from tests.parity import hf_models
 from tests.parity.hf_models import IMAGE_TOKEN, LANGUAGE, LLAVA, PATCHES, SIDE
@@ -152,6 +153,43 @@ def test_a_wrong_detail_shows(name, change, imported, folder, tmp_path):
     (bad / "model.yaml").write_text(yaml.safe_dump(sections))
     ours, theirs = run({name: bad}, "TP 1", tmp_path)[name]["logits"], wanted(model, name)["logits"]
     assert (ours - theirs).abs().max() / theirs.abs().max() > 100 * TOLERANCE
+
+
+def rows_of(request: Request) -> list[Any]:
+    return verify_in.compare(request, import_model(request))
+
+
+@pytest.mark.parametrize("expert_init", ["none", "replicate"])
+def test_verify_agrees(one_rank, imported, folder, tmp_path, expert_init):
+    imported("llava")
+    rows = rows_of(Request(model=str(folder / "hf" / "llava"), output=str(tmp_path / "out"), expert_init=expert_init))
+    assert [row.what.split(":")[0] for row in rows] == ["tensors", "logits, one image"] and all(row.good for row in rows)
+
+
+def test_verify_of_parts(one_rank, imported, folder, tmp_path):
+    imported("qwen3")
+    hf_models.save(hf_models.tower("siglip"), tmp_path / "tower")
+    rows = rows_of(Request(language_model=str(folder / "hf" / "qwen3"), vision_model=str(tmp_path / "tower"),
+                           output=str(tmp_path / "out")))
+    assert [row.what.split(":")[0] for row in rows] == ["tensors", "logits, text", "tower's features"]
+    assert all(row.good for row in rows)
+
+
+def test_verify_sees_a_changed_source(one_rank, imported, folder, tmp_path):
+    """One weight of the source moved after the import."""
+    from safetensors.torch import load_file, save_file
+
+    imported("llama")
+    source = tmp_path / "hf"
+    shutil.copytree(folder / "hf" / "llama", source)
+    request = Request(language_model=str(source), output=str(tmp_path / "out"))
+    done = import_model(request)
+    weights = load_file(source / "model.safetensors")
+    weights["model.layers.1.self_attn.k_proj.weight"][3, 5] += 1.0
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    tensors, logits = verify_in.compare(request, done)
+    assert not tensors.good and tensors.found.endswith("model.layers.1.self_attn.k_proj.weight")
+    assert not logits.good
 
 
 @pytest.mark.parametrize("layout", ["TP 1", "TP 2"])

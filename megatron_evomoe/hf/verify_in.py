@@ -1,0 +1,171 @@
+"""Is an import what it was made of? Every tensor against the source's, and both models on the same inputs where they fit in memory.
+
+The tensors are read back through the name map; the model is loaded by megatron-core itself, in float32.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from megatron_evomoe.checkpoint.stream import CheckpointReader
+from megatron_evomoe.config import ConfigError, ParallelConfig, RunConfig
+from megatron_evomoe.data.conversation import TEXT, VISION
+from megatron_evomoe.data.image import processor_for
+from megatron_evomoe.hf import sources
+from megatron_evomoe.hf.config_in import LLAVA_TYPES
+from megatron_evomoe.hf.importing import DTYPES, Imported, Request, is_drawn, open_target
+from megatron_evomoe.hf.verify_out import LOGITS, Row
+
+_LENGTH = 24
+
+
+def compare(request: Request, imported: Imported) -> list[Row]:
+    """The table's rows. In a process without process groups; makes a world of one for the time.
+
+    Raises:
+        CheckpointError, ConfigError: the source cannot be read any more.
+    """
+    rows = [_compare_tensors(request, imported)]
+    if reason := _why_not_run(request, imported):
+        return [*rows, Row("logits", reason, "", True)]
+    return [*rows, *_compare_models(request, imported)]
+
+
+def _compare_tensors(request: Request, imported: Imported) -> Row:
+    """All entries of the map, one at a time."""
+    source, target = open_target(request, imported.config)
+    reader, dtype = CheckpointReader(imported.checkpoint), DTYPES[request.dtype]
+    count, different = 0, []
+    for entry in target.entries:
+        if is_drawn(entry, request):
+            continue
+        for name, tensor in entry.to_hf(reader.read(entry.core, entry.expert)).items():
+            original = source.read(target.origin(name, source))
+            count += 1
+            if not torch.equal(tensor, original if dtype is None else original.to(dtype)):
+                different.append(name)
+    found = f"{count} bit-identical" if not different else f"{len(different)} of {count} differ: {', '.join(different[:3])}"
+    return Row("tensors", found, "all", not different)
+
+
+def _why_not_run(request: Request, imported: Imported) -> str:
+    """Why both models cannot be run; empty if they can."""
+    if request.expert_init == "noise" or (imported.kind == "route" and imported.config.moe.router_gate != "straight_through"
+                                          and request.expert_init != "none"):
+        return "not compared: the new experts do not compute what the dense model does"
+    if imported.kind == "evolve":
+        return "not compared: an evolving model's router does not exist yet"
+    if request.model and sources.directory_of(request.model).config.get("model_type") in LLAVA_TYPES[1:]:
+        return "not compared: transformers has no class for this format"
+    needed, free = 2 * 4 * imported.parameters, os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > free:
+        return f"not compared: both models need {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
+    return ""
+
+
+@torch.no_grad()
+def _compare_models(request: Request, imported: Imported) -> Iterator[Row]:
+    config, parts = imported.config, imported.parts
+    pixels = torch.randint(0, 256, (1, 3, config.vision.image_size, config.vision.image_size), dtype=torch.uint8,
+                           generator=torch.Generator().manual_seed(1))
+    normalised = processor_for(config).normalize(pixels, torch.float32)
+    with _core_model(imported) as ours:
+        if "language_model" in parts:
+            whole = "vision_projection" in parts
+            theirs = _theirs(request, "AutoModelForImageTextToText" if whole else "AutoModelForCausalLM",
+                             request.model or request.language_model)
+            # transformers' LLaVA looks up the image token's own embedding, which some files do not have
+            rows = theirs.get_input_embeddings().weight.shape[0]
+            whole = whole and (theirs.config.model_type != "llava" or theirs.config.image_token_index < rows)
+            tokens, types = _prompt(config, image_token=theirs.config.image_token_index if whole else None)
+            wanted = theirs(input_ids=tokens, **({"pixel_values": normalised} if whole else {})).logits
+            got = ours(tokens, types, pixels[: int(whole)])
+            size = config.language.vocab_size
+            yield _row("logits, one image" if whole else "logits, text", got[..., :size], wanted[..., :size])
+        if "vision_model" in parts and "vision_projection" not in parts:
+            kind = {"clip": "CLIPVisionModel", "siglip": "SiglipVisionModel"}[config.vision.model_type]
+            theirs = _theirs(request, kind, request.vision_model)
+            states = theirs(normalised, output_hidden_states=True).hidden_states[config.vision.feature_layer]
+            yield _row("tower's features", ours.vision_model(normalised), states[:, -config.vision.tokens_per_image :])
+
+
+def _row(what: str, got: torch.Tensor, wanted: torch.Tensor) -> Row:
+    error = ((got - wanted).abs().max() / wanted.abs().max()).item()
+    return Row(f"{what}: largest difference", f"{error:.1e}", f"{LOGITS:.0e} of the largest", error <= LOGITS)
+
+
+def _prompt(config: RunConfig, image_token: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and types [1, s] of a text, an image within it if there is a token for it."""
+    tokens = torch.randint(0, config.language.vocab_size, (1, _LENGTH), generator=torch.Generator().manual_seed(2))
+    if image_token is None:
+        return tokens, torch.full_like(tokens, TEXT)
+    tokens[tokens == image_token] = (image_token + 1) % config.language.vocab_size
+    image = torch.full((1, config.vision.tokens_per_image), image_token)
+    tokens = torch.cat([tokens[:, :4], image, tokens[:, 4:]], dim=1)
+    return tokens, torch.where(tokens == image_token, VISION, TEXT)
+
+
+def _theirs(request: Request, kind: str, path: str | None) -> Any:
+    """transformers' model in float32, its weights rounded to the import's type; code in the directory is not run."""
+    try:
+        import transformers
+    except ImportError:
+        raise ConfigError("--verify needs transformers 4.56 or later: pip install transformers") from None
+    import megatron_evomoe.hf  # noqa: F401  (its classes read our own exports)
+
+    model = getattr(transformers, kind).from_pretrained(sources.local_path(str(path)), dtype=torch.float32, local_files_only=True)
+    if dtype := DTYPES[request.dtype]:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype).float()
+    return model.eval()
+
+
+@contextmanager
+def _core_model(imported: Imported) -> Iterator[Any]:
+    """The checkpoint in megatron-core's model, float32, evaluation mode; parts it lacks are fresh."""
+    from megatron_evomoe.parallel import backend
+
+    warnings.filterwarnings("ignore", module=r"megatron\.core.*|torch\.distributed.*")
+    backend.prepare()
+    from torch import distributed as dist
+
+    from megatron_evomoe.parallel import topology
+
+    language = replace(imported.config.language, vocab_size=imported.config.language.vocab_size or 8)
+    config = replace(imported.config, language=language, parallel=ParallelConfig(),
+                     train=replace(imported.config.train, bf16=False),
+                     moe=replace(imported.config.moe, moe_expert_capacity_factor=None))
+    own_world = not dist.is_initialized()
+    if own_world:
+        backend.init_process_group(timeout_minutes=1)
+        topology.initialize(config)
+        topology.seed_everything(config.train.seed)
+    try:
+        yield _loaded(imported, config)
+    finally:
+        if own_world:
+            from megatron.core import parallel_state
+
+            parallel_state.destroy_model_parallel()
+            dist.destroy_process_group()
+
+
+def _loaded(imported: Imported, config: RunConfig) -> Any:
+    from megatron_evomoe.checkpoint import store
+    from megatron_evomoe.hf.names import PARTS
+    from megatron_evomoe.train.build import build_modules
+
+    [model] = build_modules(config, "route" if imported.kind == "route" else "dense")
+    lacking = "|".join(rf"^{part}\." for part in PARTS if part not in imported.parts) or r"(?!)"
+    states, _ = store.load_weights(imported.checkpoint, [model.sharded_state_dict(metadata=store.metadata())],
+                                   may_be_fresh=re.compile(lacking))
+    model.load_state_dict({k: v for k, v in states[0].items() if torch.is_tensor(v)}, strict=False)
+    return model.eval()
