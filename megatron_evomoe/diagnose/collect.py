@@ -27,11 +27,11 @@ class Watch:
 
     def __init__(self, config: RunConfig, *, with_logits: bool) -> None:
         pattern = config.moe.layer_pattern(config.language.num_layers)
-        self.layer_numbers = [i + 1 for i, is_moe in enumerate(pattern) if is_moe]
-        self._index = {number: i for i, number in enumerate(self.layer_numbers)}
+        self.layers = [layer for layer, is_moe in enumerate(pattern) if is_moe]  # from 0, as megatron-core's own metrics
+        self._index = {layer + 1: i for i, layer in enumerate(self.layers)}  # routers count from 1
         experts = config.moe.num_experts
-        self.shares = ShareCounter(len(self.layer_numbers), experts, backend.device())
-        self.logits = LogitSample(len(self.layer_numbers), experts, seed=dist.get_rank()) if with_logits else None
+        self.shares = ShareCounter(len(self.layers), experts, backend.device())
+        self.logits = LogitSample(len(self.layers), experts, seed=dist.get_rank()) if with_logits else None
 
     def __call__(self, layer_number: int, token_types: Tensor, logits: Tensor, probs: Tensor, routing_map: Tensor) -> None:
         """The router's observer."""
@@ -145,7 +145,7 @@ def save(run_dir: Path, stage: str, step: int, watch: Watch, layers: Sequence[An
     watch.merge_logits()
     similarity = expert_similarity(layers, config)
     if is_main and watch.logits is not None:
-        store.write_shares(run_dir, stage, step, watch.layer_numbers, counts)
-        store.write_logits(run_dir, stage, step, watch.layer_numbers, watch.logits)
-        store.write_similarity(run_dir, stage, step, watch.layer_numbers, similarity)
+        store.write_shares(run_dir, stage, step, watch.layers, counts)
+        store.write_logits(run_dir, stage, step, watch.layers, watch.logits)
+        store.write_similarity(run_dir, stage, step, watch.layers, similarity)
     return {"shares": counts, "similarity": similarity}

@@ -94,16 +94,16 @@ def _kl_bits(p: Tensor, q: Tensor) -> Tensor:
     return (torch.special.xlogy(p, p) - torch.special.xlogy(p, q)).sum(-1) / torch.log(torch.tensor(2.0, dtype=p.dtype))
 
 
-def share_metrics(counts: Tensor, layer_numbers: list[int]) -> dict[str, float]:
-    """counts [L, M, E] as named metrics: shares, divergence, overload; `layer_numbers` are the decoder's. nan is left out."""
+def share_metrics(counts: Tensor, layers: list[int]) -> dict[str, float]:
+    """counts [L, M, E] as named metrics: shares, divergence, overload; `layers` are the decoder's, from 0. nan is left out."""
     counts = counts.cpu()  # one wait for the device, not one per number
     shares = normalise(counts)
     divergence, overload = modality_divergence(shares), max_overload_factor(counts)
     metrics = {f"moe/share_{modality}/layer_{number}/expert_{e}": shares[i, m, e].item()
-               for i, number in enumerate(layer_numbers)
+               for i, number in enumerate(layers)
                for m, modality in enumerate(MODALITIES)
                for e in range(counts.shape[-1])}
-    metrics |= {f"moe/modality_divergence_layer_{number}": divergence[i].item() for i, number in enumerate(layer_numbers)}
+    metrics |= {f"moe/modality_divergence_layer_{number}": divergence[i].item() for i, number in enumerate(layers)}
     metrics["moe/max_overload_factor"] = overload.nan_to_num(0.0).max().item()
     metrics["moe/dead_experts"] = float(dead_experts(counts).sum())
     return {name: value for name, value in metrics.items() if value == value}

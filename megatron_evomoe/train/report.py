@@ -105,7 +105,7 @@ def routing_metrics(watch: Watch, config: RunConfig, *, steps: int) -> dict[str,
         pattern = config.moe.layer_pattern(config.language.num_layers)
         moe_utils.track_moe_metrics(loss_scale=1 / (microbatches * steps), iteration=0, writer=captured, per_layer_logging=True,
                                     force_initialize=True, track_names=names, num_layers=len(pattern), moe_layer_freq=pattern)
-    return {**share_metrics(counts, watch.layer_numbers), **captured.values}
+    return {**share_metrics(counts, watch.layers), **captured.values}
 
 
 def forget_auxiliary_losses() -> None:

@@ -48,7 +48,7 @@ def test_every_stage_trains_saves_and_is_measured(two_ranks):
 def test_routing_is_measured(two_ranks):
     out = two_ranks / "run"
     route = [x for x in metrics(out) if x["stage"] == "route"]
-    shares = [route[1][f"moe/share_vision/layer_2/expert_{e}"] for e in range(4)]
+    shares = [route[1][f"moe/share_vision/layer_1/expert_{e}"] for e in range(4)]
     assert sum(shares) == pytest.approx(1) and "load_balancing_loss" in route[1]
     # E Σ F·G is 1 for an even split and at most 4 for a collapse
     assert 0.99 < route[1]["load_balancing_loss"] <= 4.0
