@@ -5,6 +5,7 @@ transformers may fill what it does not find with random numbers and a warning; h
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import mmap
@@ -22,6 +23,7 @@ from megatron_evomoe.config import ConfigError
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
           "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 """safetensors' names of the types that are read."""
+_POPULATE_READ = 22  # MADV_POPULATE_READ, Linux 5.14
 _MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
 
 
@@ -120,6 +122,8 @@ def _mapped(place: Place) -> Tensor:
     with place.file.open("rb") as file:
         # private, so that a tensor made of it may be written to; the file stays as it is
         memory = mmap.mmap(file.fileno(), place.start - first + count * place.dtype.itemsize, offset=first, access=mmap.ACCESS_COPY)
+    with contextlib.suppress(OSError, AttributeError):  # all pages at once is twice as fast as one by one
+        memory.madvise(_POPULATE_READ)
     return torch.frombuffer(memory, dtype=place.dtype, count=count, offset=place.start - first).reshape(place.shape)
 
 
