@@ -3,7 +3,8 @@
     python benchmarks/convert.py [--gigabytes 4] [--rounds 3] [--folder DIR]
 
 A synthetic LLaVA in bfloat16, imported, and exported again. Rounds alternate; medians are printed as Markdown. Peak memory is
-VmHWM of the converting process, all of it: interpreter and libraries included, which the time leaves out. Needs three times the size on the disk.
+VmHWM of the converting process, interpreter and libraries included; their import is left out of the time. Needs three times
+the size on the disk.
 """
 
 from __future__ import annotations
