@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Optional
@@ -30,7 +31,7 @@ from megatron_evomoe.data.tokenizer import HuggingFaceTokenizer, SentencePieceTo
 from megatron_evomoe.hf import card, config_out, origin
 from megatron_evomoe.hf.chat import chat_template
 from megatron_evomoe.hf.code.files import source_files
-from megatron_evomoe.hf.names import PARTS, NameMap
+from megatron_evomoe.hf.names import PARTS, Entry, NameMap
 from megatron_evomoe.hf.safetensors_out import ShardedWriter
 from megatron_evomoe.hf.tokenizer_out import TokenizerFiles, check_ids, tokenizer_files
 
@@ -106,7 +107,10 @@ def export_model(request: Request) -> Exported:
     require_empty(output)
     plan = _plan(request)
     pending = output.with_name(f".{output.name}.exporting-{os.getpid()}")
+    checker = ThreadPoolExecutor(1)
     try:
+        # checksums are read beside the conversion, which finds the same bytes in the page cache
+        problem = checker.submit(integrity.mismatch, plan.reader.directory, plan.reader.record.files)
         pending.mkdir(parents=True)
         writer = ShardedWriter(pending, _shapes(plan), DTYPES[plan.dtype], request.max_shard_bytes)
         _require_room(pending, writer.total_size, output)
@@ -114,10 +118,13 @@ def export_model(request: Request) -> Exported:
             writer.put(name, tensor)
         writer.finish()
         _write_files(plan, pending, writer)
+        if message := problem.result():
+            raise CheckpointError(message)
         if output.is_dir():
             output.rmdir()
         os.replace(pending, output)
     finally:
+        checker.shutdown(cancel_futures=True)
         shutil.rmtree(pending, ignore_errors=True)
     return Exported(output=output, source=plan.reader.directory, config=plan.config, kind=plan.kind, format=plan.format,
                     dtype=plan.dtype, tensors=len(_shapes(plan)), size=writer.total_size)
@@ -132,8 +139,6 @@ def require_empty(output: Path) -> None:
 def _plan(request: Request) -> _Plan:
     folder = origin.find_checkpoint(Path(request.checkpoint).expanduser())
     reader = CheckpointReader(folder)
-    if problem := integrity.mismatch(folder, reader.record.files):
-        raise CheckpointError(problem)
     record, config = reader.record, origin.config_of(folder, reader.record)
     if lacking := [part for part in PARTS if part not in record.parts]:
         raise CheckpointError(f"{folder} holds no {', '.join(lacking)}; only a whole model can be exported")
@@ -214,13 +219,24 @@ def _shapes(plan: _Plan) -> dict[str, tuple[int, ...]]:
 
 
 def _tensors(plan: _Plan) -> Iterator[tuple[str, Tensor]]:
-    for entry in plan.names.entries:
-        core = plan.reader.read(entry.core, entry.expert)
+    for entry, core in _read_ahead(plan):
         for name, tensor in entry.to_hf(core).items():
             if name in _EMBEDDINGS and len(tensor) < plan.rows:
                 tensor = torch.cat([tensor, tensor.new_zeros(plan.rows - len(tensor), *tensor.shape[1:])])
             yield name, tensor
     yield from _stand_ins(plan).items()
+
+
+def _read_ahead(plan: _Plan) -> Iterator[tuple[Entry, Tensor]]:
+    """Every entry and its tensor; the next is read while one is written."""
+    entries = plan.names.entries
+    with ThreadPoolExecutor(1) as reader:
+        coming = reader.submit(plan.reader.read, entries[0].core, entries[0].expert)
+        for entry, after in zip(entries, [*entries[1:], None], strict=True):
+            core = coming.result()
+            if after is not None:
+                coming = reader.submit(plan.reader.read, after.core, after.expert)
+            yield entry, core
 
 
 def _stand_ins(plan: _Plan) -> dict[str, Tensor]:
