@@ -297,6 +297,14 @@ class TrainConfig:
     """Save and exit with status 0 once the run is this old, in minutes; none never."""
     exit_interval: Optional[int] = None
     """Save and exit with status 0 after a step that is a multiple of this; none never."""
+    profile: bool = False
+    """Write a trace and a table of what some steps take to SAVE/profile/ (docs/gpu.md)."""
+    profile_step_start: int = 10
+    """First step of each stage that is profiled."""
+    profile_step_end: int = 12
+    """First step that is not profiled any more."""
+    profile_ranks: list[int] = field(default_factory=lambda: [0])
+    """Ranks that are profiled."""
 
 
 @dataclass(kw_only=True)
@@ -581,6 +589,8 @@ def check(config: RunConfig) -> None:
         rule(0.0 <= low <= high <= 1.0, f"evolution_beta range [{low}, {high}] must satisfy 0 <= low <= high <= 1")
     rule(train.micro_batch_size >= 1 and train.global_batch_size >= 1,
          f"batch sizes must be positive, got micro {train.micro_batch_size} and global {train.global_batch_size}")
+    rule(not train.profile or 1 <= train.profile_step_start < train.profile_step_end,
+         f"profile_step_start {train.profile_step_start} must be at least 1 and below profile_step_end {train.profile_step_end}")
     rule(vision.tokens_per_image < config.data.seq_length,
          f"one image takes {vision.tokens_per_image} tokens and does not fit seq_length {config.data.seq_length}")
     rule(config.data.seq_length <= lm.max_position_embeddings,

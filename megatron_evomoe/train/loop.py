@@ -18,6 +18,7 @@ from megatron_evomoe.checkpoint.record import CheckpointError, Record
 from megatron_evomoe.config import RunConfig, StageConfig
 from megatron_evomoe.diagnose import collect
 from megatron_evomoe.moe import evolution
+from megatron_evomoe.observe import profile
 from megatron_evomoe.observe.heartbeat import CollectiveError
 from megatron_evomoe.parallel import broadcast, rng, topology
 from megatron_evomoe.train import evaluate, report
@@ -75,7 +76,9 @@ def train_stage(session: Session, stage: StageConfig, stop: StopRequests) -> str
     session.heartbeat.enter("setup", record.step)
     meter = report.StageMeter(session, built, config, stage)
     if not record.finished:
-        if reason := _take_steps(session, built, record, config, stage, stop, meter):
+        with profile.profiling(config.train, built.modules, session.run_dir / "profile", stage.name):
+            reason = _take_steps(session, built, record, config, stage, stop, meter)
+        if reason:
             return reason
         record.finished = True
         _save(session, built, record, stage)
@@ -90,17 +93,20 @@ def _take_steps(session: Session, built: Built, record: Record, config: RunConfi
     loader = train_loader(session, config, start_position=record.position)
     batches = iter(loader) if loader is not None else None
     while record.step < config.train.train_iters:
+        profile.begin_step(record.step + 1)
         started = time.perf_counter()
         built.clock.start()
         session.heartbeat.enter("data", record.step + 1)
-        batch = next_step(batches, session, config)
+        with profile.phase("data"):
+            batch = next_step(batches, session, config)
         session.heartbeat.enter("step")
         result = take_step(built, batch, record.step + 1)
         built.clock.stop()
         record.step += 1
         record.position += config.train.global_batch_size
-        for mlp in built.evolving:
-            mlp.evolve(record.step, config.train.seed)
+        with profile.phase("evolution"):
+            for mlp in built.evolving:
+                mlp.evolve(record.step, config.train.seed)
         meter.add(record.step, result, time.perf_counter() - started, loader)
         _announce(session, stage, session.saver.poll())
         reason = stop.agreed(record.step) if record.step < config.train.train_iters else None
@@ -219,9 +225,10 @@ def _is_due(step: int, config: RunConfig) -> bool:
 def _save(session: Session, built: Built, record: Record, stage: StageConfig) -> None:
     if session.config.checkpoint.save is not None:
         session.heartbeat.enter("save")
-        _announce(session, stage, session.saver.poll(wait=True))  # one save at a time
-        path = session.saver.save(stage_dir(session.run_dir, stage), modules=built.modules, optimizer=built.optimizer,
-                                  scheduler=built.scheduler, record=record, config_yaml=session.config.to_yaml())
+        with profile.phase("save"):
+            _announce(session, stage, session.saver.poll(wait=True))  # one save at a time
+            path = session.saver.save(stage_dir(session.run_dir, stage), modules=built.modules, optimizer=built.optimizer,
+                                      scheduler=built.scheduler, record=record, config_yaml=session.config.to_yaml())
         _announce(session, stage, path)
 
 

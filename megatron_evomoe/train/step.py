@@ -12,6 +12,7 @@ from megatron.core import parallel_state as ps
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_evomoe.data.conversation import IGNORE_INDEX, PADDING
+from megatron_evomoe.observe.profile import phase
 from megatron_evomoe.parallel import backend
 from megatron_evomoe.parallel.broadcast import Step
 from megatron_evomoe.train.build import Built
@@ -51,8 +52,9 @@ def take_step(built: Built, step: Step, number: int) -> StepResult:
     loss = _reduce_loss(losses) / supervised
     if not torch.isfinite(loss):
         _explain("loss", float(loss), step, losses, number)
-    _, grad_norm, _ = built.optimizer.step()
-    grad_norm = float(grad_norm or 0.0)
+    with phase("optimizer"):
+        _, grad_norm, _ = built.optimizer.step()
+        grad_norm = float(grad_norm or 0.0)  # waits for the device
     if not torch.isfinite(torch.tensor(grad_norm)):
         _explain("gradient norm", grad_norm, step, losses, number)
     built.scheduler.step(increment=1)

@@ -1,0 +1,71 @@
+"""``--profile``: the trace of the steps asked for, with their phases, and a run that is otherwise the same."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from megatron_evomoe.config import ConfigError, from_mapping
+from megatron_evomoe.observe import profile
+from tests.integration.conftest import metrics, run
+
+SAME = ("stage", "step", "lm loss", "grad-norm", "learning-rate", "supervised-tokens")
+EVOLVE = [{"name": "evolve", "train_iters": 5}]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, tiny_yaml) -> tuple[Path, Path]:
+    """The run directories of one process, profiled in steps 2 and 3 and not."""
+    found = []
+    for name, flags in (("profiled", ["--profile", "--profile-step-start", "2", "--profile-step-end", "4"]), ("plain", [])):
+        path = tiny_yaml(tmp_path_factory.mktemp(name), stages=EVOLVE, data={"eval_data": []})
+        run("train", "--config", str(path), *flags)
+        found.append(path.parent / "run")
+    return found[0], found[1]
+
+
+def names_in(trace: Path) -> list[str]:
+    with gzip.open(trace, "rt") as file:
+        return [event.get("name", "") for event in json.load(file)["traceEvents"] if event.get("cat") == "user_annotation"]
+
+
+def test_the_trace_holds_the_phases_of_the_steps_asked_for(runs):
+    names = names_in(runs[0] / "profile" / "evolve-rank0-steps2-3.json.gz")
+    assert {n for n in names if re.fullmatch(r"step \d+", n)} == {"step 2", "step 3"}
+    assert set(profile.PHASES) <= set(names)
+    # 8 samples a step in microbatches of 2; one save in steps 2 and 3
+    assert [names.count(n) for n in ("forward", "backward", "optimizer", "save")] == [8, 8, 2, 1]
+
+
+def test_the_table_names_phases_and_operators(runs):
+    text = (runs[0] / "profile" / "evolve-rank0-steps2-3.txt").read_text()
+    assert all(re.search(rf"^{phase} +\d+ x +[\d.]+ ms a step$", text, re.MULTILINE) for phase in profile.PHASES)
+    assert "aten::mm" in text and "Self CPU" in text
+
+
+def test_metrics_are_those_of_a_run_without(runs):
+    with_profile, without = ([{k: line[k] for k in SAME} for line in metrics(out)] for out in runs)
+    assert with_profile == without and len(without) == 5
+    assert not (runs[1] / "profile").exists()
+
+
+def test_a_stage_that_never_gets_there_says_so(tmp_path, tiny_yaml):
+    path = tiny_yaml(tmp_path, stages=[{"name": "warmup", "train_iters": 1}], data={"eval_data": []})
+    done = run("train", "--config", str(path), "--profile", "--profile-step-start", "2", "--profile-step-end", "4")
+    assert "took none of the steps 2 to 3" in done.stdout + done.stderr
+    assert not (tmp_path / "run" / "profile").exists()
+
+
+def test_off_costs_nothing():
+    assert profile.phase("forward") is profile.phase("backward") is profile._OFF
+    profile.begin_step(1)
+
+
+@pytest.mark.parametrize(("start", "end"), [(0, 2), (3, 3), (5, 4)])
+def test_windows_without_a_step_are_refused(start, end):
+    with pytest.raises(ConfigError, match=f"profile_step_start {start} must be"):
+        from_mapping({"train": {"profile": True, "profile_step_start": start, "profile_step_end": end}})
