@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -35,10 +36,12 @@ from torch.distributed.checkpoint.metadata import (
 from torch.serialization import get_crc32_options, set_crc32_options
 
 from megatron_evomoe.checkpoint import integrity
+from megatron_evomoe.checkpoint.mapped import view_of
 from megatron_evomoe.checkpoint.record import CheckpointError, Record, read
 
 TRACKER = "latest_checkpointed_iteration.txt"
 _DATA_FILE = "__0_0.distcp"
+_ALIGNMENT = 64  # bytes; torch's own within an archive, and what its kernels may count on
 _BLOCK = 1 << 18  # bytes; fits a core's second-level cache
 _FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
 
@@ -112,8 +115,14 @@ def _overlap(chunk: ChunkStorageMetadata, first: int, count: int) -> int:
 
 
 def _read_saved(path: Path, offset: int, length: int) -> Tensor:
-    """The tensor that torch.save wrote at `offset`; nothing the file names is run."""
+    """The tensor that torch.save wrote at `offset`; nothing the file names is run. A view of the file where its place allows."""
     with path.open("rb", buffering=0) as file:
+        with FakeTensorMode():  # shape, strides and place, without the data
+            outline = torch.load(_Window(file, offset, length), map_location="cpu", weights_only=True)
+        start = offset + getattr(outline.untyped_storage(), "_checkpoint_offset", 1)
+        is_plain = outline.is_contiguous() and outline.untyped_storage().nbytes() == outline.nbytes
+        if is_plain and start % _ALIGNMENT == 0 and start + outline.nbytes <= offset + length:
+            return view_of(path, start, outline.dtype, outline.shape)
         return torch.load(_Window(file, offset, length), map_location="cpu", weights_only=True)
 
 
@@ -173,6 +182,7 @@ class CheckpointWriter:
         entry = self._tensors.setdefault(key, TensorStorageMetadata(TensorProperties(dtype=tensor.dtype), shape, []))
         assert entry.size == shape and entry.properties.dtype == tensor.dtype, f"chunks of {key} disagree"
         entry.chunks.append(ChunkStorageMetadata(offset, tensor.shape))
+        self._file.write(bytes(-self._file.tell() % _ALIGNMENT))  # so that the data can be used where it lies
         start = self._file.tell()
         torch.save(_alone(tensor), self._file)
         self._places[MetadataIndex(key, offset)] = _StorageInfo(_DATA_FILE, start, self._file.tell() - start)

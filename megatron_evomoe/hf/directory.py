@@ -5,10 +5,8 @@ transformers may fill what it does not find with random numbers and a warning; h
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_evomoe.checkpoint.mapped import view_of
 from megatron_evomoe.checkpoint.record import CheckpointError
 from megatron_evomoe.config import ConfigError
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
           "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 """safetensors' names of the types that are read."""
-_POPULATE_READ = 22  # MADV_POPULATE_READ, Linux 5.14
 _MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
 
 
@@ -67,7 +65,7 @@ class HfDirectory:
         """The tensor of that name. From safetensors it is a view of the file, gone from memory when it is let go."""
         place = self.tensors[name]
         if place.file.suffix == ".safetensors":
-            return _mapped(place)
+            return view_of(place.file, place.start, place.dtype, place.shape)
         if self._opened is None or self._opened[0] != place.file:
             self._opened = (place.file, _load_pickled(place.file))
         return self._opened[1][name]
@@ -112,19 +110,6 @@ def read_header(file: Path) -> Iterator[tuple[str, Place]]:
             raise CheckpointError(f"{file} is damaged: {name}, {dtype} of shape {shape}, cannot be bytes {start} to {stop} of a "
                                   f"file of {size}; fetch it again")
         yield name, Place(file, DTYPES[dtype], shape, 8 + length + start)
-
-
-def _mapped(place: Place) -> Tensor:
-    count = math.prod(place.shape)
-    if count == 0:
-        return torch.empty(place.shape, dtype=place.dtype)
-    first = place.start // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
-    with place.file.open("rb") as file:
-        # private, so that a tensor made of it may be written to; the file stays as it is
-        memory = mmap.mmap(file.fileno(), place.start - first + count * place.dtype.itemsize, offset=first, access=mmap.ACCESS_COPY)
-    with contextlib.suppress(OSError, AttributeError):  # all pages at once is twice as fast as one by one
-        memory.madvise(_POPULATE_READ)
-    return torch.frombuffer(memory, dtype=place.dtype, count=count, offset=place.start - first).reshape(place.shape)
 
 
 def _list_pickled(file: Path) -> Iterator[tuple[str, Place]]:
