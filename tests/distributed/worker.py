@@ -43,6 +43,7 @@ def run_job(job: Job) -> list[dict[str, float]]:
     lay_out(config)
     topology.seed_everything(config.train.seed)
     built = build_stage(config.for_stage(job.kind), config.stages[0])
+    check_vision_place(built)
     load(job, built, config)
     forget_auxiliary_losses()
     watch = Watch(config, with_logits=False) if job.kind == "route" else None
@@ -66,6 +67,15 @@ def run_job(job: Job) -> list[dict[str, float]]:
             record=record_of(job, config))
     assert job.resume is None or find.record_of(find.resolve(Path(job.resume))).step == job.first - 1
     return steps
+
+
+def check_vision_place(built: Any) -> None:
+    """Tower and projector are on the first pipeline stage, in its first chunk, and nowhere else."""
+    from megatron.core import parallel_state
+
+    for i, module in enumerate(built.modules):
+        is_first = parallel_state.get_pipeline_model_parallel_rank() == 0 and i == 0
+        assert (module.vision_model is not None) == (module.vision_projection is not None) == is_first
 
 
 def lay_out(config: Any) -> None:
