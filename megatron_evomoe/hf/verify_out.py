@@ -52,7 +52,7 @@ def compare(exported: Exported) -> list[Row]:
     theirs, processor = _load_export(exported)
     pictures = [_picture(i) for i in range(max(_IMAGES))]
     rows = []
-    with _core_model(exported) as ours, torch.no_grad():
+    with core_model(exported) as ours, torch.no_grad():
         for count in _IMAGES:
             rows += _compare_prompt(exported, ours, theirs, processor, pictures[:count])
     return rows
@@ -128,7 +128,7 @@ def _load_export(exported: Exported) -> tuple[Any, Any]:
 
 
 @contextmanager
-def _core_model(exported: Exported) -> Iterator[Any]:
+def core_model(exported: Exported) -> Iterator[Any]:
     """The checkpoint in megatron-core's model, float32, evaluation mode, with nothing dropped for capacity."""
     from megatron_evomoe.parallel import backend
 
