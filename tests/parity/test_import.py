@@ -21,7 +21,7 @@ import pytest
 import torch
 import yaml
 
-from megatron_evomoe.config import VisionConfig
+from megatron_evomoe.config import ConfigError, VisionConfig, from_mapping
 from megatron_evomoe.hf import verify_in
 from megatron_evomoe.hf.importing import Request, import_model
 from tests.parity import hf_models
@@ -157,6 +157,17 @@ def test_a_wrong_detail_shows(name, change, imported, folder, tmp_path):
 
 def rows_of(request: Request) -> list[Any]:
     return verify_in.compare(request, import_model(request))
+
+
+def test_more_ranks_than_groups_are_refused(imported):
+    """Two key/value heads cannot be shared out to four ranks without Transformer Engine."""
+    from megatron_evomoe.model.transformer_config import language_transformer_config
+
+    _, path = imported("llama3")
+    config = from_mapping({**yaml.safe_load((path / "model.yaml").read_text()), "data": {"seq_length": 64},
+                           "train": {"transformer_impl": "local"}, "parallel": {"tensor_model_parallel_size": 4}})
+    with pytest.raises(ConfigError, match="num_query_groups 2 is not a multiple of tensor_model_parallel_size 4"):
+        language_transformer_config(config)
 
 
 @pytest.mark.parametrize("expert_init", ["none", "replicate"])
