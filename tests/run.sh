@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Style check and the whole test suite, in an environment this script makes.
 #   bash tests/run.sh [--full] [pytest arguments]
-# --full adds the slow tests, and repeats the others on Python 3.12 with megatron-core 0.19.2 where a python3.12 runs.
+# --full adds the slow tests, repeats the others on Python 3.12 with megatron-core 0.19.2 where a python3.12 runs, and those of
+# Hugging Face in and out on the newest transformers 4.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 FULL=""
@@ -24,3 +25,6 @@ if [ -n "$NEWER" ] && "$NEWER" -c '' 2>/dev/null; then
 else
     echo "no python3.12 that runs: the megatron-core 0.19.2 half is skipped"
 fi
+echo "== Hugging Face in and out again on transformers 4"
+VENV="${VENV_TRANSFORMERS4:-$PWD/.venv-transformers4}" CONSTRAINTS="$PWD/constraints-transformers4.txt" \
+    bash -c 'source examples/setup_venv.sh && "$PYTHON" -m pytest -m "not slow" tests/unit/hf tests/parity "$@"' run "$@"

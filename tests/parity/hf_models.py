@@ -19,11 +19,11 @@ _LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_f
 # name: (class of the language model's configuration, its arguments)
 LANGUAGE: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {"num_key_value_heads": 2, "rms_norm_eps": 1e-5}),
-    "llama3": ("LlamaConfig", {"num_key_value_heads": 2, "rope_parameters": {"rope_theta": 500000.0, **_LLAMA3}}),
-    "llama-linear": ("LlamaConfig", {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "linear", "factor": 2.0}}),
+    "llama3": ("LlamaConfig", {"num_key_value_heads": 2, "rope_theta": 500000.0, "rope_scaling": _LLAMA3}),
+    "llama-linear": ("LlamaConfig", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}),
     "llama-biased": ("LlamaConfig", {"attention_bias": True, "mlp_bias": True}),
     "mistral": ("MistralConfig", {"num_key_value_heads": 2, "sliding_window": 6}),
-    "qwen2": ("Qwen2Config", {"num_key_value_heads": 2, "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}}),
+    "qwen2": ("Qwen2Config", {"num_key_value_heads": 2, "rope_theta": 1e6}),
     "qwen2-tied": ("Qwen2Config", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
     "qwen3": ("Qwen3Config", {"num_key_value_heads": 2, "head_dim": 24}),
     "stablelm": ("StableLmConfig", {"num_key_value_heads": 4, "use_qkv_bias": True}),

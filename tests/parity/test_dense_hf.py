@@ -35,7 +35,7 @@ OUR_BASE = {"vocab_size": VOCAB, "num_layers": LAYERS, "hidden_size": HIDDEN, "f
 LANGUAGE = {
     "llama": ("LlamaConfig", {"rms_norm_eps": 1e-5}, {"norm_epsilon": 1e-5}),
     "llama-tied": ("LlamaConfig", {"tie_word_embeddings": True}, {"tie_word_embeddings": True}),
-    "qwen2": ("Qwen2Config", {"num_key_value_heads": 2, "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}},
+    "qwen2": ("Qwen2Config", {"num_key_value_heads": 2, "rope_theta": 1e6},
               {"num_query_groups": 2, "rotary_base": 1000000, "add_qkv_bias": True}),
     "qwen3": ("Qwen3Config", {"num_key_value_heads": 2, "head_dim": 24},
               {"num_query_groups": 2, "kv_channels": 24, "qk_layernorm": True}),
