@@ -16,6 +16,7 @@ import itertools
 import os
 import re
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Optional
@@ -308,6 +309,36 @@ class TrainConfig:
 
 
 @dataclass(kw_only=True)
+class GpuConfig:
+    """FP8 and fused kernels: Transformer Engine on a GPU only (docs/gpu.md)."""
+
+    fp8_format: Optional[Literal["e4m3", "hybrid"]] = None
+    """Linear layers of the decoder in FP8: `hybrid` has e4m3 forward and e5m2 gradients, `e4m3` both; none is bf16."""
+    fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "delayed"
+    """How FP8 numbers are scaled: by earlier steps' largest, by the tensor's own, or by blocks (`mxfp8`: Blackwell)."""
+    fp8_margin: int = 0
+    """For `delayed`: powers of two left above the largest number seen."""
+    fp8_amax_history_len: int = 1
+    """For `delayed`: steps whose largest numbers are remembered."""
+    fp8_amax_compute_algo: Literal["most_recent", "max"] = "most_recent"
+    """For `delayed`: which of the remembered counts."""
+    first_last_layers_bf16: bool = False
+    """Leave the first and the last layers in bf16 (not with `delayed`)."""
+    num_layers_at_start_in_bf16: int = 1
+    """How many of the first, with `first_last_layers_bf16`."""
+    num_layers_at_end_in_bf16: int = 1
+    """How many of the last, with `first_last_layers_bf16`."""
+    moe_router_padding_for_fp8: bool = False
+    """Send experts some more tokens, of weight 0, up to what FP8 needs, in place of padding each expert's input."""
+    apply_rope_fusion: Optional[bool] = None
+    """RoPE in one kernel; none means: with Transformer Engine."""
+    moe_permute_fusion: Optional[bool] = None
+    """Tokens sorted by expert in one kernel; none means: with Transformer Engine."""
+    cross_entropy_loss_fusion: Optional[bool] = None
+    """Cross-entropy in fused kernels, its gradient in bf16; none means: with Transformer Engine and bf16."""
+
+
+@dataclass(kw_only=True)
 class CheckpointConfig:
     """Where a run leaves its state."""
 
@@ -350,7 +381,7 @@ class LogConfig:
 
 _VARIABLE = re.compile(r"\$\{(?P<name>[A-Za-z_]\w*)(?::-(?P<default>[^}]*))?\}")
 STAGE_KINDS = ("align", "warmup", "dense", "evolve", "route")
-STAGE_SECTIONS = ("moe", "data", "optimizer", "train", "log")
+STAGE_SECTIONS = ("moe", "data", "optimizer", "train", "gpu", "log")
 MODEL_SECTIONS = ("language", "vision", "moe")
 
 
@@ -382,6 +413,7 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    gpu: GpuConfig = field(default_factory=GpuConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
     stages: list[StageConfig] = field(default_factory=list)
@@ -419,6 +451,7 @@ SECTIONS: dict[str, type] = {
     "parallel": ParallelConfig,
     "optimizer": OptimizerConfig,
     "train": TrainConfig,
+    "gpu": GpuConfig,
     "checkpoint": CheckpointConfig,
     "log": LogConfig,
 }
@@ -597,6 +630,32 @@ def check(config: RunConfig) -> None:
          f"seq_length {config.data.seq_length} exceeds max_position_embeddings {lm.max_position_embeddings}")
     rule(not (lm.tie_word_embeddings and lm.lm_head_bias), "lm_head_bias needs untied embeddings")
     rule(lm.rope_scaling_factor >= 1.0, f"rope_scaling_factor {lm.rope_scaling_factor} must be at least 1")
+    rule(train.bf16 or not config.gpu.cross_entropy_loss_fusion,
+         "cross_entropy_loss_fusion rounds the gradient to bf16, and this run is fp32; set bf16, or leave it out")
+    _check_fp8(config, rule)
+
+
+def _check_fp8(config: RunConfig, rule: Callable[[bool, str], None]) -> None:
+    gpu, lm, parallel = config.gpu, config.language, config.parallel
+    if gpu.fp8_format is None:
+        rule(not gpu.moe_router_padding_for_fp8, "moe_router_padding_for_fp8 pads for FP8, and there is none; set fp8_format")
+        return
+    rule(config.train.bf16, f"fp8_format {gpu.fp8_format} keeps everything but linear layers in bf16; set train.bf16 too")
+    rule(gpu.fp8_amax_history_len >= 1, f"fp8_amax_history_len {gpu.fp8_amax_history_len} must be at least 1")
+    rule(not (gpu.moe_router_padding_for_fp8 and config.moe.moe_token_dispatcher_type == "allgather"),
+         "moe_router_padding_for_fp8 does nothing for moe_token_dispatcher_type allgather; use alltoall or flex")
+    if gpu.first_last_layers_bf16:
+        start, end = gpu.num_layers_at_start_in_bf16, gpu.num_layers_at_end_in_bf16
+        rule(gpu.fp8_recipe != "delayed", "first_last_layers_bf16 cannot be had with fp8_recipe delayed; use tensorwise")
+        rule(min(start, end) >= 0 and start + end < lm.num_layers,
+             f"{start} first and {end} last layers in bf16 leave none of {lm.num_layers} in FP8; lower num_layers_at_start_in_bf16 "
+             "or num_layers_at_end_in_bf16")
+    heads = lm.num_attention_heads * (lm.kv_channels or lm.hidden_size // lm.num_attention_heads)
+    tp, etp = parallel.tensor_model_parallel_size, parallel.expert_tensor_parallel_size
+    for name, width in {"hidden_size": lm.hidden_size, "ffn_hidden_size / tensor_model_parallel_size": lm.ffn_hidden_size / tp,
+                        "ffn_hidden_size / expert_tensor_parallel_size": lm.ffn_hidden_size / etp,
+                        "attention heads' width / tensor_model_parallel_size": heads / tp}.items():
+        rule(width % 16 == 0, f"{name} is {width:g}, and FP8 needs multiples of 16; leave fp8_format out, or change the size")
 
 
 def add_flags(parser: Any) -> None:

@@ -69,7 +69,8 @@ def _devices(problems: list[str]) -> list[tuple[str, str]]:
         p = torch.cuda.get_device_properties(i)
         rows.append((f"GPU {i}", f"{p.name}, {p.total_memory / 2**30:.0f} GiB, sm_{p.major}{p.minor}"))
     te = _optional("transformer_engine", "pip install 'megatron_evomoe[gpu]'; local layers run until then")
-    apex = _optional("apex", "NVIDIA's, built from source (PyPI's apex is another package); torch's Adam runs until then")
+    apex = _optional("apex", "NVIDIA's, built from source (PyPI's apex is another package); weight gradients are not fused until "
+                             "then")
     return [*rows, ("Transformer Engine", te), ("apex", apex)]
 
 

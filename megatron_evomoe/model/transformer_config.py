@@ -22,6 +22,7 @@ from megatron.core.utils import init_method_normal
 from torch.overrides import TorchFunctionMode
 
 from megatron_evomoe.config import ConfigError, RunConfig
+from megatron_evomoe.model import precision
 from megatron_evomoe.parallel import backend
 
 
@@ -87,7 +88,11 @@ def resolve_transformer_impl(config: RunConfig) -> str:
                           "machine, or set transformer_impl to auto or local")
     impl = "transformer_engine" if available and wanted != "local" else "local"
     needs = {"context_parallel_size": config.parallel.context_parallel_size > 1,
-             "moe_grouped_gemm": config.moe.moe_grouped_gemm}
+             "moe_grouped_gemm": config.moe.moe_grouped_gemm,
+             "fp8_format": config.gpu.fp8_format is not None,
+             "apply_rope_fusion": bool(config.gpu.apply_rope_fusion),
+             "moe_permute_fusion": bool(config.gpu.moe_permute_fusion),
+             "cross_entropy_loss_fusion": bool(config.gpu.cross_entropy_loss_fusion)}
     for name, needed in needs.items():
         if needed and impl == "local":
             raise ConfigError(f"{name} needs Transformer Engine, and this run uses the local layers; leave {name} at its "
@@ -160,6 +165,8 @@ def language_transformer_config(config: RunConfig) -> TransformerConfig:
         moe_expert_capacity_factor=moe.moe_expert_capacity_factor,
         moe_token_dispatcher_type=moe.moe_token_dispatcher_type,
         moe_grouped_gemm=moe.moe_grouped_gemm,
+        **precision.language_settings(config, use_te=resolve_transformer_impl(config) == "transformer_engine",
+                                      capability=backend.capability()),
     )
 
 
@@ -178,6 +185,10 @@ def _check_language(config: RunConfig) -> None:
     if lm.parallel_residual and "layernorm" in recomputed:
         raise ConfigError("recompute_modules names layernorm, but with parallel_residual one norm feeds both attention and "
                           "FFN and is kept; take layernorm out")
+    if lm.parallel_residual and "mlp" in recomputed and config.gpu.fp8_format:
+        # recomputed outside of what FP8's second forward needs to be told (the core has `te_checkpoint` for its own layer)
+        raise ConfigError("recompute_modules names mlp, which a parallel_residual layer cannot recompute in FP8; take mlp out, or "
+                          "set recompute_granularity to full")
     if lm.add_bias_linear and not lm.parallel_residual and "mlp" in recomputed:
         # the core's layer lets the bias leave the checkpointed function, and the backward recurses until memory is gone
         raise ConfigError("recompute_modules names mlp, which megatron-core cannot recompute with add_bias_linear; take mlp "

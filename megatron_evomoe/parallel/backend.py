@@ -23,6 +23,11 @@ def on_gpu() -> bool:
     return torch.cuda.is_available()
 
 
+def capability() -> tuple[int, int] | None:
+    """The GPU's compute capability, (9, 0) for Hopper; none without a GPU."""
+    return torch.cuda.get_device_capability() if on_gpu() else None
+
+
 def device() -> torch.device:
     """Where this rank's tensors live."""
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu() else torch.device("cpu")

@@ -6,6 +6,7 @@ forward that trained is the one that is measured.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from megatron.core import tensor_parallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_evomoe.data.conversation import PADDING, TEXT, VISION, EncodedSample
+from megatron_evomoe.model.precision import without_fp8
 from megatron_evomoe.parallel import backend
 
 
@@ -79,20 +81,21 @@ def exact_match(chunks: list[torch.nn.Module], questions: Sequence[Question], to
 
 
 class inference:
-    """Context: no gradients, evaluation mode; puts the training mode back."""
+    """Context: no gradients, evaluation mode, no FP8; puts back what was."""
 
     def __init__(self, chunks: list[torch.nn.Module]) -> None:
         self._chunks = chunks
-        self._no_grad = torch.no_grad()
+        self._contexts = contextlib.ExitStack()
 
     def __enter__(self) -> None:
         self._modes = [c.training for c in self._chunks]
         for chunk in self._chunks:
             chunk.eval()
-        self._no_grad.__enter__()
+        self._contexts.enter_context(torch.no_grad())
+        self._contexts.enter_context(without_fp8(self._chunks))
 
     def __exit__(self, *args: Any) -> None:
-        self._no_grad.__exit__(*args)
+        self._contexts.__exit__(*args)
         for chunk, mode in zip(self._chunks, self._modes, strict=True):
             chunk.train(mode)
 

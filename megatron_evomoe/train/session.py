@@ -19,6 +19,7 @@ from megatron_evomoe.data.image import ImageProcessor, processor_for
 from megatron_evomoe.data.loader import TrainLoader
 from megatron_evomoe.data.shards import ShardDataset
 from megatron_evomoe.data.tokenizer import Tokenizer, build_tokenizer
+from megatron_evomoe.model.precision import sequence_multiple
 from megatron_evomoe.observe.heartbeat import Heartbeat
 from megatron_evomoe.observe.log import RunLogger
 from megatron_evomoe.parallel import topology
@@ -104,7 +105,7 @@ def train_loader(session: Session, config: RunConfig, *, start_position: int) ->
         data_parallel_size=session.topology.data_parallel_size,
         seed=config.train.seed,
         start_position=start_position,
-        pad_to_multiple_of=config.parallel.tensor_model_parallel_size,
+        pad_to_multiple_of=sequence_multiple(config),
     )
 
 

@@ -1,0 +1,104 @@
+"""What only a GPU with Transformer Engine can do, in megatron-core's words: FP8 and fused kernels.
+
+FP8 is the language decoder's alone. megatron-core enters it around the layers of a block whose configuration says so, and
+there only Transformer Engine's linear layers take it up. So routers and hypernetworks (plain matrix products, in fp32), norms,
+softmax, embedding, output layer and the state of evolution stay out by construction; the vision tower and the projector because
+their configurations never say so: CLIP-L/336's 577 positions per image are no multiple of what an FP8 product needs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from megatron.core.utils import get_model_config
+
+from megatron_evomoe.config import ConfigError, RunConfig
+
+Capability = tuple[int, int]
+
+# Transformer Engine's own limits (2.11); 12.x lacks some layouts of mxfp8
+_LOWEST: dict[str, Capability] = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
+_MXFP8_BELOW: Capability = (12, 0)
+
+# Rows of an FP8 product come in multiples of this: 16 for the weight gradient's, else the recipe's block
+_ROWS = {"delayed": 16, "tensorwise": 16, "blockwise": 128, "mxfp8": 32}
+
+
+def language_settings(config: RunConfig, *, use_te: bool, capability: Capability | None) -> dict[str, Any]:
+    """Fields of the decoder's `TransformerConfig`. With the local layers everything is off.
+
+    capability: the GPU's compute capability, (9, 0) for Hopper; none without a GPU.
+
+    Raises:
+        ConfigError: FP8 is asked for and the GPU has no such recipe, or there is none.
+    """
+    return {**_fusions(config, use_te), **_fp8(config, use_te, capability)}
+
+
+def sequence_multiple(config: RunConfig) -> int:
+    """What sequence lengths are padded to: each tensor-parallel rank's part must hold whole rows of an FP8 product."""
+    rows = _ROWS[config.gpu.fp8_recipe] if config.gpu.fp8_format else 1
+    return config.parallel.tensor_model_parallel_size * rows
+
+
+@contextlib.contextmanager
+def without_fp8(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """Run the decoder in its own dtype inside: answers grow by one token at a time, to any length."""
+    configs = {id(c): c for c in map(get_model_config, chunks)}.values()
+    formats = [c.fp8 for c in configs]
+    for core in configs:
+        core.fp8 = None
+    try:
+        yield
+    finally:
+        for core, fp8 in zip(configs, formats, strict=True):
+            core.fp8 = fp8
+
+
+def _fusions(config: RunConfig, use_te: bool) -> dict[str, Any]:
+    gpu = config.gpu
+
+    def chosen(wanted: bool | None, by_default: bool = True) -> bool:
+        return use_te and (by_default if wanted is None else wanted)
+
+    return {
+        "apply_rope_fusion": chosen(gpu.apply_rope_fusion),
+        "moe_permute_fusion": chosen(gpu.moe_permute_fusion),
+        # the core rounds its gradient to bf16, whatever the parameters are (0.16.1 and 0.19.2)
+        "cross_entropy_loss_fusion": chosen(gpu.cross_entropy_loss_fusion, by_default=config.train.bf16),
+    }
+
+
+def _fp8(config: RunConfig, use_te: bool, capability: Capability | None) -> dict[str, Any]:
+    gpu = config.gpu
+    if gpu.fp8_format is None:
+        return {}
+    if not use_te or capability is None:
+        raise ConfigError(f"fp8_format {gpu.fp8_format} needs Transformer Engine on a GPU; leave fp8_format out here")
+    _check_capability(gpu.fp8_recipe, capability)
+    return {
+        "fp8": gpu.fp8_format,
+        "fp8_recipe": gpu.fp8_recipe,
+        "fp8_margin": gpu.fp8_margin,
+        "fp8_amax_history_len": gpu.fp8_amax_history_len,
+        "fp8_amax_compute_algo": gpu.fp8_amax_compute_algo,
+        "first_last_layers_bf16": gpu.first_last_layers_bf16,
+        "num_layers_at_start_in_bf16": gpu.num_layers_at_start_in_bf16,
+        "num_layers_at_end_in_bf16": gpu.num_layers_at_end_in_bf16,
+        # its name today; moe_router_padding_for_fp8 is the old one, with a warning
+        "moe_router_padding_for_quantization": gpu.moe_router_padding_for_fp8,
+    }
+
+
+def _check_capability(recipe: str, capability: Capability) -> None:
+    has = "{}.{}".format(*capability)
+    if capability < _LOWEST[recipe]:
+        fits = [name for name, lowest in _LOWEST.items() if lowest <= capability]
+        remedy = f"choose {' or '.join(fits)}" if fits else "leave fp8_format out"
+        raise ConfigError(f"fp8_recipe {recipe} needs compute capability {'{}.{}'.format(*_LOWEST[recipe])}, this GPU has {has}; "
+                          f"{remedy}")
+    if recipe == "mxfp8" and capability >= _MXFP8_BELOW:
+        raise ConfigError(f"fp8_recipe mxfp8 is not there yet for compute capability {has}; choose tensorwise")
