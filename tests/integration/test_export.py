@@ -100,3 +100,15 @@ def test_the_command_after_training(trained, tmp_path):
     done = subprocess.run([sys.executable, str(ROOT / "tools" / "convert_to_hf.py"), str(trained / "route"), "--output",
                            str(tmp_path / "out"), "--verify"], capture_output=True, text=True, env={**os.environ, **environment()})
     assert done.returncode == 0 and "FAILED" not in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("parallel", [{"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2},
+                                      {"expert_model_parallel_size": 2}], ids=["TP 2", "PP 2", "EP 2"])
+def test_every_layout_exports(tiny_yaml, parallel, tmp_path):
+    """Two processes train; the export of what they saved is compared with the checkpoint loaded on one."""
+    path = tiny_yaml(tmp_path, parallel=parallel, checkpoint={"save": str(tmp_path / "run"), "save_interval": 0})
+    run("train", "--config", str(path), "--train-iters", "2", "--eval-samples", "2", processes=2)
+    for stage in ("warmup", "route"):
+        exported = export_model(Request(checkpoint=str(tmp_path / "run" / stage), output=str(tmp_path / stage)))
+        rows = verify_out.compare(exported)
+        assert all(row.good for row in rows), verify_out.table(rows)
