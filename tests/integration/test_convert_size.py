@@ -13,8 +13,11 @@ GIGABYTES, ROUNDS = 4.1, 3
 
 @pytest.mark.slow
 def test_memory_and_speed(tmp_path):
-    """Peak memory of the whole process at most three times the largest tensor and 500 MB, in both directions of a 4 GB model. An import
-    runs at half the speed of a plain copy of its files or more, by medians of rounds that alternate (for exports see the benchmark)."""
+    """Peak memory of the whole process: at most three times the largest tensor and 500 MB, in both directions of a 4 GB model.
+
+    An import runs at half the speed of a plain copy of its files or more, by medians of rounds that alternate. (An export's
+    speed is only measured, by the benchmark.)
+    """
     if shutil.disk_usage(tmp_path).free < 4 * GIGABYTES * 1e9:
         pytest.skip("not enough disk")
     found, largest = benchmark(tmp_path, GIGABYTES, ROUNDS)
