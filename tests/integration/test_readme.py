@@ -25,7 +25,7 @@ ELSEWHERE = {
 def checkout(tmp_path_factory, digits) -> Path:
     """A folder that looks like a checkout with a user's data in it: what the README's commands assume."""
     folder = tmp_path_factory.mktemp("readme")
-    for name in ("examples", "tests", "megatron_evomoe", "constraints.txt", "setup.py", "README.md"):
+    for name in ("examples", "tests", "tools", "megatron_evomoe", "constraints.txt", "setup.py", "README.md"):
         (folder / name).symlink_to(ROOT / name)
     from megatron_evomoe.data.shards import ShardDataset
 
@@ -40,13 +40,47 @@ def checkout(tmp_path_factory, digits) -> Path:
             (folder / "data" / "images" / entry["image"]).write_bytes(raw.images[0])
         entries.append(entry)
     (folder / "data" / "llava.json").write_text(json.dumps(entries))
+    gqa_questions(folder / "data" / "gqa", [folder / "data" / "images" / e["image"] for e in entries if "image" in e])
+    pretrained_llava(folder / "models" / "llava", [turn["value"] for e in entries for turn in e["conversations"]])
     yaml_block = re.search(r"```yaml\n(# run\.yaml.*?)```", README, re.S)
     (folder / "run.yaml").write_text(yaml_block.group(1))
     return folder
 
 
+def gqa_questions(folder: Path, pictures: list[Path]) -> None:
+    """A benchmark's files as they are published, about pictures of ours."""
+    from PIL import Image
+
+    (folder / "images").mkdir(parents=True)
+    for i, picture in enumerate(pictures):
+        Image.open(picture).convert("RGB").save(folder / "images" / f"{i}.jpg")
+    asked = {str(i): {"imageId": str(i), "question": "Which digit is this?", "answer": "four", "isBalanced": True,
+                      "types": {"structural": "query", "semantic": "obj"}} for i in range(len(pictures))}
+    (folder / "testdev_balanced_questions.json").write_text(json.dumps(asked))
+
+
+def pretrained_llava(folder: Path, corpus: list[str]) -> None:
+    """A small random LLaVA as transformers saves it, with a tokenizer that has seen `corpus`."""
+    import tokenizers
+    import transformers
+
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    bpe.train_from_iterator(corpus, tokenizers.trainers.BpeTrainer(
+        vocab_size=384, special_tokens=["<s>", "</s>", "<pad>"], initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+    transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="<pad>",
+                                         add_bos_token=True).save_pretrained(folder)
+    text = transformers.LlamaConfig(vocab_size=bpe.get_vocab_size(), hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+                                    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512)
+    tower = transformers.CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+                                          image_size=32, patch_size=8)
+    config = transformers.LlavaConfig(text_config=text, vision_config=tower, image_token_index=text.vocab_size - 1)
+    transformers.LlavaForConditionalGeneration(config).save_pretrained(folder)
+
+
 def test_readme_has_commands():
-    assert len(COMMANDS) >= 9, COMMANDS
+    assert len(COMMANDS) >= 14, COMMANDS
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c not in ELSEWHERE])
