@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_evomoe.config import ConfigError, ParallelConfig, RunConfig
+from megatron_evomoe.config import ConfigError, RunConfig, TrainConfig
 from megatron_evomoe.data.batch import stack_images
 from megatron_evomoe.data.conversation import IMAGE_TOKEN, VISION, EncodedSample, encode_prompt
 from megatron_evomoe.data.image import processor_for
@@ -139,8 +139,10 @@ def core_model(exported: Exported) -> Iterator[Any]:
     from megatron_evomoe.parallel import topology
 
     own_world = not dist.is_initialized()
-    config = replace(exported.config, parallel=ParallelConfig(), train=replace(exported.config.train, bf16=False),
-                     moe=replace(exported.config.moe, moe_expert_capacity_factor=None))
+    given = exported.config  # of which only what the model computes counts, not how the run computed it
+    plain = replace(given.moe, moe_expert_capacity_factor=None, moe_grouped_gemm=False, moe_token_dispatcher_type="alltoall")
+    config = RunConfig(language=given.language, vision=given.vision, moe=plain, data=given.data,
+                       train=TrainConfig(transformer_impl="local"))
     if own_world:
         backend.init_process_group(timeout_minutes=1)
         topology.initialize(config)
