@@ -60,6 +60,20 @@ def test_a_stage_that_never_gets_there_says_so(tmp_path, tiny_yaml):
     assert not (tmp_path / "run" / "profile").exists()
 
 
+def test_pipeline_stages_are_profiled_where_asked(tmp_path, tiny_yaml):
+    """Two chunks on each of two stages; the core's own ranges (messages between stages) lie among ours."""
+    path = tiny_yaml(tmp_path, stages=[{"name": "warmup", "train_iters": 3}], data={"eval_data": []},
+                     language={"num_layers": 4, "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 2},
+                     parallel={"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1})
+    run("train", "--config", str(path), "--profile", "--profile-step-start", "3", "--profile-step-end", "9",
+        "--profile-ranks", "[1]", processes=2)
+    found = sorted(p.name for p in (tmp_path / "run" / "profile").iterdir())
+    assert found == ["warmup-rank1-steps3-3.json.gz", "warmup-rank1-steps3-3.txt"]  # the stage ends before the window does
+    names = names_in(tmp_path / "run" / "profile" / found[0])
+    # four microbatches through two chunks
+    assert names.count("forward") == names.count("backward") == 8 and names.count("forward-backward") == 1
+
+
 def test_off_costs_nothing():
     assert profile.phase("forward") is profile.phase("backward") is profile._OFF
     profile.begin_step(1)
