@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from megatron_evomoe.checkpoint.record import CheckpointError
 
 _BLOCK = 1 << 22
+_CACHED = 1 << 18  # bytes; fits a core's second-level cache
 # What torch.distributed.checkpoint writes into `.metadata`: plain containers of sizes and offsets.
 _METADATA_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.planner",
                      "torch.distributed.checkpoint.filesystem")
@@ -29,6 +30,28 @@ def checksum(path: Path) -> int:
         while block := file.read(_BLOCK):
             value = zlib.crc32(block, value)
     return value
+
+
+class SummedFile(io.BufferedWriter):
+    """A binary file being written that knows the CRC-32 of what went into it."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(io.FileIO(path, "wb"), buffer_size=_CACHED)
+        self.crc = 0
+
+    def write(self, data: Any) -> int:
+        """As `io.BufferedWriter.write`. In blocks, so that the writing finds in the cache what the checksum has just read."""
+        view = memoryview(data)
+        for start in range(0, len(view), _CACHED):
+            block = view[start : start + _CACHED]
+            self.crc = zlib.crc32(block, self.crc)
+            super().write(block)
+        return len(view)
+
+    def fileno(self) -> int:
+        """The descriptor, with nothing left in the buffer: whoever asks wants to fsync."""
+        self.flush()
+        return super().fileno()
 
 
 def mismatch(directory: Path, files: dict[str, list[int]]) -> str | None:

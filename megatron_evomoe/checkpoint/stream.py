@@ -15,7 +15,6 @@ import math
 import os
 import pickle
 import shutil
-import zlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -42,7 +41,6 @@ from megatron_evomoe.checkpoint.record import CheckpointError, Record, read
 TRACKER = "latest_checkpointed_iteration.txt"
 _DATA_FILE = "__0_0.distcp"
 _ALIGNMENT = 64  # bytes; torch's own within an archive, and what its kernels may count on
-_BLOCK = 1 << 18  # bytes; fits a core's second-level cache
 _FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
 
 
@@ -172,7 +170,7 @@ class CheckpointWriter:
         self._pending.mkdir(parents=True)
         self._crc_before = get_crc32_options()
         set_crc32_options(False)  # ours cover the whole file
-        self._file = _SummedFile(self._pending / _DATA_FILE)
+        self._file = integrity.SummedFile(self._pending / _DATA_FILE)
         return self
 
     def put(self, key: str, tensor: Tensor, *, shape: Sequence[int] | None = None, offset: Sequence[int] = ()) -> None:
@@ -214,23 +212,6 @@ class CheckpointWriter:
         tracker = self._directory / (TRACKER + ".new")
         tracker.write_text(str(self._record.step))
         os.replace(tracker, self._directory / TRACKER)
-
-
-class _SummedFile(io.BufferedWriter):
-    """A file being written that knows the CRC-32 of what went into it."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(io.FileIO(path, "wb"), buffer_size=_BLOCK)
-        self.crc = 0
-
-    def write(self, data: Any) -> int:
-        """As `io.BufferedWriter.write`. In blocks, so that the writing finds in the cache what the checksum has just read."""
-        view = memoryview(data)
-        for start in range(0, len(view), _BLOCK):
-            block = view[start : start + _BLOCK]
-            self.crc = zlib.crc32(block, self.crc)
-            super().write(block)
-        return len(view)
 
 
 def _alone(tensor: Tensor) -> Tensor:

@@ -8,9 +8,7 @@ threads write each tensor from where it lies. The files are the same `torch_dist
 from __future__ import annotations
 
 import contextlib
-import io
 import os
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,25 +25,8 @@ from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
 from torch.futures import Future
 from torch.serialization import get_crc32_options, set_crc32_options
 
+from megatron_evomoe.checkpoint import integrity
 from megatron_evomoe.parallel import backend
-
-
-class SummedFile(io.BufferedWriter):
-    """A binary file being written that knows the CRC-32 of what went into it."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(io.FileIO(path, "wb"), buffer_size=1 << 20)
-        self.crc = 0
-
-    def write(self, data: Any) -> int:
-        """As `io.BufferedWriter.write`."""
-        self.crc = zlib.crc32(data, self.crc)
-        return super().write(data)
-
-    def fileno(self) -> int:
-        """The descriptor, with nothing left in the buffer: whoever asks wants to fsync."""
-        self.flush()
-        return super().fileno()
 
 
 class _SummingFileSystem(FileSystem):
@@ -61,7 +42,7 @@ class _SummingFileSystem(FileSystem):
                 yield stream
             return
         path = Path(path)
-        with SummedFile(path) as stream:
+        with integrity.SummedFile(path) as stream:
             yield stream
         self.sums[path.name] = [path.stat().st_size, stream.crc]
 
