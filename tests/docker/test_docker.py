@@ -7,6 +7,7 @@ import os
 import shlex
 import shutil
 import site
+import socket
 import subprocess
 import sys
 import sysconfig
@@ -17,6 +18,7 @@ import pytest
 import yaml
 
 from megatron_evomoe.config import load_config
+from tests.integration.conftest import digits, environment, metrics, tiny_yaml  # noqa: F401  (fixtures)
 
 ROOT = Path(__file__).resolve().parents[2]
 IMAGE_TORCH = "2.10.0a0+b4e4ee81d3.nv25.12"
@@ -154,8 +156,9 @@ def test_kubernetes_manifest_starts_the_recipe():
     pod = worker["template"]["spec"]
     container = pod["containers"][0]
     assert spec["elasticPolicy"]["minReplicas"] == spec["elasticPolicy"]["maxReplicas"] == worker["replicas"]
-    assert int(spec["nprocPerNode"]) == container["resources"]["limits"]["nvidia.com/gpu"]
-    assert (ROOT / Path(container["command"][1]).relative_to("/opt/evomoe")).is_file()
+    torchrun, processes, recipe = container["command"]
+    assert torchrun == "torchrun" and processes == f"--nproc-per-node={container['resources']['limits']['nvidia.com/gpu']}"
+    assert (ROOT / Path(recipe).relative_to("/opt/evomoe")).is_file()
     assert f"USER {pod['securityContext']['fsGroup']}" in (ROOT / "Dockerfile").read_text().splitlines()
     assert {m["name"] for m in container["volumeMounts"]} == {v["name"] for v in pod["volumes"]}
 
@@ -168,3 +171,24 @@ def test_kubernetes_manifest_says_what_the_recipe_reads(monkeypatch):
     flags = {container["args"][0].strip("-").replace("-", "_"): int(container["args"][1])}
     config = load_config(ROOT / "examples" / "evomoe_llava.yaml", flags)
     assert config.checkpoint.save == "/runs/evomoe-llava" and config.parallel.expert_model_parallel_size == 4
+
+
+@pytest.mark.slow
+def test_two_pods_meet_and_train(tiny_yaml, tmp_path):  # noqa: F811
+    """The manifest's command with the variables the training operator sets for its elastic policy (as its source has them), each
+    pod a torchrun on this machine, with one process."""
+    path = tiny_yaml(tmp_path, stages=[{"name": "warmup", "train_iters": 2}], data={"eval_data": []})
+    spec = yaml.safe_load((ROOT / "examples" / "kubernetes" / "evomoe_llava.yaml").read_text())["spec"]
+    elastic, container = spec["elasticPolicy"], spec["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["containers"][0]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    operator = {"PET_RDZV_BACKEND": elastic["rdzvBackend"], "PET_RDZV_ENDPOINT": f"localhost:{port}",
+                "PET_NNODES": f"{elastic['minReplicas']}:{elastic['maxReplicas']}", "PET_MAX_RESTARTS": str(elastic["maxRestarts"])}
+    recipe = container["command"][-1].replace("/opt/evomoe", str(ROOT))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=1", recipe, "--config", str(path)]
+    pods = [subprocess.Popen(command, env=environment(**operator), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            for _ in range(elastic["minReplicas"])]
+    said = [pod.communicate(timeout=300)[0] for pod in pods]
+    assert [pod.returncode for pod in pods] == [0, 0], said[0][-3000:]
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2]
