@@ -7,6 +7,7 @@ import enum
 import io
 import pickle
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from megatron_evomoe.checkpoint.record import CheckpointError
 
+_THREADS = 2
 _CACHED = 1 << 18  # bytes; fits a core's second-level cache
 # What torch.distributed.checkpoint writes into `.metadata`: plain containers of sizes and offsets.
 _METADATA_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.planner",
@@ -55,13 +57,17 @@ class SummedFile(io.BufferedWriter):
 
 def mismatch(directory: Path, files: dict[str, list[int]]) -> str | None:
     """The first of `files` (name -> [bytes, CRC-32]) that is not what was saved, in words; none when all are."""
-    for name, (size, crc) in files.items():
-        try:
-            if (directory / name).stat().st_size != size or checksum(directory / name) != crc:
-                return f"checkpoint {directory} is damaged: the bytes of {name} are not those that were saved (checksum differs)"
-        except OSError as error:
-            return f"checkpoint {directory} cannot be read: {name}: {error}"
-    return None
+    with ThreadPoolExecutor(_THREADS) as threads:
+        return next(filter(None, threads.map(lambda entry: _mismatch(directory / entry[0], *entry[1]), files.items())), None)
+
+
+def _mismatch(path: Path, size: int, crc: int) -> str | None:
+    try:
+        if path.stat().st_size == size and checksum(path) == crc:
+            return None
+        return f"checkpoint {path.parent} is damaged: the bytes of {path.name} are not those that were saved (checksum differs)"
+    except OSError as error:
+        return f"checkpoint {path.parent} cannot be read: {path.name}: {error}"
 
 
 class _MetadataUnpickler(pickle.Unpickler):

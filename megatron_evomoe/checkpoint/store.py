@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_evomoe.checkpoint import integrity, optimizer_state
 from megatron_evomoe.checkpoint.find import candidates, latest
+from megatron_evomoe.checkpoint.reader import parallel_reads
 from megatron_evomoe.checkpoint.record import CheckpointError, Record
 from megatron_evomoe.checkpoint.writer import SummingStrategy
 from megatron_evomoe.config import CheckpointConfig
@@ -311,7 +312,8 @@ def _state(modules: list[torch.nn.Module], optimizer: Any, scheduler: Any, *, is
 
 def _load(state: dict[str, Any], path: Path) -> dict[str, Any]:
     try:
-        return dist_checkpointing.load(state, str(path))
+        with parallel_reads():
+            return dist_checkpointing.load(state, str(path))
     except _FAILURES as error:
         raise CheckpointError(f"checkpoint {path} could not be read: {type(error).__name__}: {error}") from error
 
