@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -115,8 +114,8 @@ def _overlap(chunk: ChunkStorageMetadata, first: int, count: int) -> int:
 def _read_saved(path: Path, offset: int, length: int) -> Tensor:
     """The tensor that torch.save wrote at `offset`; nothing the file names is run. A view of the file where its place allows."""
     with path.open("rb", buffering=0) as file:
-        with FakeTensorMode():  # shape, strides and place, without the data
-            outline = torch.load(_Window(file, offset, length), map_location="cpu", weights_only=True)
+        # shape, strides and place, without the data
+        outline = torch.load(_Window(file, offset, length), map_location="meta", weights_only=True)
         start = offset + getattr(outline.untyped_storage(), "_checkpoint_offset", 1)
         is_plain = outline.is_contiguous() and outline.untyped_storage().nbytes() == outline.nbytes
         if is_plain and start % _ALIGNMENT == 0 and start + outline.nbytes <= offset + length:
