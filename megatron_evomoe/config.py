@@ -146,6 +146,8 @@ class MoEConfig:
     """Standard deviation of φ at the start; the hypernetworks are scaled by fan-in (docs/router.md)."""
     dtr_activation: Literal["none", "gelu", "silu"] = "none"
     """Activation between the two maps of a hypernetwork; the paper's Eq. 5 has none."""
+    dtr_kernel: Literal["auto", "torch", "triton"] = "auto"
+    """What computes the DTR: `torch`, or `triton` kernels on a GPU. `auto` is torch until a GPU has shown which is faster."""
     router_gate: Literal["prob", "straight_through"] = "straight_through"
     """What scales an expert's output: its probability, or 1 with the probability's gradient."""
     moe_aux_loss_coeff: float = 0.001
@@ -618,6 +620,8 @@ def check(config: RunConfig) -> None:
              f"moe_layer_freq {moe.moe_layer_freq} leaves no MoE layer among {lm.num_layers}; use 1 to {lm.num_layers}")
     rule(1 <= moe.moe_router_topk <= moe.num_experts,
          f"moe_router_topk {moe.moe_router_topk} must lie between 1 and num_experts {moe.num_experts}")
+    rule(moe.dtr_kernel != "triton" or moe.router == "dtr",
+         f"dtr_kernel triton is for router dtr, and this router is {moe.router}; leave dtr_kernel out")
     for low, high in moe.evolution_beta:
         rule(0.0 <= low <= high <= 1.0, f"evolution_beta range [{low}, {high}] must satisfy 0 <= low <= high <= 1")
     rule(train.micro_batch_size >= 1 and train.global_batch_size >= 1,

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
 from megatron_evomoe.parallel import backend
 
+if not backend.on_gpu():
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is first imported, which megatron-core does below
 backend.prepare()
 torch.set_num_threads(1)
 

@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from megatron_evomoe.config import ConfigError, RunConfig
 from megatron_evomoe.model import precision
+from megatron_evomoe.moe import dtr_kernel
 from megatron_evomoe.parallel import backend
 
 
@@ -174,6 +175,7 @@ def _check_language(config: RunConfig) -> None:
     """What megatron-core accepts and then fails at later, obscurely (seen with 0.16.1)."""
     lm, train, tp = config.language, config.train, config.parallel.tensor_model_parallel_size
     local = resolve_transformer_impl(config) == "local"
+    dtr_kernel.check(config.moe.dtr_kernel)  # in the first stage, not when one with a mixture begins
     groups = lm.num_query_groups or lm.num_attention_heads
     if local and groups % tp:
         raise ConfigError(f"num_query_groups {groups} is not a multiple of tensor_model_parallel_size {tp}, as attention "

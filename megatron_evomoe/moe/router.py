@@ -25,7 +25,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_evomoe.config import MoEConfig
-from megatron_evomoe.moe import dtr
+from megatron_evomoe.moe import dtr, dtr_kernel
 
 TEXT, VISION, PADDING = 0, 1, 2
 """Token types, as they travel in megatron-core's `padding_mask` argument."""
@@ -194,6 +194,7 @@ class DynamicTokenRouter(TypedRouter):
     def __init__(self, config: TransformerConfig, pg_collection: Any = None, is_mtp_layer: bool = False, **kwargs: Any) -> None:
         super().__init__(config, pg_collection, is_mtp_layer, **kwargs)
         self._replace_weight()
+        self.fused = dtr_kernel.fused(self.moe.dtr_kernel, self.gate_dtype)
         shape = (config.hidden_size, self.moe.dtr_hidden_size, self.moe.dtr_rank)
         self.text, self.vision = HyperNetwork(*shape), HyperNetwork(*shape)
         self.phi = nn.Parameter(torch.empty(config.num_moe_experts, config.hidden_size))
@@ -205,11 +206,14 @@ class DynamicTokenRouter(TypedRouter):
         return dtr.DtrWeights(self.text.weights(), self.vision.weights(), self.phi)
 
     def gating(self, input: Tensor, is_vision: Tensor | None = None) -> Tensor:
-        capturing = input.is_cuda and torch.cuda.is_current_stream_capturing()  # then shapes may not depend on data
-        logits_TN = dtr.dtr_logits(
-            input.flatten(0, 1), is_vision.flatten(), self.weights(),
-            activation=self.moe.dtr_activation, dtype=self.gate_dtype, gather=not capturing,
-        )  # fmt: skip
+        z_TC, is_vision_T, activation = input.flatten(0, 1), is_vision.flatten(), self.moe.dtr_activation
+        if self.fused is not None:
+            logits_TN = self.fused(z_TC, is_vision_T, self.weights(), activation=activation)
+        else:
+            capturing = input.is_cuda and torch.cuda.is_current_stream_capturing()  # then shapes may not depend on data
+            logits_TN = dtr.dtr_logits(
+                z_TC, is_vision_T, self.weights(), activation=activation, dtype=self.gate_dtype, gather=not capturing
+            )
         return logits_TN.view(*input.shape[:2], -1)
 
 
