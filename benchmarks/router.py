@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib.util
 import itertools
 import json
 import os
@@ -41,6 +42,7 @@ SUBJECTS = {
     "autograd": "DTR factored, gather and projection left to autograd",
     "masked": "DTR factored, both hypernetworks on every token (dtr_logits(gather=False))",
     "factored": "DTR factored, as trained (dtr_logits)",
+    "fused": "DTR on Triton kernels (dtr_triton.dtr_logits); with --device cuda only",
     "ffn": "one frozen SwiGLU expert, backward to its input only",
 }
 
@@ -64,6 +66,21 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--output", type=Path, help="write figures and circumstances as JSON")
     return parser.parse_args()
+
+
+def missing(subject: str, device: str) -> str | None:
+    """Why a subject cannot be measured here."""
+    if subject != "fused":
+        return None
+    if device != "cuda":
+        return "its kernels need a GPU"
+    return None if importlib.util.find_spec("triton") else "Triton does not import"
+
+
+def fused_logits(z_TC: Tensor, is_vision_T: Tensor, weights: dtr.DtrWeights) -> Tensor:
+    from megatron_evomoe.moe import dtr_triton  # imports Triton
+
+    return dtr_triton.dtr_logits(z_TC, is_vision_T, weights)
 
 
 def autograd_logits(z_TC: Tensor, is_vision_T: Tensor, weights: dtr.DtrWeights) -> Tensor:
@@ -117,6 +134,7 @@ def make_subjects(args: argparse.Namespace, T: int, C: int, h: int, r: int) -> t
         "autograd": lambda: autograd_logits(z, is_vision, weights),
         "masked": lambda: dtr.dtr_logits(z, is_vision, weights, gather=False),
         "factored": lambda: dtr.dtr_logits(z, is_vision, weights),
+        "fused": lambda: fused_logits(z, is_vision, weights),
         "ffn": lambda: F.linear(dtr._swiglu(F.linear(z, fc1)), fc2),
     }
     return {name: forwards[name] for name in args.subjects}, [z, gate, *weights.text, *weights.vision, weights.phi_NC], [fc1, fc2]
@@ -217,8 +235,13 @@ def circumstances(args: argparse.Namespace) -> dict:
 def main() -> None:
     args = parse_args()
     torch.set_num_threads(args.threads)
+    skipped = {name: reason for name in args.subjects if (reason := missing(name, args.device))}
+    args.subjects = [name for name in args.subjects if name not in skipped]
+    for name, reason in skipped.items():
+        print(f"{name} is skipped: {reason}\n")
     rows = [measure(args, *shape) for shape in itertools.product(args.tokens, args.width, args.hidden, args.rank)]
-    report = {"circumstances": circumstances(args), "subjects": {name: SUBJECTS[name] for name in args.subjects}, "rows": rows}
+    subjects = {name: SUBJECTS[name] for name in args.subjects}
+    report = {"circumstances": circumstances(args), "subjects": subjects, "skipped": skipped, "rows": rows}
     print("Milliseconds, forward and backward (peak MiB, MiB kept for the backward)\n")
     print(markdown(rows, args.subjects), "\n\n" + json.dumps(report["circumstances"], indent=1))
     if args.output:
