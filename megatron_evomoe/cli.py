@@ -32,10 +32,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _user_errors() -> tuple[type[Exception], ...]:
-    from megatron_evomoe.benchmarks.item import BenchmarkError
     from megatron_evomoe.checkpoint.record import CheckpointError
     from megatron_evomoe.config import ConfigError
     from megatron_evomoe.data.errors import DataError
+    from megatron_evomoe.evaluation.item import BenchmarkError
     from megatron_evomoe.hf.loading import ModelError
 
     return ConfigError, CheckpointError, DataError, BenchmarkError, ModelError
@@ -118,7 +118,7 @@ def _add_doctor(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace
 
 
 def _add_evaluate(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
-    from megatron_evomoe.benchmarks import evaluate
+    from megatron_evomoe.evaluation import evaluate
 
     evaluate.add_arguments(parser)
     return evaluate.run

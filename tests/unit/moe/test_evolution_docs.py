@@ -15,7 +15,7 @@ DOCS = Path(__file__).parents[3] / "docs" / "stages.md"
 
 @pytest.mark.usefixtures("one_rank")
 def test_a_new_rule_takes_ten_lines(monkeypatch: pytest.MonkeyPatch) -> None:
-    import evolution_models as models
+    from tests.unit.moe import evolution_models as models
 
     monkeypatch.setattr("megatron_evomoe.moe.evolution.RULES", dict(RULES))
     (code,) = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import evolution_models as models
 import pytest
 import torch
 
 from megatron_evomoe.moe.evolution import RULES, draw_beta
+from tests.unit.moe import evolution_models as models
 
 STEPS = range(4)
 LAYER = 2

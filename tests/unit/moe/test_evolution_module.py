@@ -7,12 +7,12 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-import evolution_models as models
 import pytest
 import torch
 
 from megatron_evomoe.config import ConfigError
 from megatron_evomoe.moe.evolution import RULES, draw_beta
+from tests.unit.moe import evolution_models as models
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 PREFIX = "decoder.layers.1.mlp."

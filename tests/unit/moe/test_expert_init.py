@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import evolution_models as models
 import pytest
 import torch
 
 from megatron_evomoe.config import ConfigError
+from tests.unit.moe import evolution_models as models
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 PREFIX = "decoder.layers.1.mlp."

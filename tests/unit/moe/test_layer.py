@@ -8,11 +8,11 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
-from router_models import batch, transformer_config
 
 from megatron_evomoe.config import MoEConfig
 from megatron_evomoe.moe.layer import EvoMoELayer, moe_layer_spec
 from megatron_evomoe.moe.router import ROUTERS
+from tests.unit.moe.router_models import batch, transformer_config
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.moe.router import TopKRouter
-from router_models import batch, build_router, transformer_config
 
 from megatron_evomoe.config import MoEConfig
 from megatron_evomoe.moe.dtr import naive_dtr_logits
 from megatron_evomoe.moe.router import ROUTERS, router_builder, straight_through, to_planes
+from tests.unit.moe.router_models import batch, build_router, transformer_config
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 

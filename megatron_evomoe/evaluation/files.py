@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_evomoe.benchmarks.item import BenchmarkError, Source
+from megatron_evomoe.evaluation.item import BenchmarkError, Source
 
 
 def read_text(path: Path) -> str:

@@ -12,12 +12,12 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from megatron_evomoe.benchmarks.files import field, read_text
-from megatron_evomoe.benchmarks.item import Answers, Benchmark, BenchmarkError, Item, Metrics, Source
-from megatron_evomoe.benchmarks.normalize import mmbench_letter
-from megatron_evomoe.benchmarks.prompts import LETTERS, OPTION_LETTER, OPTION_LETTER_CHINESE, option_lines
-from megatron_evomoe.benchmarks.scores import grouped, mean_by, mean_percent
 from megatron_evomoe.data.shards import write_atomically
+from megatron_evomoe.evaluation.files import field, read_text
+from megatron_evomoe.evaluation.item import Answers, Benchmark, BenchmarkError, Item, Metrics, Source
+from megatron_evomoe.evaluation.normalize import mmbench_letter
+from megatron_evomoe.evaluation.prompts import LETTERS, OPTION_LETTER, OPTION_LETTER_CHINESE, option_lines
+from megatron_evomoe.evaluation.scores import grouped, mean_by, mean_percent
 
 _ROTATION = 1_000_000  # row n + k·10⁶ is row n with its options rotated k times
 _LONGEST_REFERENCE = 64  # a shorter image field is the index of the row that has the picture

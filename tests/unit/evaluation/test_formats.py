@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from megatron_evomoe.benchmarks.item import BenchmarkError, Source, first_groups
-from megatron_evomoe.benchmarks.registry import BENCHMARKS
+from megatron_evomoe.evaluation.item import BenchmarkError, Source, first_groups
+from megatron_evomoe.evaluation.registry import BENCHMARKS
 
 from . import helpers
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from megatron_evomoe.benchmarks.item import Item
+from megatron_evomoe.evaluation.item import Item
 
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'].upper() }}: "

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_evomoe.benchmarks.files import field
-from megatron_evomoe.benchmarks.item import BenchmarkError
 from megatron_evomoe.data.shards import write_atomically
+from megatron_evomoe.evaluation.files import field
+from megatron_evomoe.evaluation.item import BenchmarkError
 
 
 class AnswerStore:

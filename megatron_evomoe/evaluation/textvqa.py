@@ -6,12 +6,12 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from megatron_evomoe.benchmarks.files import field, find_image, read_json
-from megatron_evomoe.benchmarks.item import Answers, Benchmark, Item, Metrics, Source
-from megatron_evomoe.benchmarks.normalize import evalai_answer
-from megatron_evomoe.benchmarks.prompts import SHORT_ANSWER, short_answer
-from megatron_evomoe.benchmarks.scores import leave_one_out, mean_percent
 from megatron_evomoe.data.shards import write_atomically
+from megatron_evomoe.evaluation.files import field, find_image, read_json
+from megatron_evomoe.evaluation.item import Answers, Benchmark, Item, Metrics, Source
+from megatron_evomoe.evaluation.normalize import evalai_answer
+from megatron_evomoe.evaluation.prompts import SHORT_ANSWER, short_answer
+from megatron_evomoe.evaluation.scores import leave_one_out, mean_percent
 
 
 def read(source: Source) -> list[Item]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_evomoe.benchmarks.files import field, find_image, one_of, read_json_lines
-from megatron_evomoe.benchmarks.item import Answers, Benchmark, BenchmarkError, Item, Metrics, Source
-from megatron_evomoe.benchmarks.normalize import pope_yes_no
-from megatron_evomoe.benchmarks.prompts import short_answer
-from megatron_evomoe.benchmarks.scores import grouped, percent
+from megatron_evomoe.evaluation.files import field, find_image, one_of, read_json_lines
+from megatron_evomoe.evaluation.item import Answers, Benchmark, BenchmarkError, Item, Metrics, Source
+from megatron_evomoe.evaluation.normalize import pope_yes_no
+from megatron_evomoe.evaluation.prompts import short_answer
+from megatron_evomoe.evaluation.scores import grouped, percent
 
 
 def read(source: Source) -> list[Item]:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_evomoe.benchmarks import normalize
+from megatron_evomoe.evaluation import normalize
 
 
 @pytest.mark.parametrize(("text", "expected"), [

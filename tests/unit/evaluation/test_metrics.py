@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_evomoe.benchmarks import gqa, mmbench, mme, pope, scienceqa, textvqa, vqav2
-from megatron_evomoe.benchmarks.scores import leave_one_out
+from megatron_evomoe.evaluation import gqa, mmbench, mme, pope, scienceqa, textvqa, vqav2
+from megatron_evomoe.evaluation.scores import leave_one_out
 
 from .helpers import item
 

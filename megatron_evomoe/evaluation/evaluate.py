@@ -15,13 +15,13 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from megatron_evomoe.benchmarks.item import Benchmark, BenchmarkError, Item, Source, first_groups
-from megatron_evomoe.benchmarks.ranks import Ranks
-from megatron_evomoe.benchmarks.registry import BENCHMARKS
-from megatron_evomoe.benchmarks.report import report
-from megatron_evomoe.benchmarks.store import AnswerStore
 from megatron_evomoe.data.errors import SampleError
 from megatron_evomoe.data.image import decode_image
+from megatron_evomoe.evaluation.item import Benchmark, BenchmarkError, Item, Source, first_groups
+from megatron_evomoe.evaluation.ranks import Ranks
+from megatron_evomoe.evaluation.registry import BENCHMARKS
+from megatron_evomoe.evaluation.report import report
+from megatron_evomoe.evaluation.store import AnswerStore
 from megatron_evomoe.hf.loading import DTYPES, LoadedModel, ModelError, check_directory, greedy, load, user_message
 
 _SAMPLED_BYTES = 1 << 20

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_evomoe.benchmarks.item import BenchmarkError
-from megatron_evomoe.benchmarks.registry import BENCHMARKS
-from megatron_evomoe.benchmarks.report import report
 from megatron_evomoe.cli import main
+from megatron_evomoe.evaluation.item import BenchmarkError
+from megatron_evomoe.evaluation.registry import BENCHMARKS
+from megatron_evomoe.evaluation.report import report
 
 from . import helpers
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from megatron_evomoe.benchmarks.item import Benchmark, BenchmarkError, Item, Metrics
 from megatron_evomoe.data.shards import write_atomically
+from megatron_evomoe.evaluation.item import Benchmark, BenchmarkError, Item, Metrics
 
 
 def report(benchmark: Benchmark, items: Sequence[Item], answers: Mapping[str, str], output: Path) -> None:
