@@ -169,8 +169,10 @@ def terminate_job(job: Job, draw: random.Random) -> None:
 def hang_rank(job: Job, draw: random.Random) -> None:
     victim = job.workers()[1]
     victim.suspend()
-    assert wait_for(lambda: "failed in stage" in job.text(), job), job.text()[-3000:]
-    assert f"pid {victim.pid}) has been silent" in job.text() and "rank 1 (" in job.text()
+    named = f"pid {victim.pid}) has been silent"
+    assert wait_for(lambda: named in job.text(), job), job.text()[-3000:]
+    said = next(line for line in job.text().splitlines() if named in line)
+    assert "failed in stage" in said and "rank 1 (" in said
     job.kill()
 
 
