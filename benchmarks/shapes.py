@@ -1,0 +1,77 @@
+"""Models and batches for the benchmarks of whole training steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from megatron_evomoe.config import RunConfig, from_mapping
+from megatron_evomoe.data.conversation import IGNORE_INDEX, TEXT, VISION
+from megatron_evomoe.parallel import backend
+from megatron_evomoe.parallel.broadcast import Step
+from megatron_evomoe.plan import layout
+from megatron_evomoe.plan.activations import activation_bytes
+from megatron_evomoe.plan.states import states_of
+from megatron_evomoe.presets import LANGUAGE_PRESETS
+
+MODELS = {"1.8b": "qwen-1.8b", "7b": "openchat-7b"}
+"""Name in a table -> preset."""
+
+STAGES = ("align", "warmup", "evolve", "route")
+USABLE = 0.85
+"""Share of the device's memory that models are cut to fit: the rest is for the allocator and for what is there for a moment."""
+
+
+def model_config(model: str, layers: int, *, tiny: bool, seq_length: int, micro_batch: int, microbatches: int,
+                 precision: str = "bf16", **sections: Any) -> RunConfig:
+    """A run of the four stages; `tiny` takes the smallest preset whatever the model's name. `sections` go over the rest."""
+    raw: dict[str, Any] = {
+        "preset": "tiny" if tiny else MODELS[model],
+        "language": {"num_layers": layers, **({"vocab_size": 256} if tiny else {})},
+        "moe": {},
+        "data": {"seq_length": seq_length},
+        "train": {"bf16": True, "micro_batch_size": micro_batch, "global_batch_size": micro_batch * microbatches,
+                  "train_iters": 1000},
+        "gpu": {"fp8_format": "hybrid"} if precision == "fp8" else {},
+        "stages": [{"name": kind} for kind in STAGES],
+    }
+    for name, values in sections.items():
+        raw[name] = {**raw.get(name, {}), **values}
+    return from_mapping(raw)
+
+
+def random_step(config: RunConfig) -> Step:
+    """One optimizer step of full sequences: an image, then text whose second half is supervised; no padding."""
+    generator = torch.Generator().manual_seed(0)
+    b, s = config.train.micro_batch_size, config.data.seq_length
+    m, images = config.train.global_batch_size // b, config.vision.tokens_per_image
+    tokens = torch.randint(0, config.language.vocab_size, (m, b, s), generator=generator)
+    labels = torch.randint(0, config.language.vocab_size, (m, b, s), generator=generator)
+    labels[..., : images + (s - images) // 2] = IGNORE_INDEX
+    types = torch.full((m, b, s), TEXT)
+    types[..., 1 : 1 + images] = VISION
+    pixels = torch.randint(0, 256, (m, b, 3, *(config.vision.image_size,) * 2), dtype=torch.uint8, generator=generator)
+    where = backend.device()
+    return Step(tokens=tokens.to(where), labels=labels.to(where), token_types=types.to(where), pixel_values=list(pixels.to(where)))
+
+
+def planned_bytes(config: RunConfig, kind: str) -> int:
+    """`plan`'s prediction for one device: states and activations."""
+    microbatches = layout.microbatches(config, 1)
+    return states_of(config, kind, world_size=1, pp_rank=0).total_bytes + activation_bytes(config, kind, 0, microbatches)
+
+
+def layers_that_fit(model: str, memory: float, copies: int, **options: Any) -> int:
+    """The most layers, in steps of two, of which `copies` models and one model's activations fit in every stage."""
+    layers = LANGUAGE_PRESETS[MODELS[model]]["num_layers"]
+    while layers > 2:
+        config = model_config(model, layers, tiny=False, **options)
+        if all(_needed(config.for_stage(kind), kind, copies) <= USABLE * memory for kind in STAGES):
+            break
+        layers -= 2
+    return layers
+
+
+def _needed(config: RunConfig, kind: str, copies: int) -> int:
+    return planned_bytes(config, kind) + (copies - 1) * states_of(config, kind, world_size=1, pp_rank=0).total_bytes
