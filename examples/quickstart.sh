@@ -3,7 +3,7 @@
 #   bash examples/quickstart.sh [train flags]     e.g. --seed 2; it starts anew, deleting runs/quickstart
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source examples/setup_venv.sh
+EXTRAS="${EXTRAS:-quickstart}" source examples/setup_venv.sh
 RUN=runs/quickstart
 DATA=() TOWER=() TRAIN=()
 if [ -n "${SMOKE:-}" ]; then # the same path in a minute, for tests

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Make a virtual environment if there is none and install the package with its tested versions.
 #   source examples/setup_venv.sh        sets PYTHON to its interpreter
-# VENV names the folder (.venv), BASE_PYTHON the interpreter to make it from (python3), CONSTRAINTS the pins.
+# VENV names the folder (.venv), BASE_PYTHON the interpreter to make it from (python3), CONSTRAINTS the pins, EXTRAS the extra of
+# setup.py that is wanted (dev, which holds the others).
 # pip takes the torch build its own settings lead to: on Linux without a GPU, point PIP_INDEX_URL or PIP_FIND_LINKS at
 # PyTorch's CPU wheels to save gigabytes of CUDA libraries.
 set -euo pipefail
@@ -12,12 +13,13 @@ PYTHON="$VENV/bin/python"
 if [ ! -x "$PYTHON" ]; then
     "${BASE_PYTHON:-python3}" -m venv "$VENV"
 fi
+EXTRAS="${EXTRAS:-dev}"
 # reinstalled only when what is asked for changed
-STAMP="$VENV/.installed"
 WANTED="$(cat "$CONSTRAINTS" "$ROOT/setup.py" | cksum)"
-if [ "$(cat "$STAMP" 2>/dev/null)" != "$WANTED" ]; then
+installed() { [ "$(cat "$VENV/.installed-$1" 2>/dev/null)" = "$WANTED" ]; }
+if ! installed "$EXTRAS" && ! installed dev; then
     echo "installing into $VENV (a few minutes the first time)"
-    "$PYTHON" -m pip install -q -c "$CONSTRAINTS" -e "$ROOT[dev]"
-    echo "$WANTED" > "$STAMP"
+    "$PYTHON" -m pip install -q -c "$CONSTRAINTS" -e "$ROOT[$EXTRAS]"
+    echo "$WANTED" > "$VENV/.installed-$EXTRAS"
 fi
 export PYTHON
