@@ -1,6 +1,6 @@
 """What saving and loading cost beside a plain torch.save and torch.load of the same tensors, in the same run.
 
-    python benchmarks/checkpoint.py [--hidden 1024] [--layers 6] [--rounds 3] [--folder DIR]
+    python benchmarks/checkpoint.py [--hidden 1024] [--layers 6] [--rounds 3] [--folder DIR] [--output FILE]
 
 One rank, stage `warmup` with Adam's moments. Rounds alternate; medians and their ratio are printed as Markdown. Peak memory is
 the process's high-water mark above what it held before, children included in "with writers" (megatron-core forks them).
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
 import os
 import shutil
 import statistics
@@ -25,6 +26,7 @@ from typing import Any
 warnings.filterwarnings("ignore")
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import measure as shared  # noqa: E402
 import psutil  # noqa: E402
 import torch  # noqa: E402
 
@@ -92,12 +94,26 @@ def measure(action: Callable[[], Any]) -> tuple[float, float]:
     return seconds, max(0, peak[0] - before)
 
 
+def markdown(report: dict[str, Any]) -> str:
+    """The table of a report, made from nothing else."""
+    seconds, size = report["seconds"], report["bytes"]
+    rows = [[name, f"{s:.2f}", f"{size / 1e9 / s:.2f}", f"{report['peak_bytes'][name] / size:.2f}"] for name, s in seconds.items()]
+    c = report["circumstances"]
+    return "\n".join([
+        f"{report['tensors']} tensors, {size / 1e9:.2f} GB; torch {c['versions']['torch']}; "
+        f"medians of {c['rounds']} rounds after one", "",
+        shared.table(["", "seconds", "GB/s", "peak memory / bytes written"], rows),
+        f"\nsave / torch.save: {seconds['save'] / seconds['torch.save']:.2f}; load / torch.load: "
+        f"{seconds['load, checksums verified'] / seconds['torch.load']:.2f}", ""])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="where to write (a temporary folder by default)")
+    parser.add_argument("--output", type=Path, help="write figures and circumstances as JSON")
     args = parser.parse_args()
     backend.prepare()
     backend.init_process_group(timeout_minutes=5)
@@ -134,12 +150,12 @@ def main() -> None:
                 found[name].append(measure(action))
     shutil.rmtree(folder)
     median = {name: [statistics.median(column) for column in zip(*values[1:], strict=True)] for name, values in found.items()}
-    print(f"{len(plain)} tensors, {size / 1e9:.2f} GB; torch {torch.__version__}; medians of {args.rounds} rounds after one\n")
-    print("| | seconds | GB/s | peak memory / bytes written |\n|---|---|---|---|")
-    for name, (seconds, memory) in median.items():
-        print(f"| {name} | {seconds:.2f} | {size / 1e9 / seconds:.2f} | {memory / size:.2f} |")
-    print(f"\nsave / torch.save: {median['save'][0] / median['torch.save'][0]:.2f}; load / torch.load: "
-          f"{median['load, checksums verified'][0] / median['torch.load'][0]:.2f}")
+    report = {"circumstances": shared.circumstances(rounds=args.rounds), "tensors": len(plain), "bytes": size,
+              "seconds": {name: seconds for name, (seconds, _) in median.items()},
+              "peak_bytes": {name: memory for name, (_, memory) in median.items()}}
+    print(markdown(report))
+    if args.output:
+        args.output.write_text(json.dumps(report, indent=1) + "\n")
     torch.distributed.destroy_process_group()
 
 

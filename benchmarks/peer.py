@@ -1,6 +1,6 @@
 """Our training step against a peer's: the same model, stage and batch written from transformers' modules (peer_model.py).
 
-    python benchmarks/peer.py --output peer.json --markdown peer.md
+    python benchmarks/peer.py --output peer.json
     python benchmarks/peer.py --train router              # as `route`; by default router and experts, MoE-LLaVA's third stage
     python benchmarks/peer.py --tiny
 
@@ -47,7 +47,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--tiny", action="store_true", help="a tiny model and batch, one round: plumbing only")
     parser.add_argument("--output", type=Path, help="write figures and circumstances as JSON")
-    parser.add_argument("--markdown", type=Path, help="write the table")
     args = parser.parse_args()
     if args.tiny:
         args.layers, args.seq_length, args.micro_batch, args.microbatches, args.rounds = 2, 64, 2, 2, 1
@@ -66,7 +65,6 @@ def run_config(args: argparse.Namespace) -> Any:
         moe={"router": "linear", "moe_router_topk": 2, "router_gate": "straight_through"},
         language={"num_layers": args.layers, "add_qkv_bias": True, "tie_word_embeddings": False,
                   **({"vocab_size": 256} if args.tiny else {})},
-        optimizer={"lr": 1e-4, "lr_decay_style": "constant", "lr_warmup_fraction": 0.0},
         train={"bf16": args.precision == "bf16", "trainable": list(TRAINED[args.train])})
     config.moe.moe_grouped_gemm = resolve_transformer_impl(config) == "transformer_engine"
     return config.for_stage("route")
@@ -179,8 +177,6 @@ def main() -> None:
     print(markdown(report))
     if args.output:
         args.output.write_text(json.dumps(report, indent=1) + "\n")
-    if args.markdown:
-        args.markdown.write_text(markdown(report))
     torch.distributed.destroy_process_group()
     sys.exit(0 if report["equal_loss"] else 1)
 

@@ -31,6 +31,7 @@ def model_config(model: str, layers: int, *, tiny: bool, seq_length: int, micro_
         "language": {"num_layers": layers, **({"vocab_size": 256} if tiny else {})},
         "moe": {},
         "data": {"seq_length": seq_length},
+        "optimizer": {"lr": 1e-4, "lr_decay_style": "constant", "lr_warmup_fraction": 0.0},
         "train": {"bf16": True, "micro_batch_size": micro_batch, "global_batch_size": micro_batch * microbatches,
                   "train_iters": 1000},
         "gpu": {"fp8_format": "hybrid"} if precision == "fp8" else {},

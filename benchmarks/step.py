@@ -1,6 +1,6 @@
 """Training steps of every stage on one GPU: tokens/s, TFLOP/s, MFU, memory, and what a stage adds to megatron-core's bare GPT.
 
-    python benchmarks/step.py --output step.json --markdown step.md
+    python benchmarks/step.py --output step.json
     python benchmarks/step.py --models 7b --layers 8 --stages warmup route --precisions bf16
     python benchmarks/step.py --tiny                      # a model of a few kilobytes, on a CPU too: shows that the script works
 
@@ -42,7 +42,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--tiny", action="store_true", help="a tiny model and batch, one round: plumbing only")
     parser.add_argument("--output", type=Path, help="write figures and circumstances as JSON")
-    parser.add_argument("--markdown", type=Path, help="write the table")
     args = parser.parse_args()
     if args.tiny:
         args.layers, args.seq_length, args.micro_batch, args.microbatches, args.rounds = args.layers or 2, 64, 2, 2, 1
@@ -120,7 +119,9 @@ def measure_stage(args: argparse.Namespace, model: str, kind: str, layers: int, 
     import shapes
 
     from megatron_evomoe.parallel import topology
+    from megatron_evomoe.train.report import forget_auxiliary_losses
 
+    forget_auxiliary_losses()  # the core's record is as long as the last model was deep
     options = dict(tiny=args.tiny, seq_length=args.seq_length, micro_batch=args.micro_batch, microbatches=args.microbatches,
                    moe={"moe_grouped_gemm": have_transformer_engine()})
     configs = {p: shapes.model_config(model, layers, precision=p, **options).for_stage(kind) for p in precisions}
@@ -229,8 +230,6 @@ def main() -> None:
     print(markdown(report))
     if args.output:
         args.output.write_text(json.dumps(report, indent=1) + "\n")
-    if args.markdown:
-        args.markdown.write_text(markdown(report))
     torch.distributed.destroy_process_group()
 
 

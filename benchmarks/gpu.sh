@@ -1,0 +1,97 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, on a machine without a network: install, tests/gpu, then the benchmarks, within 20 minutes.
+#   bash benchmarks/gpu.sh [--tiny] [WHEELS]
+# WHEELS     folder of wheels to install, all of them and nothing else (also as a variable); without one nothing is installed
+# OUT        where results go: results.json, results.md, and what each step printed (benchmarks/results; runs/gpu-tiny)
+# PYTHON     interpreter to start from (python3); VENV the environment to make (.venv-gpu)
+# ONLY       names of the steps to run (all: tests router router-long step peer checkpoint)
+# --tiny     tiny models, with or without a GPU: shows that the script works, and measures nothing
+# A step that fails or takes too long is reported and does not stop the others; the exit status is 1 then.
+set -euo pipefail
+TINY=""
+if [ "${1:-}" = "--tiny" ]; then
+    TINY=1
+    shift
+fi
+WHEELS="$(realpath -m "${1:-${WHEELS:-/nonexistent}}")"
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+DEFAULT="$ROOT/benchmarks/results"
+[ -z "$TINY" ] || DEFAULT="$ROOT/runs/gpu-tiny"
+OUT="$(realpath -m "${OUT:-$DEFAULT}")"
+cd "$ROOT"
+PYTHON="${PYTHON:-python3}"
+VENV="${VENV:-$PWD/.venv-gpu}"
+STARTED=$SECONDS
+LIMIT=1200
+
+if [ -z "$TINY" ] && ! nvidia-smi -L > /dev/null 2>&1 && [ ! -e /dev/nvidiactl ]; then
+    echo "no GPU here (no nvidia-smi that finds one, no /dev/nvidiactl): nothing is tested or measured. --tiny runs the same steps with tiny models."
+    exit 0
+fi
+
+install_wheels() {
+    local base
+    base="$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+    if "$PYTHON" -c 'import torch' 2> /dev/null; then
+        "$PYTHON" -m venv --system-site-packages "$VENV"
+        # an interpreter that lives in an environment hands on the packages below that environment, not those in it
+        "$VENV/bin/python" -c 'import torch' 2> /dev/null ||
+            echo "$base" > "$("$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"
+    else
+        "$PYTHON" -m venv "$VENV"
+    fi
+    # one command: two of Transformer Engine's wheels share a folder
+    "$VENV/bin/python" -m pip install -q --no-index --no-deps --find-links "$WHEELS" "$WHEELS"/*.whl
+}
+
+mkdir -p "$OUT"
+rm -f "$OUT"/steps.tsv "$OUT"/tests.xml "$OUT"/{router,router-long,step,peer,checkpoint,results}.json
+# step NAME SECONDS COMMAND…: run it for so long at most, and never beyond the limit of the whole
+step() {
+    local name="$1" seconds="$2" left=$((LIMIT - (SECONDS - STARTED))) before=$SECONDS rc=0
+    shift 2
+    [[ -z "${ONLY:-}" || "$name" == install || " $ONLY " == *" $name "* ]] || return 0
+    seconds=$((seconds < left ? seconds : left))
+    echo "== $name (at most ${seconds} s)"
+    if [ "$seconds" -gt 0 ]; then
+        timeout -k 10 "$seconds" "$@" > "$OUT/$name.log" 2>&1 || rc=$?
+    else
+        rc=124
+        echo "no time was left" > "$OUT/$name.log"
+    fi
+    printf '%s\t%s\t%s\t%s\n' "$name" "$rc" "$((SECONDS - before))" "$*" >> "$OUT/steps.tsv"
+    [ "$rc" -eq 0 ] || echo "   failed with $rc: $(tail -n 1 "$OUT/$name.log")"
+}
+
+if [ -d "$WHEELS" ]; then
+    export PYTHON VENV WHEELS
+    export -f install_wheels
+    step install 180 bash -euo pipefail -c install_wheels
+    [ ! -x "$VENV/bin/python" ] || PYTHON="$VENV/bin/python"
+elif [ "$WHEELS" != /nonexistent ]; then
+    echo "$WHEELS is not a folder" >&2
+    exit 2
+fi
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+[ ! -d /usr/local/cuda/include ] || export NVTE_CUDA_INCLUDE_DIR="${NVTE_CUDA_INCLUDE_DIR:-/usr/local/cuda/include}"
+
+TESTS=(-m pytest -rs -p no:cacheprovider --junitxml "$OUT/tests.xml" tests/gpu)
+if [ -n "$TINY" ]; then
+    ROUTER=(--tokens 32 --width 64 --hidden 2 --rank 2 --ffn 64 --rounds 1 --threads 1)
+    step tests 120 "$PYTHON" "${TESTS[@]}"
+    step router 60 "$PYTHON" benchmarks/router.py "${ROUTER[@]}" --output "$OUT/router.json"
+    step step 120 "$PYTHON" benchmarks/step.py --tiny --models 1.8b --stages warmup route --output "$OUT/step.json"
+    step peer 60 "$PYTHON" benchmarks/peer.py --tiny --output "$OUT/peer.json"
+    step checkpoint 60 "$PYTHON" benchmarks/checkpoint.py --hidden 64 --layers 2 --rounds 1 --output "$OUT/checkpoint.json"
+else
+    ROUTER=(--device cuda --dtype bf16 --width 2048 4096)
+    step tests 300 "$PYTHON" "${TESTS[@]}" tests/unit/moe/test_dtr_triton.py
+    step router 120 "$PYTHON" benchmarks/router.py "${ROUTER[@]}" --tokens 4096 16384 --output "$OUT/router.json"
+    # 64k tokens' Θ would take most of a GPU
+    step router-long 60 "$PYTHON" benchmarks/router.py "${ROUTER[@]}" --tokens 65536 \
+        --subjects linear factored fused ffn --output "$OUT/router-long.json"
+    step step 330 "$PYTHON" benchmarks/step.py --output "$OUT/step.json"
+    step peer 120 "$PYTHON" benchmarks/peer.py --output "$OUT/peer.json"
+    step checkpoint 60 "$PYTHON" benchmarks/checkpoint.py --output "$OUT/checkpoint.json"
+fi
+"$PYTHON" benchmarks/summary.py "$OUT" ${TINY:+--tiny}

@@ -1,0 +1,84 @@
+"""``benchmarks/gpu.sh`` on tiny models: its steps, what it reports of them, and how it installs. Nothing here is a measurement."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from megatron_evomoe.parallel import backend
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "benchmarks" / "gpu.sh"
+
+
+def run(out: Path, *arguments: str | Path, **env: str) -> subprocess.CompletedProcess:
+    given = {**os.environ, "PYTHON": sys.executable, "OUT": str(out), "VENV": str(out / "venv"), **env}
+    return subprocess.run(["bash", SCRIPT, *arguments], env=given, capture_output=True, text=True)
+
+
+def results(out: Path) -> tuple[dict, str]:
+    return json.loads((out / "results.json").read_text()), (out / "results.md").read_text()
+
+
+def wheel(folder: Path, name: str) -> Path:
+    """A package of one empty module."""
+    folder.mkdir(exist_ok=True)
+    info = f"{name}-1.0.dist-info"
+    files = {f"{name}.py": "", f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n",
+             f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"}
+    with zipfile.ZipFile(folder / f"{name}-1.0-py3-none-any.whl", "w") as archive:
+        for path, text in files.items():
+            archive.writestr(path, text)
+        archive.writestr(f"{info}/RECORD", "".join(f"{path},,\n" for path in [*files, f"{info}/RECORD"]))
+    return folder
+
+
+@pytest.mark.skipif(backend.on_gpu(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so_and_ends_well(tmp_path):
+    done = run(tmp_path / "out")
+    assert done.returncode == 0 and "no GPU" in done.stdout
+    assert not (tmp_path / "out").exists()
+
+
+def test_steps_are_run_and_reported(tmp_path):
+    done = run(tmp_path, "--tiny", ONLY="tests step")
+    assert done.returncode == 0, done.stdout + done.stderr
+    report, text = results(tmp_path)
+    assert [(s["name"], s["status"]) for s in report["steps"]] == [("tests", 0), ("step", 0)]
+    assert report["tests"]["failures"] == report["tests"]["errors"] == 0 < report["tests"]["tests"]
+    assert {"device", "versions", "commit", "command"} <= report["circumstances"].keys()
+    assert [(r["stage"], r["precision"]) for r in report["step"]["rows"][:2]] == [("warmup", "bf16"), ("route", "bf16")]
+    ceiling = report["step"]["ceilings"]["bf16"]["gemm_tflops"]
+    for row in report["step"]["rows"]:
+        assert row["tokens_per_s"] == pytest.approx(row["tokens"] / row["seconds"])
+        assert row["mfu_gemm"] == pytest.approx(row["flop"] / row["seconds"] / 1e12 / ceiling)
+        assert row["losses"][1] < row["losses"][0] or row["stage"] == "route"
+        assert f"{row['tokens_per_s']:.0f}" in text
+    assert str(tmp_path) not in json.dumps(report) + text
+
+
+@pytest.mark.slow
+def test_wheels_are_installed_and_every_step_runs(tmp_path):
+    done = run(tmp_path / "out", "--tiny", wheel(tmp_path / "wheels", "probe_wheel"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    report, text = results(tmp_path / "out")
+    names = ["install", "tests", "router", "step", "peer", "checkpoint"]
+    assert [s["name"] for s in report["steps"]] == names
+    assert all(f"## {name}" in text for name in names[2:]) and report["peer"]["equal_loss"]
+    subprocess.run([tmp_path / "out/venv/bin/python", "-c", "import probe_wheel, torch"], check=True)
+
+
+@pytest.mark.slow
+def test_a_step_that_fails_does_not_stop_the_others(tmp_path):
+    (tmp_path / "wheels").mkdir()
+    (tmp_path / "wheels" / "broken-1.0-py3-none-any.whl").write_text("no archive")
+    done = run(tmp_path / "out", "--tiny", tmp_path / "wheels", ONLY="tests")
+    report, text = results(tmp_path / "out")
+    assert done.returncode == 1 and "**failed" in text
+    assert [s["status"] != 0 for s in report["steps"]] == [True, False]
