@@ -1,1 +1,0 @@
-"""A package, so that file names here may repeat elsewhere under tests/."""
