@@ -105,7 +105,9 @@ def build_peer(config: Any, trained: tuple[str, ...], ours: Any, step: Any) -> t
     """Name -> one optimizer step, all on one model that starts from our weights; and what does not work here, with the reason."""
     import peer_model
 
-    peer = peer_model.Peer(config).to(backend.device(), dtype=torch.bfloat16 if config.train.bf16 else None)
+    peer = peer_model.Peer(config).to(backend.device())
+    for parameter in peer.parameters() if config.train.bf16 else ():  # and no buffer: RoPE's frequencies need fp32
+        parameter.data = parameter.data.bfloat16()
     peer_model.load(peer, ours, config)
     training = PeerTraining(peer, trained, config, step)
     eager = {name: functools.partial(training.take_step, peer, name) for name in peer_model.DISPATCH}
