@@ -1,14 +1,19 @@
-"""The processes that share an evaluation under torchrun; they exchange a few words and never tensors, so gloo serves GPUs too."""
+"""The processes that share an evaluation under torchrun. They exchange a few words and never tensors: a key-value store will do."""
 
 from __future__ import annotations
 
 import datetime
 import os
+import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 T = TypeVar("T")
 _PATIENCE = datetime.timedelta(days=7)  # a rank whose share is done waits for the slowest
+_POLL = 0.02
 
 
 class Ranks:
@@ -16,26 +21,32 @@ class Ranks:
 
     def __init__(self) -> None:
         self.index, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self._store: dist.Store | None = None
+        self._meetings = 0
 
     def __enter__(self) -> Ranks:
         if self.size > 1:
             import torch.distributed as dist
 
-            dist.init_process_group("gloo", timeout=_PATIENCE)
+            from megatron_evomoe.parallel import attempt
+
+            store, _, _ = next(dist.rendezvous("env://", timeout=_PATIENCE))
+            self._store = attempt.own_store(store, self.index, self.size, _PATIENCE) if attempt.is_restartable() else store
         return self
 
     def __exit__(self, kind: type | None, *args: object) -> None:
-        if self.size > 1 and kind is None:  # after a failure the others may not come, and torchrun ends them
-            import torch.distributed as dist
-
-            dist.destroy_process_group()
+        if self._store is not None and kind is None:  # after a failure the others may not come, and torchrun ends them
+            self._store.add("left", 1)
+            while self.index == 0 and self._store.add("left", 0) < self.size:  # it may be rank 0 that keeps the store
+                time.sleep(_POLL)
 
     def wait(self) -> None:
         """Until every rank is here."""
-        if self.size > 1:
-            import torch.distributed as dist
-
-            dist.barrier()
+        if self._store is not None:
+            self._meetings += 1
+            if self._store.add(f"here {self._meetings}", 1) == self.size:
+                self._store.set(f"all {self._meetings}", "")
+            self._store.wait([f"all {self._meetings}"], _PATIENCE)
 
     def first_alone(self, work: Callable[[], T]) -> T | None:
         """Rank 0 does `work`; all go on when it succeeded, and all stop when it failed, one of them saying why.
@@ -58,11 +69,10 @@ class Ranks:
         return result
 
     def _any(self, mine: bool) -> bool:
-        if self.size == 1:
+        if self._store is None:
             return mine
-        import torch
-        import torch.distributed as dist
-
-        flag = torch.tensor(int(mine))
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag.item())
+        key = f"raised {self._meetings}"
+        if mine:
+            self._store.set(key, "")
+        self.wait()
+        return bool(self._store.check([key]))
