@@ -30,18 +30,17 @@ if [ -z "$TINY" ] && ! nvidia-smi -L > /dev/null 2>&1 && [ ! -e /dev/nvidiactl ]
 fi
 
 install_wheels() {
-    local base
-    base="$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
-    if "$PYTHON" -c 'import torch' 2> /dev/null; then
-        "$PYTHON" -m venv --system-site-packages "$VENV"
-        # an interpreter that lives in an environment hands on the packages below that environment, not those in it
-        "$VENV/bin/python" -c 'import torch' 2> /dev/null ||
-            echo "$base" > "$("$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"
-    else
-        "$PYTHON" -m venv "$VENV"
-    fi
+    local torch site
+    # the folder of packages that has torch, if there is one
+    torch="$("$PYTHON" -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).parents[1])' 2> /dev/null || true)"
+    "$PYTHON" -m venv ${torch:+--system-site-packages} "$VENV"
+    site="$("$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+    # an interpreter that lives in an environment hands on the packages below that environment, not those in it
+    [ -z "$torch" ] || "$VENV/bin/python" -c 'import torch' 2> /dev/null || echo "$torch" > "$site/base.pth"
     # one command: two of Transformer Engine's wheels share a folder
     "$VENV/bin/python" -m pip install -q --no-index --no-deps --find-links "$WHEELS" "$WHEELS"/*.whl
+    # Transformer Engine looks for CUDA's libraries in the environment's own folder alone
+    [ ! -d "$torch/nvidia" ] || [ -e "$site/nvidia" ] || ln -s "$torch/nvidia" "$site/nvidia"
 }
 
 mkdir -p "$OUT"
