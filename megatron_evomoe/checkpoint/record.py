@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 FILE_NAME = "evomoe.json"
 FORMAT = 1
+TRACKER = "latest_checkpointed_iteration.txt"
 
 
 class CheckpointError(RuntimeError):
@@ -86,3 +88,10 @@ def read_unchecked(directory: Path) -> Record:
     if record.format != FORMAT:
         raise CheckpointError(f"{directory} has checkpoint format {record.format}; this version reads {FORMAT}")
     return record
+
+
+def write_tracker(directory: Path, step: int) -> None:
+    """Point `directory`'s tracker file at `step`; it holds the old number or the new one at any moment."""
+    pending = directory / (TRACKER + ".new")
+    pending.write_text(str(step))
+    os.replace(pending, directory / TRACKER)

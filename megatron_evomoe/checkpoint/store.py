@@ -29,12 +29,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_evomoe.checkpoint import integrity, optimizer_state
 from megatron_evomoe.checkpoint.find import candidates, latest
 from megatron_evomoe.checkpoint.reader import parallel_reads
-from megatron_evomoe.checkpoint.record import CheckpointError, Record
+from megatron_evomoe.checkpoint.record import CheckpointError, Record, write_tracker
 from megatron_evomoe.checkpoint.writer import SummingStrategy
 from megatron_evomoe.config import CheckpointConfig
 from megatron_evomoe.parallel import rng
 
-TRACKER = "latest_checkpointed_iteration.txt"
 _FREE_SPACE_MARGIN = 1.05
 # newer cores write background saves through nvidia-resiliency-ext unless told to use their own writer
 _WRITER = {"async_strategy": "mcore"} if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters else {}
@@ -213,7 +212,7 @@ class _Publication:
         self.record.write(self.pending)
         shutil.rmtree(self.final, ignore_errors=True)
         os.replace(self.pending, self.final)
-        _write_tracker(self.directory, self.record.step)
+        write_tracker(self.directory, self.record.step)
         _drop_old(self.directory, self.config)
 
     def _remove_pending(self) -> None:
@@ -343,12 +342,6 @@ def _main_replicas(tree: Any) -> list[torch.Tensor]:
 def _last(directory: Path) -> str:
     found = latest(directory)
     return str(found) if found else "no checkpoint"
-
-
-def _write_tracker(directory: Path, step: int) -> None:
-    pending = directory / (TRACKER + ".new")
-    pending.write_text(str(step))
-    os.replace(pending, directory / TRACKER)
 
 
 def _drop_old(directory: Path, config: CheckpointConfig) -> None:

@@ -35,9 +35,8 @@ from torch.serialization import get_crc32_options, set_crc32_options
 
 from megatron_evomoe.checkpoint import integrity
 from megatron_evomoe.checkpoint.mapped import view_of
-from megatron_evomoe.checkpoint.record import CheckpointError, Record, read
+from megatron_evomoe.checkpoint.record import CheckpointError, Record, read, write_tracker
 
-TRACKER = "latest_checkpointed_iteration.txt"
 _DATA_FILE = "__0_0.distcp"
 _ALIGNMENT = 64  # bytes; torch's own within an archive, and what its kernels may count on
 _FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
@@ -208,9 +207,7 @@ class CheckpointWriter:
         files = {_DATA_FILE: [(pending / _DATA_FILE).stat().st_size, self._file.crc], **sums}
         replace(self._record, files=files).write(pending)
         os.replace(pending, self.path)
-        tracker = self._directory / (TRACKER + ".new")
-        tracker.write_text(str(self._record.step))
-        os.replace(tracker, self._directory / TRACKER)
+        write_tracker(self._directory, self._record.step)
 
 
 def _alone(tensor: Tensor) -> Tensor:

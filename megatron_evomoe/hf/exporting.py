@@ -31,6 +31,7 @@ from megatron_evomoe.data.tokenizer import HuggingFaceTokenizer, SentencePieceTo
 from megatron_evomoe.hf import card, config_out, origin
 from megatron_evomoe.hf.chat import chat_template
 from megatron_evomoe.hf.code.files import source_files
+from megatron_evomoe.hf.directory import require_empty
 from megatron_evomoe.hf.names import PARTS, Entry, NameMap
 from megatron_evomoe.hf.safetensors_out import ShardedWriter
 from megatron_evomoe.hf.tokenizer_out import TokenizerFiles, check_ids, tokenizer_files
@@ -128,12 +129,6 @@ def export_model(request: Request) -> Exported:
         shutil.rmtree(pending, ignore_errors=True)
     return Exported(output=output, source=plan.reader.directory, config=plan.config, kind=plan.kind, format=plan.format,
                     dtype=plan.dtype, tensors=len(_shapes(plan)), size=writer.total_size)
-
-
-def require_empty(output: Path) -> None:
-    """Raises `CheckpointError` if something is there."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise CheckpointError(f"{output} exists and is not empty; choose another --output, or remove it")
 
 
 def _plan(request: Request) -> _Plan:

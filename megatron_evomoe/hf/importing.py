@@ -26,6 +26,7 @@ from megatron_evomoe.checkpoint.record import CheckpointError, Record
 from megatron_evomoe.checkpoint.stream import CheckpointWriter
 from megatron_evomoe.config import ConfigError, RunConfig, from_mapping
 from megatron_evomoe.hf import sources
+from megatron_evomoe.hf.directory import require_empty
 from megatron_evomoe.hf.names import Entry, NameMap
 from megatron_evomoe.moe import fresh
 
@@ -77,7 +78,7 @@ def import_model(request: Request) -> Imported:
         CheckpointError: missing, surplus, misshapen or damaged tensors; the output is not empty; no room on the disk.
     """
     output = Path(request.output).expanduser()
-    _require_empty(output)
+    require_empty(output)
     source, config, left_out = _open(request)
     target = _target(source, config, request)
     _require_room(output, target, source, DTYPES[request.dtype])
@@ -150,11 +151,6 @@ def model_yaml(config: RunConfig, kind: str, parts: list[str]) -> str:
     described = {"language": "language_model" in parts, "vision": "vision_model" in parts, "moe": kind in ("evolve", "route")}
     sections = config.to_dict()
     return yaml.safe_dump({name: sections[name] for name, is_there in described.items() if is_there}, sort_keys=False)
-
-
-def _require_empty(output: Path) -> None:
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise CheckpointError(f"{output} exists and is not empty; choose another --output, or remove it")
 
 
 def _config(source: sources.Source, request: Request) -> RunConfig:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import re
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,6 +20,7 @@ from megatron_evomoe.data.conversation import TEXT, VISION
 from megatron_evomoe.data.image import processor_for
 from megatron_evomoe.hf import sources
 from megatron_evomoe.hf.config_in import LLAVA_TYPES
+from megatron_evomoe.hf.core_world import one_rank
 from megatron_evomoe.hf.importing import DTYPES, Imported, Request, is_drawn, open_target
 from megatron_evomoe.hf.verify_out import LOGITS, Row
 
@@ -131,31 +131,12 @@ def _theirs(request: Request, kind: str, path: str | None) -> Any:
 @contextmanager
 def _core_model(imported: Imported) -> Iterator[Any]:
     """The checkpoint in megatron-core's model, float32, evaluation mode; parts it lacks are fresh."""
-    from megatron_evomoe.parallel import backend
-
-    warnings.filterwarnings("ignore", module=r"megatron\.core.*|torch\.distributed.*")
-    backend.prepare()
-    from torch import distributed as dist
-
-    from megatron_evomoe.parallel import topology
-
     language = replace(imported.config.language, vocab_size=imported.config.language.vocab_size or 8)
     config = replace(imported.config, language=language, parallel=ParallelConfig(),
                      train=replace(imported.config.train, bf16=False),
                      moe=replace(imported.config.moe, moe_expert_capacity_factor=None))
-    own_world = not dist.is_initialized()
-    if own_world:
-        backend.init_process_group(timeout_minutes=1)
-        topology.initialize(config)
-        topology.seed_everything(config.train.seed)
-    try:
+    with one_rank(config):
         yield _loaded(imported, config)
-    finally:
-        if own_world:
-            from megatron.core import parallel_state
-
-            parallel_state.destroy_model_parallel()
-            dist.destroy_process_group()
 
 
 def _loaded(imported: Imported, config: RunConfig) -> Any:

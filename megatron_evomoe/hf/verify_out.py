@@ -7,7 +7,6 @@ activations. The checkpoint is read by megatron-core itself, not by the converte
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ from megatron_evomoe.data.batch import stack_images
 from megatron_evomoe.data.conversation import IMAGE_TOKEN, VISION, EncodedSample, encode_prompt
 from megatron_evomoe.data.image import processor_for
 from megatron_evomoe.data.tokenizer import build_tokenizer
+from megatron_evomoe.hf.core_world import one_rank
 from megatron_evomoe.hf.exporting import DTYPES, Exported
 
 LOGITS = 1e-4
@@ -130,31 +130,12 @@ def _load_export(exported: Exported) -> tuple[Any, Any]:
 @contextmanager
 def core_model(exported: Exported) -> Iterator[Any]:
     """The checkpoint in megatron-core's model, float32, evaluation mode, with nothing dropped for capacity."""
-    from megatron_evomoe.parallel import backend
-
-    warnings.filterwarnings("ignore", module=r"megatron\.core.*|torch\.distributed.*")
-    backend.prepare()
-    from torch import distributed as dist
-
-    from megatron_evomoe.parallel import topology
-
-    own_world = not dist.is_initialized()
     given = exported.config  # of which only what the model computes counts, not how the run computed it
     plain = replace(given.moe, moe_expert_capacity_factor=None, moe_grouped_gemm=False, moe_token_dispatcher_type="alltoall")
     config = RunConfig(language=given.language, vision=given.vision, moe=plain, data=given.data,
                        train=TrainConfig(transformer_impl="local"))
-    if own_world:
-        backend.init_process_group(timeout_minutes=1)
-        topology.initialize(config)
-        topology.seed_everything(config.train.seed)  # the core wants its generators set, though evaluation draws nothing
-    try:
+    with one_rank(config):
         yield _loaded(exported, config)
-    finally:
-        if own_world:
-            from megatron.core import parallel_state
-
-            parallel_state.destroy_model_parallel()
-            dist.destroy_process_group()
 
 
 def _loaded(exported: Exported, config: RunConfig) -> Any:

@@ -259,11 +259,11 @@ def test_background_save_is_published_when_written_and_holds_the_step_it_was_ask
     asked = {"modules": built.modules, "optimizer": built.optimizer, "scheduler": built.scheduler, "config_yaml": "{}\n"}
     record = record_for("warmup", 2)
     assert saver.save(tmp_path, record=record, **asked) is None
-    assert find.latest(tmp_path) is None and not (tmp_path / store.TRACKER).exists()
+    assert find.latest(tmp_path) is None and not (tmp_path / records.TRACKER).exists()
     record.step = 3  # as the loop goes on
     train(built, 3, 3)
     assert saver.poll(wait=True) == tmp_path / "iter_0000002" and saver.poll() is None
-    assert (tmp_path / store.TRACKER).read_text() == "2"
+    assert (tmp_path / records.TRACKER).read_text() == "2"
     _, again = built_for("warmup", train={"seed": 99})
     path = find.resolve(tmp_path)
     store.load_training_state(path, modules=again.modules, optimizer=again.optimizer, scheduler=again.scheduler,
@@ -294,7 +294,6 @@ def test_failed_background_save_is_reported_at_the_next_poll(tmp_path):
 
 def test_killed_while_saving_leaves_the_last_good_one(tmp_path, monkeypatch):
     """Dies when the tensors are written and nothing is published yet: the worst moment."""
-    from megatron_evomoe.checkpoint import store
 
     _, built = built_for("align", trained=1)
     first = save(tmp_path, built, "align", 1)
@@ -307,7 +306,7 @@ def test_killed_while_saving_leaves_the_last_good_one(tmp_path, monkeypatch):
         save(tmp_path, built, "align", 2)
     monkeypatch.undo()
     assert find.latest(tmp_path) == first
-    assert (tmp_path / store.TRACKER).read_text() == "1"
+    assert (tmp_path / records.TRACKER).read_text() == "1"
     assert save(tmp_path, built, "align", 2).exists(), "the leftover of the killed save is no obstacle"
 
 
@@ -334,7 +333,7 @@ def test_failed_write_is_reported_and_cleaned_up(tmp_path, monkeypatch):
     monkeypatch.setattr(store.dist_checkpointing, "save", full)
     with pytest.raises(CheckpointError, match=r"No space left on device\. Nothing was published; .*iter_0000001 stays the newest"):
         save(tmp_path, built, "align", 2)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [first.name, store.TRACKER]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [first.name, records.TRACKER]
 
 
 def test_old_checkpoints_are_dropped(tmp_path):
