@@ -15,6 +15,23 @@ backend.prepare()
 torch.set_num_threads(1)
 
 
+ROWS = pytest.StashKey[list[str]]()
+
+
+@pytest.fixture(scope="session")
+def row(pytestconfig):
+    """Call it with a line of a table that the run shows at its end, whatever it does with the tests' output."""
+    return pytestconfig.stash.setdefault(ROWS, []).append
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """Measured rows, ready for `docs/`."""
+    if config.stash.get(ROWS, None):
+        terminalreporter.section("measured")
+        for line in config.stash[ROWS]:
+            terminalreporter.write_line(line)
+
+
 @pytest.fixture(scope="session")
 def one_rank():
     """A world of one with megatron-core's groups (TP = PP = EP = 1) and its RNG tracker seeded."""

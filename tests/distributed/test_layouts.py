@@ -7,6 +7,7 @@ by 8e-7 at most, relative, and tensors by 5e-5 of their largest entry; the bound
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -81,28 +82,28 @@ def saved(campaign: Campaign, stage: str, layout: str) -> dict[str, torch.Tensor
 
 @pytest.mark.slow
 @pytest.mark.parametrize("option", OPTIONS)
-def test_options_agree_with_one_rank(tmp_path, option):
+def test_options_agree_with_one_rank(tmp_path, option, row):
     """The same with recompute, without the distributed optimizer, and with other microbatches."""
     found = Campaign(tmp_path, OPTIONS[option])
     rows = OPTIONS[option].get("train", {}).get("micro_batch_size", 2)
     layouts = [name for name in WIDE if not (rows == 4 and name == "EP 4")]  # four replicas of four rows are no batch of eight
     found.run_references(MATRIX)
     found.run_layouts(MATRIX, layouts)
-    report(option, {(stage, layout): deviation(found.unbroken(stage)[:STEPS], found.trained[stage, layout])
-                    for stage, layout in itertools.product(MATRIX, layouts)})
+    report(row, option, {(stage, layout): deviation(found.unbroken(stage)[:STEPS], found.trained[stage, layout])
+                         for stage, layout in itertools.product(MATRIX, layouts)})
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("source", WIDE)
-def test_state_moves_between_any_two_layouts(campaign, source):
+def test_state_moves_between_any_two_layouts(campaign, source, row):
     pairs = [(source, layout) for layout in WIDE]
     campaign.run_resumes(RESUMED, pairs)
-    report(f"{source} →", {(stage, to): deviation(campaign.unbroken(stage)[STEPS:], campaign.resumed[stage, source, to])
-                           for stage, (_, to) in itertools.product(RESUMED, pairs)})
+    report(row, f"{source} →", {(stage, to): deviation(campaign.unbroken(stage)[STEPS:], campaign.resumed[stage, source, to])
+                                for stage, (_, to) in itertools.product(RESUMED, pairs)})
 
 
-def report(what: str, deviations: dict[tuple[str, str], float]) -> None:
+def report(row: Callable[[str], None], what: str, deviations: dict[tuple[str, str], float]) -> None:
     """A row of the table in docs/layouts.md, and the assertion."""
     worst = max(deviations, key=lambda place: deviations[place])
-    print(f"\n| {what} | {len(deviations)} | {deviations[worst]:.1e} | {', '.join(worst)} |")
+    row(f"| {what} | {len(deviations)} | {deviations[worst]:.1e} | {', '.join(worst)} |")
     assert deviations[worst] < METRICS, {place: d for place, d in deviations.items() if not d < METRICS}
