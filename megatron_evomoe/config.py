@@ -202,6 +202,10 @@ class DataConfig:
     """`pad` pads to a square with the mean colour, `square` resizes and crops as CLIP does (LLaVA's names)."""
     max_image_pixels: int = 50_000_000
     """Larger images are refused from their header, before decoding."""
+    cache_vision_features: bool = False
+    """Run a frozen vision tower over each training image once, keep its features as files, and train from those (docs/data.md)."""
+    feature_cache_dir: Optional[str] = None
+    """Where those files are; none means SAVE/vision_features."""
     num_workers: int = 2
     """Decoding processes per reading rank; 0 decodes in the training process."""
     prefetch_factor: int = 4

@@ -23,6 +23,7 @@ from megatron_evomoe.data.conversation import (
     parse_turns,
 )
 from megatron_evomoe.data.errors import SampleError
+from megatron_evomoe.data.feature_cache import FeatureCache
 from megatron_evomoe.data.image import ImageProcessor, decode_image
 from megatron_evomoe.data.shards import RawSample, ShardDataset
 from megatron_evomoe.data.tokenizer import Tokenizer
@@ -38,7 +39,7 @@ class MicroBatch(TypedDict):
     token_types: torch.Tensor
     """int64 [b, s] of TEXT, VISION, PADDING."""
     pixel_values: torch.Tensor
-    """uint8 [n, 3, S, S], in order of occurrence row by row; n may be 0."""
+    """uint8 [n, 3, S, S], in order of occurrence row by row; n may be 0. Features [n, t, C] where they come from a cache."""
     keys: list[str]
     """b sample keys, those of unusable samples too."""
 
@@ -77,34 +78,49 @@ class Preparer:
     seq_length: int
     long_samples: str
     max_image_pixels: int
+    features: FeatureCache | None = None
+    """where images come from as features, none being decoded"""
 
     @classmethod
     def from_config(cls, dataset: ShardDataset, tokenizer: Tokenizer, processor: ImageProcessor, data: DataConfig, *,
-                    template: str, tokens_per_image: int) -> Preparer:
+                    template: str, tokens_per_image: int, features: FeatureCache | None = None) -> Preparer:
         """Limits and policies from the data section."""
         return cls(dataset, tokenizer, processor, template, tokens_per_image, seq_length=data.seq_length,
-                   long_samples=data.long_samples, max_image_pixels=data.max_image_pixels)
+                   long_samples=data.long_samples, max_image_pixels=data.max_image_pixels, features=features)
 
     def row(self, i: int) -> Row:
         """Sample i; one that is no good becomes an empty row that says why."""
         key, shard = self.dataset.key(i), str(self.dataset.shard(i))
         try:
-            sample, images = self._prepare(self.dataset.read(i))
+            sample, kept = self._encode(i)
+            images = self._images(i, kept)
         except SampleError as error:
             return Row(key, shard, None, problem=(error.reason, error.message))
         return Row(key, shard, sample, images)
 
-    def _prepare(self, raw: RawSample) -> tuple[EncodedSample, list[torch.Tensor]]:
-        # text first: it is cheap, and a sample that is refused for it needs no decoding
-        sample = encode(raw.record.get("conversations"), len(raw.images), self.tokenizer, self.template, self.tokens_per_image)
-        kept = len(raw.images)
+    def stack(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Images of a microbatch's rows in one tensor; also for none."""
+        if self.features is not None and not images:
+            return torch.empty((0, *self.features.shape), dtype=self.features.dtype)
+        return stack_images(images, self.processor.size)
+
+    def _encode(self, i: int) -> tuple[EncodedSample, int]:
+        """The text, and how many of its images are left. First, for a sample that is refused for it needs no decoding."""
+        record, total = self.dataset.record(i), len(self.dataset.images_of(i)[1])
+        sample = encode(record.get("conversations"), total, self.tokenizer, self.template, self.tokens_per_image)
+        kept = total
         if len(sample.tokens) > self.seq_length:
             if self.long_samples == "skip":
                 raise SampleError("too-long", f"{len(sample.tokens)} tokens, seq_length is {self.seq_length}")
             sample, kept = truncate(sample, self.seq_length, self.tokens_per_image)
         if not sample.num_supervised:
             raise SampleError("no-supervision", "no token of this sample is supervised")
-        return sample, [self.processor(decode_image(data, self.max_image_pixels)) for data in raw.images[:kept]]
+        return sample, kept
+
+    def _images(self, i: int, count: int) -> list[torch.Tensor]:
+        if self.features is not None:
+            return self.features.read(i, count)
+        return [self.processor(decode_image(data, self.max_image_pixels)) for data in self.dataset.images(i)[:count]]
 
 
 def truncate(sample: EncodedSample, seq_length: int, tokens_per_image: int) -> tuple[EncodedSample, int]:
@@ -127,7 +143,7 @@ def truncate(sample: EncodedSample, seq_length: int, tokens_per_image: int) -> t
 
 
 def collate(rows: Sequence[Row], pixels: torch.Tensor, length: int, pad_id: int) -> MicroBatch:
-    """Rows to tensors of `length` positions; `pixels` are the rows' images, uint8 [n, 3, S, S]."""
+    """Rows to tensors of `length` positions; `pixels` are the rows' images, uint8 [n, 3, S, S] or features [n, t, C]."""
     shape = (len(rows), length)
     tokens = torch.full(shape, pad_id, dtype=torch.int64)
     labels = torch.full(shape, IGNORE_INDEX, dtype=torch.int64)

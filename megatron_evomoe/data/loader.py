@@ -16,9 +16,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from megatron_evomoe.config import ConfigError, DataConfig
-from megatron_evomoe.data.batch import EvalSample, MicroBatch, Preparer, Row, collate, prepare_eval, stack_images
+from megatron_evomoe.data.batch import EvalSample, MicroBatch, Preparer, Row, collate, prepare_eval
 from megatron_evomoe.data.conversation import check_template
 from megatron_evomoe.data.errors import DataError
+from megatron_evomoe.data.feature_cache import FeatureCache
 from megatron_evomoe.data.image import ImageProcessor
 from megatron_evomoe.data.order import SampleOrder, replica_positions
 from megatron_evomoe.data.shards import ShardDataset
@@ -53,7 +54,7 @@ class _Rows(Dataset):
 
     def __getitems__(self, indices: list[int]) -> tuple[list[Row], torch.Tensor]:
         rows = [self.preparer.row(i) for i in indices]
-        pixels = stack_images([image for row in rows for image in row.images], self.preparer.processor.size)
+        pixels = self.preparer.stack([image for row in rows for image in row.images])
         for row in rows:
             row.images = []
         return rows, pixels
@@ -63,7 +64,8 @@ def _as_is(batch: tuple[list[Row], torch.Tensor]) -> tuple[list[Row], torch.Tens
     return batch
 
 
-def _start_worker(_: int) -> None:
+def start_worker(_: int) -> None:
+    """What a decoding process does first."""
     torch.set_num_threads(1)  # the processes are the parallelism; a forked thread pool would also be a broken one
 
 
@@ -91,8 +93,9 @@ class TrainLoader:
         template: str | None = None,
         shuffle: bool = True,
         pin_memory: bool = False,
+        features: FeatureCache | None = None,
     ) -> None:
-        """`template` defaults to the data section's.
+        """`template` defaults to the data section's; `features` give images in place of the shards' own.
 
         Raises:
             ConfigError: batch sizes that do not divide, a padding multiple that seq_length is no multiple of, a template
@@ -118,7 +121,7 @@ class TrainLoader:
         self._slice = dict(micro_batch_size=micro_batch_size, global_batch_size=global_batch_size,
                            data_parallel_rank=data_parallel_rank, data_parallel_size=data_parallel_size)
         self._rows = _Rows(Preparer.from_config(dataset, tokenizer, image_processor, data_config, template=template,
-                                                tokens_per_image=tokens_per_image))
+                                                tokens_per_image=tokens_per_image, features=features))
         self._examples: dict[str, list[str]] = {}
 
     def __iter__(self) -> Iterator[StepBatch]:
@@ -149,7 +152,7 @@ class TrainLoader:
             num_workers=workers,
             prefetch_factor=self._config.prefetch_factor if workers else None,
             collate_fn=_as_is,
-            worker_init_fn=_start_worker,
+            worker_init_fn=start_worker,
             # fork: a worker starts in milliseconds and shares the index; it touches neither torch.distributed nor CUDA
             multiprocessing_context="fork" if workers else None,
             pin_memory=self._pin,

@@ -122,12 +122,32 @@ class ShardDataset:
         Raises:
             SampleError: bad-json, no-conversation (the JSON is no record), read-error (the file changed or cannot be read).
         """
+        return RawSample(self.key(i), str(self.shard(i)), self.record(i), self.images(i))
+
+    def record(self, i: int) -> dict[str, Any]:
+        """The LLaVA record of sample i. Raises as `read` does."""
         shard, local = self._locate(i)
         index = self._indexes[shard]
-        text = self._pread(shard, *index.text[local])
-        images = [self._pread(shard, *index.images[m]) for m in range(index.first[local], index.first[local + 1])]
-        record = _record(text, bool(index.is_json[local]), len(images))
-        return RawSample(self.key(i), str(self.paths[shard]), record, images)
+        return _record(self._pread(shard, *index.text[local]), bool(index.is_json[local]), len(self.images_of(i)[1]))
+
+    def images(self, i: int) -> list[bytes]:
+        """The encoded images of sample i. Raises `SampleError` read-error."""
+        shard, images = self.images_of(i)
+        return [self.image(shard, image) for image in images]
+
+    def images_of(self, i: int) -> tuple[int, range]:
+        """The shard of sample i, and its images' numbers there."""
+        shard, local = self._locate(i)
+        first, end = self._indexes[shard].first[local : local + 2]
+        return shard, range(int(first), int(end))
+
+    def image(self, shard: int, image: int) -> bytes:
+        """One encoded image of a shard, by number. Raises `SampleError` read-error."""
+        return self._pread(shard, *self._indexes[shard].images[image])
+
+    def num_images(self, shard: int) -> int:
+        """How many images a shard has."""
+        return len(self._indexes[shard].images)
 
     def close(self) -> None:
         """Close this process's files; reading opens them again."""

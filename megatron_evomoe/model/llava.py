@@ -52,14 +52,18 @@ class LlavaModel(MegatronModule):
         """The tied matrix; gradient finalisation sums it over first and last stage."""
         return self.language_model.shared_embedding_or_output_weight()
 
-    def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """uint8 [n, 3, S, S] to projected features [n, t, C]. A frozen tower runs without autograd."""
-        assert self.vision_model is not None and self.vision_projection is not None
+    def vision_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """uint8 [n, 3, S, S] to the tower's features [n, t, C]. A frozen tower runs without autograd."""
+        assert self.vision_model is not None
         pixels = self._normalize(pixel_values, self.config.params_dtype)
         trains_tower = any(p.requires_grad for p in self.vision_model.parameters())
         with torch.set_grad_enabled(trains_tower and torch.is_grad_enabled()):
-            features = self.vision_model(pixels)
-        return self.vision_projection(features)
+            return self.vision_model(pixels)
+
+    def encode_images(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 pixels [n, 3, S, S], or features [n, t, C] that a frozen tower made of them before, to [n, t, C of the decoder]."""
+        assert self.vision_projection is not None
+        return self.vision_projection(images if images.is_floating_point() else self.vision_features(images))
 
     def embed(self, tokens: torch.Tensor, token_types: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
         """Word embeddings with image features at the vision positions, [s, b, C] (this rank's part of s under SP)."""
@@ -86,7 +90,8 @@ class LlavaModel(MegatronModule):
         Args:
             tokens: int64 [b, s]; ids at vision positions are ignored.
             token_types: int64 [b, s] of `data.conversation`'s TEXT, VISION, PADDING.
-            pixel_values: uint8 [n, 3, S, S], in the order their positions occur row by row; first stage only.
+            pixel_values: uint8 [n, 3, S, S] or cached features [n, t, C], in the order their positions occur row by row; first
+                stage only.
             labels: int64 [b, s], already shifted; IGNORE_INDEX where nothing is supervised.
 
         Returns:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from megatron_evomoe.observe import jsonl
 
-PHASES = ("setup", "data", "step", "save", "evaluate")
+PHASES = ("setup", "features", "data", "step", "save", "evaluate")
 """In the order a step meets them."""
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_evomoe.config import RunConfig
+from megatron_evomoe.data.feature_cache import image_form
 from megatron_evomoe.parallel import backend
 from megatron_evomoe.parallel.topology import Topology
 
@@ -27,7 +28,7 @@ class Step:
     token_types: torch.Tensor
     """int64 [M, b, s]: text, vision, padding (data/conversation.py)"""
     pixel_values: list[torch.Tensor]
-    """per microbatch uint8 [n, 3, S, S]; empty list off the first pipeline stage"""
+    """per microbatch uint8 [n, 3, S, S], or cached features [n, t, C]; empty list off the first pipeline stage"""
     keys: list[list[str]] = field(default_factory=list)
     """per microbatch; known to the reading rank only"""
 
@@ -67,7 +68,8 @@ def _broadcast(step: Step | None, topology: Topology, config: RunConfig, where: 
     pixels: list[torch.Tensor] = []
     if topology.first_stage:
         tp_group = ps.get_tensor_model_parallel_group()
-        stacked = torch.empty(sum(images), 3, *(config.vision.image_size,) * 2, dtype=torch.uint8, device=where)
+        shape, dtype = image_form(config)
+        stacked = torch.empty(sum(images), *shape, dtype=dtype, device=where)
         if topology.reads_data:
             assert step is not None
             stacked.copy_(torch.cat(step.pixel_values))

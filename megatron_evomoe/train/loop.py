@@ -21,7 +21,7 @@ from megatron_evomoe.moe import evolution
 from megatron_evomoe.observe import profile
 from megatron_evomoe.observe.heartbeat import CollectiveError
 from megatron_evomoe.parallel import broadcast, rng, topology
-from megatron_evomoe.train import evaluate, report
+from megatron_evomoe.train import evaluate, report, vision_cache
 from megatron_evomoe.train.build import Built, build_stage
 from megatron_evomoe.train.session import Session, earlier_stage, open_session, questions, selected, stage_dir, train_loader
 from megatron_evomoe.train.step import take_step
@@ -90,7 +90,8 @@ def train_stage(session: Session, stage: StageConfig, stop: StopRequests) -> str
 def _take_steps(session: Session, built: Built, record: Record, config: RunConfig, stage: StageConfig, stop: StopRequests,
                 meter: report.StageMeter) -> str | None:
     """From `record.step` to the stage's last step, or to where `stop` ends it (saved). Communicates."""
-    loader = train_loader(session, config, start_position=record.position)
+    features = vision_cache.prepare(session, built, config)
+    loader = train_loader(session, config, start_position=record.position, features=features)
     batches = iter(loader) if loader is not None else None
     while record.step < config.train.train_iters:
         profile.begin_step(record.step + 1)

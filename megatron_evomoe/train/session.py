@@ -15,6 +15,7 @@ from megatron_evomoe.config import ConfigError, RunConfig, StageConfig
 from megatron_evomoe.data.batch import prepare_eval
 from megatron_evomoe.data.conversation import check_template, stop_ids
 from megatron_evomoe.data.errors import SampleError
+from megatron_evomoe.data.feature_cache import FeatureCache
 from megatron_evomoe.data.image import ImageProcessor, processor_for
 from megatron_evomoe.data.loader import TrainLoader
 from megatron_evomoe.data.shards import ShardDataset
@@ -25,6 +26,7 @@ from megatron_evomoe.observe.log import RunLogger
 from megatron_evomoe.parallel import topology
 from megatron_evomoe.parallel.topology import Topology
 from megatron_evomoe.train.evaluate import Question
+from megatron_evomoe.train.stages import check_feature_cache
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +80,7 @@ def open_session(config: RunConfig, *, wandb_run_id: str | None) -> Session:
     config, tokenizer = prepare_config(config)
     for stage in config.stages:
         topology.validate(config.for_stage(stage.name), dist.get_world_size())
+        check_feature_cache(config.for_stage(stage.name), stage)
     place = topology.initialize(config)
     run_dir = Path(config.checkpoint.save or "runs/default")
     logger = RunLogger(config.log, run_dir, is_main=place.rank == 0, run_name=run_dir.name, config_dict=config.to_dict(),
@@ -87,14 +90,14 @@ def open_session(config: RunConfig, *, wandb_run_id: str | None) -> Session:
                    saver=Saver(config.checkpoint), heartbeat=Heartbeat(run_dir))
 
 
-def train_loader(session: Session, config: RunConfig, *, start_position: int) -> TrainLoader | None:
-    """This replica's samples, on the rank that reads them."""
+def train_loader(session: Session, config: RunConfig, *, start_position: int, features: FeatureCache | None) -> TrainLoader | None:
+    """This replica's samples, on the rank that reads them; their images as `features`, if there are any."""
     if not session.topology.reads_data:
         return None
     if not config.data.train_data:
         raise ConfigError("train_data is empty; name shard sets, e.g. train_data: [data/train]")
     return TrainLoader(
-        ShardDataset(config.data.train_data),
+        features.dataset if features is not None else ShardDataset(config.data.train_data),
         session.tokenizer,
         session.processor,
         config.data,
@@ -106,6 +109,7 @@ def train_loader(session: Session, config: RunConfig, *, start_position: int) ->
         seed=config.train.seed,
         start_position=start_position,
         pad_to_multiple_of=sequence_multiple(config),
+        features=features,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from megatron_evomoe.config import ConfigError, RunConfig
+from megatron_evomoe.config import ConfigError, RunConfig, StageConfig
 
 PARTS = ("vision", "projector", "language", "first_expert", "experts", "router")
 
@@ -60,6 +60,13 @@ def trained_parts(config: RunConfig, stage_kind: str) -> tuple[str, ...]:
     if "experts" in parts and "language" not in parts and stage_kind != "route":
         raise ConfigError(f"stage kind {stage_kind!r} has no separate experts to train; use 'first_expert' or 'language'")
     return parts
+
+
+def check_feature_cache(config: RunConfig, stage: StageConfig) -> None:
+    """Raise `ConfigError` where features are to be kept that change with every step."""
+    if config.data.cache_vision_features and "vision" in trained_parts(config, stage.kind):
+        raise ConfigError(f"stage {stage.name!r} trains the vision tower, so its features cannot be kept; leave 'vision' out of "
+                          "trainable, or set cache_vision_features: false for this stage")
 
 
 def freeze(model: torch.nn.Module, config: RunConfig, stage_kind: str, first_layer: int) -> dict[str, int]:

@@ -1,0 +1,211 @@
+"""Run a frozen vision tower over every training image once, before the first step, and keep what came out.
+
+Replicas take turns part by part (`data.feature_cache`); parts that are there already, of an earlier stage or an attempt that was
+killed, are kept. The ranks of a replica's first stage compute together, as in training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as ps
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from torch.utils.data import DataLoader, Dataset
+
+from megatron_evomoe.config import ConfigError, RunConfig
+from megatron_evomoe.data.errors import SampleError
+from megatron_evomoe.data.feature_cache import FeatureCache, Part
+from megatron_evomoe.data.image import ImageProcessor, decode_image
+from megatron_evomoe.data.loader import start_worker
+from megatron_evomoe.data.shards import ShardDataset
+from megatron_evomoe.model.llava import LlavaModel
+from megatron_evomoe.parallel import backend
+from megatron_evomoe.train.build import Built
+from megatron_evomoe.train.session import Session
+
+BATCH = 32
+_SAY_EVERY = 30.0  # seconds between lines about progress
+_MASK = 2**64 - 1
+
+
+def prepare(session: Session, built: Built, config: RunConfig) -> FeatureCache | None:
+    """Compute the features of all training images that have none yet. Communicates.
+
+    Returns:
+        What this rank reads them with, if the configuration wants a cache and this rank reads samples.
+
+    Raises:
+        ConfigError: on every rank, when the disk has no room.
+    """
+    if not config.data.cache_vision_features:
+        return None
+    session.heartbeat.enter("features")
+    model = built.modules[0]
+    tower = weights_digest(model.vision_model) if session.topology.first_stage else ""
+    cache = None
+    if session.topology.reads_data:
+        folder = Path(config.data.feature_cache_dir or session.run_dir / "vision_features")
+        cache = FeatureCache(ShardDataset(config.data.train_data), config, folder, tower)
+    missing = _missing(cache, session)
+    if missing:
+        _Extraction(missing, cache, model, session, config).run()
+    return cache
+
+
+def weights_digest(tower: torch.nn.Module) -> str:
+    """Identifies the tower's weights, bit by bit and under any tensor parallelism. Communicates over TP."""
+    first = ps.get_tensor_model_parallel_rank() == 0
+    mine: dict[str, int] = {}
+    for tensor in tower.sharded_state_dict("").values():
+        if not isinstance(tensor, ShardedTensor):
+            continue  # Transformer Engine's extra state, empty without FP8
+        is_whole = tensor.local_shape == tensor.global_shape[tensor.prepend_axis_num :]
+        if first or not is_whole:
+            mine[tensor.key] = (mine.get(tensor.key, 0) + _digest(tensor)) & _MASK
+    everyone: list[dict[str, int]] = [{}] * ps.get_tensor_model_parallel_world_size()
+    dist.all_gather_object(everyone, mine, group=ps.get_tensor_model_parallel_group())
+    total = {key: sum(part.get(key, 0) for part in everyone) & _MASK for key in set().union(*everyone)}
+    return hashlib.sha256(json.dumps(sorted(total.items())).encode()).hexdigest()
+
+
+def _digest(tensor: ShardedTensor) -> int:
+    """Sum over elements of (bits x a number drawn from the element's place in the whole tensor), mod 2^64."""
+    shape = (1,) * tensor.prepend_axis_num + tuple(tensor.local_shape)
+    data = tensor.data.detach().reshape(shape)
+    place = torch.zeros(shape, dtype=torch.int64, device=data.device)
+    for dim, (size, offset, whole) in enumerate(zip(shape, tensor.global_offset, tensor.global_shape, strict=True)):
+        index = torch.arange(offset, offset + size, device=data.device)
+        place = place * whole + index.view(-1, *(1,) * (len(shape) - dim - 1))
+    drawn = (place + 1) * 0x1E3779B97F4A7C15  # arithmetic of int64 wraps around
+    drawn = (drawn ^ (drawn >> 29)) * 0x3F58476D1CE4E5B9
+    bits = data.contiguous().view({2: torch.int16, 4: torch.int32}[data.element_size()]).long()
+    return int((bits * (drawn ^ (drawn >> 31) | 1)).sum()) & _MASK
+
+
+def _missing(cache: FeatureCache | None, session: Session) -> list[Part]:
+    """The parts to compute, as rank 0 finds them. Communicates."""
+    found: list[Any] = [None, None]
+    if session.topology.rank == 0:
+        assert cache is not None
+        parts = list(cache.parts())
+        missing = [part for part in parts if not cache.has(part)]
+        images, total = (sum(part.count for part in some) for some in (missing, parts))
+        cache.folder.mkdir(parents=True, exist_ok=True)
+        found = [missing, _no_room(cache, images)]
+        if images and found[1] is None:
+            size = images * cache.bytes_per_image / 1e6
+            session.logger.say(f"vision features: computing {images} of {total} images, {size:,.1f} MB, in {cache.folder}")
+        elif not images:
+            session.logger.say(f"vision features: all {total} images are in {cache.folder}")
+    dist.broadcast_object_list(found, src=0)
+    missing, problem = found
+    if problem is not None:
+        raise ConfigError(problem)
+    return missing
+
+
+def _no_room(cache: FeatureCache, images: int) -> str | None:
+    need, free = images * cache.bytes_per_image, shutil.disk_usage(cache.folder).free
+    if need <= free:
+        return None
+    return (f"vision features of {images} images take {need / 1e9:.3g} GB, and {cache.folder} has {free / 1e9:.3g} GB free; set "
+            "feature_cache_dir to a larger disk, or leave cache_vision_features out")
+
+
+class _Extraction:
+    """The missing parts' way through the tower: one part per replica in a round, so that nobody waits longer than for one."""
+
+    def __init__(self, missing: list[Part], cache: FeatureCache | None, model: LlavaModel, session: Session,
+                 config: RunConfig) -> None:
+        self.missing, self.cache, self.model, self.session = missing, cache, model, session
+        self.side = config.vision.image_size
+        place = session.topology
+        self.replica, self.replicas = place.data_parallel_rank, place.data_parallel_size
+        self.computes = place.first_stage and ps.get_context_parallel_rank() == 0
+        mine = missing[self.replica :: self.replicas]
+        self.batches = iter(_pixels(mine, cache, session.processor, config)) if cache is not None else None
+
+    def run(self) -> None:
+        """Communicates."""
+        started = said = time.monotonic()
+        done, total = 0, sum(part.count for part in self.missing)
+        for i in range(0, len(self.missing), self.replicas):
+            self.session.heartbeat.enter("features")
+            parts = self.missing[i : i + self.replicas]
+            if self.computes and self.replica < len(parts):
+                self._compute(parts[self.replica])
+            dist.barrier()
+            done += sum(part.count for part in parts)
+            if time.monotonic() - said > _SAY_EVERY:
+                said = time.monotonic()
+                self.session.logger.say(f"vision features: {done} of {total} images, {done / (said - started):.0f} per second")
+
+    def _compute(self, part: Part) -> None:
+        """On the first-stage ranks of a replica; the one that reads writes. Communicates over TP."""
+        features, problems = [], {}
+        for first in range(0, part.count, BATCH):
+            pixels, bad = self._next_batch(min(BATCH, part.count - first))
+            problems |= {first + row: error for row, error in bad.items()}
+            with torch.no_grad():
+                found = self.model.vision_features(pixels)
+            if self.cache is not None:
+                features.append(found.cpu())
+        if self.cache is not None:
+            self.cache.write(part, torch.cat(features), problems)
+
+    def _next_batch(self, count: int) -> tuple[torch.Tensor, dict[int, SampleError]]:
+        """uint8 [count, 3, S, S] on every TP rank; what was wrong with images, where they are read. Communicates over TP."""
+        pixels = torch.empty(count, 3, self.side, self.side, dtype=torch.uint8, device=backend.device())
+        problems: dict[int, SampleError] = {}
+        if self.batches is not None:
+            found, problems = next(self.batches)
+            pixels.copy_(found)
+        group = ps.get_tensor_model_parallel_group()
+        if dist.get_world_size(group) > 1:
+            dist.broadcast(pixels, dist.get_global_rank(group, 0), group=group)
+        return pixels, problems
+
+
+class _Images(Dataset):
+    """(shard, image number) to pixels, or to why there are none."""
+
+    def __init__(self, dataset: ShardDataset, processor: ImageProcessor, max_pixels: int) -> None:
+        self.dataset, self.processor, self.max_pixels = dataset, processor, max_pixels
+
+    def __getitems__(self, places: list[tuple[int, int]]) -> tuple[torch.Tensor, dict[int, SampleError]]:
+        pixels = torch.zeros(len(places), 3, self.processor.size, self.processor.size, dtype=torch.uint8)
+        problems = {}
+        for row, (shard, image) in enumerate(places):
+            try:
+                pixels[row] = self.processor(decode_image(self.dataset.image(shard, image), self.max_pixels))
+            except SampleError as error:
+                problems[row] = error
+        return pixels, problems
+
+
+def _as_is(batch: tuple[torch.Tensor, dict[int, SampleError]]) -> tuple[torch.Tensor, dict[int, SampleError]]:
+    return batch
+
+
+def _pixels(parts: list[Part], cache: FeatureCache, processor: ImageProcessor, config: RunConfig) -> DataLoader:
+    """Batches of each part in turn: (uint8 [n, 3, S, S], row -> problem)."""
+    chunks = [[(part.shard, image) for image in range(first, min(first + BATCH, part.first + part.count))]
+              for part in parts for first in range(part.first, part.first + part.count, BATCH)]
+    workers = config.data.num_workers
+    return DataLoader(
+        _Images(cache.dataset, processor, config.data.max_image_pixels),
+        batch_sampler=chunks,
+        num_workers=workers,
+        prefetch_factor=config.data.prefetch_factor if workers else None,
+        collate_fn=_as_is,
+        worker_init_fn=start_worker,
+        multiprocessing_context="fork" if workers else None,
+        generator=torch.Generator(),
+    )

@@ -1,0 +1,51 @@
+"""What identifies a tower, and the disk it would fill."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megatron_evomoe.model.vision import build_vision_model
+from megatron_evomoe.train import vision_cache
+from tests.tiny import tiny_config
+
+
+@pytest.fixture
+def tower(one_rank):
+    torch.manual_seed(0)
+    return build_vision_model(tiny_config())
+
+
+def test_digest_is_of_every_weight(tower):
+    before = vision_cache.weights_digest(tower)
+    assert vision_cache.weights_digest(tower) == before
+    for name, parameter in tower.named_parameters():
+        kept = parameter.detach().clone()
+        with torch.no_grad():
+            last = parameter.view(-1)[-1:]
+            last.copy_(torch.nextafter(last, torch.full_like(last, torch.inf)))
+            assert vision_cache.weights_digest(tower) != before, name
+            parameter.copy_(kept)
+    assert vision_cache.weights_digest(tower) == before
+
+
+def test_digest_is_of_every_place(tower):
+    """Equal numbers elsewhere, within a tensor or in the other layer's, are another tower."""
+    before = vision_cache.weights_digest(tower)
+    weight = tower.conv1.weight
+    with torch.no_grad():
+        weight.copy_(weight.flip(0))
+    assert vision_cache.weights_digest(tower) != before
+    with torch.no_grad():
+        weight.copy_(weight.flip(0))
+    assert vision_cache.weights_digest(tower) == before
+    assert vision_cache.weights_digest(tower.to(torch.bfloat16)) != before
+
+
+def test_no_room(tmp_path, monkeypatch):
+    cache = SimpleNamespace(folder=tmp_path, bytes_per_image=1_000_000)
+    monkeypatch.setattr(vision_cache.shutil, "disk_usage", lambda _: SimpleNamespace(free=2_500_000))
+    assert vision_cache._no_room(cache, 2) is None
+    assert "3 images take 0.003 GB" in vision_cache._no_room(cache, 3) and "feature_cache_dir" in vision_cache._no_room(cache, 3)
