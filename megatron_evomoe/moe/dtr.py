@@ -54,19 +54,14 @@ def dtr_logits(
     """Router logits [T, N] in `dtype`; all arithmetic is in `dtype`, whatever z's and the weights' own types are.
 
     With `gather` each token meets only its own modality's hypernetwork. That needs the number of image tokens on the
-    host, one sync on CUDA. Without it both hypernetworks see every token and the foreign result is thrown away: twice the
-    work, but static shapes, as CUDA graph capture demands. Both give the other modality's weights gradients of zero.
+    host, for which a GPU would be waited for. Without it both hypernetworks see every token and the foreign result is thrown
+    away: twice the work, but static shapes, as CUDA graphs demand. Both give the other modality's weights gradients of zero.
     """
     z_TC = z_TC.contiguous()
     text, vision = _cast(weights.text, dtype), _cast(weights.vision, dtype)
     phi_NC = weights.phi_NC.to(dtype)
     if not gather:
-        z_TC = z_TC.to(dtype)
-        of_text, of_vision = (
-            _logits(F.linear(z_TC, w.weight1_hC), F.linear(z_TC, w.weight2_down_KJC.flatten(0, 1)), w, phi_NC, activation)
-            for w in (text, vision)
-        )
-        return torch.where(is_vision_T[:, None], of_vision, of_text)
+        return _static_logits(z_TC, is_vision_T[:, None], text, vision, phi_NC, activation)
 
     num_vision = int(is_vision_T.sum())
     order_T = torch.argsort(is_vision_T.to(torch.uint8), stable=True)  # text tokens first, both in sequence order
@@ -159,15 +154,60 @@ class _ProjectByModality(torch.autograd.Function):
         return dz_TC, None, None, *dweights
 
 
+class _ProjectMasked(torch.autograd.Function):
+    """[W1·z, W2_down·z] of each token by its modality's weights [P, C], in static shapes: all tokens meet both.
+
+    By hand for the reason that `_ProjectByModality` is: what is kept is z as it came, not its up-cast copy.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, z_TC: Tensor, is_vision_T1: Tensor, text_PC: Tensor, vision_PC: Tensor) -> Tensor:
+        ctx.save_for_backward(z_TC, is_vision_T1, text_PC, vision_PC)
+        z = z_TC.to(text_PC.dtype)
+        return torch.where(is_vision_T1, z @ vision_PC.t(), z @ text_PC.t())
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_TP: Tensor) -> tuple[Tensor | None, ...]:
+        z_TC, is_vision_T1, text_PC, vision_PC = ctx.saved_tensors
+        of_vision, of_text = grad_TP * is_vision_T1, grad_TP * ~is_vision_T1
+        z = z_TC.to(text_PC.dtype)
+        dtext = of_text.t() @ z if ctx.needs_input_grad[2] else None
+        dvision = of_vision.t() @ z if ctx.needs_input_grad[3] else None
+        dz_TC = (of_vision @ vision_PC).addmm_(of_text, text_PC).to(z_TC.dtype) if ctx.needs_input_grad[0] else None
+        return dz_TC, None, dtext, dvision
+
+
+def _static_logits(z_TC: Tensor, is_vision_T1: Tensor, text: HyperWeights, vision: HyperWeights, phi_NC: Tensor,
+                   activation: str) -> Tensor:
+    """`dtr_logits` without `gather`."""
+    h = text.weight1_hC.shape[0]
+    eu_TP = _ProjectMasked.apply(z_TC, is_vision_T1, *(torch.cat([w.weight1_hC, w.weight2_down_KJC.flatten(0, 1)])
+                                                       for w in (text, vision)))
+    bias_Th = torch.where(is_vision_T1, vision.bias1_h, text.bias1_h)
+    e_T1K, s_Tr = _mix(eu_TP[:, :h], eu_TP[:, h:], bias_Th, activation)
+    K, N = h + 1, phi_NC.shape[0]
+    v_TX = torch.where(is_vision_T1, s_Tr @ _folded(vision, phi_NC), s_Tr @ _folded(text, phi_NC))
+    return torch.bmm(e_T1K, v_TX.view(-1, K, N))[:, 0]
+
+
 def _logits(e_Th: Tensor, u_TKJ: Tensor, hyper: HyperWeights, phi_NC: Tensor, activation: str) -> Tensor:
     """From the two projections of T tokens of one modality to their logits [T, N]."""
-    K, J, C = hyper.weight2_down_KJC.shape
-    N, r = phi_NC.shape[0], J // 2
-    e_T1K = F.pad(ACTIVATIONS[activation](e_Th + hyper.bias1_h), (0, 1), value=1.0)[:, None]
-    s_Tr = _swiglu(torch.bmm(e_T1K, u_TKJ.view(-1, K, J))[:, 0])
-    folded_KrN = F.linear(hyper.weight2_up_KrC.view(-1, C), phi_NC).view(K, r, N)  # φ·Θ_up, before any token is seen
-    v_TKN = (s_Tr @ folded_KrN.transpose(0, 1).reshape(r, K * N)).view(-1, K, N)
+    e_T1K, s_Tr = _mix(e_Th, u_TKJ, hyper.bias1_h, activation)
+    v_TKN = (s_Tr @ _folded(hyper, phi_NC)).view(-1, e_T1K.shape[2], phi_NC.shape[0])
     return torch.bmm(e_T1K, v_TKN)[:, 0]
+
+
+def _mix(e_Th: Tensor, u_TKJ: Tensor, bias: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """ê [T, 1, K] and s = SwiGLU(Θ_down·z) [T, r], from the two projections of T tokens (e without its bias)."""
+    e_T1K = F.pad(ACTIVATIONS[activation](e_Th + bias), (0, 1), value=1.0)[:, None]
+    return e_T1K, _swiglu(torch.bmm(e_T1K, u_TKJ.view(-1, e_T1K.shape[2], u_TKJ.shape[1] // e_T1K.shape[2]))[:, 0])
+
+
+def _folded(hyper: HyperWeights, phi_NC: Tensor) -> Tensor:
+    """φ·Θ_up's K terms side by side, [r, K·N]: before any token is seen."""
+    K, r, C = hyper.weight2_up_KrC.shape
+    return F.linear(hyper.weight2_up_KrC.view(-1, C), phi_NC).view(K, r, -1).transpose(0, 1).reshape(r, -1)
 
 
 def _swiglu(gate_and_value_TJ: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from megatron_evomoe.config import MoEConfig
 from megatron_evomoe.moe import dtr, dtr_kernel
+from megatron_evomoe.parallel import backend
 
 TEXT, VISION, PADDING = 0, 1, 2
 """Token types, as they travel in megatron-core's `padding_mask` argument."""
@@ -195,6 +196,7 @@ class DynamicTokenRouter(TypedRouter):
         super().__init__(config, pg_collection, is_mtp_layer, **kwargs)
         self._replace_weight()
         self.fused = dtr_kernel.fused(self.moe.dtr_kernel, self.gate_dtype)
+        self.gathers = not backend.on_gpu()  # on a GPU it would wait for the number of image tokens, in every layer
         shape = (config.hidden_size, self.moe.dtr_hidden_size, self.moe.dtr_rank)
         self.text, self.vision = HyperNetwork(*shape), HyperNetwork(*shape)
         self.phi = nn.Parameter(torch.empty(config.num_moe_experts, config.hidden_size))
@@ -210,9 +212,8 @@ class DynamicTokenRouter(TypedRouter):
         if self.fused is not None:
             logits_TN = self.fused(z_TC, is_vision_T, self.weights(), activation=activation)
         else:
-            capturing = input.is_cuda and torch.cuda.is_current_stream_capturing()  # then shapes may not depend on data
             logits_TN = dtr.dtr_logits(
-                z_TC, is_vision_T, self.weights(), activation=activation, dtype=self.gate_dtype, gather=not capturing
+                z_TC, is_vision_T, self.weights(), activation=activation, dtype=self.gate_dtype, gather=self.gathers
             )
         return logits_TN.view(*input.shape[:2], -1)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.moe.router import TopKRouter
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from megatron_evomoe.config import MoEConfig
 from megatron_evomoe.moe.dtr import naive_dtr_logits
@@ -13,6 +14,7 @@ from megatron_evomoe.moe.router import ROUTERS, router_builder, straight_through
 from tests.unit.moe.router_models import batch, build_router, transformer_config
 
 pytestmark = pytest.mark.usefixtures("one_rank")
+SMALL = {"dtr_hidden_size": 4, "dtr_rank": 4}
 
 
 def planes_of(types):
@@ -257,3 +259,24 @@ def test_contradictions_are_refused():
     with pytest.raises(ValueError, match="top-1"):
         build_router(moe, moe_router_topk=1)
     build_router(MoEConfig(router="dtr", moe_router_topk=2, router_gate="prob"), moe_router_pre_softmax=False)
+
+
+@pytest.mark.parametrize("gate", ["prob", "straight_through"])
+@pytest.mark.parametrize("router", ["linear", "modality-linear", "dtr"])
+def test_forward_and_backward_never_wait_for_the_device(router, gate):
+    """Tensors without contents: whatever would bring a number or a shape that depends on data to the host fails on them. `gathers`
+    is what a GPU gets; with it on, `test_gathering_is_what_waits` shows that the failure would be seen."""
+    with FakeTensorMode():
+        built = build_router(MoEConfig(router=router, router_gate=gate, moe_router_topk=2, moe_z_loss_coeff=1e-3, **SMALL))
+        built.gathers = False
+        hidden, types = torch.randn(12, 3, 32).requires_grad_(), torch.randint(0, 3, (12, 3))
+        probs, _ = built(hidden, to_planes(types))
+        probs.sum().backward()
+        assert all(p.grad is not None for p in [hidden, *built.parameters()])
+
+
+def test_gathering_is_what_waits():
+    with FakeTensorMode(), pytest.raises(DataDependentOutputException):
+        built = build_router(MoEConfig(router="dtr", **SMALL))
+        assert built.gathers  # on a CPU, where nothing waits
+        built(torch.randn(12, 3, 32), to_planes(torch.randint(0, 3, (12, 3))))
