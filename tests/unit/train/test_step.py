@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -90,19 +91,23 @@ def test_only_the_stage_s_part_trains_and_has_optimizer_state(kind, prefixes):
     assert changed and all(any(n.startswith(p) for p in prefixes) for n in changed)
     held = sum(s["exp_avg"].numel() for o in built.optimizer.chained_optimizers for s in o.optimizer.state.values())
     trained = sum(p.numel() for p in built.modules[0].parameters() if p.requires_grad)
-    assert held == trained
+    reduced = sum(p.numel() for w in built.wrapped for b in (*w.buffers, *w.expert_parallel_buffers) for p in b.params)
+    assert held == trained == reduced  # what is frozen is in no gradient buffer, which is what ranks reduce
 
 
 @pytest.mark.parametrize(("kind", "first_with_gradient"), [("evolve", 1), ("route", 1), ("warmup", 0)])
 def test_no_backward_below_the_lowest_trained_layer(kind, first_with_gradient):
     built = built_for(kind)
     layers = built.modules[0].language_model.decoder.layers
-    seen = {}
+    seen, tower = {}, []
     for i, layer in enumerate(layers):
         layer.register_forward_hook(lambda m, a, out, i=i: seen.update({i: out[0].requires_grad}))
+    for layer in built.modules[0].vision_model.decoder.layers:
+        layer.register_forward_hook(lambda m, a, out: tower.append((out[0].requires_grad, torch.is_grad_enabled())))
     batch = rows([1, 0])
     built.modules[0](batch["tokens"], batch["token_types"], batch["pixel_values"], labels=batch["labels"])
     assert seen == {i: i >= first_with_gradient for i in range(2)}
+    assert tower and not any(itertools.chain(*tower))  # a frozen tower runs without autograd
 
 
 @pytest.mark.parametrize(("kind", "recompute"), [("evolve", "full"), ("route", "full"), ("evolve", "selective")])
