@@ -1,0 +1,119 @@
+"""A run: its sections, its stages, and the flat names by which flags and stages address fields."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, Optional
+
+import yaml
+
+from megatron_evomoe.config.check import check
+from megatron_evomoe.config.errors import ConfigError
+from megatron_evomoe.config.model import LanguageConfig, MoEConfig, VisionConfig
+from megatron_evomoe.config.training import (
+    CheckpointConfig,
+    DataConfig,
+    GpuConfig,
+    LogConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    TrainConfig,
+)
+
+STAGE_KINDS = ("align", "warmup", "dense", "evolve", "route")
+STAGE_SECTIONS = ("moe", "data", "optimizer", "train", "gpu", "log")
+MODEL_SECTIONS = ("language", "vision", "moe")
+
+
+@dataclass(kw_only=True)
+class StageConfig:
+    """One stage of the recipe; every other key of its mapping overrides a field of `STAGE_SECTIONS`."""
+
+    name: str
+    """Folder and log name; unique."""
+    kind: Literal["align", "warmup", "dense", "evolve", "route"]
+    """What the stage does (train/stages.py); defaults to the name."""
+    load: Optional[str] = None
+    """Checkpoint directory it starts from; none means the stage before it in the list."""
+    overrides: dict[str, Any] = field(default_factory=dict)
+    """Flat field name -> value."""
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """Everything one run needs. Build it with `load_config` or `from_mapping`."""
+
+    preset: Optional[str] = None
+    """Named model shape, or a YAML file of `language`, `vision` and `moe` (as the importer writes); its values come before the
+    file's own."""
+    language: LanguageConfig = field(default_factory=LanguageConfig)
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    moe: MoEConfig = field(default_factory=MoEConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    gpu: GpuConfig = field(default_factory=GpuConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    stages: list[StageConfig] = field(default_factory=list)
+
+    def for_stage(self, name: str) -> RunConfig:
+        """A copy with stage `name`'s overrides applied and checked."""
+        stage = next((s for s in self.stages if s.name == name), None)
+        if stage is None:
+            raise ConfigError(f"no stage {name!r}; this run has {', '.join(s.name for s in self.stages) or 'none'}")
+        config = replace(self)
+        for key, value in stage.overrides.items():
+            section, field_name = FLAT[key]
+            setattr(config, section, replace(getattr(config, section), **{field_name: value}))
+        check(config)
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that `from_mapping` takes back."""
+        out = dataclasses.asdict(self)
+        out["stages"] = [
+            {"name": s.name, "kind": s.kind, **({"load": s.load} if s.load else {}), **s.overrides} for s in self.stages
+        ]
+        return yaml.safe_load(yaml.safe_dump(_plain(out)))
+
+    def to_yaml(self) -> str:
+        """The resolved configuration as a file that `load_config` reads."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+
+SECTIONS: dict[str, type] = {
+    "language": LanguageConfig,
+    "vision": VisionConfig,
+    "moe": MoEConfig,
+    "data": DataConfig,
+    "parallel": ParallelConfig,
+    "optimizer": OptimizerConfig,
+    "train": TrainConfig,
+    "gpu": GpuConfig,
+    "checkpoint": CheckpointConfig,
+    "log": LogConfig,
+}
+
+
+def _flat_name(section: str, name: str) -> str:
+    return f"vision_{name}" if section == "vision" else name
+
+
+# flat name -> (section, field): what a flag or a stage override may say
+FLAT: dict[str, tuple[str, str]] = {}
+for _section, _cls in SECTIONS.items():
+    for _f in fields(_cls):
+        _key = _flat_name(_section, _f.name)
+        assert _key not in FLAT, f"two sections share the flag --{_key}"
+        FLAT[_key] = (_section, _f.name)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value
