@@ -8,7 +8,7 @@ import torch
 from megatron_evomoe.checkpoint.stream import CheckpointReader
 from megatron_evomoe.config import load_config
 from megatron_evomoe.data.tokenizer import build_tokenizer, train_sentencepiece
-from megatron_evomoe.hf import exporting, importing
+from megatron_evomoe.hf import exporting, importing, verify_in
 from megatron_evomoe.hf.origin import find_checkpoint
 from tests.parity.export_models import CUSTOM, PHI, saved_model
 
@@ -68,3 +68,14 @@ def test_an_import_can_be_exported_again(tmp_path, tokenizer_path):
     exporting.export_model(exporting.Request(checkpoint=str(tmp_path / "back"), output=str(tmp_path / "again")))
     first, second = (tmp_path / name / "model.safetensors" for name in ("hf", "again"))
     assert first.read_bytes() == second.read_bytes()
+
+
+@pytest.mark.parametrize(("kind", "export"), [("route", {}), ("warmup", {}), ("warmup", {"format": "evomoe"})],
+                         ids=["custom code", "plain LLaVA", "dense in custom code"])
+def test_an_export_s_import_can_be_verified(tmp_path, tokenizer_path, kind, export):
+    """Its image token is behind the vocabulary: no row of the core's embedding."""
+    saved = saved_model(tmp_path / "run", tokenizer_path, kind)
+    exporting.export_model(exporting.Request(checkpoint=str(saved.folder), output=str(tmp_path / "hf"), **export))
+    request = importing.Request(model=str(tmp_path / "hf"), output=str(tmp_path / "back"))
+    rows = verify_in.compare(request, importing.import_model(request))
+    assert [row.what.split(":")[0] for row in rows] == ["tensors", "logits, one image"] and all(row.good for row in rows)
