@@ -27,7 +27,7 @@ def tiny_config(kind: str = "warmup", **sections: Any) -> RunConfig:
         "stages": [{"name": kind}],
     }
     for name, values in sections.items():
-        raw[name] = {**raw[name], **values} if isinstance(values, dict) else values
+        raw[name] = {**raw.get(name, {}), **values} if isinstance(values, dict) else values
     return from_mapping(raw)
 
 

@@ -207,5 +207,7 @@ class LogConfig:
     """wandb team or user."""
     wandb_exp_name: Optional[str] = None
     """wandb run name."""
+    log_params_norm: bool = False
+    """Log the L2 norm of all weights with every log line (a pass over them, and a reduction)."""
     moe_metrics_interval: int = 10
     """Steps between routing metrics (shares by modality, aux loss per layer)."""

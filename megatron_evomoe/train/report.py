@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import statistics
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as ps
+from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+from megatron.core.transformer.module import param_is_not_shared
 from megatron.core.transformer.moe import moe_utils
 
 from megatron_evomoe.config import RunConfig, StageConfig
@@ -18,6 +22,7 @@ from megatron_evomoe.diagnose.collect import Watch
 from megatron_evomoe.diagnose.routing import share_metrics
 from megatron_evomoe.observe import jsonl
 from megatron_evomoe.parallel import backend
+from megatron_evomoe.plan.cost import flops
 from megatron_evomoe.train.build import Built
 from megatron_evomoe.train.evaluate import Score
 from megatron_evomoe.train.session import Session
@@ -48,14 +53,18 @@ class StageMeter:
             "batch-size": self.config.train.global_batch_size,
             "iteration-time": seconds,
             "tokens/s": result.tokens / seconds,
+            "throughput": flop_per_gpu(self.config, self.stage.kind, result.seq_length) / seconds / 1e12,
             "supervised-tokens": result.supervised_tokens,
         }
         if backend.on_gpu():
             metrics["mem-max-allocated-bytes"] = torch.cuda.max_memory_allocated()
         if self.watch is not None and step % self.config.log.moe_metrics_interval == 0:
             metrics |= routing_metrics(self.watch, self.config, steps=self.config.log.moe_metrics_interval)
-        if dist.get_world_size() > 1 and step % self.config.log.log_interval == 0:
-            metrics |= self.built.clock.report()
+        if step % self.config.log.log_interval == 0:
+            if self.config.log.log_params_norm:
+                metrics["params-norm"] = params_norm(self.built.modules)
+            if dist.get_world_size() > 1:
+                metrics |= self.built.clock.report()
         samples = dict(loader.skipped) if loader is not None and loader.skipped else None
         self.session.logger.log(step, metrics, {"skipped": samples} if samples else None)
 
@@ -122,6 +131,29 @@ class _Capture:
 
     def add_scalar(self, name: str, value: Any, iteration: int) -> None:
         self.values[name] = float(value)
+
+
+def flop_per_gpu(config: RunConfig, kind: str, seq_length: int) -> float:
+    """FLOP of one optimizer step that the model asks for, mean over GPUs: recompute left out, padding and one image a row counted
+    (the formulas: plan/cost.py)."""
+    config = replace(config, train=replace(config.train, recompute_granularity=None))
+    stages = config.parallel.pipeline_model_parallel_size
+    microbatches = config.train.global_batch_size // (config.train.micro_batch_size * ps.get_data_parallel_world_size())
+    return microbatches * sum(sum(flops(config, kind, rank, seq_length)) for rank in range(stages)) / stages
+
+
+@torch.no_grad()
+def params_norm(modules: Sequence[torch.nn.Module]) -> float:
+    """L2 norm of the whole model's weights, each counted once whatever the layout. Communicates."""
+    squares = torch.zeros(2, dtype=torch.float64, device=backend.device())  # of experts, and of what all replicas hold
+    for parameter in (p for module in modules for p in module.parameters()):
+        shared = getattr(parameter, "allreduce", True)  # the core's mark of what is not an expert's
+        group = ps.get_tensor_model_parallel_group() if shared else ps.get_expert_tensor_parallel_group()
+        if param_is_not_shared(parameter) and param_is_not_tensor_parallel_duplicate(parameter, tp_group=group):
+            squares[int(shared)] += parameter.double().square().sum()
+    for i, group in enumerate((ps.get_expert_tensor_model_pipeline_parallel_group(), ps.get_model_parallel_group())):
+        dist.all_reduce(squares[i], group=group)
+    return float(squares.sum().sqrt())
 
 
 def count_parameters(built: Built, config: RunConfig) -> dict[str, int]:

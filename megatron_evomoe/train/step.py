@@ -33,6 +33,8 @@ class StepResult:
     supervised_tokens: int
     tokens: int
     """positions that are not padding, image positions included"""
+    seq_length: int
+    """positions of a row, padding included"""
 
 
 def take_step(built: Built, step: Step, number: int) -> StepResult:
@@ -58,7 +60,8 @@ def take_step(built: Built, step: Step, number: int) -> StepResult:
     if not torch.isfinite(torch.tensor(grad_norm)):
         _explain("gradient norm", grad_norm, step, losses, number)
     built.scheduler.step(increment=1)
-    return StepResult(loss=float(loss), grad_norm=grad_norm, supervised_tokens=int(counts[0]), tokens=int(counts[1]))
+    return StepResult(loss=float(loss), grad_norm=grad_norm, supervised_tokens=int(counts[0]), tokens=int(counts[1]),
+                      seq_length=step.tokens.shape[2])
 
 
 def _count(step: Step) -> list[float]:

@@ -36,7 +36,7 @@ def run_job(job: Job) -> list[dict[str, float]]:
     from megatron_evomoe.diagnose.collect import Watch
     from megatron_evomoe.parallel import topology
     from megatron_evomoe.train.build import build_stage
-    from megatron_evomoe.train.report import forget_auxiliary_losses, routing_metrics
+    from megatron_evomoe.train.report import forget_auxiliary_losses, params_norm, routing_metrics
     from megatron_evomoe.train.step import take_step
 
     config = from_mapping(configuration(job))
@@ -57,7 +57,8 @@ def run_job(job: Job) -> list[dict[str, float]]:
         for mlp in built.evolving:
             mlp.evolve(number, config.train.seed)
         measured = {"loss": result.loss, "grad norm": result.grad_norm, "tokens": result.tokens,
-                    "supervised": result.supervised_tokens, "lr": built.optimizer.param_groups[0]["lr"]}
+                    "supervised": result.supervised_tokens, "lr": built.optimizer.param_groups[0]["lr"],
+                    "params norm": params_norm(built.modules)}
         if watch is not None:
             measured |= routing_metrics(watch, config, steps=1)
         steps.append(measured)

@@ -14,7 +14,8 @@ import pytest
 from tests.integration.conftest import ROOT, environment, metrics, run
 
 STAGES = ("align", "warmup", "evolve", "route")
-VOLATILE = {"time", "iteration-time", "tokens/s", "samples", "straggler/rank", "straggler/seconds", "straggler/median-seconds"}
+VOLATILE = {"time", "iteration-time", "tokens/s", "throughput", "samples", "straggler/rank", "straggler/seconds",
+            "straggler/median-seconds"}
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +40,7 @@ def test_every_stage_trains_saves_and_is_measured(two_ranks):
         assert (out / stage / "latest_checkpointed_iteration.txt").read_text() == ("2" if stage == "align" else "6")
         assert 0 <= summary[stage]["accuracy"]["overall"] <= 1 and "blind" in summary[stage]
     assert summary["route"]["parameters"] > summary["route"]["active"] > summary["route"]["trainable"] > 0
+    assert all(x["throughput"] > 0 for x in lines)
     warmup = [x["lm loss"] for x in lines if x["stage"] == "warmup"]
     assert warmup[-1] < warmup[0] - 0.1
     tables = [json.loads(line)["title"] for line in (out / "tables.jsonl").read_text().splitlines()]
