@@ -4,7 +4,7 @@
 # WHEELS     folder of wheels to install, all of them and nothing else (also as a variable); without one nothing is installed
 # OUT        where results go: results.json, results.md, and what each step printed (benchmarks/results; runs/gpu-tiny)
 # PYTHON     interpreter to start from (python3); VENV the environment to make (.venv-gpu)
-# ONLY       names of the steps to run (all: tests router router-long step peer checkpoint)
+# ONLY       names of the steps to run (all: tests router router-long layer step peer checkpoint)
 # --tiny     tiny models, with or without a GPU: shows that the script works, and measures nothing
 # A step that fails or takes too long is reported and does not stop the others; the exit status is 1 then.
 set -euo pipefail
@@ -44,7 +44,7 @@ install_wheels() {
 }
 
 mkdir -p "$OUT"
-rm -f "$OUT"/steps.tsv "$OUT"/tests.xml "$OUT"/{router,router-long,step,peer,checkpoint,results}.json
+rm -f "$OUT"/steps.tsv "$OUT"/tests.xml "$OUT"/{router,router-long,layer,step,peer,checkpoint,results}.json
 # step NAME SECONDS COMMAND…: run it for so long at most, and never beyond the limit of the whole
 step() {
     local name="$1" seconds="$2" left=$((LIMIT - (SECONDS - STARTED))) before=$SECONDS rc=0
@@ -65,7 +65,7 @@ step() {
 if [ -d "$WHEELS" ]; then
     export PYTHON VENV WHEELS
     export -f install_wheels
-    step install 180 bash -euo pipefail -c install_wheels
+    step install 150 bash -euo pipefail -c install_wheels
     [ ! -x "$VENV/bin/python" ] || PYTHON="$VENV/bin/python"
 elif [ "$WHEELS" != /nonexistent ]; then
     echo "$WHEELS is not a folder" >&2
@@ -79,16 +79,18 @@ if [ -n "$TINY" ]; then
     ROUTER=(--tokens 32 --width 64 --hidden 2 --rank 2 --ffn 64 --rounds 1 --threads 1)
     step tests 120 "$PYTHON" "${TESTS[@]}"
     step router 60 "$PYTHON" benchmarks/router.py "${ROUTER[@]}" --output "$OUT/router.json"
+    step layer 60 "$PYTHON" benchmarks/layer.py --tiny --train router experts --output "$OUT/layer.json"
     step step 120 "$PYTHON" benchmarks/step.py --tiny --models 1.8b --stages warmup route --output "$OUT/step.json"
     step peer 60 "$PYTHON" benchmarks/peer.py --tiny --output "$OUT/peer.json"
     step checkpoint 60 "$PYTHON" benchmarks/checkpoint.py --hidden 64 --layers 2 --rounds 1 --output "$OUT/checkpoint.json"
 else
-    ROUTER=(--device cuda --dtype bf16 --width 2048 4096)
+    ROUTER=(--dtype bf16 --width 2048 4096)
     step tests 300 "$PYTHON" "${TESTS[@]}" tests/unit/moe/test_dtr_triton.py
     step router 120 "$PYTHON" benchmarks/router.py "${ROUTER[@]}" --tokens 4096 16384 --output "$OUT/router.json"
-    # 64k tokens' Θ would take most of a GPU
+    # 64k tokens' Θ may take more than a GPU has: that row is then left out
     step router-long 60 "$PYTHON" benchmarks/router.py "${ROUTER[@]}" --tokens 65536 \
-        --subjects linear factored fused ffn --output "$OUT/router-long.json"
+        --subjects linear naive masked factored fused ffn --output "$OUT/router-long.json"
+    step layer 60 "$PYTHON" benchmarks/layer.py --models 1.8b 7b --train router experts --output "$OUT/layer.json"
     step step 330 "$PYTHON" benchmarks/step.py --output "$OUT/step.json"
     step peer 120 "$PYTHON" benchmarks/peer.py --output "$OUT/peer.json"
     step checkpoint 60 "$PYTHON" benchmarks/checkpoint.py --output "$OUT/checkpoint.json"

@@ -1,22 +1,28 @@
-"""What the benchmarks of whole training steps share: circumstances, alternating rounds, memory, ceilings, tables."""
+"""What the benchmarks share: circumstances, alternating rounds, memory, ceilings, tables."""
 
 from __future__ import annotations
 
+import gc
 import itertools
+import json
 import os
 import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 ON_GPU = torch.cuda.is_available()
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+Clock = Callable[[], float]
 
 DATA_SHEET_TFLOPS: dict[str, dict[str, float]] = {
     "GH200": {"bf16": 989, "fp8": 1979},
@@ -70,17 +76,43 @@ def _version(package: str) -> str | None:
         return None
 
 
-def alternate(actions: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each action in each of `rounds` rounds; within a round all run once, so that a busy machine slows all alike."""
+def alternate(actions: dict[str, Callable[[], Any]], rounds: int, *, prepare: Callable[[], Any] = lambda: None,
+              clock: Clock = time.perf_counter) -> dict[str, list[float]]:
+    """Seconds of each action in each of `rounds` rounds; within a round all run once, so that a busy machine slows all alike.
+
+    `prepare` runs before every action and is not timed.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in actions}
     for _ in range(rounds):
         for name, action in actions.items():
+            prepare()
             synchronize()
-            started = time.perf_counter()
+            started = clock()
             action()
             synchronize()
-            seconds[name].append(time.perf_counter() - started)
+            seconds[name].append(clock() - started)
     return seconds
+
+
+def working(actions: dict[str, Callable[[], Any]], skipped: dict[str, str]) -> dict[str, Callable[[], Any]]:
+    """Those that run; their first two times, which compile, are not measured. The others join `skipped` with what they raised."""
+    found = {}
+    for name, action in actions.items():
+        try:
+            action()
+            action()
+            synchronize()
+        except Exception as error:  # whatever a compiler may raise: the rest is measured all the same
+            skipped[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        else:
+            found[name] = action
+    return found
+
+
+def forget_gradients(leaves: Iterable[Tensor]) -> None:
+    """As at the start of a step."""
+    for leaf in leaves:
+        leaf.grad = None
 
 
 def allocated() -> int:
@@ -88,37 +120,63 @@ def allocated() -> int:
     return torch.cuda.memory_allocated() if ON_GPU else 0
 
 
-def peak_bytes(action: Callable[[], Any]) -> int | None:
-    """The most that `action` allocates above what is there when it starts; none on a CPU."""
+def peak_bytes(action: Callable[[], Any], *, on_cpu: bool = False) -> int | None:
+    """The most that `action` allocates above what is there when it starts; on a CPU none, or with `on_cpu` the profiler's count."""
     if not ON_GPU:
-        return None
+        return _profiled_peak_bytes(action) if on_cpu else None
     torch.cuda.reset_peak_memory_stats()
     before = allocated()
     action()
     return torch.cuda.max_memory_allocated() - before
 
 
-def gemm_tflops(precision: str, size: int | None = None, rounds: int = 20) -> float | None:
-    """What one square matrix product reaches here, in TFLOP/s: the ceiling of a model made of them.
+def _profiled_peak_bytes(action: Callable[[], Any]) -> int:
+    gc.collect()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        action()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    steps = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]")
+    return max(itertools.accumulate(size for _, size in steps))
+
+
+def kept_bytes(forward: Callable[[], Any], own: Iterable[Tensor]) -> int:
+    """What the graph holds between forward and backward beside `own` (inputs and weights): what every layer adds."""
+    saved: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        output = forward()
+    known = {tensor.untyped_storage().data_ptr() for tensor in own}
+    del output
+    return sum(size for pointer, size in saved.items() if pointer not in known)
+
+
+def gemm_tflops(precision: str, size: int | None = None, rounds: int = 20, clock: Clock = time.perf_counter) -> float | None:
+    """What one square matrix product reaches here, in TFLOP/s: the ceiling of a model made of them. No TF32 in fp32.
 
     Random numbers, since zeros switch fewer transistors and run faster; three sets in turn. None for FP8 where torch or the device
     has no product of it.
     """
-    size = size or (8192 if ON_GPU else 256)
+    size = size or (8192 if ON_GPU else 1024)
     try:
         products = [_product(precision, size) for _ in range(3)]
         for product in products:
             product()
     except (RuntimeError, AttributeError, ValueError):
         return None
-    found = alternate({str(i): product for i, product in enumerate(products)}, rounds)
-    return 2 * size**3 / statistics.median(itertools.chain(*found.values())) / 1e12
+    return 2 * size**3 / _median_in_turn(products, rounds, clock) / 1e12
 
 
 def _product(precision: str, size: int) -> Callable[[], Any]:
     device = "cuda" if ON_GPU else "cpu"
-    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-    if precision == "bf16":
+    a, b = (torch.randn(size, size, device=device, dtype=DTYPES.get(precision, torch.bfloat16)) for _ in range(2))
+    if precision in DTYPES:
         return lambda: a @ b
     if not ON_GPU:
         raise ValueError("FP8 is measured on GPUs only")
@@ -126,9 +184,24 @@ def _product(precision: str, size: int) -> Callable[[], Any]:
     return lambda: torch._scaled_mm(a8, b8.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
 
 
-def ceilings(precisions: Sequence[str]) -> dict[str, dict[str, float | None]]:
+def copy_gbytes(size: int | None = None, rounds: int = 20, clock: Clock = time.perf_counter) -> float:
+    """GB/s, read and written together, of copying `size` bytes in the device's memory; three sets in turn, larger than caches."""
+    size, device = size or (2**30 if ON_GPU else 2**27), "cuda" if ON_GPU else "cpu"
+    pairs = [(torch.empty(size // 4, device=device), torch.randn(size // 4, device=device)) for _ in range(3)]
+    copies = [lambda to=to, source=source: to.copy_(source) for to, source in pairs]
+    for copy in copies:
+        copy()
+    return 2 * size / _median_in_turn(copies, rounds, clock) / 1e9
+
+
+def _median_in_turn(actions: Sequence[Callable[[], Any]], rounds: int, clock: Clock) -> float:
+    found = alternate({str(i): action for i, action in enumerate(actions)}, rounds, clock=clock)
+    return statistics.median(itertools.chain(*found.values()))
+
+
+def ceilings(precisions: Sequence[str], clock: Clock = time.perf_counter) -> dict[str, dict[str, float | None]]:
     """Per precision the measured matrix product and the data sheet, in TFLOP/s."""
-    return {p: {"gemm_tflops": gemm_tflops(p), "data_sheet_tflops": data_sheet_tflops(p)} for p in precisions}
+    return {p: {"gemm_tflops": gemm_tflops(p, clock=clock), "data_sheet_tflops": data_sheet_tflops(p)} for p in precisions}
 
 
 def ratio(a: float | None, b: float | None) -> float | None:

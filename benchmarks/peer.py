@@ -117,20 +117,6 @@ def build_peer(config: Any, trained: tuple[str, ...], ours: Any, step: Any) -> t
     return eager | {f"{name}, compiled": functools.partial(training.take_step, fast, name) for name in eager}, {}
 
 
-def working(steps: dict[str, Run], skipped: dict[str, str]) -> dict[str, Run]:
-    """Those that run; the first two steps, which compile, are not timed. The others join `skipped`."""
-    found = {}
-    for name, run in steps.items():
-        try:
-            run()
-            run()
-        except Exception as error:  # whatever a compiler may raise: the rest is measured all the same
-            skipped[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        else:
-            found[name] = run
-    return found
-
-
 def markdown(report: dict[str, Any]) -> str:
     """The table of a report, made from nothing else."""
     c, seconds = report["circumstances"], report["seconds"]
@@ -166,7 +152,7 @@ def main() -> None:
     steps, skipped = build_peer(config, TRAINED[args.train], built["route"].modules[0], step)
     losses = {"ours": [run_ours() for _ in range(args.loss_steps)], "peer": [steps["loop"]() for _ in range(args.loss_steps)]}
     difference = max(abs(a / b - 1) for a, b in zip(losses["peer"], losses["ours"], strict=True))
-    seconds = measure.alternate({"ours": run_ours, **working(steps, skipped)}, args.rounds)
+    seconds = measure.alternate({"ours": run_ours, **measure.working(steps, skipped)}, args.rounds)
     report = {
         "circumstances": measure.circumstances(
             tiny=args.tiny, rounds=args.rounds, layers=args.layers, precision=args.precision,

@@ -1,56 +1,59 @@
-"""Time and memory of one router layer, forward and backward, beside one frozen expert FFN of the same width.
+"""Time, memory and work of one router layer, forward and backward, beside one frozen expert FFN of the same width.
 
     python benchmarks/router.py                                   # the main case: T=1024, C=2048, h=r=16
     python benchmarks/router.py --tokens 512 2048 --rank 8 16 32 --output router.json
-    python benchmarks/router.py --device cuda --dtype bf16 --tokens 4096 16384
+    python benchmarks/router.py --dtype bf16 --tokens 4096 16384
 
-Every combination of --tokens, --width, --hidden and --rank is a row. In each round all subjects run once, in turn, so that a
-busy machine slows all alike; figures are medians over rounds. Peak memory is that above inputs and weights, gradients included;
-kept memory is what the graph holds between forward and backward.
+Runs on the GPU where there is one (CUDA_VISIBLE_DEVICES= hides it). Every combination of --tokens, --width, --hidden and --rank is
+measured. In each round all subjects run once, in turn, so that a busy machine slows all alike; times are medians over rounds. Peak
+memory is that above inputs and weights, gradients included; kept memory is what the graph holds between forward and backward. What
+each must multiply and move (router_work.py) over its time is set against a matrix product and a copy measured before.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import importlib.util
 import itertools
 import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import measure
+import router_work
+from router_work import Shape
+
 from megatron_evomoe.moe import dtr
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DEVICE = "cuda" if measure.ON_GPU else "cpu"
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 SUBJECTS = {
     "linear": "one linear map, in fp32",
     "naive": "DTR as its equations read, Θ built for every token (naive_dtr_logits)",
     "naive-tuned": "the same with b2 folded into W2 and batched GEMMs: the fastest way found that still builds Θ",
     "autograd": "DTR factored, gather and projection left to autograd",
-    "masked": "DTR factored, both hypernetworks on every token (dtr_logits(gather=False))",
-    "factored": "DTR factored, as trained (dtr_logits)",
-    "fused": "DTR on Triton kernels (dtr_triton.dtr_logits); with --device cuda only",
+    "masked": "DTR factored, both hypernetworks on every token, as trained on a GPU (dtr_logits(gather=False))",
+    "factored": "DTR factored, its own hypernetwork on every token, as trained on a CPU (dtr_logits)",
+    "fused": "DTR on Triton kernels (dtr_triton.dtr_logits); on a GPU only",
     "ffn": "one frozen SwiGLU expert, backward to its input only",
 }
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="fp32", help="type of tokens and weights; DTR computes in fp32")
+    parser.add_argument("--dtype", choices=list(measure.DTYPES), default="fp32",
+                        help="type of tokens and weights; all but `fused` and `ffn` compute in fp32")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024], metavar="T")
     parser.add_argument("--width", type=int, nargs="+", default=[2048], metavar="C")
     parser.add_argument("--hidden", type=int, nargs="+", default=[16], metavar="h")
@@ -68,11 +71,11 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def missing(subject: str, device: str) -> str | None:
+def missing(subject: str) -> str | None:
     """Why a subject cannot be measured here."""
     if subject != "fused":
         return None
-    if device != "cuda":
+    if not measure.ON_GPU:
         return "its kernels need a GPU"
     return None if importlib.util.find_spec("triton") else "Triton does not import"
 
@@ -111,22 +114,23 @@ def naive_tuned_logits(z_TC: Tensor, is_vision_T: Tensor, weights: dtr.DtrWeight
     return torch.empty_like(logits).index_copy(0, torch.cat(indices), logits)
 
 
-def make_subjects(args: argparse.Namespace, T: int, C: int, h: int, r: int) -> tuple[dict, list[Tensor], list[Tensor]]:
+def make_subjects(args: argparse.Namespace, s: Shape) -> tuple[dict[str, Callable[[], Tensor]], list[Tensor], list[Tensor]]:
     """Name -> forward, all tensors that gather gradients, and those that do not."""
     torch.manual_seed(0)
-    options = dict(device=args.device, dtype=DTYPES[args.dtype])
+    options = dict(device=DEVICE, dtype=measure.DTYPES[args.dtype])
 
     def parameter(*shape: int) -> Tensor:
-        return (torch.randn(*shape, **options) * C**-0.5).requires_grad_()
+        return (torch.randn(*shape, **options) * s.C**-0.5).requires_grad_()
 
     def hyper() -> dtr.HyperWeights:
-        return dtr.HyperWeights(parameter(h, C), parameter(h), parameter(h + 1, 2 * r, C), parameter(h + 1, r, C))
+        K = s.h + 1
+        return dtr.HyperWeights(parameter(s.h, s.C), parameter(s.h), parameter(K, 2 * s.r, s.C), parameter(K, s.r, s.C))
 
-    weights = dtr.DtrWeights(hyper(), hyper(), parameter(args.experts, C))
+    weights = dtr.DtrWeights(hyper(), hyper(), parameter(s.N, s.C))
     dtr.init_dtr(weights, phi_std=0.02)
-    z, gate = torch.randn(T, C, **options).requires_grad_(), parameter(args.experts, C)
-    is_vision = torch.rand(T, device=args.device) < args.vision_share
-    fc1, fc2 = parameter(2 * args.ffn, C).detach(), parameter(C, args.ffn).detach()
+    z, gate = torch.randn(s.T, s.C, **options).requires_grad_(), parameter(s.N, s.C)
+    is_vision = torch.rand(s.T, device=DEVICE) < args.vision_share
+    fc1, fc2 = parameter(2 * s.ffn, s.C).detach(), parameter(s.C, s.ffn).detach()
     forwards = {
         "linear": lambda: F.linear(z.float(), gate.float()),
         "naive": lambda: dtr.naive_dtr_logits(z, is_vision, weights),
@@ -140,110 +144,85 @@ def make_subjects(args: argparse.Namespace, T: int, C: int, h: int, r: int) -> t
     return {name: forwards[name] for name in args.subjects}, [z, gate, *weights.text, *weights.vision, weights.phi_NC], [fc1, fc2]
 
 
-def run_once(forward: Callable[[], Tensor], leaves: list[Tensor], device: str, clock: Callable = time.perf_counter) -> float:
-    """Seconds of one forward and backward, by `clock`."""
-    for leaf in leaves:
-        leaf.grad = None
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = clock()
+def run_once(forward: Callable[[], Tensor]) -> None:
+    """One forward and backward."""
     output = forward()
     output.backward(torch.ones_like(output))
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return clock() - start
 
 
-def peak_bytes(forward: Callable[[], Tensor], leaves: list[Tensor], device: str) -> int:
-    """Largest sum of live allocations that one forward and backward makes."""
-    for leaf in leaves:
-        leaf.grad = None
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run_once(forward, leaves, device)
-        return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        run_once(forward, leaves, device)
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        profile.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text())["traceEvents"]
-    steps = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]")
-    return max(itertools.accumulate(size for _, size in steps))
+def measure_shape(args: argparse.Namespace, s: Shape, skipped: dict[str, str]) -> list[dict[str, Any]]:
+    """One row per subject that works; the others join `skipped`."""
+    forwards, leaves, frozen = make_subjects(args, s)
+    forget, failed = functools.partial(measure.forget_gradients, leaves), {}
+    runs = measure.working({name: functools.partial(run_once, forward) for name, forward in forwards.items()}, failed)
+    skipped.update({f"{name} at T = {s.T}, C = {s.C}": reason for name, reason in failed.items()})
+    seconds = measure.alternate(runs, args.rounds, prepare=forget, clock=CLOCKS[args.clock])
+    rows = []
+    for name, run in runs.items():
+        forget()
+        peak, kept = measure.peak_bytes(run, on_cpu=True), measure.kept_bytes(forwards[name], leaves + frozen)
+        rows.append(row_of(name, s, args.dtype, seconds[name]) | {"peak_bytes": peak, "kept_bytes": kept})
+    return rows
 
 
-def kept_bytes(forward: Callable[[], Tensor], leaves: list[Tensor]) -> int:
-    """What the graph holds between forward and backward, beside inputs and weights: the cost that every layer adds up."""
-    saved: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        output = forward()
-    own = {leaf.untyped_storage().data_ptr() for leaf in leaves}
-    del output
-    return sum(size for pointer, size in saved.items() if pointer not in own)
-
-
-def measure(args: argparse.Namespace, T: int, C: int, h: int, r: int) -> dict:
-    forwards, leaves, frozen = make_subjects(args, T, C, h, r)
-    for forward in forwards.values():
-        run_once(forward, leaves, args.device)
-    seconds: dict[str, list[float]] = {name: [] for name in forwards}
-    for _ in range(args.rounds):
-        for name, forward in forwards.items():
-            seconds[name].append(run_once(forward, leaves, args.device, CLOCKS[args.clock]))
+def row_of(subject: str, s: Shape, dtype: str, seconds: list[float]) -> dict[str, Any]:
+    """Time and work of one subject, in seconds, FLOP and bytes."""
     return {
-        "T": T, "C": C, "h": h, "r": r,
-        "milliseconds": {name: 1e3 * statistics.median(values) for name, values in seconds.items()},
-        "milliseconds_range": {name: [1e3 * min(values), 1e3 * max(values)] for name, values in seconds.items()},
-        "peak_mib": {name: peak_bytes(forward, leaves, args.device) / 2**20 for name, forward in forwards.items()},
-        "kept_mib": {name: kept_bytes(forward, leaves + frozen) / 2**20 for name, forward in forwards.items()},
+        "T": s.T, "C": s.C, "h": s.h, "r": s.r, "subject": subject,
+        "seconds": statistics.median(seconds), "seconds_range": [min(seconds), max(seconds)],
+        "precision": router_work.precision(subject, dtype),
+        "flop": router_work.flop(subject, s, dtype), "bytes": router_work.traffic(subject, s, dtype),
     }  # fmt: skip
 
 
-def markdown(rows: list[dict], subjects: list[str]) -> str:
-    """One table: milliseconds (peak MiB, kept MiB); two ratios at the end."""
-    header = ["T", "C", "h", "r", *subjects, "naive-tuned ÷ factored", "factored ÷ ffn"]
-    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
-    for row in rows:
-        time_of = row["milliseconds"]
-        cells = [str(row[key]) for key in "TChr"]
-        cells += [f"{time_of[name]:.1f} ({row['peak_mib'][name]:.0f}, {row['kept_mib'][name]:.0f})" for name in subjects]
-        cells.append(f"{time_of['naive-tuned'] / time_of['factored']:.1f}" if {"naive-tuned", "factored"} <= set(subjects) else "")
-        cells.append(f"{100 * time_of['factored'] / time_of['ffn']:.1f} %" if {"ffn", "factored"} <= set(subjects) else "")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def add_ratios(rows: list[dict[str, Any]], ceilings: dict[str, Any]) -> None:
+    """Speeds and their shares of the ceilings, which of these is nearer, and times against `naive` and `ffn`."""
+    found = {(r["T"], r["C"], r["h"], r["r"], r["subject"]): r["seconds"] for r in rows}
+    for r in rows:
+        r["flop_per_s"], r["bytes_per_s"] = r["flop"] / r["seconds"], r["bytes"] / r["seconds"]
+        r["flop_share"] = r["flop_per_s"] / 1e12 / ceilings["products"][r["precision"]]["gemm_tflops"]
+        r["bytes_share"] = r["bytes_per_s"] / 1e9 / ceilings["copy_gbytes"]
+        r["bound"] = f"{r['precision']} product" if r["flop_share"] > r["bytes_share"] else "copy"
+        naive, ffn = (found.get((r["T"], r["C"], r["h"], r["r"], name)) for name in ("naive", "ffn"))
+        r["naive_to_this"], r["this_to_ffn"] = measure.ratio(naive, r["seconds"]), measure.ratio(r["seconds"], ffn)
 
 
-def circumstances(args: argparse.Namespace) -> dict:
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    return {
-        "command": " ".join(["python", "benchmarks/router.py", *sys.argv[1:]]),
-        "device": torch.cuda.get_device_name() if args.device == "cuda" else f"{os.cpu_count()}-core CPU, {platform.machine()}",
-        "threads": args.threads, "clock": args.clock, "dtype": args.dtype, "rounds": args.rounds,
-        "experts": args.experts, "ffn": args.ffn, "vision_share": args.vision_share,
-        "torch": torch.__version__, "python": platform.python_version(),
-        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip() or None,
-    }  # fmt: skip
+def markdown(report: dict[str, Any]) -> str:
+    """The table of a report, made from nothing else."""
+    c, ceilings = report["circumstances"], report["ceilings"]
+    products = ", ".join(f"{p} {measure.shown(v['gemm_tflops'], '.3g')} TFLOP/s" for p, v in ceilings["products"].items())
+    header = ["T, C, h, r", "", "ms", "peak MiB", "kept MiB", "GFLOP", "TFLOP/s", "% of product", "MB", "GB/s", "% of copy",
+              "bound by", "naive ÷ it", "÷ ffn, %"]
+    rows = []
+    for r in report["rows"]:
+        numbers = [(r["seconds"], ".4g", 1e3), (r["peak_bytes"], ".0f", 2**-20), (r["kept_bytes"], ".0f", 2**-20),
+                   (r["flop"], ".4g", 1e-9), (r["flop_per_s"], ".3g", 1e-12), (r["flop_share"], ".1f", 100),
+                   (r["bytes"], ".4g", 1e-6), (r["bytes_per_s"], ".3g", 1e-9), (r["bytes_share"], ".1f", 100)]
+        ratios = measure.shown(r["naive_to_this"], ".1f"), measure.shown(r["this_to_ffn"], ".1f", 100)
+        sizes = ", ".join(str(r[key]) for key in "TChr")
+        rows.append([sizes, r["subject"], *(measure.shown(*number) for number in numbers), r["bound"], *ratios])
+    notes = [f"\n{name} is left out: {reason}." for name, reason in report["skipped"].items()]
+    return "\n".join([
+        f"One router layer, forward and backward, {c['dtype']}, on {c['device']}, commit {c['commit']}; {c['clock']} time. "
+        f"Ceilings: products {products}; copy {ceilings['copy_gbytes']:.3g} GB/s.", "", measure.table(header, rows), *notes, ""])
 
 
 def main() -> None:
     args = parse_args()
     torch.set_num_threads(args.threads)
-    skipped = {name: reason for name in args.subjects if (reason := missing(name, args.device))}
+    skipped = {name: reason for name in args.subjects if (reason := missing(name))}
     args.subjects = [name for name in args.subjects if name not in skipped]
-    for name, reason in skipped.items():
-        print(f"{name} is skipped: {reason}\n")
-    rows = [measure(args, *shape) for shape in itertools.product(args.tokens, args.width, args.hidden, args.rank)]
-    subjects = {name: SUBJECTS[name] for name in args.subjects}
-    report = {"circumstances": circumstances(args), "subjects": subjects, "skipped": skipped, "rows": rows}
-    print("Milliseconds, forward and backward (peak MiB, MiB kept for the backward)\n")
-    print(markdown(rows, args.subjects), "\n\n" + json.dumps(report["circumstances"], indent=1))
+    clock = CLOCKS[args.clock]
+    ceilings = {"products": measure.ceilings(list(measure.DTYPES), clock), "copy_gbytes": measure.copy_gbytes(clock=clock)}
+    rows = []
+    for T, C, h, r in itertools.product(args.tokens, args.width, args.hidden, args.rank):
+        rows += measure_shape(args, Shape(T=T, C=C, h=h, r=r, N=args.experts, ffn=args.ffn), skipped)
+        gc.collect()
+    add_ratios(rows, ceilings)
+    options = {name: getattr(args, name) for name in ("dtype", "clock", "threads", "rounds", "experts", "ffn", "vision_share")}
+    report = {"circumstances": measure.circumstances(**options), "ceilings": ceilings, "skipped": skipped,
+              "subjects": {name: SUBJECTS[name] for name in args.subjects}, "rows": rows}
+    print(markdown(report))
     if args.output:
         args.output.write_text(json.dumps(report, indent=1) + "\n")
 

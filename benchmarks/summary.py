@@ -15,14 +15,16 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import checkpoint
+import layer
 import measure
 import peer
 import router
 import step
 
 TABLES = {
-    "router": lambda report: router.markdown(report["rows"], list(report["subjects"])),
-    "router-long": lambda report: router.markdown(report["rows"], list(report["subjects"])),
+    "router": router.markdown,
+    "router-long": router.markdown,
+    "layer": layer.markdown,
     "step": step.markdown,
     "peer": peer.markdown,
     "checkpoint": checkpoint.markdown,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -46,6 +47,14 @@ def test_without_a_gpu_it_says_so_and_ends_well(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_all_steps_fit_the_limit_of_the_whole():
+    """So that none is cut short by those before it."""
+    script = SCRIPT.read_text()
+    full = script[: script.index('if [ -n "$TINY" ]; then\n    ROUTER')] + script[script.index("ROUTER=(--dtype bf16") :]
+    seconds = [int(found) for found in re.findall(r"^ +step [\w-]+ (\d+) ", full, re.MULTILINE)]
+    assert len(seconds) == 8 and sum(seconds) <= int(re.search(r"LIMIT=(\d+)", script)[1])
+
+
 def test_steps_are_run_and_reported(tmp_path):
     done = run(tmp_path, "--tiny", ONLY="tests step")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -63,12 +72,29 @@ def test_steps_are_run_and_reported(tmp_path):
     assert str(tmp_path) not in json.dumps(report) + text
 
 
+def test_the_routers_figures_follow_from_time_and_work(tmp_path):
+    done = run(tmp_path, "--tiny", ONLY="router layer")
+    assert done.returncode == 0, done.stdout + done.stderr
+    report, text = results(tmp_path)
+    ceilings, layers = report["router"]["ceilings"], report["layer"]["rows"]
+    for row in report["router"]["rows"]:
+        product = ceilings["products"][row["precision"]]["gemm_tflops"]
+        assert row["flop_share"] == pytest.approx(row["flop"] / row["seconds"] / 1e12 / product)
+        assert row["bytes_share"] == pytest.approx(row["bytes"] / row["seconds"] / 1e9 / ceilings["copy_gbytes"])
+        assert (row["bound"] == "copy") == (row["bytes_share"] >= row["flop_share"])
+    linear, dtr = layers[0], layers[1]
+    assert (linear["router"], dtr["router"], linear["train"]) == ("linear", "dtr torch", "router")
+    assert dtr["added_seconds"] == pytest.approx(dtr["seconds"] / linear["seconds"] - 1)
+    assert dtr["added_peak_bytes"] == pytest.approx(dtr["peak_bytes"] / linear["peak_bytes"] - 1)
+    assert all(f"## {name}" in text for name in ("router", "layer"))
+
+
 @pytest.mark.slow
 def test_wheels_are_installed_and_every_step_runs(tmp_path):
     done = run(tmp_path / "out", "--tiny", wheel(tmp_path / "wheels", "probe_wheel"))
     assert done.returncode == 0, done.stdout + done.stderr
     report, text = results(tmp_path / "out")
-    names = ["install", "tests", "router", "step", "peer", "checkpoint"]
+    names = ["install", "tests", "router", "layer", "step", "peer", "checkpoint"]
     assert [s["name"] for s in report["steps"]] == names
     assert all(f"## {name}" in text for name in names[2:]) and report["peer"]["equal_loss"]
     subprocess.run([tmp_path / "out/venv/bin/python", "-c", "import probe_wheel, torch"], check=True)

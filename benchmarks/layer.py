@@ -1,0 +1,214 @@
+"""One MoE layer as a run builds it (router, dispatch, experts), forward and backward: what DTR adds to the linear router.
+
+    python benchmarks/layer.py                              # GPU: bf16, 4k and 16k tokens; CPU: fp32, 1k
+    python benchmarks/layer.py --train router experts --models 1.8b 7b --output layer.json
+    python benchmarks/layer.py --tiny                       # a layer of a few kilobytes: shows that the script works
+
+Half of the tokens, at random, are image tokens. `--train router` is the stage `route`: experts frozen, gradients for the router and
+the hidden states. All routers share one set of experts and run in turn, in every round; times are medians, peak memory is that
+above weights and inputs, gradients included, and kept memory what the graph holds between forward and backward.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import gc
+import itertools
+import json
+import statistics
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+warnings.filterwarnings("ignore")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import measure  # noqa: E402
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from megatron_evomoe.parallel import backend  # noqa: E402
+
+ROUTERS: dict[str, dict[str, str]] = {
+    "linear": {"router": "linear"},
+    "dtr torch": {"router": "dtr", "dtr_kernel": "torch"},
+    "dtr triton": {"router": "dtr", "dtr_kernel": "triton"},
+}
+REACH = {"seconds": 0.03, "peak_bytes": 0.05}
+"""The most that DTR may add to the linear router's layer."""
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=["1.8b", "7b"], default=["1.8b"], help="whose widths the layer has")
+    parser.add_argument("--tokens", type=int, nargs="+", metavar="T")
+    parser.add_argument("--train", nargs="+", choices=["router", "experts"], default=["router"],
+                        help="the router alone, or router and experts")
+    parser.add_argument("--precision", choices=list(measure.DTYPES), default="bf16" if backend.on_gpu() else "fp32")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--tiny", action="store_true", help="a tiny layer, 64 tokens, one round: plumbing only")
+    parser.add_argument("--output", type=Path, help="write figures and circumstances as JSON")
+    args = parser.parse_args()
+    args.tokens = args.tokens or ([4096, 16384] if backend.on_gpu() else [1024])
+    if args.tiny:
+        args.tokens, args.rounds = [64], 1
+    return args
+
+
+def run_config(args: argparse.Namespace, model: str, router: dict[str, str]) -> Any:
+    """A run whose `route` has this layer."""
+    import shapes
+    from step import have_transformer_engine
+
+    moe = {**router, "moe_grouped_gemm": have_transformer_engine()}
+    seq_length = 64 if args.tiny else 2048  # of no effect on one layer
+    return shapes.model_config(model, 2, tiny=args.tiny, seq_length=seq_length, micro_batch=1, microbatches=1, moe=moe,
+                               train={"bf16": args.precision == "bf16"}).for_stage("route")
+
+
+def build_layer(config: Any) -> torch.nn.Module:
+    """The mixture of a decoder layer, trained outside megatron-core's data-parallel wrapper."""
+    from megatron.core.transformer.spec_utils import build_module
+
+    from megatron_evomoe.model.transformer_config import language_transformer_config, resolve_transformer_impl
+    from megatron_evomoe.moe.layer import moe_layer_spec
+
+    core = language_transformer_config(config)
+    core.gradient_accumulation_fusion = False  # its kernel adds to the wrapper's buffers
+    spec = moe_layer_spec(config.moe, use_te=resolve_transformer_impl(config) == "transformer_engine")
+    layer = build_module(spec, config=core) if hasattr(spec, "module") else spec(config=core)
+    layer.set_layer_number(1)
+    return layer.to(backend.device())
+
+
+def build_layers(args: argparse.Namespace, model: str, skipped: dict[str, str]) -> dict[str, torch.nn.Module]:
+    """Router -> layer, all with the first one's experts. What cannot run here joins `skipped`."""
+    from megatron_evomoe.config import ConfigError
+    from megatron_evomoe.moe import dtr_kernel
+
+    layers: dict[str, torch.nn.Module] = {}
+    for name, router in ROUTERS.items():
+        try:
+            dtr_kernel.check(router.get("dtr_kernel", "torch"))
+        except ConfigError as error:
+            skipped[name] = str(error)
+            continue
+        layers[name] = build_layer(run_config(args, model, router))
+        layers[name].experts = layers["linear"].experts
+    return layers
+
+
+class Subject:
+    """A layer and what it is run on."""
+
+    def __init__(self, layer: torch.nn.Module, hidden: Tensor, types: Tensor, gradient: Tensor) -> None:
+        self.layer, self.hidden, self.types, self.gradient = layer, hidden, types, gradient
+
+    def forward(self) -> Tensor:
+        """[T, 1, C]."""
+        return self.layer(self.hidden, padding_mask=self.types)[0]
+
+    def run(self) -> None:
+        """Forward and backward."""
+        self.forward().backward(self.gradient)
+
+    def busiest_share(self) -> float:
+        """Share of the tokens that the expert with the most gets."""
+        seen: list[Tensor] = []
+        self.layer.router.observer = lambda number, types, logits, probs, routing_map: seen.append(routing_map.float().mean(0))
+        with torch.no_grad():
+            self.forward()
+        self.layer.router.observer = None
+        return float(seen[0].max())
+
+
+def measure_layers(args: argparse.Namespace, layers: dict[str, torch.nn.Module], model: str, tokens: int, train: str,
+                   skipped: dict[str, str]) -> list[dict[str, Any]]:
+    """One row per router."""
+    layers["linear"].experts.requires_grad_(train == "experts")
+    options = dict(device=backend.device(), dtype=measure.DTYPES[args.precision])
+    hidden = torch.randn(tokens, 1, layers["linear"].config.hidden_size, **options).requires_grad_()
+    types, gradient = torch.randint(0, 2, (1, tokens), device=backend.device()), torch.randn_like(hidden)
+    subjects = {name: Subject(layer, hidden, types, gradient) for name, layer in layers.items()}
+    leaves = {hidden, *(p for layer in layers.values() for p in layer.parameters())}
+    forget, failed = functools.partial(measure.forget_gradients, leaves), {}
+    runs = measure.working({name: subject.run for name, subject in subjects.items()}, failed)
+    skipped.update({f"{name} ({model}, T = {tokens}, {train})": reason for name, reason in failed.items()})
+    seconds = measure.alternate(runs, args.rounds, prepare=forget)
+    rows = []
+    for name in runs:
+        forget()
+        rows.append({
+            "model": model, "T": tokens, "C": hidden.shape[2], "train": train, "router": name,
+            "seconds": statistics.median(seconds[name]), "seconds_range": [min(seconds[name]), max(seconds[name])],
+            "peak_bytes": measure.peak_bytes(subjects[name].run, on_cpu=True),
+            "kept_bytes": measure.kept_bytes(subjects[name].forward, leaves | {types}),
+            "weight_bytes": sum(p.nbytes for p in layers[name].parameters()),
+            "router_weights": sum(p.numel() for p in layers[name].router.parameters()),
+            "busiest_share": subjects[name].busiest_share(),
+        })  # fmt: skip
+    return rows
+
+
+def add_ratios(rows: list[dict[str, Any]]) -> None:
+    """What a router adds to the linear one's layer, as a share of that; whether both shares are within `REACH`."""
+    linear = {(r["model"], r["T"], r["train"]): r for r in rows if r["router"] == "linear"}
+    for r in rows:
+        base = linear.get((r["model"], r["T"], r["train"]), {})
+        for figure in ("seconds", "peak_bytes", "kept_bytes"):
+            to_linear = measure.ratio(r[figure], base.get(figure))
+            r[f"added_{figure}"] = None if to_linear is None else to_linear - 1
+        added = {figure: r[f"added_{figure}"] for figure in REACH}
+        r["within_reach"] = None if None in added.values() else all(added[figure] <= most for figure, most in REACH.items())
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The table of a report, made from nothing else."""
+    header = ["widths of", "T", "C", "trained", "router", "ms", "added, %", "peak MiB", "added, %", "kept MiB", "added, %",
+              "weights MiB", "busiest expert, %", "reach"]
+    words = {None: "–", True: "within", False: "**not within**"}
+    rows = []
+    for r in report["rows"]:
+        numbers = [(r["seconds"], ".4g", 1e3), (r["added_seconds"], "+.1f", 100), (r["peak_bytes"], ".1f", 2**-20),
+                   (r["added_peak_bytes"], "+.1f", 100), (r["kept_bytes"], ".1f", 2**-20), (r["added_kept_bytes"], "+.1f", 100),
+                   (r["weight_bytes"], ".1f", 2**-20), (r["busiest_share"], ".1f", 100)]
+        rows.append([r["model"], str(r["T"]), str(r["C"]), r["train"], r["router"], *(measure.shown(*number) for number in numbers),
+                     "–" if r["router"] == "linear" else words[r["within_reach"]]])
+    c = report["circumstances"]
+    tiny = " **A tiny layer: these figures mean nothing.**" if c["tiny"] else ""
+    notes = [f"\n{name} is left out: {reason}." for name, reason in report["skipped"].items()]
+    return "\n".join([
+        f"One MoE layer, forward and backward, {c['precision']}, on {c['device']}, commit {c['commit']}. Added: against the layer "
+        f"with a linear router; reach: time {100 * REACH['seconds']:+.0f} %, peak {100 * REACH['peak_bytes']:+.0f} %.{tiny}",
+        "", measure.table(header, rows), *notes, ""])
+
+
+def main() -> None:
+    args = parse_args()
+    backend.prepare()
+    backend.init_process_group(timeout_minutes=5)
+    torch.set_num_threads(args.threads)
+    from megatron_evomoe.parallel import topology
+
+    topology.initialize(run_config(args, args.models[0], ROUTERS["linear"]))
+    rows, skipped = [], {}
+    for model in args.models:
+        topology.seed_everything(0)
+        layers = build_layers(args, model, skipped)
+        for tokens, train in itertools.product(args.tokens, args.train):
+            rows += measure_layers(args, layers, model, tokens, train, skipped)
+            gc.collect()
+    add_ratios(rows)
+    options = {name: getattr(args, name) for name in ("tiny", "precision", "rounds", "threads")}
+    report = {"circumstances": measure.circumstances(**options), "reach": REACH, "skipped": skipped, "rows": rows}
+    print(markdown(report))
+    if args.output:
+        args.output.write_text(json.dumps(report, indent=1) + "\n")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

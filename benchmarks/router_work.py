@@ -1,0 +1,86 @@
+"""What one router layer multiplies and moves, forward and backward, counted from its formulas: what `router.py` divides by seconds.
+
+**FLOP** are 2 per multiplication and addition of matrix products, as each form does them: forms that take more work for the same
+logits count more. Element-wise operations, a few per number, are left out.
+
+**Bytes** are compulsory traffic, a floor that no schedule of the same form falls below while caches hold nothing from one pass to
+the next. Forward and backward each read tokens and weights once; logits and the gradients of tokens and weights are written once,
+the logits' gradient is read once. What one pass leaves for the other could be computed again, so it counts nothing. Forms that
+build Θ write it once, read it in both passes, and write and read its gradient.
+
+Shapes as in `megatron_evomoe/moe/dtr.py`: T tokens · C width · h, r inner sizes · K = h + 1 · N experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+BUILD_THETA = ("naive", "naive-tuned")
+ITEM_BYTES = {"fp32": 4, "bf16": 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """One row of the benchmark."""
+
+    T: int
+    C: int
+    h: int
+    r: int
+    N: int
+    ffn: int
+    """Inner width of the expert."""
+
+    @property
+    def projected(self) -> int:
+        """Columns that the factored form projects a token to: e and u."""
+        return self.h + (self.h + 1) * 2 * self.r
+
+
+def precision(subject: str, dtype: str) -> str:
+    """In what the products of a subject are computed, given tokens and weights in `dtype`: whose ceiling is its own."""
+    return dtype if subject in ("fused", "ffn") else "fp32"
+
+
+def flop(subject: str, s: Shape, dtype: str) -> int:
+    """Forward and backward. Every product has two in the backward, but those with frozen weights, which have one."""
+    passes = 2 if subject == "ffn" else 3
+    total = 2 * passes * _forward_products(subject, s)
+    if subject == "fused" and dtype == "bf16":  # the gradient is split into two bf16 numbers: both its products twice
+        total += 2 * 2 * s.T * s.projected * s.C
+    return total
+
+
+def _forward_products(subject: str, s: Shape) -> int:
+    """Multiplications."""
+    K, theta = s.h + 1, 3 * s.r * s.C
+    project = s.T * s.projected * s.C
+    mix, up = s.T * K * (2 * s.r + s.N), s.T * K * s.r * s.N  # of each token's eu: sums over k, and s·(φ·Θ_up)
+    folded = 2 * K * s.r * s.C * s.N  # φ·Θ_up of both modalities
+    return {
+        "linear": s.T * s.C * s.N,
+        "naive": s.T * (s.h * s.C + s.h * theta + theta + s.C * s.N),
+        "naive-tuned": s.T * (s.h * s.C + K * theta + theta + s.C * s.N),
+        "autograd": project + mix + up + folded,
+        "masked": 2 * project + mix + 2 * up + folded,
+        "factored": project + mix + up + folded,
+        "fused": project + mix + up + folded,
+        "ffn": s.T * 3 * s.C * s.ffn,
+    }[subject]
+
+
+def weights(subject: str, s: Shape) -> int:
+    """Numbers that the layer learns, or that the expert holds."""
+    if subject in ("linear", "ffn"):
+        return s.N * s.C if subject == "linear" else 3 * s.C * s.ffn
+    return 2 * (s.h * s.C + s.h + (s.h + 1) * 3 * s.r * s.C) + s.N * s.C
+
+
+def traffic(subject: str, s: Shape, dtype: str) -> int:
+    """Compulsory bytes, forward and backward. Logits and Θ are fp32."""
+    item = ITEM_BYTES[dtype]
+    tokens = 3 * s.T * s.C * item  # read twice, the gradient written
+    if subject == "ffn":  # frozen: weights have no gradient; outputs are as wide as tokens
+        return tokens + 2 * weights(subject, s) * item + 2 * s.T * s.C * item
+    theta = 5 * s.T * 3 * s.r * s.C * 4 if subject in BUILD_THETA else 0
+    return tokens + 3 * weights(subject, s) * item + 2 * s.T * s.N * 4 + theta
