@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
 import io
 import pickle
 import zlib
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
+from torch.serialization import get_crc32_options, set_crc32_options
 
 from megatron_evomoe.checkpoint.record import CheckpointError
 
@@ -53,6 +56,17 @@ class SummedFile(io.BufferedWriter):
         """The descriptor, with nothing left in the buffer: whoever asks wants to fsync."""
         self.flush()
         return super().fileno()
+
+
+@contextlib.contextmanager
+def no_checksums_of_torch() -> Iterator[None]:
+    """Whatever torch saves inside has no CRC-32 of its own: ours cover the whole file."""
+    before = get_crc32_options()
+    set_crc32_options(False)  # for all threads, unlike torch.utils.serialization.config.patch
+    try:
+        yield
+    finally:
+        set_crc32_options(before)
 
 
 def mismatch(directory: Path, files: dict[str, list[int]]) -> str | None:

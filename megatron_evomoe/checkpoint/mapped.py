@@ -1,4 +1,5 @@
-"""Tensors that are views of a file: read when they are used, gone from memory when they are let go."""
+"""Tensors without copies: views of a file, read when they are used and gone from memory when they are let go; parts of larger
+ones, written from where they lie."""
 
 from __future__ import annotations
 
@@ -28,3 +29,14 @@ def view_of(path: Path, start: int, dtype: torch.dtype, shape: Sequence[int]) ->
     with contextlib.suppress(OSError, AttributeError):  # all pages at once is twice as fast as one by one
         memory.madvise(_POPULATE_READ)
     return torch.frombuffer(memory, dtype=dtype, count=count, offset=start - first).reshape(shape)
+
+
+def alone(tensor: Tensor) -> Tensor:
+    """`tensor`, contiguous and with a storage of its own size: torch.save writes the whole storage behind a view, and torch's
+    checkpoint writer copies what does not fill its storage. Shares the memory where it can."""
+    tensor = tensor.detach().contiguous()
+    if tensor.untyped_storage().nbytes() == tensor.nbytes:
+        return tensor
+    start = tensor.storage_offset() * tensor.element_size()
+    own = tensor.untyped_storage()[start : start + tensor.nbytes]  # shares the memory
+    return torch.empty(0, dtype=tensor.dtype).set_(own, 0, tensor.shape, tensor.stride())

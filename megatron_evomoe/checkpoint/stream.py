@@ -31,10 +31,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.serialization import get_crc32_options, set_crc32_options
 
 from megatron_evomoe.checkpoint import integrity
-from megatron_evomoe.checkpoint.mapped import view_of
+from megatron_evomoe.checkpoint.mapped import alone, view_of
 from megatron_evomoe.checkpoint.record import CheckpointError, Record, read, write_tracker
 
 _DATA_FILE = "__0_0.distcp"
@@ -166,8 +165,6 @@ class CheckpointWriter:
 
     def __enter__(self) -> CheckpointWriter:
         self._pending.mkdir(parents=True)
-        self._crc_before = get_crc32_options()
-        set_crc32_options(False)  # ours cover the whole file
         self._file = integrity.SummedFile(self._pending / _DATA_FILE)
         return self
 
@@ -180,11 +177,11 @@ class CheckpointWriter:
         entry.chunks.append(ChunkStorageMetadata(offset, tensor.shape))
         self._file.write(bytes(-self._file.tell() % _ALIGNMENT))  # so that the data can be used where it lies
         start = self._file.tell()
-        torch.save(_alone(tensor), self._file)
+        with integrity.no_checksums_of_torch():
+            torch.save(alone(tensor), self._file)
         self._places[MetadataIndex(key, offset)] = _StorageInfo(_DATA_FILE, start, self._file.tell() - start)
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        set_crc32_options(self._crc_before)
         try:
             with self._file:
                 pass
@@ -208,13 +205,3 @@ class CheckpointWriter:
         replace(self._record, files=files).write(pending)
         os.replace(pending, self.path)
         write_tracker(self._directory, self._record.step)
-
-
-def _alone(tensor: Tensor) -> Tensor:
-    """`tensor`, contiguous and with a storage of its own size: torch.save writes the whole storage behind a view."""
-    tensor = tensor.detach().contiguous()
-    if tensor.untyped_storage().nbytes() == tensor.nbytes:
-        return tensor
-    start = tensor.storage_offset() * tensor.element_size()
-    own = tensor.untyped_storage()[start : start + tensor.nbytes]  # shares the memory
-    return torch.empty(0, dtype=tensor.dtype).set_(own, 0, tensor.shape, tensor.stride())

@@ -23,9 +23,9 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
 from torch.futures import Future
-from torch.serialization import get_crc32_options, set_crc32_options
 
 from megatron_evomoe.checkpoint import integrity
+from megatron_evomoe.checkpoint.mapped import alone
 from megatron_evomoe.parallel import backend
 
 
@@ -75,8 +75,7 @@ class _Planner(MCoreSavePlanner):
         data = super().resolve_data(write_item)
         if not torch.is_tensor(data) or not data.is_cpu or not data.is_contiguous():
             return data
-        # torch would clone what does not fill its storage, to not save all of it; this is the same memory as a storage of its own
-        return torch.from_dlpack(data.detach())
+        return alone(data)
 
 
 class SummingStrategy(TorchDistSaveShardedStrategy):
@@ -98,17 +97,6 @@ class SummingStrategy(TorchDistSaveShardedStrategy):
         """
         state, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
         writer = _Writer(checkpoint_dir)
-        with _no_checksums_of_torch():  # ours cover the whole file
-            dcp.save(mcore_to_pyt_state_dict(state, False), storage_writer=writer,
-                     planner=_Planner())
+        with integrity.no_checksums_of_torch():
+            dcp.save(mcore_to_pyt_state_dict(state, False), storage_writer=writer, planner=_Planner())
         self.sums = {name: entry for name, entry in writer.fs.sums.items() if name.endswith(".distcp")}
-
-
-@contextlib.contextmanager
-def _no_checksums_of_torch() -> Iterator[None]:
-    before = get_crc32_options()
-    set_crc32_options(False)  # for all threads, unlike torch.utils.serialization.config.patch
-    try:
-        yield
-    finally:
-        set_crc32_options(before)
