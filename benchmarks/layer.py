@@ -6,7 +6,8 @@
 
 Half of the tokens, at random, are image tokens. `--train router` is the stage `route`: experts frozen, gradients for the router and
 the hidden states. All routers share one set of experts and run in turn, in every round; times are medians, peak memory is that
-above weights and inputs, gradients included, and kept memory what the graph holds between forward and backward.
+above weights and inputs, gradients included, and kept memory what the graph holds between forward and backward. FLOP, counted by
+router_work.py, say what a router would add if all products ran equally fast.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ warnings.filterwarnings("ignore")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import measure  # noqa: E402
+import router_work  # noqa: E402
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
@@ -36,6 +38,8 @@ ROUTERS: dict[str, dict[str, str]] = {
     "dtr torch": {"router": "dtr", "dtr_kernel": "torch"},
     "dtr triton": {"router": "dtr", "dtr_kernel": "triton"},
 }
+FORMS = {"linear": "linear", "dtr torch": "masked" if backend.on_gpu() else "factored", "dtr triton": "fused"}
+"""What a router is in `router_work`."""
 REACH = {"seconds": 0.03, "peak_bytes": 0.05}
 """The most that DTR may add to the linear router's layer."""
 
@@ -141,16 +145,28 @@ def measure_layers(args: argparse.Namespace, layers: dict[str, torch.nn.Module],
     rows = []
     for name in runs:
         forget()
-        rows.append({
-            "model": model, "T": tokens, "C": hidden.shape[2], "train": train, "router": name,
-            "seconds": statistics.median(seconds[name]), "seconds_range": [min(seconds[name]), max(seconds[name])],
-            "peak_bytes": measure.peak_bytes(subjects[name].run, on_cpu=True),
-            "kept_bytes": measure.kept_bytes(subjects[name].forward, leaves | {types}),
-            "weight_bytes": sum(p.nbytes for p in layers[name].parameters()),
-            "router_weights": sum(p.numel() for p in layers[name].router.parameters()),
-            "busiest_share": subjects[name].busiest_share(),
-        })  # fmt: skip
+        rows.append({"model": model, "T": tokens, "C": hidden.shape[2], "train": train, "router": name,
+                     "flop": flop(name, layers[name], tokens, train, args.precision),
+                     **figures(subjects[name], seconds[name], [*leaves, types])})
     return rows
+
+
+def figures(subject: Subject, seconds: list[float], own: list[Tensor]) -> dict[str, Any]:
+    """What is measured, in seconds and bytes; `own` are all weights and inputs."""
+    return {
+        "seconds": statistics.median(seconds), "seconds_range": [min(seconds), max(seconds)],
+        "peak_bytes": measure.peak_bytes(subject.run, on_cpu=True), "kept_bytes": measure.kept_bytes(subject.forward, own),
+        "weight_bytes": sum(p.nbytes for p in subject.layer.parameters()), "busiest_share": subject.busiest_share(),
+    }  # fmt: skip
+
+
+def flop(router: str, layer: torch.nn.Module, tokens: int, train: str, dtype: str) -> int:
+    """Of the products in router and experts; none is dropped."""
+    core, moe = layer.config, layer.router.moe
+    shape = router_work.Shape(T=tokens, C=core.hidden_size, h=moe.dtr_hidden_size, r=moe.dtr_rank, N=core.num_moe_experts,
+                              ffn=core.moe_ffn_hidden_size)
+    frozen = router_work.flop("ffn", shape, dtype) * core.moe_router_topk
+    return router_work.flop(FORMS[router], shape, dtype) + (frozen * 3 // 2 if train == "experts" else frozen)
 
 
 def add_ratios(rows: list[dict[str, Any]]) -> None:
@@ -158,7 +174,7 @@ def add_ratios(rows: list[dict[str, Any]]) -> None:
     linear = {(r["model"], r["T"], r["train"]): r for r in rows if r["router"] == "linear"}
     for r in rows:
         base = linear.get((r["model"], r["T"], r["train"]), {})
-        for figure in ("seconds", "peak_bytes", "kept_bytes"):
+        for figure in ("seconds", "flop", "peak_bytes", "kept_bytes"):
             to_linear = measure.ratio(r[figure], base.get(figure))
             r[f"added_{figure}"] = None if to_linear is None else to_linear - 1
         added = {figure: r[f"added_{figure}"] for figure in REACH}
@@ -167,14 +183,14 @@ def add_ratios(rows: list[dict[str, Any]]) -> None:
 
 def markdown(report: dict[str, Any]) -> str:
     """The table of a report, made from nothing else."""
-    header = ["widths of", "T", "C", "trained", "router", "ms", "added, %", "peak MiB", "added, %", "kept MiB", "added, %",
-              "weights MiB", "busiest expert, %", "reach"]
+    header = ["widths of", "T", "C", "trained", "router", "ms", "added, %", "FLOP added, %", "peak MiB", "added, %",
+              "kept MiB", "added, %", "weights MiB", "busiest expert, %", "reach"]
     words = {None: "–", True: "within", False: "**not within**"}
     rows = []
     for r in report["rows"]:
-        numbers = [(r["seconds"], ".4g", 1e3), (r["added_seconds"], "+.1f", 100), (r["peak_bytes"], ".1f", 2**-20),
-                   (r["added_peak_bytes"], "+.1f", 100), (r["kept_bytes"], ".1f", 2**-20), (r["added_kept_bytes"], "+.1f", 100),
-                   (r["weight_bytes"], ".1f", 2**-20), (r["busiest_share"], ".1f", 100)]
+        numbers = [(r["seconds"], ".4g", 1e3), (r["added_seconds"], "+.1f", 100), (r["added_flop"], "+.1f", 100),
+                   (r["peak_bytes"], ".1f", 2**-20), (r["added_peak_bytes"], "+.1f", 100), (r["kept_bytes"], ".1f", 2**-20),
+                   (r["added_kept_bytes"], "+.1f", 100), (r["weight_bytes"], ".1f", 2**-20), (r["busiest_share"], ".1f", 100)]
         rows.append([r["model"], str(r["T"]), str(r["C"]), r["train"], r["router"], *(measure.shown(*number) for number in numbers),
                      "–" if r["router"] == "linear" else words[r["within_reach"]]])
     c = report["circumstances"]
