@@ -48,7 +48,7 @@ def from_pixels(tmp_path_factory, tiny_yaml, shards) -> Path:
 def cached(tmp_path_factory, tiny_yaml, shards) -> tuple[Path, str]:
     """A run from cached features by two replicas, and what it said; its cache is in `run/vision_features`."""
     folder = tmp_path_factory.mktemp("cached")
-    done = train(folder, tiny_yaml, shards, "--cache-vision-features", **LAYOUTS["two replicas"])
+    done = train(folder, tiny_yaml, shards, "--cache-vision-features", "--num-workers", "2", **LAYOUTS["two replicas"])
     return folder / "run", done.stdout
 
 
