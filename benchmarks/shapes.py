@@ -10,7 +10,7 @@ from megatron_evomoe.config import RunConfig, from_mapping
 from megatron_evomoe.data.conversation import IGNORE_INDEX, TEXT, VISION
 from megatron_evomoe.parallel import backend
 from megatron_evomoe.parallel.broadcast import Step
-from megatron_evomoe.plan import layout
+from megatron_evomoe.plan import fp8, layout
 from megatron_evomoe.plan.activations import activation_bytes
 from megatron_evomoe.plan.states import states_of
 from megatron_evomoe.presets import LANGUAGE_PRESETS
@@ -58,9 +58,9 @@ def random_step(config: RunConfig) -> Step:
 
 
 def planned_bytes(config: RunConfig, kind: str) -> int:
-    """`plan`'s prediction for one device: states and activations."""
-    microbatches = layout.microbatches(config, 1)
-    return states_of(config, kind, world_size=1, pp_rank=0).total_bytes + activation_bytes(config, kind, 0, microbatches)
+    """`plan`'s prediction for one device: states, activations, and FP8's copies of weights."""
+    kept = activation_bytes(config, kind, 0, layout.microbatches(config, 1)) + fp8.weight_bytes(config, kind, 0)
+    return states_of(config, kind, world_size=1, pp_rank=0).total_bytes + kept
 
 
 def layers_that_fit(model: str, memory: float, copies: int, **options: Any) -> int:

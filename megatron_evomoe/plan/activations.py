@@ -3,8 +3,8 @@
 Their layer keeps s·b·h·(34 + 5·a·s/h) bytes: dropout masks, stored s × s scores, a GELU FFN of 4h, everything trained. Here the
 same inventory is taken anew: no dropout; with Transformer Engine a flash attention that keeps its inputs, its output and a
 log-sum-exp instead of scores (without, an fp32 softmax and its copy in the parameters' type); FFNs gated or not, of any width;
-mixtures whose experts share the tokens evenly; and a frozen linear layer keeps no input. What exists for a moment only, the
-allocator's fragmentation and communication buffers are not in it.
+mixtures whose experts share the tokens evenly; a frozen linear layer keeps no input, and one in FP8 an FP8 input. What exists
+for a moment only, the allocator's fragmentation and communication buffers are not in it.
 
 T tokens of a microbatch (all TP ranks' together) · C width · F FFN width · e bytes of an activation · t the TP size. Under sequence
 parallelism what lies between the TP regions is split too.
@@ -12,10 +12,12 @@ parallelism what lies between the TP regions is split too.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from megatron_evomoe.config import RunConfig
-from megatron_evomoe.plan import layout
+from megatron_evomoe.data.feature_cache import image_form
+from megatron_evomoe.plan import fp8, layout
 from megatron_evomoe.plan.counts import attention_heads, chunks, is_first, is_last, router
 from megatron_evomoe.plan.flow import LayerFlow, chunk_flow, recomputed_modules
 from megatron_evomoe.plan.states import element_bytes
@@ -36,22 +38,29 @@ class Sizes:
     seq: int
     fused: bool
     """Transformer Engine's attention and the fused SwiGLU."""
+    on_gpu: bool
+    """The DTR in PyTorch has another form on a CPU (moe/router.py)."""
 
 
-def sizes_of(config: RunConfig, seq_length: int | None = None) -> Sizes:
+def sizes_of(config: RunConfig, seq_length: int | None = None, *, on_gpu: bool = True) -> Sizes:
     """Of the longest sequence the stage allows, unless `seq_length` says otherwise."""
     p = config.parallel
     seq, t = seq_length or config.data.seq_length, p.tensor_model_parallel_size
     T = seq * config.train.micro_batch_size // p.context_parallel_size
     split = p.sequence_parallel if p.sequence_parallel is not None else t > 1
     return Sizes(e=element_bytes(config), C=config.language.hidden_size, T=T, R=T // t if split else T, t=t, seq=seq,
-                 fused=layout.transformer_engine(config))
+                 fused=layout.transformer_engine(config), on_gpu=on_gpu)
 
 
-def activation_bytes(config: RunConfig, kind: str, pp_rank: int, microbatches: int) -> int:
-    """The most one rank of pipeline stage `pp_rank` keeps at a time; `config` has layout and overrides applied."""
-    z = sizes_of(config)
-    total = 0
+def activation_bytes(config: RunConfig, kind: str, pp_rank: int, microbatches: int, *, on_gpu: bool = True) -> int:
+    """The most one rank of pipeline stage `pp_rank` keeps at a time, the step's images included.
+
+    Args:
+        config: has layout and overrides applied.
+        on_gpu: plan what runs on a GPU; off, what a CPU runs, for comparisons on one.
+    """
+    z = sizes_of(config, on_gpu=on_gpu)
+    total = images(config, microbatches) if is_first(pp_rank, 0) else 0
     for chunk, count in enumerate(in_flight(config, pp_rank, microbatches)):
         flows = chunk_flow(config, kind, pp_rank, chunk)
         total += count * _layers(config, z, flows)
@@ -103,8 +112,9 @@ def _attention(config: RunConfig, z: Sizes, flow: LayerFlow) -> int:
     heads, groups, head_size = attention_heads(config)
     recomputed = recomputed_modules(config)
     kept = z.R * z.C  # the norm's input
+    inputs = 0
     if flow.trains_attention and "layernorm" not in recomputed:
-        kept += z.R * z.C  # its output, the projection's input
+        inputs += z.R * z.C  # its output, the projection's input
     if flow.trains_attention:
         kept += _normalized(config, z)
     # the projection's output, which the values are a view of; queries and keys again after their rotation
@@ -115,11 +125,17 @@ def _attention(config: RunConfig, z: Sizes, flow: LayerFlow) -> int:
     extra = 0
     if z.fused:
         kept += context
+        inputs += context if flow.fp8 and flow.trains_attention and fp8.projection_keeps_copy(config) else 0
         extra = 0 if "core_attn" in recomputed else 4 * z.T * heads // z.t
     else:
         kept += context if flow.trains_attention else 0
         extra = 0 if "core_attn" in recomputed else score_bytes(z) * z.T * z.seq * heads // z.t
-    return kept * z.e + extra
+    return kept * z.e + _inputs(config, z, flow, inputs) + extra
+
+
+def _inputs(config: RunConfig, z: Sizes, flow: LayerFlow, elements: int) -> int:
+    """Bytes of what linear layers keep of their inputs for their weights' gradients."""
+    return fp8.input_bytes(config, elements) if flow.fp8 else elements * z.e
 
 
 def _normalized(config: RunConfig, z: Sizes) -> int:
@@ -136,17 +152,19 @@ def _dense_ffn(config: RunConfig, z: Sizes, flow: LayerFlow) -> int:
     recomputed = recomputed_modules(config)
     if not (flow.ffn_input_grad or flow.trains_ffn):
         return 0
-    kept = 0
+    kept = inputs = 0
     if flow.ffn_input_grad and not config.language.parallel_residual:
         # the norm's input; a parallel residual has one norm, counted with the attention
         kept += z.R * z.C + (_normalized(config, z) if flow.trains_attention else 0)
-    shares_input = config.language.parallel_residual and flow.trains_attention
     if "mlp" in recomputed:
         return (kept + z.R * z.C) * z.e
+    # one tensor with the attention's input, of which each makes an FP8 copy of its own
+    shares_input = config.language.parallel_residual and flow.trains_attention and not flow.fp8
     if flow.trains_ffn and not shares_input and "layernorm" not in recomputed:
-        kept += z.R * z.C
-    kept += inner(config, z, z.T // z.t) + (z.T * config.language.ffn_hidden_size // z.t if flow.trains_ffn else 0)
-    return kept * z.e
+        inputs += z.R * z.C
+    kept += inner(config, z, z.T // z.t)
+    inputs += z.T * config.language.ffn_hidden_size // z.t if flow.trains_ffn else 0
+    return kept * z.e + _inputs(config, z, flow, inputs)
 
 
 def inner(config: RunConfig, z: Sizes, rows: int) -> int:
@@ -162,7 +180,7 @@ def _mixture(config: RunConfig, z: Sizes, flow: LayerFlow) -> int:
     if not (flow.ffn_input_grad or flow.trains_router or flow.trains_ffn):
         return 0
     recomputed = recomputed_modules(config)
-    kept = 0
+    kept = inputs = 0
     if flow.ffn_input_grad and not config.language.parallel_residual:
         kept += z.R * z.C + (_normalized(config, z) if flow.trains_attention else 0)
     kept += z.R * z.C  # what router and dispatcher read
@@ -175,31 +193,45 @@ def _mixture(config: RunConfig, z: Sizes, flow: LayerFlow) -> int:
     if not fused:
         kept += routed * config.language.ffn_hidden_size  # the product with the probability keeps its factor
     if flow.trains_ffn:
-        kept += routed * z.C * config.parallel.expert_tensor_parallel_size
-        kept += 0 if "moe_act" in recomputed else routed * config.language.ffn_hidden_size
-    return kept * z.e + router_bytes(config, z)
+        inputs += routed * z.C * config.parallel.expert_tensor_parallel_size
+        inputs += 0 if "moe_act" in recomputed else routed * config.language.ffn_hidden_size
+    logits = 4 * z.R * 4 * config.moe.num_experts  # and probabilities, in fp32
+    return kept * z.e + _inputs(config, z, flow, inputs) + logits + (dtr_bytes(config, z) if config.moe.router == "dtr" else 0)
 
 
-def router_bytes(config: RunConfig, z: Sizes) -> int:
-    """Logits and probabilities, and what the hypernetworks of a DTR keep: all in fp32."""
+def dtr_bytes(config: RunConfig, z: Sizes) -> int:
+    """What the hypernetworks keep beside the tokens and their own parameters, by the form that computes them; all of it fp32."""
     moe = config.moe
-    per_token = 4 * moe.num_experts
-    weights = 0
-    if moe.router == "dtr":
-        h, r = moe.dtr_hidden_size, moe.dtr_rank
-        per_token += (h + 1) * (2 * r + moe.num_experts + 1) + h + 4 * r
-        weights = 4 * sum(numel for _, numel in router(config)) if z.e != 4 else 0  # their fp32 copies
-    return 4 * z.R * per_token + weights
+    N, h, r = moe.num_experts, moe.dtr_hidden_size, moe.dtr_rank
+    projected = h + (h + 1) * 2 * r
+    copied = dict(router(config)) if z.e != 4 else {}  # parameters of which an fp32 copy is kept
+    if moe.dtr_kernel == "triton":  # the projections, and the order of the tokens in int64
+        read = sum(numel for name, numel in copied.items() if name == "phi" or name.endswith("weight2_up"))
+        return 4 * (z.R * (projected + 2) + read)
+    per_token = (h + 1) * (2 * r + N + 1) + 4 * r + (h if moe.dtr_activation != "none" else 0)
+    if not z.on_gpu:  # sorted by modality: their order in int64, and the sorted logits
+        return 4 * (z.R * (per_token + 2 + N) + sum(copied.values()))
+    # both on all tokens: one tensor of projections, and per modality one matrix that makes them, a copy even of fp32 parameters
+    joined = 0 if copied else 2 * projected * z.C
+    return 4 * (z.R * (per_token + h) + sum(copied.values()) + joined)
+
+
+def images(config: RunConfig, microbatches: int) -> int:
+    """A step's, which the first stage holds as long as it lasts: uint8 pixels, or features in place of them. One per sample is
+    assumed."""
+    shape, dtype = image_form(config)
+    return microbatches * config.train.micro_batch_size * math.prod(shape) * dtype.itemsize
 
 
 def projector(config: RunConfig, z: Sizes, kind: str) -> int:
-    """Tower and projector; a frozen tower runs without autograd. One image per sample is assumed."""
+    """Tower and projector; a frozen tower runs without autograd, and not at all where its features are cached."""
     parts = trained_parts(config, kind)
     v, images = config.vision, config.train.micro_batch_size
     tokens = images * v.tokens_per_image
     kept = 0
     if "projector" in parts:
-        kept += tokens * (v.hidden_size + 2 * z.C // z.t)
+        kept += tokens * 2 * z.C // z.t
+        kept += 0 if config.data.cache_vision_features else tokens * v.hidden_size  # cached, they are the step's images
     elif "vision" in parts:
         kept += tokens * z.C // z.t
     if "vision" in parts:

@@ -1,8 +1,8 @@
 """Bytes that one rank sends per optimizer step, by kind. Counted from the collectives the core makes; an estimate of their sizes.
 
 A ring over n ranks sends (n−1)/n of the whole tensor per rank for an all-gather or a reduce-scatter, twice that for an all-reduce.
-Left out, being small: scalars, loss reductions, the step's tokens and pixels, gradients of norms and routers over TP, and the
-resynchronisation of what evolution keeps (it never communicates).
+Left out, being small: scalars, loss reductions, the step's tokens and pixels (or features), gradients of norms and routers over
+TP, and the resynchronisation of what evolution keeps (it never communicates).
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def _ends(config: RunConfig, z: Sizes, kind: str, pp_rank: int, chunk: int) -> i
         v, images = config.vision, config.train.micro_batch_size
         positions = images * ((v.image_size // v.patch_size) ** 2 + int(v.model_type == "clip"))
         tower = v.num_layers_used * 4 * _ring(z.t, positions * v.hidden_size * z.e)  # two all-reduces per layer
-        total += tower * (2 if "vision" in parts else 1)
+        total += 0 if config.data.cache_vision_features else tower * (2 if "vision" in parts else 1)
         total += 2 * hidden  # the embedding's all-reduce
         if "language" in parts or "projector" in parts:
             total += hidden  # the scattered gradient is gathered

@@ -161,7 +161,7 @@ def _ends_flops(config: RunConfig, kind: str, pp_rank: int, chunk: int, seq_leng
 
     z, parts = sizes_of(config, seq_length), trained_parts(config, kind)
     forward = backward = 0.0
-    if is_first(pp_rank, chunk):
+    if is_first(pp_rank, chunk) and not config.data.cache_vision_features:
         v = config.vision
         tower = 2 * config.train.micro_batch_size * (v.image_size // v.patch_size) ** 2 * sum(n for _, n in vision_tower(config))
         forward, backward = forward + tower, backward + (2 * tower if "vision" in parts else 0)

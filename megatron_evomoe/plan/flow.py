@@ -26,6 +26,8 @@ class LayerFlow:
     trains_ffn: bool
     """The FFN, or the experts."""
     trains_router: bool
+    fp8: bool = False
+    """Its linear layers compute in FP8."""
 
     @property
     def ffn_input_grad(self) -> bool:
@@ -51,9 +53,18 @@ def chunk_flow(config: RunConfig, kind: str, pp_rank: int, chunk: int) -> list[L
             ffn = language or "experts" in parts
         else:
             ffn = "first_expert" in parts if designated and kind == "evolve" else language
-        flows.append(LayerFlow(mixture, grad, language, ffn, mixture and (language or "router" in parts)))
+        router = mixture and (language or "router" in parts)
+        flows.append(LayerFlow(mixture, grad, language, ffn, router, in_fp8(config, layer)))
         grad = flows[-1].output_grad
     return flows
+
+
+def in_fp8(config: RunConfig, layer: int) -> bool:
+    """Whether decoder layer `layer` (global, from 0) computes in FP8; megatron-core asks `fp8_utils.is_first_last_bf16_layer`."""
+    gpu = config.gpu
+    if gpu.fp8_format is None or not gpu.first_last_layers_bf16:
+        return gpu.fp8_format is not None
+    return gpu.num_layers_at_start_in_bf16 <= layer < config.language.num_layers - gpu.num_layers_at_end_in_bf16
 
 
 def reentrant(config: RunConfig) -> bool:

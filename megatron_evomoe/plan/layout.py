@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 
-from megatron_evomoe.config import ConfigError, RunConfig
+from megatron_evomoe.config import ConfigError, GpuConfig, RunConfig
+from megatron_evomoe.config.check import check as check_fields
 from megatron_evomoe.parallel import topology
 
 RECOMPUTE = ("none", "selective", "full")
@@ -99,6 +100,8 @@ def check(config: RunConfig, kind: str, world_size: int) -> None:
         ConfigError: names the value, the rule and what would fit.
     """
     topology.validate(config, world_size)
+    check_fields(config)  # FP8's widths are of a tensor-parallel rank
+    _check_sequence(config)
     p = config.parallel
     if kind == "evolve":
         from megatron_evomoe.moe.evolution import check_rule, validate_ranges
@@ -109,21 +112,31 @@ def check(config: RunConfig, kind: str, world_size: int) -> None:
     _check_core(config)
 
 
+def _check_sequence(config: RunConfig) -> None:
+    """The loader's rule."""
+    from megatron_evomoe.model.precision import sequence_multiple
+
+    multiple = sequence_multiple(config)
+    if config.data.seq_length % multiple:
+        raise ConfigError(f"seq_length {config.data.seq_length} must be a multiple of {multiple}, to which sequences are padded")
+
+
 def _check_core(config: RunConfig) -> None:
-    """megatron-core's own refusals. Transformer Engine need not be here, so what only it can do is taken out first."""
+    """megatron-core's own refusals. Neither Transformer Engine nor a GPU need be here, so what only they can do is taken out
+    first."""
     from megatron_evomoe.model.transformer_config import language_transformer_config
 
     assume_te = transformer_engine(config)
-    language, moe, train = config.language, config.moe, config.train
+    language, moe, train, gpu = config.language, replace(config.moe, dtr_kernel="torch"), config.train, config.gpu
     if assume_te:
         groups, tp = language.num_query_groups or language.num_attention_heads, config.parallel.tensor_model_parallel_size
         if groups % tp and tp % groups:
             raise ConfigError(f"num_query_groups {groups} must be a multiple or a divisor of TP {tp}")
         language = replace(language, num_query_groups=None)
-        moe = replace(moe, moe_grouped_gemm=False)
+        moe, gpu = replace(moe, moe_grouped_gemm=False), GpuConfig()
         portable = [m for m in train.recompute_modules if m not in ("layernorm", "moe_act")]
         train = replace(train, transformer_impl="local", recompute_modules=portable or ["core_attn"])
-    language_transformer_config(replace(config, language=language, moe=moe, train=train))
+    language_transformer_config(replace(config, language=language, moe=moe, train=train, gpu=gpu))
 
 
 def transformer_engine(config: RunConfig) -> bool:

@@ -18,7 +18,7 @@ def lines(plans: Sequence[StagePlan], machine: Machine, top: int) -> Iterator[st
     yield (f"{machine.nnodes} nodes x {machine.gpus_per_node} GPUs x {machine.gpu_memory:g} GiB, of which "
            f"{machine.usable_bytes / GIB:.1f} GiB are planned with; assumed {machine.tflops:g} TFLOP/s, "
            f"{machine.intra_bandwidth:g} GB/s inside a node, {machine.inter_bandwidth:g} GB/s between nodes")
-    yield "GiB: held by the fullest rank; activations are an estimate, the rest is exact."
+    yield "GiB: held by the fullest rank; activations and FP8 weights are estimates, the rest is exact."
     yield "GB: sent per step by a rank of the slowest pipeline stage. Ranked by estimated step time."
     for plan in plans:
         yield from _stage(plan, machine, top)
@@ -29,11 +29,12 @@ def lines(plans: Sequence[StagePlan], machine: Machine, top: int) -> Iterator[st
 def _stage(plan: StagePlan, machine: Machine, top: int) -> Iterator[str]:
     too_big, refused = sum(len(g.estimates) for g in plan.too_big), sum(len(g.layouts) for g in plan.refused)
     shown = distinct(plan)
-    train = plan.config.train
+    train, gpu = plan.config.train, plan.config.gpu
+    precision = ("bf16" if train.bf16 else "fp32") + (f" and FP8 ({gpu.fp8_recipe})" if gpu.fp8_format else "")
     yield ""
     yield (f"stage {plan.name} ({plan.kind}): {len(plan.fits)} layouts fit, {too_big} are too big, {refused} cannot run "
            f"(micro_batch_size {train.micro_batch_size}, global_batch_size {train.global_batch_size}, "
-           f"seq_length {plan.config.data.seq_length}, {'bf16' if train.bf16 else 'fp32'}, distributed optimizer "
+           f"seq_length {plan.config.data.seq_length}, {precision}, distributed optimizer "
            f"{'on' if plan.config.parallel.use_distributed_optimizer else 'off'})")
     for i, e in enumerate(shown[:top]):
         yield from _row(i + 1, e, plan.kind, _why(e, shown[0]))
@@ -87,7 +88,8 @@ def _row(number: int, e: Estimate, kind: str, why: str) -> Iterator[str]:
     yield (f"  {number}. {label(e.layout, kind)}; DP {e.data_parallel}, microbatches {e.microbatches}: "
            f"{e.time.total:.3f} s a step, bubble {e.time.bubble / e.time.total:.1%} ({why})")
     memory = {f"parameters ({_count(s.parameters)})": s.parameter_bytes, "gradients": s.gradient_bytes,
-              "optimizer": s.optimizer_bytes, "evolution": s.evolution_bytes, "activations": e.activation_bytes}
+              "optimizer": s.optimizer_bytes, "evolution": s.evolution_bytes, "FP8 weights": e.fp8_bytes,
+              "activations": e.activation_bytes}
     yield _figures(f"GiB {e.total_bytes / GIB:.2f}:", memory, GIB)
     sent = {"TP": v.tp, "PP": v.pp, "EP": v.ep, "gradient reduction": v.gradients, "parameter gather": v.parameters}
     yield _figures(f"GB  {v.total / GB:.2f}:", sent, GB)
@@ -147,7 +149,7 @@ def estimate_data(e: Estimate) -> dict[str, Any]:
     """One layout."""
     return {
         "layout": asdict(e.layout), "data_parallel": e.data_parallel, "microbatches": e.microbatches,
-        "fullest_stage": e.fullest_stage, "states": asdict(e.states), "activation_bytes": e.activation_bytes,
-        "total_bytes": e.total_bytes, "communication_bytes": asdict(e.volume),
+        "fullest_stage": e.fullest_stage, "states": asdict(e.states), "fp8_bytes": e.fp8_bytes,
+        "activation_bytes": e.activation_bytes, "total_bytes": e.total_bytes, "communication_bytes": asdict(e.volume),
         "seconds": {**asdict(e.time), "total": e.time.total}, "bubble_fraction": e.time.bubble / e.time.total,
     }

@@ -7,12 +7,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from megatron_evomoe.config import STAGE_KINDS, ConfigError, RunConfig, StageConfig
+from megatron_evomoe.plan import fp8
 from megatron_evomoe.plan import layout as layouts
 from megatron_evomoe.plan.activations import activation_bytes
 from megatron_evomoe.plan.communication import Volume, volume_of
 from megatron_evomoe.plan.cost import Machine, StepTime, step_time
 from megatron_evomoe.plan.layout import Layout
 from megatron_evomoe.plan.states import States, states_of
+from megatron_evomoe.train.stages import check_feature_cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +25,8 @@ class Estimate:
     data_parallel: int
     microbatches: int
     states: States
+    fp8_bytes: int
+    """FP8 copies of weights."""
     activation_bytes: int
     fullest_stage: int
     """Pipeline rank whose memory this is."""
@@ -32,7 +36,7 @@ class Estimate:
     @property
     def total_bytes(self) -> int:
         """Memory of the fullest rank."""
-        return self.states.total_bytes + self.activation_bytes
+        return self.states.total_bytes + self.fp8_bytes + self.activation_bytes
 
 
 @dataclass(kw_only=True)
@@ -86,8 +90,12 @@ def plan_stage(config: RunConfig, stage: StageConfig, machine: Machine, held: di
         config: the run's; the stage's overrides are applied here.
         held: `Layout` field -> the only value to try.
         seq_length: tokens per sample to reckon traffic and time with; none takes the longest allowed, as memory always does.
+
+    Raises:
+        ConfigError: features are to be cached of a tower that trains.
     """
     config = config.for_stage(stage.name) if stage in config.stages else config
+    check_feature_cache(config, stage)
     estimates, refused = [], {}
     search = _Search(config, stage.kind, machine, seq_length)
     for layout in layouts.candidates(config, world_size=machine.world_size, gpus_per_node=machine.gpus_per_node, held=held):
@@ -153,20 +161,22 @@ def estimate(config: RunConfig, kind: str, layout: Layout, machine: Machine, seq
     states = all_states(config, kind, machine) if states is None else states
     m = layouts.microbatches(config, world)
     activations = [activation_bytes(config, kind, rank, m) for rank in range(layout.pp)]
+    copies = [fp8.weight_bytes(config, kind, rank) for rank in range(layout.pp)]
     volumes = [volume_of(config, kind, states[rank], world_size=world, pp_rank=rank, seq_length=seq_length)
                for rank in range(layout.pp)]
     times = [step_time(config, kind, volumes[rank], machine, rank, seq_length) for rank in range(layout.pp)]
-    fullest = max(range(layout.pp), key=lambda rank: states[rank].total_bytes + activations[rank])
+    fullest = max(range(layout.pp), key=lambda rank: states[rank].total_bytes + copies[rank] + activations[rank])
     slowest = max(range(layout.pp), key=lambda rank: times[rank].total)
     return Estimate(layout=layout, data_parallel=layouts.data_parallel(config, world), microbatches=m, states=states[fullest],
-                    activation_bytes=activations[fullest], fullest_stage=fullest, volume=volumes[slowest], time=times[slowest])
+                    fp8_bytes=copies[fullest], activation_bytes=activations[fullest], fullest_stage=fullest,
+                    volume=volumes[slowest], time=times[slowest])
 
 
 def largest_part(e: Estimate) -> str:
     """The kind of memory that takes most."""
     s = e.states
     parts = {"parameters": s.parameter_bytes, "gradients": s.gradient_bytes, "optimizer state": s.optimizer_bytes,
-             "evolution state": s.evolution_bytes, "activations": e.activation_bytes}
+             "evolution state": s.evolution_bytes, "FP8 weights": e.fp8_bytes, "activations": e.activation_bytes}
     return max(parts, key=lambda name: parts[name])
 
 
@@ -184,7 +194,7 @@ def _remedy(e: Estimate, fitting: set[Layout], search: _Search) -> str:
     for recompute in layouts.RECOMPUTE[layouts.RECOMPUTE.index(e.layout.recompute) + 1 :]:
         if replace(e.layout, recompute=recompute) in fitting:
             return f"recompute_granularity: {recompute}"
-    room = search.machine.usable_bytes - e.states.total_bytes
+    room = search.machine.usable_bytes - e.states.total_bytes - e.fp8_bytes
     size = search.config.train.micro_batch_size
     for smaller in range(size - 1, 0, -1):
         if size % smaller == 0 and e.activation_bytes * smaller / size <= room:

@@ -33,7 +33,7 @@ def test_everything_is_written(run_yaml, tmp_path, capsys):
     warmup, route = data["stages"]
     assert {e["layout"]["tp"] for e in route["fits"]} == {2}, "a degree given as a flag is held"
     best = warmup["fits"][0]
-    assert best["total_bytes"] == best["activation_bytes"] + sum(
+    assert best["total_bytes"] == best["activation_bytes"] + best["fp8_bytes"] + sum(
         best["states"][k] for k in ("parameter_bytes", "gradient_bytes", "optimizer_bytes", "evolution_bytes"))
     assert best["communication_bytes"].keys() == {"tp", "pp", "ep", "gradients", "parameters"}
     assert data["machine"]["nnodes"] == 2 and data["whole_run"][0]["seconds"] > 0

@@ -20,7 +20,7 @@ TP, PP, EP, ETP = ("tensor_model_parallel_size", "pipeline_model_parallel_size",
 def config_of(parallel: dict, train: dict | None = None, **sections):
     return from_mapping({
         "language": {"num_layers": LAYERS, "hidden_size": C, "ffn_hidden_size": 96, "num_attention_heads": 4, "vocab_size": 64},
-        "data": {"seq_length": SEQ}, "parallel": parallel,
+        "data": {"seq_length": SEQ, **sections.pop("data", {})}, "parallel": parallel,
         "train": {"bf16": True, "global_batch_size": 8, **(train or {})}, **sections})
 
 
@@ -87,6 +87,18 @@ def test_arithmetic_of_a_dense_step():
     weights = s.parameters - vision - projector - C  # the last norm is not counted
     assert forward == 2 * SEQ * weights + scores + 2 * 16 * vision
     assert backward == 2 * (2 * SEQ * weights + scores)
+
+
+def test_cached_features_need_no_tower_but_its_weights():
+    """A step then runs nothing of it; both differ by its forward."""
+    def sections(wanted):
+        return {"parallel": {TP: 2}, "data": {"cache_vision_features": wanted}}
+
+    (plain, states), (cached, cached_states) = (volume("warmup", 2, **sections(wanted)) for wanted in (False, True))
+    assert plain.tp - cached.tp == 8 * 2 * 4 * (17 * 64 * 2 // 2) and cached_states == states
+    one, other = (config_of(**sections(wanted)) for wanted in (False, True))
+    (forward, backward), (cached_forward, cached_backward) = flops(one, "warmup", 0), flops(other, "warmup", 0)
+    assert forward - cached_forward == 2 * 16 * sum(n for _, n in vision_tower(one)) and cached_backward == backward
 
 
 def test_frozen_weights_cost_no_gradient_of_their_own():

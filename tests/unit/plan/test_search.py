@@ -52,6 +52,13 @@ def test_widths_microbatches_and_evolution_are_checked():
     assert "megatron-core refuses this configuration: Bias in Moe" in plan.refused[0].example
 
 
+def test_features_of_a_tower_that_trains_are_not_cached():
+    data = {"cache_vision_features": True}
+    assert planned("align", held=held(), data=data).fits
+    with pytest.raises(ConfigError, match="'align' trains the vision tower, so its features cannot be kept"):
+        planned("align", data=data, train={**QWEN["train"], "trainable": ["vision"]})
+
+
 def test_a_refusal_has_one_line_whatever_its_numbers():
     plan = planned("warmup")
     assert len(plan.refused) == len({r.example.split(" does not divide")[-1] for r in plan.refused}) <= 4
