@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -59,20 +60,27 @@ def random_step(config: RunConfig) -> Step:
 
 def planned_bytes(config: RunConfig, kind: str) -> int:
     """`plan`'s prediction for one device: states, activations, and FP8's copies of weights."""
-    kept = activation_bytes(config, kind, 0, layout.microbatches(config, 1)) + fp8.weight_bytes(config, kind, 0)
-    return states_of(config, kind, world_size=1, pp_rank=0).total_bytes + kept
+    return _held_bytes(config, kind) + activation_bytes(config, kind, 0, layout.microbatches(config, 1))
 
 
-def layers_that_fit(model: str, memory: float, copies: int, **options: Any) -> int:
-    """The most layers, in steps of two, of which `copies` models and one model's activations fit in every stage."""
+def layers_that_fit(model: str, memory: float, precisions: Sequence[str], **options: Any) -> int:
+    """The most layers, in steps of two, of which a bare model in bf16, one model per precision and one model's activations fit side
+    by side in every stage."""
     layers = LANGUAGE_PRESETS[MODELS[model]]["num_layers"]
     while layers > 2:
-        config = model_config(model, layers, tiny=False, **options)
-        if all(_needed(config.for_stage(kind), kind, copies) <= USABLE * memory for kind in STAGES):
+        configs = [model_config(model, layers, tiny=False, precision=p, **options) for p in ("bf16", *precisions)]
+        if all(_side_by_side(configs, kind) <= USABLE * memory for kind in STAGES):
             break
         layers -= 2
     return layers
 
 
-def _needed(config: RunConfig, kind: str, copies: int) -> int:
-    return planned_bytes(config, kind) + (copies - 1) * states_of(config, kind, world_size=1, pp_rank=0).total_bytes
+def _side_by_side(configs: list[RunConfig], kind: str) -> int:
+    configs = [config.for_stage(kind) for config in configs]
+    held = sum(_held_bytes(config, kind) for config in configs)
+    return held + max(activation_bytes(config, kind, 0, layout.microbatches(config, 1)) for config in configs)
+
+
+def _held_bytes(config: RunConfig, kind: str) -> int:
+    """What there is between steps."""
+    return states_of(config, kind, world_size=1, pp_rank=0).total_bytes + fp8.weight_bytes(config, kind, 0)

@@ -217,7 +217,7 @@ def main() -> None:
     ceilings, rows = measure.ceilings(precisions), []
     for model in args.models:
         memory = torch.cuda.get_device_properties(0).total_memory if backend.on_gpu() else 0.0
-        layers = args.layers or shapes.layers_that_fit(model, memory, 1 + len(precisions), **options)
+        layers = args.layers or shapes.layers_that_fit(model, memory, precisions, **options)
         for kind in args.stages:
             try:
                 rows += measure_stage(args, model, kind, layers, precisions)

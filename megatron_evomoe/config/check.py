@@ -59,6 +59,10 @@ def _check_fp8(config: RunConfig, rule: Callable[[bool, str], None]) -> None:
     rule(gpu.fp8_amax_history_len >= 1, f"fp8_amax_history_len {gpu.fp8_amax_history_len} must be at least 1")
     rule(not (gpu.moe_router_padding_for_fp8 and config.moe.moe_token_dispatcher_type == "allgather"),
          "moe_router_padding_for_fp8 does nothing for moe_token_dispatcher_type allgather; use alltoall or flex")
+    train = config.train
+    recomputed = set(train.recompute_modules) & {"moe_act", "layernorm"} if train.recompute_granularity == "selective" else set()
+    rule(gpu.fp8_recipe != "delayed" or not recomputed, f"recompute_modules {', '.join(sorted(recomputed))} cannot be had with "
+         "fp8_recipe delayed (a rule of megatron-core); leave them out, or use tensorwise or blockwise")
     if gpu.first_last_layers_bf16:
         start, end = gpu.num_layers_at_start_in_bf16, gpu.num_layers_at_end_in_bf16
         rule(gpu.fp8_recipe != "delayed", "first_last_layers_bf16 cannot be had with fp8_recipe delayed; use tensorwise")

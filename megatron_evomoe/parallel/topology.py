@@ -28,8 +28,11 @@ def _divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
 
 
-def validate(config: RunConfig, world_size: int) -> None:
+def validate(config: RunConfig, world_size: int, *, on_gpus: bool | None = None) -> None:
     """Refuse degrees that cannot be laid out on `world_size` ranks.
+
+    Args:
+        on_gpus: whether the ranks have a GPU each; by default as here.
 
     Raises:
         ConfigError: names the product and what would fit.
@@ -64,7 +67,7 @@ def validate(config: RunConfig, world_size: int) -> None:
     if tp > 1 and p.sequence_parallel is False and any(stage.kind == "route" for stage in config.stages):
         raise ConfigError(f"mixtures under TP {tp} need sequence_parallel (a rule of megatron-core's MoELayer); leave it out, or "
                           "use TP 1")
-    if cp > 1 and not backend.on_gpu():
+    if cp > 1 and not (backend.on_gpu() if on_gpus is None else on_gpus):
         raise ConfigError(f"context parallel size {cp} needs Transformer Engine's attention on a GPU; use 1 here")
     dp = world_size // model
     batch = config.train.micro_batch_size * dp

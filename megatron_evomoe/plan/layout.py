@@ -99,7 +99,7 @@ def check(config: RunConfig, kind: str, world_size: int) -> None:
     Raises:
         ConfigError: names the value, the rule and what would fit.
     """
-    topology.validate(config, world_size)
+    topology.validate(config, world_size, on_gpus=True)
     check_fields(config)  # FP8's widths are of a tensor-parallel rank
     _check_sequence(config)
     p = config.parallel
@@ -127,16 +127,18 @@ def _check_core(config: RunConfig) -> None:
     from megatron_evomoe.model.transformer_config import language_transformer_config
 
     assume_te = transformer_engine(config)
-    language, moe, train, gpu = config.language, replace(config.moe, dtr_kernel="torch"), config.train, config.gpu
+    language, moe, parallel = config.language, replace(config.moe, dtr_kernel="torch"), config.parallel
+    train, gpu = config.train, config.gpu
     if assume_te:
         groups, tp = language.num_query_groups or language.num_attention_heads, config.parallel.tensor_model_parallel_size
         if groups % tp and tp % groups:
             raise ConfigError(f"num_query_groups {groups} must be a multiple or a divisor of TP {tp}")
         language = replace(language, num_query_groups=None)
         moe, gpu = replace(moe, moe_grouped_gemm=False), GpuConfig()
+        parallel = replace(parallel, context_parallel_size=1)
         portable = [m for m in train.recompute_modules if m not in ("layernorm", "moe_act")]
         train = replace(train, transformer_impl="local", recompute_modules=portable or ["core_attn"])
-    language_transformer_config(replace(config, language=language, moe=moe, train=train, gpu=gpu))
+    language_transformer_config(replace(config, language=language, moe=moe, parallel=parallel, train=train, gpu=gpu))
 
 
 def transformer_engine(config: RunConfig) -> bool:

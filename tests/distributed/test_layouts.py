@@ -1,7 +1,8 @@
 """A layout changes the speed, never the result: every stage under every layout against one rank.
 
-Every difference here is a matter of summation order in fp32. Measured over the whole matrix (docs/layouts.md): metrics differ
-by 8e-7 at most, relative, and tensors by 5e-5 of their largest entry; the bounds leave a factor of ten for other processors.
+Every difference here is a matter of summation order in fp32. Measured over the whole matrix (docs/layouts.md): metrics differ by
+8e-7 at most, relative, with default options, by 5.4e-6 with others and after a move; tensors by 5e-5 of their largest entry. The
+bounds leave a factor of ten for other processors.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from tests.distributed.campaign import STAGES, STEPS, Campaign, deviation
 from tests.distributed.harness import LAYOUTS
 
 METRICS = 1e-5
+METRICS_OF_OPTIONS = 5e-5
 TENSORS = 5e-4
 WIDE = [name for name in LAYOUTS if name != "one rank"]
 RESUMED = ["warmup", "evolve", "route, dtr", "route, experts too"]
@@ -106,4 +108,4 @@ def report(row: Callable[[str], None], what: str, deviations: dict[tuple[str, st
     """A row of the table in docs/layouts.md, and the assertion."""
     worst = max(deviations, key=lambda place: deviations[place])
     row(f"| {what} | {len(deviations)} | {deviations[worst]:.1e} | {', '.join(worst)} |")
-    assert deviations[worst] < METRICS, {place: d for place, d in deviations.items() if not d < METRICS}
+    assert deviations[worst] < METRICS_OF_OPTIONS, {place: d for place, d in deviations.items() if not d < METRICS_OF_OPTIONS}

@@ -129,6 +129,8 @@ def test_refused_without_a_gpu(gpu):
     ({"gpu": {**FP8, "fp8_recipe": "tensorwise", "first_last_layers_bf16": True, "num_layers_at_start_in_bf16": 3}},
      "3 first and 1 last layers in bf16 leave none of 4"),
     ({"gpu": {**FP8, "moe_router_padding_for_fp8": True}, "moe": {"moe_token_dispatcher_type": "allgather"}}, "alltoall or flex"),
+    ({"train": {"bf16": True, "recompute_granularity": "selective", "recompute_modules": ["moe_act"]}, "gpu": FP8},
+     "moe_act cannot be had with fp8_recipe delayed"),
     ({"gpu": FP8, "language": {"ffn_hidden_size": 344}}, "ffn_hidden_size / tensor_model_parallel_size is 344"),
     ({"gpu": FP8, "parallel": {"tensor_model_parallel_size": 4}}, "ffn_hidden_size / tensor_model_parallel_size is 88"),
     ({"gpu": {**FP8, "fp8_amax_history_len": 0}}, "must be at least 1"),
