@@ -90,7 +90,9 @@ def train_stage(session: Session, stage: StageConfig, stop: StopRequests) -> str
 def _take_steps(session: Session, built: Built, record: Record, config: RunConfig, stage: StageConfig, stop: StopRequests,
                 meter: report.StageMeter) -> str | None:
     """From `record.step` to the stage's last step, or to where `stop` ends it (saved). Communicates."""
-    features = vision_cache.prepare(session, built, config)
+    features = vision_cache.open_cache(session, built, config)
+    if reason := vision_cache.complete(features, session, built, config, stop):
+        return reason
     loader = train_loader(session, config, start_position=record.position, features=features)
     batches = iter(loader) if loader is not None else None
     while record.step < config.train.train_iters:

@@ -29,17 +29,29 @@ from megatron_evomoe.model.llava import LlavaModel
 from megatron_evomoe.parallel import backend
 from megatron_evomoe.train.build import Built
 from megatron_evomoe.train.session import Session
+from megatron_evomoe.train.stop import StopRequests
 
 BATCH = 32
 _SAY_EVERY = 30.0  # seconds between lines about progress
 _MASK = 2**64 - 1
 
 
-def prepare(session: Session, built: Built, config: RunConfig) -> FeatureCache | None:
-    """Compute the features of all training images that have none yet. Communicates.
+def open_cache(session: Session, built: Built, config: RunConfig) -> FeatureCache | None:
+    """What this rank reads training images' features with; none where it reads none. Communicates over TP."""
+    if not config.data.cache_vision_features or not session.topology.first_stage:
+        return None
+    tower = weights_digest(built.modules[0].vision_model)
+    if not session.topology.reads_data:
+        return None
+    folder = Path(config.data.feature_cache_dir or session.run_dir / "vision_features")
+    return FeatureCache(ShardDataset(config.data.train_data), config, folder, tower)
+
+
+def complete(cache: FeatureCache | None, session: Session, built: Built, config: RunConfig, stop: StopRequests) -> str | None:
+    """Compute the features that are missing, if the configuration wants a cache. Communicates.
 
     Returns:
-        What this rank reads them with, if the configuration wants a cache and this rank reads samples.
+        Why the run was asked to end before all were there, or none. What was computed stays.
 
     Raises:
         ConfigError: on every rank, when the disk has no room.
@@ -47,16 +59,8 @@ def prepare(session: Session, built: Built, config: RunConfig) -> FeatureCache |
     if not config.data.cache_vision_features:
         return None
     session.heartbeat.enter("features")
-    model = built.modules[0]
-    tower = weights_digest(model.vision_model) if session.topology.first_stage else ""
-    cache = None
-    if session.topology.reads_data:
-        folder = Path(config.data.feature_cache_dir or session.run_dir / "vision_features")
-        cache = FeatureCache(ShardDataset(config.data.train_data), config, folder, tower)
     missing = _missing(cache, session)
-    if missing:
-        _Extraction(missing, cache, model, session, config).run()
-    return cache
+    return _Extraction(missing, cache, built.modules[0], session, config).run(stop) if missing else None
 
 
 def weights_digest(tower: torch.nn.Module) -> str:
@@ -132,8 +136,8 @@ class _Extraction:
         mine = missing[self.replica :: self.replicas]
         self.batches = iter(_pixels(mine, cache, session.processor, config)) if cache is not None else None
 
-    def run(self) -> None:
-        """Communicates."""
+    def run(self, stop: StopRequests) -> str | None:
+        """Why it ended early, or none. Communicates."""
         started = said = time.monotonic()
         done, total = 0, sum(part.count for part in self.missing)
         for i in range(0, len(self.missing), self.replicas):
@@ -141,11 +145,13 @@ class _Extraction:
             parts = self.missing[i : i + self.replicas]
             if self.computes and self.replica < len(parts):
                 self._compute(parts[self.replica])
-            dist.barrier()
+            if reason := stop.agreed():
+                return reason
             done += sum(part.count for part in parts)
             if time.monotonic() - said > _SAY_EVERY:
                 said = time.monotonic()
                 self.session.logger.say(f"vision features: {done} of {total} images, {done / (said - started):.0f} per second")
+        return None
 
     def _compute(self, part: Part) -> None:
         """On the first-stage ranks of a replica; the one that reads writes. Communicates over TP."""
