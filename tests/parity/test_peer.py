@@ -69,10 +69,10 @@ def test_layers_are_cut_to_the_memory_and_no_further(model):
     import shapes
 
     options = dict(seq_length=2048, micro_batch=4, microbatches=4)
-    layers = shapes.layers_that_fit(model, 80 * 2**30, 3, **options)
+    layers = shapes.layers_that_fit(model, 80 * 2**30, ["bf16", "fp8"], **options)
 
     def needed(count: int) -> int:
-        config = shapes.model_config(model, count, tiny=False, **options)
-        return max(shapes._needed(config.for_stage(kind), kind, 3) for kind in shapes.STAGES)
+        configs = [shapes.model_config(model, count, tiny=False, precision=p, **options) for p in ("bf16", "bf16", "fp8")]
+        return max(shapes._side_by_side(configs, kind) for kind in shapes.STAGES)
 
     assert needed(layers) <= shapes.USABLE * 80 * 2**30 < needed(layers + 2)
