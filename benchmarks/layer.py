@@ -38,7 +38,7 @@ ROUTERS: dict[str, dict[str, str]] = {
     "dtr torch": {"router": "dtr", "dtr_kernel": "torch"},
     "dtr triton": {"router": "dtr", "dtr_kernel": "triton"},
 }
-FORMS = {"linear": "linear", "dtr torch": "masked" if backend.on_gpu() else "factored", "dtr triton": "fused"}
+FORMS = {"linear": "linear", "dtr torch": "tiled" if backend.on_gpu() else "factored", "dtr triton": "fused"}
 """What a router is in `router_work`."""
 REACH = {"seconds": 0.03, "peak_bytes": 0.05}
 """The most that DTR may add to the linear router's layer."""
@@ -146,7 +146,7 @@ def measure_layers(args: argparse.Namespace, layers: dict[str, torch.nn.Module],
     for name in runs:
         forget()
         rows.append({"model": model, "T": tokens, "C": hidden.shape[2], "train": train, "router": name,
-                     "flop": flop(name, layers[name], tokens, train, args.precision),
+                     "flop": flop(name, layers[name], tokens, train),
                      **figures(subjects[name], seconds[name], [*leaves, types])})
     return rows
 
@@ -160,13 +160,13 @@ def figures(subject: Subject, seconds: list[float], own: list[Tensor]) -> dict[s
     }  # fmt: skip
 
 
-def flop(router: str, layer: torch.nn.Module, tokens: int, train: str, dtype: str) -> int:
+def flop(router: str, layer: torch.nn.Module, tokens: int, train: str) -> int:
     """Of the products in router and experts; none is dropped."""
     core, moe = layer.config, layer.router.moe
     shape = router_work.Shape(T=tokens, C=core.hidden_size, h=moe.dtr_hidden_size, r=moe.dtr_rank, N=core.num_moe_experts,
                               ffn=core.moe_ffn_hidden_size)
-    frozen = router_work.flop("ffn", shape, dtype) * core.moe_router_topk
-    return router_work.flop(FORMS[router], shape, dtype) + (frozen * 3 // 2 if train == "experts" else frozen)
+    frozen = router_work.flop("ffn", shape) * core.moe_router_topk
+    return router_work.flop(FORMS[router], shape) + (frozen * 3 // 2 if train == "experts" else frozen)
 
 
 def add_ratios(rows: list[dict[str, Any]]) -> None:

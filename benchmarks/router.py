@@ -43,7 +43,7 @@ SUBJECTS = {
     "naive": "DTR as its equations read, Θ built for every token (naive_dtr_logits)",
     "naive-tuned": "the same with b2 folded into W2 and batched GEMMs: the fastest way found that still builds Θ",
     "autograd": "DTR factored, gather and projection left to autograd",
-    "masked": "DTR factored, both hypernetworks on every token, as trained on a GPU (dtr_logits(gather=False))",
+    "tiled": "DTR factored, in tiles of one modality, as trained on a GPU (dtr_logits(gather=False))",
     "factored": "DTR factored, its own hypernetwork on every token, as trained on a CPU (dtr_logits)",
     "fused": "DTR on Triton kernels (dtr_triton.dtr_logits); on a GPU only",
     "ffn": "one frozen SwiGLU expert, backward to its input only",
@@ -136,7 +136,7 @@ def make_subjects(args: argparse.Namespace, s: Shape) -> tuple[dict[str, Callabl
         "naive": lambda: dtr.naive_dtr_logits(z, is_vision, weights),
         "naive-tuned": lambda: naive_tuned_logits(z, is_vision, weights),
         "autograd": lambda: autograd_logits(z, is_vision, weights),
-        "masked": lambda: dtr.dtr_logits(z, is_vision, weights, gather=False),
+        "tiled": lambda: dtr.dtr_logits(z, is_vision, weights, gather=False),
         "factored": lambda: dtr.dtr_logits(z, is_vision, weights),
         "fused": lambda: fused_logits(z, is_vision, weights),
         "ffn": lambda: F.linear(dtr._swiglu(F.linear(z, fc1)), fc2),
@@ -171,7 +171,7 @@ def row_of(subject: str, s: Shape, dtype: str, seconds: list[float]) -> dict[str
         "T": s.T, "C": s.C, "h": s.h, "r": s.r, "subject": subject,
         "seconds": statistics.median(seconds), "seconds_range": [min(seconds), max(seconds)],
         "precision": router_work.precision(subject, dtype),
-        "flop": router_work.flop(subject, s, dtype), "bytes": router_work.traffic(subject, s, dtype),
+        "flop": router_work.flop(subject, s), "bytes": router_work.traffic(subject, s, dtype),
     }  # fmt: skip
 
 

@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_evomoe.moe import dtr_tiles
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"none": lambda e: e, "gelu": F.gelu, "silu": F.silu}
 
 
@@ -51,17 +53,18 @@ def dtr_logits(
     dtype: torch.dtype = torch.float32,
     gather: bool = True,
 ) -> Tensor:
-    """Router logits [T, N] in `dtype`; all arithmetic is in `dtype`, whatever z's and the weights' own types are.
+    """Router logits [T, N] in `dtype`; sums are in `dtype`, whatever z's and the weights' own types are.
 
     With `gather` each token meets only its own modality's hypernetwork. That needs the number of image tokens on the
-    host, for which a GPU would be waited for. Without it both hypernetworks see every token and the foreign result is thrown
-    away: twice the work, but static shapes, as CUDA graphs demand. Both give the other modality's weights gradients of zero.
+    host, for which a GPU would be waited for. Without it shapes follow from T alone, as CUDA graphs demand, and an eighth more
+    is multiplied (`dtr_tiles.py`; there bf16 numbers are multiplied as such). Both give the other modality's weights gradients
+    of zero.
     """
     z_TC = z_TC.contiguous()
+    if not gather:
+        return _static_logits(z_TC, is_vision_T, weights, activation, dtype)
     text, vision = _cast(weights.text, dtype), _cast(weights.vision, dtype)
     phi_NC = weights.phi_NC.to(dtype)
-    if not gather:
-        return _static_logits(z_TC, is_vision_T[:, None], text, vision, phi_NC, activation)
 
     num_vision = int(is_vision_T.sum())
     order_T = torch.argsort(is_vision_T.to(torch.uint8), stable=True)  # text tokens first, both in sequence order
@@ -154,47 +157,25 @@ class _ProjectByModality(torch.autograd.Function):
         return dz_TC, None, None, *dweights
 
 
-class _ProjectMasked(torch.autograd.Function):
-    """[W1·z, W2_down·z] of each token by its modality's weights [P, C], in static shapes: all tokens meet both.
-
-    By hand for the reason that `_ProjectByModality` is: what is kept is z as it came, not its up-cast copy.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, z_TC: Tensor, is_vision_T1: Tensor, text_PC: Tensor, vision_PC: Tensor) -> Tensor:
-        ctx.save_for_backward(z_TC, is_vision_T1, text_PC, vision_PC)
-        z = z_TC.to(text_PC.dtype)
-        return torch.where(is_vision_T1, z @ vision_PC.t(), z @ text_PC.t())
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_TP: Tensor) -> tuple[Tensor | None, ...]:
-        z_TC, is_vision_T1, text_PC, vision_PC = ctx.saved_tensors
-        of_vision, of_text = grad_TP * is_vision_T1, grad_TP * ~is_vision_T1
-        z = z_TC.to(text_PC.dtype)
-        dtext = of_text.t() @ z if ctx.needs_input_grad[2] else None
-        dvision = of_vision.t() @ z if ctx.needs_input_grad[3] else None
-        dz_TC = (of_vision @ vision_PC).addmm_(of_text, text_PC).to(z_TC.dtype) if ctx.needs_input_grad[0] else None
-        return dz_TC, None, dtext, dvision
-
-
-def _static_logits(z_TC: Tensor, is_vision_T1: Tensor, text: HyperWeights, vision: HyperWeights, phi_NC: Tensor,
-                   activation: str) -> Tensor:
+def _static_logits(z_TC: Tensor, is_vision_T: Tensor, weights: DtrWeights, activation: str, dtype: torch.dtype) -> Tensor:
     """`dtr_logits` without `gather`."""
-    h = text.weight1_hC.shape[0]
-    eu_TP = _ProjectMasked.apply(z_TC, is_vision_T1, *(torch.cat([w.weight1_hC, w.weight2_down_KJC.flatten(0, 1)])
-                                                       for w in (text, vision)))
-    bias_Th = torch.where(is_vision_T1, vision.bias1_h, text.bias1_h)
+    # bf16 weights stay so before bf16 tokens: their products lose nothing
+    is_exact = z_TC.dtype == weights.phi_NC.dtype == torch.bfloat16 and dtype == torch.float32
+    halves = weights.vision, weights.text
+    sides = [torch.cat([w.weight1_hC, w.weight2_down_KJC.flatten(0, 1)]).to(z_TC.dtype if is_exact else dtype) for w in halves]
+    eu_TP = dtr_tiles.project(z_TC, dtr_tiles.deal(is_vision_T), vision_PC=sides[0], text_PC=sides[1])
+    is_vision_T1, h = is_vision_T[:, None], weights.text.bias1_h.shape[0]
+    bias_Th = torch.where(is_vision_T1, *(w.bias1_h.to(dtype) for w in halves))
     e_T1K, s_Tr = _mix(eu_TP[:, :h], eu_TP[:, h:], bias_Th, activation)
-    K, N = h + 1, phi_NC.shape[0]
-    v_TX = torch.where(is_vision_T1, s_Tr @ _folded(vision, phi_NC), s_Tr @ _folded(text, phi_NC))
-    return torch.bmm(e_T1K, v_TX.view(-1, K, N))[:, 0]
+    phi_NC = weights.phi_NC.to(dtype)
+    v_TX = torch.where(is_vision_T1, *(s_Tr @ _folded(w.weight2_up_KrC.to(dtype), phi_NC) for w in halves))
+    return torch.bmm(e_T1K, v_TX.view(-1, h + 1, phi_NC.shape[0]))[:, 0]
 
 
 def _logits(e_Th: Tensor, u_TKJ: Tensor, hyper: HyperWeights, phi_NC: Tensor, activation: str) -> Tensor:
     """From the two projections of T tokens of one modality to their logits [T, N]."""
     e_T1K, s_Tr = _mix(e_Th, u_TKJ, hyper.bias1_h, activation)
-    v_TKN = (s_Tr @ _folded(hyper, phi_NC)).view(-1, e_T1K.shape[2], phi_NC.shape[0])
+    v_TKN = (s_Tr @ _folded(hyper.weight2_up_KrC, phi_NC)).view(-1, e_T1K.shape[2], phi_NC.shape[0])
     return torch.bmm(e_T1K, v_TKN)[:, 0]
 
 
@@ -204,10 +185,10 @@ def _mix(e_Th: Tensor, u_TKJ: Tensor, bias: Tensor, activation: str) -> tuple[Te
     return e_T1K, _swiglu(torch.bmm(e_T1K, u_TKJ.view(-1, e_T1K.shape[2], u_TKJ.shape[1] // e_T1K.shape[2]))[:, 0])
 
 
-def _folded(hyper: HyperWeights, phi_NC: Tensor) -> Tensor:
+def _folded(weight2_up_KrC: Tensor, phi_NC: Tensor) -> Tensor:
     """φ·Θ_up's K terms side by side, [r, K·N]: before any token is seen."""
-    K, r, C = hyper.weight2_up_KrC.shape
-    return F.linear(hyper.weight2_up_KrC.view(-1, C), phi_NC).view(K, r, -1).transpose(0, 1).reshape(r, -1)
+    K, r, C = weight2_up_KrC.shape
+    return F.linear(weight2_up_KrC.view(-1, C), phi_NC).view(K, r, -1).transpose(0, 1).reshape(r, -1)
 
 
 def _swiglu(gate_and_value_TJ: Tensor) -> Tensor:

@@ -29,8 +29,9 @@ BLOCK_MIX = 16  # tokens of the small kernels, which hold a matrix [r, N] for ea
 def dtr_logits(z_TC: Tensor, is_vision_T: Tensor, weights: DtrWeights, *, activation: str = "none") -> Tensor:
     """Router logits [T, N] in fp32.
 
-    Sums are fp32. Where z and the weights are both bf16, products are of bf16 numbers on tensor cores, exact in fp32 in the
-    forward; the backward's fp32 factor is split into two bf16 ones (relative error 2⁻¹⁶). Any other pair is computed in fp32.
+    Sums are fp32. Where z and the weights are both bf16, products are of bf16 numbers on tensor cores: exact in fp32 in the
+    forward, while in the backward the projection's gradient is rounded to bf16, as any linear layer's is in bf16 training. Any
+    other pair is computed in fp32.
     """
     order_T = torch.argsort(is_vision_T.to(torch.uint8), stable=True)  # text tokens first, both in sequence order
     num_text = (~is_vision_T).sum()  # stays on the device
@@ -89,7 +90,7 @@ def _grouped_product(a: Tensor, b_MND: Tensor, out: Tensor, order_T: Tensor, num
     kernels.grouped_product[grid](
         a, b_MND, out, order_T, num_text, num_tokens, num_columns, depth, *b_MND.stride(),
         GATHER=gather, BLOCK_T=BLOCK_TOKENS, BLOCK_N=BLOCK_COLUMNS, BLOCK_D=BLOCK_DEPTH, num_warps=8,
-        **_precision(a if gather else out, b_MND, split=not gather),
+        **_precision(a if gather else out, b_MND, round_a=not gather),
     )  # fmt: skip
 
 
@@ -102,17 +103,17 @@ def _weight_gradient(
     kernels.weight_gradient[grid](
         deu_TP, z_TC, dweight_MPC, order_T, num_text, z_TC.shape[0], P, C,
         BLOCK_P=BLOCK_COLUMNS, BLOCK_C=BLOCK_COLUMNS, BLOCK_T=BLOCK_DEPTH, num_warps=8,
-        **_precision(z_TC, weight_MPC, split=True),
+        **_precision(z_TC, weight_MPC, round_a=True),
     )  # fmt: skip
     parts = dweight_MPC.flatten(0, 1).split([weight.shape[:-1].numel() for weight in projections])
     return tuple(part.view_as(weight) for part, weight in zip(parts, projections, strict=True))
 
 
-def _precision(z: Tensor, weight: Tensor, *, split: bool) -> dict[str, Any]:
-    """How a product treats its factors; with `split` one of them is fp32, the projection's gradient."""
+def _precision(z: Tensor, weight: Tensor, *, round_a: bool) -> dict[str, Any]:
+    """How a product treats its factors; with `round_a` the first is fp32, the projection's gradient."""
     bf16 = z.dtype == weight.dtype == torch.bfloat16
     # Triton's interpreter computes in numpy, which has no bf16
-    return dict(SPLIT=bf16 and split, OPERAND=tl.bfloat16 if bf16 and not _INTERPRETED else tl.float32)
+    return dict(ROUND=bf16 and round_a, OPERAND=tl.bfloat16 if bf16 and not _INTERPRETED else tl.float32)
 
 
 def _mix_backward(

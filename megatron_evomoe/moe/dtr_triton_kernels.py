@@ -24,23 +24,18 @@ def _tile(tile, num_text_ptr, num_tokens, BLOCK_T: tl.constexpr):
 
 
 @triton.jit
-def _dot(a, b, sums, SPLIT: tl.constexpr, OPERAND: tl.constexpr):
-    """sums + a @ b. SPLIT: b holds bf16 numbers and a fp32 ones, whose upper and lower 8 bits meet b one after the other."""
-    if SPLIT:
-        upper = a.to(tl.bfloat16)
-        lower = (a - upper.to(tl.float32)).to(tl.bfloat16)
-        sums = tl.dot(lower.to(OPERAND), b.to(OPERAND), sums, input_precision="ieee")
-        sums = tl.dot(upper.to(OPERAND), b.to(OPERAND), sums, input_precision="ieee")
-    else:
-        sums = tl.dot(a.to(OPERAND), b.to(OPERAND), sums, input_precision="ieee")
-    return sums
+def _dot(a, b, sums, ROUND: tl.constexpr, OPERAND: tl.constexpr):
+    """sums + a @ b. ROUND: b holds bf16 numbers and a fp32 ones, which are rounded to bf16 first."""
+    if ROUND:
+        a = a.to(tl.bfloat16)
+    return tl.dot(a.to(OPERAND), b.to(OPERAND), sums, input_precision="ieee")
 
 
 @triton.jit
 def grouped_product(
     a_ptr, b_ptr, out_ptr, order_ptr, num_text_ptr,
     num_tokens, num_columns, depth, b_modality, b_column, b_depth,
-    GATHER: tl.constexpr, SPLIT: tl.constexpr, OPERAND: tl.constexpr,
+    GATHER: tl.constexpr, ROUND: tl.constexpr, OPERAND: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """out[row, n] = Σ_d a[row, d]·b[m, n, d], m the row's modality. `b_*` are b's strides.
@@ -62,7 +57,7 @@ def grouped_product(
         d = start + tl.arange(0, BLOCK_D)
         a_TD = tl.load(a_T[:, None] + d[None, :], mask=exists_T[:, None] & (d < depth)[None, :], other=0.0)
         b_DN = tl.load(b_N[None, :] + d[:, None] * b_depth, mask=(d < depth)[:, None] & is_column_N[None, :], other=0.0)
-        sums_TN = _dot(a_TD, b_DN, sums_TN, SPLIT, OPERAND)
+        sums_TN = _dot(a_TD, b_DN, sums_TN, ROUND, OPERAND)
     out_TN = out_ptr + to_T[:, None] * num_columns + column_N[None, :]
     tl.store(out_TN, sums_TN.to(out_ptr.dtype.element_ty), mask=exists_T[:, None] & is_column_N[None, :])
 
@@ -71,7 +66,7 @@ def grouped_product(
 def weight_gradient(
     deu_ptr, z_ptr, dweight_ptr, order_ptr, num_text_ptr,
     num_tokens, P, C,
-    SPLIT: tl.constexpr, OPERAND: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr,
+    ROUND: tl.constexpr, OPERAND: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """dweight[m, p, c] = Σ over m's rows of deu[row, p]·z[token, c]; a modality without tokens gets zeros."""
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -87,7 +82,7 @@ def weight_gradient(
         token_T = tl.load(order_ptr + rows_T, mask=exists_T, other=0)
         deu_PT = tl.load(deu_ptr + rows_T[None, :] * P + p[:, None], mask=exists_T[None, :] & (p < P)[:, None], other=0.0)
         z_TC = tl.load(z_ptr + token_T[:, None] * C + c[None, :], mask=exists_T[:, None] & (c < C)[None, :], other=0.0)
-        sums_PC = _dot(deu_PT, z_TC, sums_PC, SPLIT, OPERAND)
+        sums_PC = _dot(deu_PT, z_TC, sums_PC, ROUND, OPERAND)
     dweight_PC = dweight_ptr + (modality * P + p[:, None]) * C + c[None, :]
     tl.store(dweight_PC, sums_PC.to(dweight_ptr.dtype.element_ty), mask=(p < P)[:, None] & (c < C)[None, :])
 

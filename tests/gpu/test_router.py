@@ -1,4 +1,4 @@
-"""DTR on Triton kernels, with the tiles that training uses, against the paper's equations in float64.
+"""DTR as a GPU computes it, in tiles and on Triton kernels, with training's sizes, against the paper's equations in float64.
 
 `tests/unit/moe/test_dtr_triton.py` has the corner cases, with small tiles; on a GPU it runs there too.
 """
@@ -8,10 +8,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_evomoe.moe.dtr import DtrWeights, HyperWeights, init_dtr, naive_dtr_logits
+from megatron_evomoe.moe.dtr import DtrWeights, HyperWeights, dtr_logits, init_dtr, naive_dtr_logits
 from tests.gpu import needs
 
-pytestmark = [needs.cuda, needs.triton]
+pytestmark = needs.cuda
+FORMS = ["tiles", pytest.param("triton", marks=needs.triton)]
 # of a tensor's largest entry; bf16 results have 8 bits
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2.0**-7}
 
@@ -40,14 +41,21 @@ def doubled(weights: DtrWeights) -> DtrWeights:
     return DtrWeights(text, vision, weights.phi_NC.detach().double().requires_grad_())
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp32", "bf16"])
-@pytest.mark.parametrize("shape", [(1000, 512, 16, 16, 4), (129, 2048, 8, 32, 8)], ids=str)
-def test_kernels_equal_float64(shape, dtype):
+def logits_of(form: str, *arguments) -> torch.Tensor:
+    if form == "tiles":
+        return dtr_logits(*arguments, gather=False)
     from megatron_evomoe.moe import dtr_triton
 
+    return dtr_triton.dtr_logits(*arguments)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp32", "bf16"])
+@pytest.mark.parametrize("shape", [(1000, 512, 16, 16, 4), (129, 2048, 8, 32, 8)], ids=str)
+def test_logits_and_gradients_equal_float64(shape, dtype, form):
     z, is_vision, weights = problem(*shape, dtype)
     exact_z, exact = z.detach().double().requires_grad_(), doubled(weights)
-    logits, wanted = dtr_triton.dtr_logits(z, is_vision, weights), naive_dtr_logits(exact_z, is_vision, exact, dtype=torch.float64)
+    logits, wanted = logits_of(form, z, is_vision, weights), naive_dtr_logits(exact_z, is_vision, exact, dtype=torch.float64)
     direction = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(1)).to("cuda")
     assert_near(logits, wanted, TOLERANCE[torch.float32])  # from bf16 too: its products are exact
     grads = torch.autograd.grad((logits * direction).sum(), leaves(z, weights))

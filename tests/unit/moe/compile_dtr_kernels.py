@@ -21,15 +21,15 @@ INDEX = {"order_ptr": "i64", "num_text_ptr": "i64"}
 BF16 = dict(OPERAND=tl.bfloat16)
 LAUNCHES = {
     "grouped_product bf16 forward": (
-        {"a_ptr": "bf16", "b_ptr": "bf16"}, dict(PRODUCT, GATHER=True, SPLIT=False, b_depth=1, **BF16)
+        {"a_ptr": "bf16", "b_ptr": "bf16"}, dict(PRODUCT, GATHER=True, ROUND=False, b_depth=1, **BF16)
     ),
     "grouped_product bf16 backward": (
-        {"b_ptr": "bf16", "out_ptr": "bf16"}, dict(PRODUCT, GATHER=False, SPLIT=True, b_column=1, **BF16)
+        {"b_ptr": "bf16", "out_ptr": "bf16"}, dict(PRODUCT, GATHER=False, ROUND=True, b_column=1, **BF16)
     ),
     "weight_gradient bf16": (
-        {"z_ptr": "bf16", "dweight_ptr": "bf16"}, dict(BLOCK_P=COLUMNS, BLOCK_C=COLUMNS, BLOCK_T=DEPTH, SPLIT=True, **BF16)
+        {"z_ptr": "bf16", "dweight_ptr": "bf16"}, dict(BLOCK_P=COLUMNS, BLOCK_C=COLUMNS, BLOCK_T=DEPTH, ROUND=True, **BF16)
     ),
-    "grouped_product fp32": ({}, dict(PRODUCT, GATHER=True, SPLIT=False, b_depth=1, OPERAND=tl.float32)),
+    "grouped_product fp32": ({}, dict(PRODUCT, GATHER=True, ROUND=False, b_depth=1, OPERAND=tl.float32)),
     "mix": ({}, MIX),
     "mix_backward": ({}, MIX),
 }  # fmt: skip

@@ -26,6 +26,7 @@ from megatron_evomoe.train.step import take_step
 from tests.tiny import rows, step_of, tiny_config
 from tests.unit.moe.router_models import batch, build_router
 
+THROUGH_PROJECTION = ("z", "weight1", "weight2_down")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # T, C, h, r, N, activation, which tokens are image tokens
 CASES = {
@@ -93,12 +94,16 @@ def logits_and_grads(function, z, is_vision, weights, **options):
 
 def assert_near(name, actual, expected):
     """Within 4e-6 of a tensor's largest entry, for sums in fp32 cancel (worst seen: 1.7e-6); and what 8 bits leave of an
-    entry in bf16: 2⁻⁷ of it where the last conversion cuts off (Triton's interpreter), half of that where it rounds (a GPU)."""
-    cut = 2.0**-7 if actual.dtype == torch.bfloat16 else 0.0
-    excess = (actual.double() - expected).abs() - cut * expected.abs()
+    entry in bf16: 2⁻⁷ of it where the last conversion cuts off (Triton's interpreter), half of that where it rounds (a GPU).
+
+    Gradients that come through the projection are sums of numbers rounded to bf16 before: within 2⁻⁷ of the largest entry (worst
+    seen, with numbers cut off: 3.7e-3)."""
+    is_bf16 = actual.dtype == torch.bfloat16
+    bound = 2.0**-7 if is_bf16 and name.removesuffix("_hC").removesuffix("_KJC").endswith(THROUGH_PROJECTION) else 4e-6
+    excess = (actual.double() - expected).abs() - (2.0**-7 if is_bf16 else 0.0) * expected.abs()
     largest = expected.abs().amax().item() if expected.numel() else 1.0
     worst = excess.amax().item() / max(largest, 1e-300) if expected.numel() else 0.0
-    assert worst <= 4e-6, f"{name} is off by {worst:.1e} of its largest entry {largest:.3g}"
+    assert worst <= bound, f"{name} is off by {worst:.1e} of its largest entry {largest:.3g}"
 
 
 DTYPES = {
