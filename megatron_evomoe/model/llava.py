@@ -63,7 +63,7 @@ class LlavaModel(MegatronModule):
     def encode_images(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 pixels [n, 3, S, S], or features [n, t, C] that a frozen tower made of them before, to [n, t, C of the decoder]."""
         assert self.vision_projection is not None
-        return self.vision_projection(images if images.is_floating_point() else self.vision_features(images))
+        return self.vision_projection(images if images.dim() == 3 else self.vision_features(images))
 
     def embed(self, tokens: torch.Tensor, token_types: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
         """Word embeddings with image features at the vision positions, [s, b, C] (this rank's part of s under SP)."""
