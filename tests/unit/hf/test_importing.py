@@ -239,7 +239,7 @@ def test_an_error_while_writing_leaves_nothing(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         return tensor.contiguous()
 
-    monkeypatch.setattr(stream, "_alone", full_disk)
+    monkeypatch.setattr(stream, "alone", full_disk)
     with pytest.raises(OSError, match="No space left"):
         convert(tmp_path, model=tmp_path / "hf")
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]
