@@ -89,7 +89,7 @@ else
     step router 120 "$PYTHON" benchmarks/router.py "${ROUTER[@]}" --tokens 4096 16384 --output "$OUT/router.json"
     # 64k tokens' Θ may take more than a GPU has: that row is then left out
     step router-long 60 "$PYTHON" benchmarks/router.py "${ROUTER[@]}" --tokens 65536 \
-        --subjects linear naive tiled factored fused ffn --output "$OUT/router-long.json"
+        --subjects linear naive masked factored fused ffn --output "$OUT/router-long.json"
     step layer 60 "$PYTHON" benchmarks/layer.py --models 1.8b 7b --train router experts --output "$OUT/layer.json"
     step step 330 "$PYTHON" benchmarks/step.py --output "$OUT/step.json"
     step peer 120 "$PYTHON" benchmarks/peer.py --output "$OUT/peer.json"

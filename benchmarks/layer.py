@@ -38,7 +38,7 @@ ROUTERS: dict[str, dict[str, str]] = {
     "dtr torch": {"router": "dtr", "dtr_kernel": "torch"},
     "dtr triton": {"router": "dtr", "dtr_kernel": "triton"},
 }
-FORMS = {"linear": "linear", "dtr torch": "tiled" if backend.on_gpu() else "factored", "dtr triton": "fused"}
+FORMS = {"linear": "linear", "dtr torch": "masked" if backend.on_gpu() else "factored", "dtr triton": "fused"}
 """What a router is in `router_work`."""
 REACH = {"seconds": 0.03, "peak_bytes": 0.05}
 """The most that DTR may add to the linear router's layer."""

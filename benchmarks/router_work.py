@@ -17,8 +17,6 @@ from dataclasses import dataclass
 
 from measure import ON_GPU
 
-from megatron_evomoe.moe import dtr_tiles
-
 BUILD_THETA = ("naive", "naive-tuned")
 ITEM_BYTES = {"fp32": 4, "bf16": 2}
 
@@ -40,29 +38,16 @@ class Shape:
         """Columns that the factored form projects a token to: e and u."""
         return self.h + (self.h + 1) * 2 * self.r
 
-    @property
-    def tiles(self) -> int:
-        """Of the form in tiles."""
-        return -(-self.T // -(-self.T // dtr_tiles.TILES)) + 1
-
-    @property
-    def slots(self) -> int:
-        """Rows of all tiles."""
-        return self.tiles * -(-self.T // dtr_tiles.TILES)
-
 
 def precision(subject: str, dtype: str) -> str:
     """In what the products of a subject are computed, given tokens and weights in `dtype`: whose ceiling is its own."""
-    return dtype if subject in ("fused", "ffn") or (subject == "tiled" and ON_GPU) else "fp32"
+    return dtype if subject in ("fused", "ffn") or (subject == "masked" and ON_GPU) else "fp32"
 
 
 def flop(subject: str, s: Shape) -> int:
     """Forward and backward. Every product has two in the backward, but those with frozen weights, which have one."""
     passes = 2 if subject == "ffn" else 3
-    total = 2 * passes * _forward_products(subject, s)
-    if subject == "tiled":  # the tiles' weight gradients, added up by modality
-        total += 2 * 2 * s.tiles * s.projected * s.C
-    return total
+    return 2 * passes * _forward_products(subject, s)
 
 
 def _forward_products(subject: str, s: Shape) -> int:
@@ -76,7 +61,7 @@ def _forward_products(subject: str, s: Shape) -> int:
         "naive": s.T * (s.h * s.C + s.h * theta + theta + s.C * s.N),
         "naive-tuned": s.T * (s.h * s.C + K * theta + theta + s.C * s.N),
         "autograd": project + mix + up + folded,
-        "tiled": s.slots * s.projected * s.C + mix + 2 * up + folded,
+        "masked": 2 * project + mix + 2 * up + folded,
         "factored": project + mix + up + folded,
         "fused": project + mix + up + folded,
         "ffn": s.T * 3 * s.C * s.ffn,

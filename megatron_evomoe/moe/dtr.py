@@ -22,8 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_evomoe.moe import dtr_tiles
-
+_HAS_OUT_DTYPE = "dtype" in torch.ops.aten.mm.overloads()  # torch 2.8
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"none": lambda e: e, "gelu": F.gelu, "silu": F.silu}
 
 
@@ -56,13 +55,14 @@ def dtr_logits(
     """Router logits [T, N] in `dtype`; sums are in `dtype`, whatever z's and the weights' own types are.
 
     With `gather` each token meets only its own modality's hypernetwork. That needs the number of image tokens on the
-    host, for which a GPU would be waited for. Without it shapes follow from T alone, as CUDA graphs demand, and an eighth more
-    is multiplied (`dtr_tiles.py`; there bf16 numbers are multiplied as such). Both give the other modality's weights gradients
-    of zero.
+    host, for which a GPU would be waited for. Without it all tokens meet both and the foreign result is thrown away: twice the
+    products, but static shapes, as CUDA graphs demand. There bf16 numbers are multiplied as such where z and the weights both
+    are: exact in fp32 in the forward, while in the backward the projection's gradient is rounded to bf16 first, as any linear
+    layer's is in bf16 training. Both give the other modality's weights gradients of zero.
     """
     z_TC = z_TC.contiguous()
     if not gather:
-        return _static_logits(z_TC, is_vision_T, weights, activation, dtype)
+        return _static_logits(z_TC, is_vision_T[:, None], weights, activation, dtype)
     text, vision = _cast(weights.text, dtype), _cast(weights.vision, dtype)
     phi_NC = weights.phi_NC.to(dtype)
 
@@ -157,18 +157,52 @@ class _ProjectByModality(torch.autograd.Function):
         return dz_TC, None, None, *dweights
 
 
-def _static_logits(z_TC: Tensor, is_vision_T: Tensor, weights: DtrWeights, activation: str, dtype: torch.dtype) -> Tensor:
+class _ProjectMasked(torch.autograd.Function):
+    """(e, u) = (W1·z, W2_down·z) of each token by its modality, side by side [T, P]; e without its bias. All tokens meet both
+    modalities' weights, [2P, C] with text's first.
+
+    By hand for the reason that `_ProjectByModality` is: what is kept is z as it came.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, z_TC: Tensor, is_vision_T1: Tensor, both_QC: Tensor) -> Tensor:
+        ctx.save_for_backward(z_TC, is_vision_T1, both_QC)
+        of_text, of_vision = _product(z_TC, both_QC.t()).chunk(2, dim=1)
+        return torch.where(is_vision_T1, of_vision, of_text)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_TP: Tensor) -> tuple[Tensor | None, ...]:
+        z_TC, is_vision_T1, both_QC = ctx.saved_tensors
+        if z_TC.dtype == both_QC.dtype == torch.bfloat16:
+            grad_TP = grad_TP.to(torch.bfloat16)
+        grad_TQ = torch.cat([grad_TP * ~is_vision_T1, grad_TP * is_vision_T1], dim=1)
+        dz_TC = _product(grad_TQ, both_QC).to(z_TC.dtype) if ctx.needs_input_grad[0] else None
+        dboth_QC = _product(grad_TQ.t(), z_TC).to(both_QC.dtype) if ctx.needs_input_grad[2] else None
+        return dz_TC, None, dboth_QC
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b; sums and result of bf16 numbers in fp32, on a GPU by its tensor cores, which lose nothing of such products."""
+    if a.dtype == b.dtype == torch.bfloat16:
+        if a.is_cuda and _HAS_OUT_DTYPE:
+            return torch.mm(a, b, out_dtype=torch.float32)
+        return a.float() @ b.float()
+    dtype = torch.promote_types(a.dtype, b.dtype)
+    return a.to(dtype) @ b.to(dtype)
+
+
+def _static_logits(z_TC: Tensor, is_vision_T1: Tensor, weights: DtrWeights, activation: str, dtype: torch.dtype) -> Tensor:
     """`dtr_logits` without `gather`."""
     # bf16 weights stay so before bf16 tokens: their products lose nothing
     is_exact = z_TC.dtype == weights.phi_NC.dtype == torch.bfloat16 and dtype == torch.float32
-    halves = weights.vision, weights.text
-    sides = [torch.cat([w.weight1_hC, w.weight2_down_KJC.flatten(0, 1)]).to(z_TC.dtype if is_exact else dtype) for w in halves]
-    eu_TP = dtr_tiles.project(z_TC, dtr_tiles.deal(is_vision_T), vision_PC=sides[0], text_PC=sides[1])
-    is_vision_T1, h = is_vision_T[:, None], weights.text.bias1_h.shape[0]
-    bias_Th = torch.where(is_vision_T1, *(w.bias1_h.to(dtype) for w in halves))
+    halves = weights.text, weights.vision
+    both_QC = torch.cat([part for w in halves for part in (w.weight1_hC, w.weight2_down_KJC.flatten(0, 1))])
+    eu_TP = _ProjectMasked.apply(z_TC, is_vision_T1, both_QC if is_exact else both_QC.to(dtype))
+    h, phi_NC = weights.text.bias1_h.shape[0], weights.phi_NC.to(dtype)
+    bias_Th = torch.where(is_vision_T1, *(w.bias1_h.to(dtype) for w in halves[::-1]))
     e_T1K, s_Tr = _mix(eu_TP[:, :h], eu_TP[:, h:], bias_Th, activation)
-    phi_NC = weights.phi_NC.to(dtype)
-    v_TX = torch.where(is_vision_T1, *(s_Tr @ _folded(w.weight2_up_KrC.to(dtype), phi_NC) for w in halves))
+    v_TX = torch.where(is_vision_T1, *(s_Tr @ _folded(w.weight2_up_KrC.to(dtype), phi_NC) for w in halves[::-1]))
     return torch.bmm(e_T1K, v_TX.view(-1, h + 1, phi_NC.shape[0]))[:, 0]
 
 

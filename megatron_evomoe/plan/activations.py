@@ -17,7 +17,6 @@ from dataclasses import dataclass
 
 from megatron_evomoe.config import RunConfig
 from megatron_evomoe.data.feature_cache import image_form
-from megatron_evomoe.moe import dtr_tiles
 from megatron_evomoe.plan import fp8, layout
 from megatron_evomoe.plan.counts import attention_heads, chunks, is_first, is_last, router
 from megatron_evomoe.plan.flow import LayerFlow, chunk_flow, recomputed_modules
@@ -212,11 +211,9 @@ def dtr_bytes(config: RunConfig, z: Sizes) -> int:
     per_token = (h + 1) * (2 * r + N + 1) + 4 * r + (h if moe.dtr_activation != "none" else 0)
     if not z.on_gpu:  # sorted by modality: their order in int64, and the sorted logits
         return 4 * (z.R * (per_token + 2 + N) + sum(copied.values()))
-    # in tiles of one modality: the token of each slot and the slot of each token in int64, which slots are real, and the matrices
-    # that project, joined, in the tokens' own dtype
-    slots = z.R + -(-z.R // dtr_tiles.TILES)
+    # all tokens by both, of which one result is kept: the mask, and the matrices that project, joined, in the tokens' own dtype
     read = sum(numel for name, numel in copied.items() if name == "phi" or name.endswith("weight2_up"))
-    return 4 * (z.R * (per_token + h) + read) + 9 * slots + 8 * z.R + 2 * projected * z.C * z.e
+    return 4 * (z.R * (per_token + h) + read) + z.R + 2 * projected * z.C * z.e
 
 
 def images(config: RunConfig, microbatches: int) -> int:

@@ -1,4 +1,4 @@
-"""DTR as a GPU computes it, in tiles and on Triton kernels, with training's sizes, against the paper's equations in float64.
+"""DTR as a GPU computes it, masked and on Triton kernels, with training's sizes, against the paper's equations in float64.
 
 `tests/unit/moe/test_dtr_triton.py` has the corner cases, with small tiles; on a GPU it runs there too.
 """
@@ -12,7 +12,7 @@ from megatron_evomoe.moe.dtr import DtrWeights, HyperWeights, dtr_logits, init_d
 from tests.gpu import needs
 
 pytestmark = needs.cuda
-FORMS = ["tiles", pytest.param("triton", marks=needs.triton)]
+FORMS = ["masked", pytest.param("triton", marks=needs.triton)]
 # of a tensor's largest entry; bf16 results have 8 bits
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2.0**-7}
 
@@ -42,7 +42,7 @@ def doubled(weights: DtrWeights) -> DtrWeights:
 
 
 def logits_of(form: str, *arguments) -> torch.Tensor:
-    if form == "tiles":
+    if form == "masked":
         return dtr_logits(*arguments, gather=False)
     from megatron_evomoe.moe import dtr_triton
 

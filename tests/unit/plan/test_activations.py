@@ -61,7 +61,7 @@ def test_saved_for_backward(kind, recompute, bf16, norm, low, one_rank):
     assert low < ratio < 1.04, f"{kind} {recompute}: planned/saved {ratio:.3f}"
 
 
-DTR_FORMS = {"sorted, on a CPU": ("torch", False), "tiles, on a GPU": ("torch", True), "Triton": ("triton", True)}
+DTR_FORMS = {"sorted, on a CPU": ("torch", False), "masked, on a GPU": ("torch", True), "Triton": ("triton", True)}
 
 
 @pytest.mark.usefixtures("one_rank")
@@ -84,17 +84,17 @@ def test_what_the_hypernetworks_keep(kernel, on_gpu, bf16, activation):
 
 
 def test_a_mixture_keeps_what_its_router_s_form_keeps():
-    """Triton's form keeps no generated matrices [h + 1, N], no slots and no joined matrices."""
+    """Triton's form keeps no generated matrices [h + 1, N] and no joined weights."""
     flow = LayerFlow(mixture=True, input_grad=True, trains_attention=False, trains_ffn=False, trains_router=True)
     kept = {}
     for kernel in ("torch", "triton"):
         config = from_mapping({"preset": "qwen-1.8b", "train": {"bf16": True}, "moe": {"dtr_kernel": kernel}})
         kept[kernel] = activations.layer(config, activations.sizes_of(config), flow)
     T, C, h, r, N = 2048, 2048, 16, 16, 4
-    projected, slots = h + (h + 1) * 2 * r, T + T // 8
+    projected = h + (h + 1) * 2 * r
     assert config.moe.dtr_activation == "none"
     of_tokens = 4 * T * ((h + 1) * (N + 1) + 4 * r - 2)
-    assert kept["torch"] - kept["triton"] == of_tokens + 9 * slots + 8 * T + 2 * 2 * projected * C
+    assert kept["torch"] - kept["triton"] == of_tokens + T + 2 * 2 * projected * C
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
