@@ -185,7 +185,7 @@ class _ProjectMasked(torch.autograd.Function):
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b; sums and result of bf16 numbers in fp32, on a GPU by its tensor cores, which lose nothing of such products."""
     if a.dtype == b.dtype == torch.bfloat16:
-        if a.is_cuda and _HAS_OUT_DTYPE:
+        if not a.is_cpu and _HAS_OUT_DTYPE:
             return torch.mm(a, b, out_dtype=torch.float32)
         return a.float() @ b.float()
     dtype = torch.promote_types(a.dtype, b.dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_evomoe.moe.dtr import DtrWeights, HyperWeights, dtr_logits, init_dtr, naive_dtr_logits
 
@@ -157,3 +158,26 @@ def test_start_has_usable_logits_and_gradients_at_any_width(width):
     reach = [grad.abs().sum().item() for grad in grads[1:] if grad.ndim > 1]
     assert min(reach) > 0.01 * max(reach)  # four seeds: 0.022 (φ, 8192 numbers beside a million)
     assert all(grad.any() for grad in grads[1:])
+
+
+def test_off_the_cpu_bf16_products_come_out_in_fp32():
+    """The call that a GPU gets, on tensors without contents: its arguments, dtypes and shapes, forward and backward."""
+    z, weights = tokens(300, 96, torch.bfloat16), make_weights(96, dtype=torch.bfloat16)
+    z, *parts = (leaf.detach().to("meta").requires_grad_() for leaf in [z, *weights.text, *weights.vision, weights.phi_NC])
+    weights = DtrWeights(HyperWeights(*parts[:4]), HyperWeights(*parts[4:8]), parts[8])
+    with ProductsSeen() as seen:
+        logits = dtr_logits(z, torch.zeros(300, dtype=torch.bool, device="meta"), weights, gather=False)
+        logits.sum().backward()
+    assert logits.dtype == torch.float32 and logits.shape == (300, 4)
+    assert z.grad.shape == z.shape and all(part.grad.dtype == torch.bfloat16 for part in parts)
+    assert seen.exact == 3  # forward, tokens' gradient, weights' gradient
+
+
+class ProductsSeen(TorchDispatchMode):
+    """Counts products of bf16 numbers into fp32."""
+
+    exact = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.exact += function is torch.ops.aten.mm.dtype
+        return function(*args, **(kwargs or {}))
