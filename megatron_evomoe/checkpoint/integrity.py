@@ -88,11 +88,20 @@ class _MetadataUnpickler(pickle.Unpickler):
     """Builds the plain data of `.metadata`; refuses to look up anything else, so nothing the file names can run."""
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):  # how Python 3.11.0 to 3.11.3 pickle a member of an enumeration
+            return _member
         if module in (*_METADATA_MODULES, "torch") or (module, name) in _METADATA_NAMES:
             found = super().find_class(module, name)
             if (module, name) in _METADATA_NAMES or isinstance(found, torch.dtype) or _is_record(found, module):
                 return found
         raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
+
+
+def _member(kind: Any, name: Any) -> Any:
+    """A member of an enumeration that a file was allowed to name; no other attribute of anything."""
+    if not (isinstance(kind, type) and issubclass(kind, enum.Enum) and name in kind.__members__):
+        raise pickle.UnpicklingError(f"it names {kind}.{name}, which no checkpoint needs")
+    return kind[name]
 
 
 def _is_record(found: Any, module: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import io
 import json
 import pickle
@@ -14,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, MetadataIndex, TensorProperties
 
 from megatron_evomoe.checkpoint import find
 from megatron_evomoe.checkpoint import record as records
@@ -248,6 +249,39 @@ def test_no_code_is_run_from_a_checkpoint(tmp_path, place):
         store.load_training_state(find.resolve(path), modules=built.modules, optimizer=built.optimizer, scheduler=built.scheduler,
                                   record=records.read(path))
     assert not trace.exists()
+
+
+class OldPickler(pickle.Pickler):
+    """As Python 3.11.0 to 3.11.3 pickle members of enumerations (Debian 12 has 3.11.2)."""
+
+    def reducer_override(self, value):
+        return (getattr, (type(value), value.name)) if isinstance(value, enum.Enum) else NotImplemented
+
+
+def test_metadata_of_an_early_python_3_11_is_read(tmp_path):
+    from megatron_evomoe.checkpoint import integrity
+
+    _, built = built_for("align", trained=1)
+    path = save(tmp_path, built, "align", 1)
+    wanted, content = integrity.read_metadata(path), io.BytesIO()
+    OldPickler(content).dump(wanted)
+    assert b"getattr" in content.getvalue()
+    rewrite(path / ".metadata", content.getvalue())
+    assert integrity.read_metadata(path) == wanted
+
+
+@pytest.mark.parametrize(("owner", "name"), [(TensorProperties, "__init__"), (torch.Size, "numel"), (_MEM_FORMAT_ENCODING, "mro"),
+                                             (_MEM_FORMAT_ENCODING, "__class__")])
+def test_no_other_attribute_is_looked_up(tmp_path, owner, name):
+    from megatron_evomoe.checkpoint import integrity
+
+    class Looked:
+        def __reduce__(self):
+            return getattr, (owner, name)
+
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Looked()))
+    with pytest.raises(CheckpointError, match=f"{name}, which no checkpoint needs"):
+        integrity.read_metadata(tmp_path)
 
 
 def test_background_save_is_published_when_written_and_holds_the_step_it_was_asked_at(tmp_path):
