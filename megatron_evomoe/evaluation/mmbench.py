@@ -145,7 +145,7 @@ def submission(items: Sequence[Item], answers: Answers, folder: Path) -> list[Pa
     for item in items:
         known = [item.metadata["answer"] for _ in labelled]
         rows.append([int(item.id), item.metadata["question"], *(item.metadata["options"].get(x, "") for x in letters), *known,
-                     answers[item.id]])
+                     answers[item.id].replace("\0", "")])  # which csv cannot write on Python 3.10
     table = io.StringIO(newline="")
     csv.writer(table, delimiter="\t", lineterminator="\n").writerows(rows)
     paths = [folder / "submission.tsv"]

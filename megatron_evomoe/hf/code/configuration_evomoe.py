@@ -100,7 +100,7 @@ class EvoMoeConfig(PretrainedConfig):
     """The whole model."""
 
     model_type = "evomoe"
-    sub_configs: ClassVar = {"vision_config": EvoMoeVisionConfig, "text_config": EvoMoeTextConfig}
+    sub_configs: ClassVar[dict[str, type]] = {"vision_config": EvoMoeVisionConfig, "text_config": EvoMoeTextConfig}
 
     def __init__(self, vision_config=None, text_config=None, image_token_id=32000, image_seq_length=576, evomoe_config=None,
                  tie_word_embeddings=False, **kwargs):

@@ -219,8 +219,8 @@ class EvoMoePreTrainedModel(PreTrainedModel):
     config_class = EvoMoeConfig
     base_model_prefix = ""
     main_input_name = "input_ids"
-    _no_split_modules: ClassVar = ["EvoMoeDecoderLayer", "EvoMoeVisionLayer"]
-    _skip_keys_device_placement: ClassVar = ["past_key_values"]
+    _no_split_modules: ClassVar[list[str]] = ["EvoMoeDecoderLayer", "EvoMoeVisionLayer"]
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
     supports_gradient_checkpointing = False
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -248,7 +248,7 @@ class EvoMoePreTrainedModel(PreTrainedModel):
 class EvoMoeForConditionalGeneration(EvoMoePreTrainedModel, GenerationMixin):
     """Images and text to text."""
 
-    _tied_weights_keys: ClassVar = {"language_model.lm_head.weight": "language_model.model.embed_tokens.weight"}
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"language_model.lm_head.weight": "language_model.model.embed_tokens.weight"}
 
     def __init__(self, config):
         super().__init__(config)

@@ -220,7 +220,7 @@ def test_mmbench_submission(tmp_path):
     items = read("mmbench", helpers.write_mmbench(tmp_path / "m.tsv", [row]))
     assert BENCHMARKS["mmbench"].score(items, {"7": "B"}) == {}
     paths = BENCHMARKS["mmbench"].submission(items, {"7": "B\x00"}, tmp_path)
-    assert paths[0].read_text() == "index\tquestion\tA\tB\tprediction\n7\tWhat is it?\tdog\tcat\tB\x00\n"
+    assert paths[0].read_text() == "index\tquestion\tA\tB\tprediction\n7\tWhat is it?\tdog\tcat\tB\n"
     openpyxl = pytest.importorskip("openpyxl")
     rows = list(openpyxl.load_workbook(paths[1]).active.values)
     assert rows == [("index", "question", "A", "B", "prediction"), (7, "What is it?", "dog", "cat", "B")]
