@@ -16,13 +16,13 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from megatron_evomoe.config import RunConfig
 from megatron_evomoe.data.errors import DataError, SampleError
-from megatron_evomoe.data.shards import ShardDataset
+from megatron_evomoe.data.shards import ShardDataset, write_atomically
 
 PART_IMAGES = 256
 _VERSION = 1
@@ -92,15 +92,9 @@ class FeatureCache:
         """
         path = Path(part.path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
         reasons = {str(row): [problem.reason, problem.message] for row, problem in problems.items()}
-        try:
-            save_file({"features": features.to("cpu", self.dtype).contiguous()}, temporary, {"problems": json.dumps(reasons)})
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        tensors = {"features": features.to("cpu", self.dtype).contiguous()}
+        write_atomically(path, safetensors.torch.save(tensors, {"problems": json.dumps(reasons)}))
 
     def read(self, i: int, count: int) -> list[torch.Tensor]:
         """Features [t, C] of the first `count` images of sample i.

@@ -9,8 +9,9 @@ from __future__ import annotations
 import itertools
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -60,13 +61,29 @@ class _Rows(Dataset):
         return rows, pixels
 
 
-def _as_is(batch: tuple[list[Row], torch.Tensor]) -> tuple[list[Row], torch.Tensor]:
+def _as_is(batch: Any) -> Any:
     return batch
 
 
-def start_worker(_: int) -> None:
-    """What a decoding process does first."""
+def _start_worker(_: int) -> None:
     torch.set_num_threads(1)  # the processes are the parallelism; a forked thread pool would also be a broken one
+
+
+def fetching(dataset: Dataset, batches: Iterable[list[Any]], data: DataConfig, *, pin_memory: bool = False) -> DataLoader:
+    """What `dataset.__getitems__` gives for each of `batches`, in order, from the data section's decoding processes."""
+    workers = data.num_workers
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,  # type: ignore[arg-type]
+        num_workers=workers,
+        prefetch_factor=data.prefetch_factor if workers else None,
+        collate_fn=_as_is,
+        worker_init_fn=_start_worker,
+        # fork: a worker starts in milliseconds and shares the index; it touches neither torch.distributed nor CUDA
+        multiprocessing_context="fork" if workers else None,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),  # DataLoader draws a seed; not from the model's stream
+    )
 
 
 class TrainLoader:
@@ -130,7 +147,7 @@ class TrainLoader:
         Raises:
             DataError: more than max_bad_sample_rate of at least 100 samples read were unusable.
         """
-        batches = iter(self._torch_loader())
+        batches = iter(fetching(self._rows, self._indices(self.position), self._config, pin_memory=self._pin))
         step = self._slice["global_batch_size"]
         per_step = len(replica_positions(0, **self._slice))
         while True:
@@ -143,21 +160,6 @@ class TrainLoader:
             epoch = self.order.epoch(self.position)
             self.position += step
             yield StepBatch(microbatches, self.position, epoch, skipped)
-
-    def _torch_loader(self) -> DataLoader:
-        workers = self._config.num_workers
-        return DataLoader(
-            self._rows,
-            batch_sampler=self._indices(self.position),  # type: ignore[arg-type]
-            num_workers=workers,
-            prefetch_factor=self._config.prefetch_factor if workers else None,
-            collate_fn=_as_is,
-            worker_init_fn=start_worker,
-            # fork: a worker starts in milliseconds and shares the index; it touches neither torch.distributed nor CUDA
-            multiprocessing_context="fork" if workers else None,
-            pin_memory=self._pin,
-            generator=torch.Generator(),  # DataLoader draws a seed; not from the model's stream
-        )
 
     def _indices(self, position: int) -> Iterator[list[int]]:
         while True:

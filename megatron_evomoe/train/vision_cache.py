@@ -23,7 +23,7 @@ from megatron_evomoe.config import ConfigError, RunConfig
 from megatron_evomoe.data.errors import SampleError
 from megatron_evomoe.data.feature_cache import FeatureCache, Part
 from megatron_evomoe.data.image import ImageProcessor, decode_image
-from megatron_evomoe.data.loader import start_worker
+from megatron_evomoe.data.loader import fetching
 from megatron_evomoe.data.shards import ShardDataset
 from megatron_evomoe.model.llava import LlavaModel
 from megatron_evomoe.parallel import backend
@@ -196,22 +196,8 @@ class _Images(Dataset):
         return pixels, problems
 
 
-def _as_is(batch: tuple[torch.Tensor, dict[int, SampleError]]) -> tuple[torch.Tensor, dict[int, SampleError]]:
-    return batch
-
-
 def _pixels(parts: list[Part], cache: FeatureCache, processor: ImageProcessor, config: RunConfig) -> DataLoader:
     """Batches of each part in turn: (uint8 [n, 3, S, S], row -> problem)."""
     chunks = [[(part.shard, image) for image in range(first, min(first + BATCH, part.first + part.count))]
               for part in parts for first in range(part.first, part.first + part.count, BATCH)]
-    workers = config.data.num_workers
-    return DataLoader(
-        _Images(cache.dataset, processor, config.data.max_image_pixels),
-        batch_sampler=chunks,
-        num_workers=workers,
-        prefetch_factor=config.data.prefetch_factor if workers else None,
-        collate_fn=_as_is,
-        worker_init_fn=start_worker,
-        multiprocessing_context="fork" if workers else None,
-        generator=torch.Generator(),
-    )
+    return fetching(_Images(cache.dataset, processor, config.data.max_image_pixels), chunks, config.data)

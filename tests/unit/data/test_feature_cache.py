@@ -84,7 +84,7 @@ def test_missing_and_damaged_parts(cache):
 
 def test_a_killed_write_leaves_nothing_that_counts(cache, monkeypatch):
     part = next(cache.parts())
-    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         cache.write(part, torch.zeros(part.count, T, C), {})
     assert not cache.has(part) and not list(Path(part.path).parent.iterdir())
