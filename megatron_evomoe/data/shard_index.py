@@ -7,6 +7,7 @@ cache: it names the tar's size and modification time, and is rebuilt when they d
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -19,14 +20,16 @@ from pathlib import Path
 import numpy as np
 
 from megatron_evomoe.config import ConfigError
+from megatron_evomoe.data.fingerprint import sampled_sum
 
 logger = logging.getLogger(__name__)
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
 PICKLE_EXTENSIONS = ("pkl", "pickle", "pyd", "pth", "pt")
 INDEX_SUFFIX = ".idx"
-_VERSION = 1
+_VERSION = 2
 _BLOCK = 512
+_ARRAYS = ("keys", "text", "is_json", "first", "images", "content")
 
 
 @dataclass
@@ -43,6 +46,8 @@ class ShardIndex:
     """int64 [n + 1]."""
     images: np.ndarray
     """int64 [m, 2]."""
+    content: np.ndarray
+    """uint32 [n]: a checksum of what `fingerprint.sampled_sum` reads of each sample."""
     problems: dict[str, list[str]] = field(default_factory=dict)
     """What was left out or is odd: slug -> the members or keys."""
 
@@ -91,7 +96,18 @@ def build_index(tar: Path) -> ShardIndex:
         found = "; ".join(f"{slug}: {len(names)}" for slug, names in problems.items()) or "no members"
         raise ConfigError(f"shard {tar} holds no sample ({found}); KEY.json, with KEY.jpg/png/webp beside it, is expected")
     return ShardIndex(np.array(keys), np.array(text, np.int64), np.array(is_json), np.array(first, np.int64),
-                      np.array(images, np.int64).reshape(-1, 2), problems)
+                      np.array(images, np.int64).reshape(-1, 2), _content(tar, text, first, images), problems)
+
+
+def _content(tar: Path, text: list[tuple[int, int]], first: list[int], images: list[tuple[int, int]]) -> np.ndarray:
+    """The checksum of each sample, for `ShardIndex.content`."""
+    fd = os.open(tar, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        sums = [sampled_sum(fd, [member, *images[start:end]])
+                for member, (start, end) in zip(text, itertools.pairwise(first), strict=True)]
+    finally:
+        os.close(fd)
+    return np.array(sums, np.uint32)
 
 
 def _members(tar: Path, size: int, problems: dict[str, list[str]]) -> list[tarfile.TarInfo]:
@@ -171,7 +187,7 @@ def _read(path: Path, stamp: np.ndarray) -> ShardIndex | None:
             if not np.array_equal(saved["stamp"], stamp):
                 return None
             problems = json.loads(saved["problems"].tobytes())
-            return ShardIndex(*(saved[name] for name in ("keys", "text", "is_json", "first", "images")), problems)
+            return ShardIndex(*(saved[name] for name in _ARRAYS), problems)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
 
@@ -181,8 +197,8 @@ def _write(path: Path, stamp: np.ndarray, index: ShardIndex) -> None:
     temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            np.savez(file, stamp=stamp, keys=index.keys, text=index.text, is_json=index.is_json, first=index.first,
-                     images=index.images, problems=np.frombuffer(json.dumps(index.problems).encode(), dtype=np.uint8))
+            np.savez(file, stamp=stamp, problems=np.frombuffer(json.dumps(index.problems).encode(), dtype=np.uint8),
+                     **{name: getattr(index, name) for name in _ARRAYS})
         os.replace(temporary, path)
     except OSError as error:
         logger.info("index %s cannot be written (%s); it is rebuilt in memory at every start", path, error)

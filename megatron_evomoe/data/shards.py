@@ -26,6 +26,7 @@ import numpy as np
 
 from megatron_evomoe.config import ConfigError
 from megatron_evomoe.data.errors import SampleError
+from megatron_evomoe.data.fingerprint import shard_digest
 from megatron_evomoe.data.shard_index import load_index
 
 logger = logging.getLogger(__name__)
@@ -148,6 +149,10 @@ class ShardDataset:
     def num_images(self, shard: int) -> int:
         """How many images a shard has."""
         return len(self._indexes[shard].images)
+
+    def contents(self) -> list[tuple[str, int, str]]:
+        """Each shard's file name, number of samples and digest (`fingerprint.shard_digest`), in order."""
+        return [(path.name, len(index), shard_digest(index)) for path, index in zip(self.paths, self._indexes, strict=True)]
 
     def close(self) -> None:
         """Close this process's files; reading opens them again."""
