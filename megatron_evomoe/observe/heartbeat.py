@@ -8,6 +8,7 @@ survivors read the same store and can say whom they waited for.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import threading
@@ -19,6 +20,8 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_evomoe.observe import jsonl
+
+log = logging.getLogger(__name__)
 
 PHASES = ("setup", "features", "data", "step", "save", "evaluate")
 """In the order a step meets them."""
@@ -40,6 +43,7 @@ class Heartbeat:
         self._store = dist.distributed_c10d._get_default_store().clone()
         self._place = {"rank": self._rank, "host": socket.gethostname(), "pid": os.getpid(), "stage": "", "step": 0,
                        "phase": "setup", "since": time.time()}
+        self._unwritten = 0
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._thread.start()
@@ -54,9 +58,9 @@ class Heartbeat:
         self._place = place
 
     def close(self) -> None:
-        """Stop telling."""
+        """Stop telling. Does not wait for a write that a lost file system holds."""
         self._stopped.set()
-        self._thread.join()
+        self._thread.join(timeout=5 * self._interval)
 
     def explain(self, error: BaseException) -> str | None:
         """What went wrong, if `error` came out of a collective; else none."""
@@ -64,8 +68,12 @@ class Heartbeat:
         if called is None:
             return None
         lines = str(error).strip().splitlines()
+        try:
+            whom = describe(self._everyone(), time.time(), self._interval)
+        except Exception:  # the store went with the process that kept it: torchrun, or rank 0
+            whom = "who is missing cannot be told: the job's key-value store is gone, and with it torchrun or rank 0"
         return (f"rank {self._rank}: {called} failed in stage {self._place['stage']!r} at step {self._place['step']}: "
-                f"{lines[0] if lines else type(error).__name__}. {describe(self._everyone(), time.time(), self._interval)}")
+                f"{lines[0] if lines else type(error).__name__}. {whom}")
 
     def _run(self) -> None:
         while True:
@@ -80,7 +88,20 @@ class Heartbeat:
         place = {**self._place, "beat": time.time()}
         self._store.set(f"heartbeat/{self._rank}", json.dumps(place))
         if self._rank == 0:
-            jsonl.replace(self._path, json.dumps({**place, "ranks": describe(self._everyone(), place["beat"], self._interval)}))
+            self._write(json.dumps({**place, "ranks": describe(self._everyone(), place["beat"], self._interval)}))
+
+    def _write(self, text: str) -> None:
+        """A full disk or a lost folder costs the file its news, never the thread: said once, and again when it is over."""
+        try:
+            jsonl.replace(self._path, text)
+        except OSError as error:
+            self._unwritten += 1
+            if self._unwritten == 1:
+                log.warning("%s cannot be written (%s); training goes on without it", self._path, error)
+            return
+        if self._unwritten:
+            log.warning("%s is written again; %d beats are missing", self._path, self._unwritten)
+            self._unwritten = 0
 
     def _everyone(self) -> list[dict[str, Any]]:
         keys = [f"heartbeat/{rank}" for rank in range(self._world)]

@@ -53,15 +53,21 @@ def prepare() -> None:
 
 
 def init_process_group(timeout_minutes: float) -> None:
-    """Join torchrun's world; outside torchrun, be a world of one on a free port (the environment stays as it is)."""
+    """Join torchrun's world; outside torchrun, be a world of one that nobody outside this machine can connect to."""
     timeout = datetime.timedelta(minutes=timeout_minutes)
     if "RANK" in os.environ:
         _join(timeout)
         return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    dist.init_process_group(backend_name(), timeout=timeout, init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
+    _listen_on_loopback()
+    dist.init_process_group(backend_name(), store=dist.HashStore(), timeout=timeout, rank=0, world_size=1)  # no TCP store
+
+
+def _listen_on_loopback() -> None:
+    """Gloo and NCCL open listening sockets even in a world of one, by default on the interface that the host's name leads to."""
+    loopback = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
+    if loopback is not None:
+        for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            os.environ.setdefault(variable, loopback)
 
 
 def _join(timeout: datetime.timedelta) -> None:

@@ -1,4 +1,4 @@
-"""Leaving a run early, and all ranks at the same step: a signal, a time limit, a number of steps."""
+"""Leaving a run early, and all ranks at the same step: a signal, a time limit, a number of steps, a launcher that is gone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron_evomoe.config import TrainConfig
 from megatron_evomoe.parallel import backend
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-_TIME, _STEPS = 1000, 1001  # beyond every signal number
+_TIME, _STEPS, _ORPHANED = 1000, 1001, 1002  # beyond every signal number
 
 
 class StopRequests:
@@ -29,6 +29,8 @@ class StopRequests:
     def __init__(self, config: TrainConfig) -> None:
         self._config, self._started, self._owner = config, time.monotonic(), os.getpid()
         self._code = 0
+        # only torchrun's workers: a process started by hand may outlive its shell (nohup, setsid, a closed terminal)
+        self._launcher = os.getppid() if dist.is_torchelastic_launched() else None
         self._previous = {}
         if config.exit_signal_handler:
             _shield_helpers()
@@ -54,6 +56,8 @@ class StopRequests:
             self._code = _TIME
         if not self._code and step and self._config.exit_interval and step % self._config.exit_interval == 0:
             self._code = _STEPS
+        if not self._code and self._launcher is not None and os.getppid() != self._launcher:
+            self._code = _ORPHANED  # torchrun was killed: nobody would end, restart or even see what goes on here
         code = torch.tensor(self._code, device=backend.device())
         dist.all_reduce(code, op=dist.ReduceOp.MAX)
         return self._name(int(code.item()))
@@ -63,6 +67,8 @@ class StopRequests:
             return f"the limit of {self._config.exit_duration_in_mins:g} minutes"
         if code == _STEPS:
             return f"exit_interval {self._config.exit_interval}"
+        if code == _ORPHANED:
+            return "the end of torchrun, which left its ranks behind"
         return signal.Signals(code).name if code else None
 
 

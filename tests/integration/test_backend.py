@@ -51,3 +51,24 @@ assert torch.zeros(1).type() == "torch.FloatTensor"
 assert torch.zeros(1, device="cuda").device.type == "cpu"
 """
     python(code)
+
+
+def test_a_single_process_listens_on_loopback_only():
+    """Also where the host's name leads to an address of the network, which gloo takes unless told otherwise."""
+    code = """
+import psutil, torch
+import torch.distributed as dist
+from megatron_evomoe.config import TrainConfig
+from megatron_evomoe.parallel import backend
+backend.prepare()
+backend.init_process_group(1)
+dist.all_reduce(torch.ones(1), group=dist.new_group([0]))
+from megatron_evomoe.train.stop import StopRequests
+StopRequests(TrainConfig())
+import os
+assert os.environ["GLOO_SOCKET_IFNAME"] == os.environ["NCCL_SOCKET_IFNAME"] == "lo"
+for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+    for c in process.net_connections("inet"):
+        print(c.laddr.ip)
+"""
+    assert set(python(code).split()) == {"127.0.0.1"}

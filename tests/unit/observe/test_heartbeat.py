@@ -32,6 +32,28 @@ def test_describe(ranks, text):
     assert text in describe(ranks, now=100, interval=2)
 
 
+def wait_until(condition):
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_file_that_cannot_be_written_is_said_once_and_written_again_later(tmp_path, one_rank, caplog):
+    """The folder is missing at first, which fails like a full disk: at the write."""
+    folder = tmp_path / "run"
+    heart = Heartbeat(folder, interval=0.02)
+    try:
+        wait_until(lambda: heart._unwritten > 3)
+        folder.mkdir()
+        wait_until(lambda: (folder / "heartbeat.json").exists() and heart._unwritten == 0)
+    finally:
+        heart.close()
+    first, second = (record.getMessage() for record in caplog.records)
+    assert "heartbeat.json cannot be written (" in first and "training goes on" in first
+    assert "is written again" in second and "beats are missing" in second
+
+
 def test_heartbeat_file_follows_the_run_and_a_failed_collective_is_named(tmp_path, one_rank):
     heart = Heartbeat(tmp_path, interval=0.05)
     try:
