@@ -21,6 +21,7 @@ setup(
         "numpy",
         "psutil",  # megatron-core needs it to save, and does not say so
         "pydantic>=2",
+        "typing_extensions",
         "pyyaml",
         "sentencepiece>=0.2",
         "tokenizers",

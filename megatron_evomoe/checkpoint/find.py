@@ -8,46 +8,72 @@ from __future__ import annotations
 
 import logging
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch.distributed as dist
 
 from megatron_evomoe.checkpoint import integrity
-from megatron_evomoe.checkpoint.record import CheckpointError, Record, read
+from megatron_evomoe.checkpoint.record import CheckpointError, Record, name_of, read
 
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Owner:
+    """The stage of a run to which the checkpoints of a folder must belong."""
+
+    stage: str
+    run_id: str | None
+    """None where it is not known: a directory of a run that keeps no id."""
+
+    def why_not(self, path: Path, record: Record) -> str | None:
+        """In words, why `path` is not this owner's, or none if it is. A record of format 1 names no run."""
+        if record.stage != self.stage:
+            return f"checkpoint {path} is one of stage {record.stage!r}, and lies in the folder of stage {self.stage!r}"
+        if self.run_id and record.run_id and record.run_id != self.run_id:
+            return f"checkpoint {path} is one of run {record.run_id}, and lies in the directory of run {self.run_id}"
+        return None
+
+    def require(self, path: Path, record: Record) -> None:
+        """Raise `CheckpointError` if `path` is another's."""
+        if problem := self.why_not(path, record):
+            raise CheckpointError(f"{problem}; move it away, or name it in `load:` to start from it on purpose")
+
+
 def candidates(directory: Path) -> list[Path]:
     """Published checkpoints of a stage folder, newest first."""
-    found = [p for p in directory.glob("iter_*") if re.fullmatch(r"iter_\d{7,}", p.name)]
+    found = [p for p in directory.glob("iter_*") if re.fullmatch(r"iter_[0-9]{7,}", p.name)]
     return sorted(found, key=lambda p: int(p.name[5:]), reverse=True)
 
 
-def latest(directory: Path) -> Path | None:
-    """The newest checkpoint whose files are all there, or none if there is none. Reads no tensor."""
+def latest(directory: Path, owner: Owner | None = None) -> Path | None:
+    """The newest checkpoint whose files are all there (and that is `owner`'s), or none if there is none. Reads no tensor."""
     for path in candidates(directory):
         try:
-            read(path)
+            record = read(path)
+            if owner is not None:
+                owner.require(path, record)
             return path
         except CheckpointError as error:
             log.warning("%s; trying the checkpoint before it", error)
     return None
 
 
-def newest_good(directory: Path, step: int | None = None) -> Path | None:
-    """The newest checkpoint that is byte for byte what was saved and names no code (or the one of `step`). Communicates.
+def newest_good(directory: Path, step: int | None = None, owner: Owner | None = None) -> Path | None:
+    """The newest checkpoint that is byte for byte what was saved, names no code and is `owner`'s (or the one of `step`).
+    Communicates.
 
     Every rank reads its part of the files. A checkpoint that fails is named on rank 0's log, and the one before it is tried.
 
     Raises:
         CheckpointError: on every rank, if there are checkpoints and none is good, or the one of `step` is not.
     """
-    names = [[p.name for p in candidates(directory)] if step is None else [f"iter_{step:07d}"]]
+    names = [[p.name for p in candidates(directory)] if step is None else [name_of(step)]]
     dist.broadcast_object_list(names, src=0)  # one listing for all: a shared file system may show ranks different ones
     problem = None
     for name in names[0]:
-        problem = why_bad(directory / name)
+        problem = why_bad(directory / name, owner)
         if problem is None:
             return directory / name
         if dist.get_rank() == 0:
@@ -57,12 +83,16 @@ def newest_good(directory: Path, step: int | None = None) -> Path | None:
     return None
 
 
-def why_bad(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or none: files, checksums, unsafe pickles. Communicates; all ranks hear the same."""
+def why_bad(path: Path, owner: Owner | None = None) -> str | None:
+    """What is wrong with a checkpoint, or none: record, files, checksums, unsafe pickles, another's than `owner`'s.
+    Communicates; all ranks hear the same."""
     files: list[dict[str, list[int]] | str] = [{}]
     if dist.get_rank() == 0:
         try:
-            files = [read(path).files]
+            record = read(path)
+            if owner is not None:
+                owner.require(path, record)
+            files = [record.files]
         except CheckpointError as error:
             files = [str(error)]
     dist.broadcast_object_list(files, src=0)
@@ -81,8 +111,9 @@ def why_bad(path: Path) -> str | None:
     return next((p for p in problems if p), None)
 
 
-def resolve(path: str | Path) -> Path:
-    """A good checkpoint from what a user gives: an `iter_…` folder, or a directory whose newest good one is meant. Communicates.
+def resolve(path: str | Path, owner: Owner | None = None) -> Path:
+    """A good checkpoint from what a user gives: an `iter_…` folder, or a directory whose newest good one (of `owner`'s) is meant.
+    Communicates.
 
     Raises:
         CheckpointError: the folder named is bad, or there is none under the directory.
@@ -92,7 +123,7 @@ def resolve(path: str | Path) -> Path:
         if problem := why_bad(path):
             raise CheckpointError(problem)
         return path
-    found = newest_good(path)
+    found = newest_good(path, owner=owner)
     if found is None:
         raise CheckpointError(f"no checkpoint under {path}: it has no whole iter_* folder")
     return found

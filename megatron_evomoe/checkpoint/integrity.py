@@ -17,6 +17,7 @@ import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 from torch.serialization import get_crc32_options, set_crc32_options
 
+from megatron_evomoe.checkpoint import files
 from megatron_evomoe.checkpoint.record import CheckpointError
 
 _THREADS = 2
@@ -30,7 +31,7 @@ _METADATA_NAMES = {("torch", "Size"), ("torch.serialization", "_get_layout")}
 def checksum(path: Path) -> int:
     """CRC-32 of a file's bytes: finds every single flipped byte, at the speed of the disk rather than of a hash."""
     value, block = 0, memoryview(bytearray(_CACHED))
-    with path.open("rb", buffering=0) as file:
+    with files.open_regular(path) as file:
         while count := file.readinto(block):
             value = zlib.crc32(block[:count], value)
     return value
@@ -69,15 +70,15 @@ def no_checksums_of_torch() -> Iterator[None]:
         set_crc32_options(before)
 
 
-def mismatch(directory: Path, files: dict[str, list[int]]) -> str | None:
-    """The first of `files` (name -> [bytes, CRC-32]) that is not what was saved, in words; none when all are."""
+def mismatch(directory: Path, saved: dict[str, list[int]]) -> str | None:
+    """The first of `saved` (name -> [bytes, CRC-32]) that is not what was saved, in words; none when all are."""
     with ThreadPoolExecutor(_THREADS) as threads:
-        return next(filter(None, threads.map(lambda entry: _mismatch(directory / entry[0], *entry[1]), files.items())), None)
+        return next(filter(None, threads.map(lambda entry: _mismatch(directory / entry[0], *entry[1]), saved.items())), None)
 
 
 def _mismatch(path: Path, size: int, crc: int) -> str | None:
     try:
-        if path.stat().st_size == size and checksum(path) == crc:
+        if path.lstat().st_size == size and checksum(path) == crc:
             return None
         return f"checkpoint {path.parent} is damaged: the bytes of {path.name} are not those that were saved (checksum differs)"
     except OSError as error:

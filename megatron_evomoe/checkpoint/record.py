@@ -1,93 +1,180 @@
-"""What a checkpoint says about itself in plain JSON, beside megatron-core's tensors: readable by people, safe to load."""
+"""What a checkpoint says about itself in plain JSON, beside megatron-core's tensors: readable by people, safe to load, and with a
+digest of itself, so that what is read is what was written."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
 import json
+import logging
 import os
+import stat
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
+
+import pydantic
+from typing_extensions import NotRequired, TypedDict
+
+from megatron_evomoe.checkpoint import files
 
 FILE_NAME = "evomoe.json"
-FORMAT = 1
+FORMAT = 2
 TRACKER = "latest_checkpointed_iteration.txt"
+ESSENTIAL = (".metadata", "common.pt", "metadata.json", "run_config.yaml")
+_UNPROTECTED = 1  # the format without digest and run
+_LARGEST = 1 << 26  # bytes; a record of 100,000 ranks' files has a fifth of that
+_DIGEST = "digest"
+
+log = logging.getLogger(__name__)
+
+Count = Annotated[int, pydantic.Field(ge=0, lt=1 << 63)]
+FileName = Annotated[str, pydantic.StringConstraints(pattern=r"^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", max_length=255)]
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be used, or could not be written; the message says which and what stays intact."""
 
 
+class Ancestor(TypedDict):
+    """A stage that the weights went through."""
+
+    __pydantic_config__ = pydantic.ConfigDict(strict=True, extra="forbid")
+
+    stage: str
+    kind: str
+    step: Count
+    path: NotRequired[str]
+    run_id: NotRequired[str]
+
+
 @dataclass(kw_only=True)
 class Record:
     """Everything about a checkpoint that is not a tensor."""
+
+    __pydantic_config__: ClassVar[pydantic.ConfigDict] = pydantic.ConfigDict(strict=True, extra="forbid")
 
     stage: str
     """Stage name."""
     kind: str
     """Stage kind, or `pretrained` for imported weights."""
-    step: int
+    step: Count
     """Optimizer steps done in this stage."""
-    position: int
+    position: Count
     """Samples consumed in this stage: the data cursor."""
     finished: bool
     """Whether the stage reached its last step."""
-    layout: dict[str, int]
+    layout: dict[str, Count]
     """World size and parallel degrees that wrote it."""
-    vocab_size: int
+    vocab_size: Count
     """True vocabulary size, before padding."""
     tokenizer_fingerprint: str
     """`Tokenizer.fingerprint()` of the tokenizer it was trained with."""
+    run_id: str = ""
+    """The run that wrote it (checkpoint/run_id.py); empty for imported weights and in format 1."""
     wandb_run_id: str | None = None
     """Continued on resume."""
     parts: list[str] = field(default_factory=lambda: ["vision_model", "vision_projection", "language_model"])
     """Top-level parts the tensors cover."""
-    lineage: list[dict[str, Any]] = field(default_factory=list)
-    """Stages before this one: {stage, kind, step, path}, oldest first."""
-    num_experts: int = 0
+    lineage: list[Ancestor] = field(default_factory=list)
+    """Stages before this one, oldest first."""
+    num_experts: Count = 0
     """Experts per mixture layer, 0 for a dense stage."""
-    files: dict[str, list[int]] = field(default_factory=dict)
-    """File name -> [bytes, CRC-32]; what must be there for the checkpoint to be whole."""
-    format: int = FORMAT
+    files: dict[FileName, Annotated[list[Count], pydantic.Field(min_length=2, max_length=2)]] = field(default_factory=dict)
+    """File name -> [bytes, CRC-32]: every file in the folder but the record itself."""
+    format: Count = FORMAT
 
     def write(self, directory: Path) -> None:
-        """Write `evomoe.json`."""
-        (directory / FILE_NAME).write_text(json.dumps(dataclasses.asdict(self), indent=1))
+        """Write `evomoe.json`, in the present format.
+
+        Raises:
+            CheckpointError: the record holds something that could not be read back.
+        """
+        path, data = directory / FILE_NAME, {**dataclasses.asdict(self), "format": FORMAT}
+        try:
+            content = json.dumps({**data, _DIGEST: _digest_of(data)}, indent=1).encode()
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(f"{path} cannot be written: {error}") from None
+        parse(content, path)
+        path.write_bytes(content)
+
+
+_ADAPTER = pydantic.TypeAdapter(Record)
 
 
 def read(directory: Path) -> Record:
-    """Read and check a checkpoint's record and the presence and size of its files.
+    """Read and check a checkpoint's record; its step and the folder's name, its list and the folder's files must agree.
 
     Raises:
-        CheckpointError: no record, another format, or a file missing or of another size than when it was saved.
+        CheckpointError: as `read_unchecked`; the folder is called otherwise; a file is missing, of another size, no regular
+            file, or not in the record.
     """
     record = read_unchecked(directory)
+    if directory.name != name_of(record.step):
+        raise CheckpointError(f"checkpoint {directory} holds step {record.step}, whose folder is called {name_of(record.step)}: it "
+                              "was renamed or its record is another's. Give it its own name again")
+    try:
+        found = {entry.name: entry.stat(follow_symlinks=False) for entry in os.scandir(directory)}
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {directory} cannot be read: {error}") from None
     for name, (size, _) in record.files.items():
-        file = directory / name
-        actual = file.stat().st_size if file.exists() else None
-        if actual != size:
-            found = "is missing" if actual is None else f"has {actual} bytes"
-            raise CheckpointError(f"checkpoint {directory} is damaged: {name} {found}, {size} bytes were saved")
+        if name not in found:
+            raise CheckpointError(f"checkpoint {directory} is damaged: {name} is missing, {size} bytes were saved")
+        if not stat.S_ISREG(found[name].st_mode):
+            raise CheckpointError(f"checkpoint {directory} is damaged: {name} is {files.kind_of(found[name].st_mode)}, not a "
+                                  "regular file; put the file itself there")
+        if (actual := found[name].st_size) != size:
+            raise CheckpointError(f"checkpoint {directory} is damaged: {name} has {actual} bytes, {size} bytes were saved")
+    if strangers := sorted(found.keys() - record.files.keys() - {FILE_NAME}):
+        raise CheckpointError(f"checkpoint {directory} holds {strangers[0]!r}, which its record does not list; move it elsewhere")
     return record
 
 
 def read_unchecked(directory: Path) -> Record:
-    """The record alone, whatever became of the files it lists.
+    """The record alone, whatever became of the files it lists. A record of format 1 is said to be unprotected, once.
 
     Raises:
         CheckpointError: no record, a damaged one, or one of another format.
     """
     path = directory / FILE_NAME
     try:
-        record = Record(**json.loads(path.read_text()))
+        content = files.read(path, _LARGEST)
     except FileNotFoundError:
         raise CheckpointError(f"{directory} is no complete checkpoint: {FILE_NAME} is missing "
                               "(interrupted while saving?)") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from None
-    if record.format != FORMAT:
-        raise CheckpointError(f"{directory} has checkpoint format {record.format}; this version reads {FORMAT}")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged or cannot be read: {error}") from None
+    record = parse(content, path)
+    if record.format == _UNPROTECTED:
+        _say_unprotected(path)
     return record
+
+
+def parse(content: bytes, path: Path) -> Record:
+    """The record that the bytes of `path` hold.
+
+    Raises:
+        CheckpointError: they are no record, not the one that was written, or of another format.
+    """
+    try:
+        data = json.loads(content, object_pairs_hook=_object, parse_constant=_no_number)
+        if not isinstance(data, dict):
+            raise ValueError(f"it holds a {type(data).__name__}, not an object")
+        _check_protection(data)
+        record = _ADAPTER.validate_json(_canonical(data))
+        _check_files(record)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        raise CheckpointError(f"{path} is damaged: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from None
+    return record
+
+
+def name_of(step: int) -> str:
+    """The folder name of a checkpoint."""
+    return f"iter_{step:07d}"
 
 
 def write_tracker(directory: Path, step: int) -> None:
@@ -95,3 +182,44 @@ def write_tracker(directory: Path, step: int) -> None:
     pending = directory / (TRACKER + ".new")
     pending.write_text(str(step))
     os.replace(pending, directory / TRACKER)
+
+
+def _check_protection(data: dict[str, Any]) -> None:
+    """Take the digest out of `data` and compare. Raises `ValueError`."""
+    digest, version = data.pop(_DIGEST, None), data.get("format")
+    if type(version) is int and version > FORMAT:
+        raise ValueError(f"its format is {version}, this version of megatron_evomoe reads {_UNPROTECTED} and {FORMAT}")
+    is_older = version == _UNPROTECTED and digest is None and "run_id" not in data
+    if not is_older and (version != FORMAT or digest != _digest_of(data)):
+        raise ValueError(f"its content is not what was written (format {version!r}, digest differs)")
+
+
+def _check_files(record: Record) -> None:
+    if FILE_NAME in record.files or (lacking := [name for name in ESSENTIAL if name not in record.files]):
+        what = f"lists {FILE_NAME} itself" if FILE_NAME in record.files else f"does not list {lacking[0]}"
+        raise ValueError(f"its list of files {what}")
+
+
+def _digest_of(data: dict[str, Any]) -> str:
+    return hashlib.sha256(_canonical(data)).hexdigest()
+
+
+def _canonical(data: dict[str, Any]) -> bytes:
+    return json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name is there twice in one object")
+    return found
+
+
+def _no_number(name: str) -> Any:
+    raise ValueError(f"{name} is no number")
+
+
+@functools.cache
+def _say_unprotected(path: Path) -> None:
+    log.warning("%s is of format %d, from before records had a digest: it is read unprotected, a change to it would not be noticed",
+                path, _UNPROTECTED)

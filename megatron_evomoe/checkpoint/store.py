@@ -235,6 +235,9 @@ def load_training_state(path: Path, *, modules: list[torch.nn.Module], optimizer
 
     Generators go on where they were under the layout that saved; under another one they start afresh (nothing random but
     fresh weights depends on them).
+
+    Raises:
+        CheckpointError: the tensors cannot be read, or are of another step than the record.
     """
     optimizer_state.allocate(optimizer)
     state = _state(modules, optimizer, scheduler, is_loading=True)
@@ -244,9 +247,11 @@ def load_training_state(path: Path, *, modules: list[torch.nn.Module], optimizer
     # Under a name the file does not have, so that only tensors are filled in: what the file says of groups is the layout's.
     own = state["shards of the optimizer"] = state.pop("optimizer")
     loaded = _load(state, path)
+    if (steps := loaded["scheduler"].get("num_steps")) != record.step:
+        raise CheckpointError(f"checkpoint {path}: its record is of step {record.step}, its schedule of {steps}: not one save's")
     for i, module in enumerate(modules):
         module.load_state_dict(loaded[_chunk_key(i, len(modules))], strict=True)
-    optimizer_state.load(optimizer, own, loaded.get("shards of the optimizer", {}), loaded["scheduler"]["num_steps"])
+    optimizer_state.load(optimizer, own, loaded.get("shards of the optimizer", {}), record.step)
     scheduler.load_state_dict(loaded["scheduler"])
     if "rng" in loaded:
         rng.set_state(loaded["rng"])

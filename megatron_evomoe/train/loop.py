@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_evomoe.checkpoint import find, store
+from megatron_evomoe.checkpoint import find, run_id, store
 from megatron_evomoe.checkpoint import record as records
 from megatron_evomoe.checkpoint.record import CheckpointError, Record
 from megatron_evomoe.config import RunConfig, StageConfig
@@ -37,7 +37,7 @@ def train(config: RunConfig, stage_names: list[str] | None = None) -> Session:
     Leaves early, with everything saved, when a signal or a limit asks for it (train/stop.py).
     """
     stop = StopRequests(config.train)
-    session = open_session(config, wandb_run_id=_known_wandb_run(config))
+    session = open_session(config)
     try:
         for stage in selected(session.config, stage_names):
             if reason := stop.agreed() or train_stage(session, stage, stop):
@@ -146,11 +146,12 @@ def _check_evolution(built: Built, session: Session, config: RunConfig) -> None:
 def _begin(session: Session, built: Built, stage: StageConfig, config: RunConfig) -> Record:
     """Weights from where the stage starts; a record at step 0."""
     source_path = _source(session, stage, config)
-    lineage: list[dict[str, Any]] = []
+    lineage: list[records.Ancestor] = []
     if source_path is not None:
         source_path = find.resolve(source_path)
         source = start_from(source_path, built, config, stage, fingerprint=session.fingerprint)
-        lineage = [*source.lineage, {"stage": source.stage, "kind": source.kind, "step": source.step, "path": str(source_path)}]
+        lineage = [*source.lineage, {"stage": source.stage, "kind": source.kind, "step": source.step, "path": str(source_path),
+                                     "run_id": source.run_id}]
     else:
         for mlp in built.evolving:
             mlp.begin()
@@ -158,7 +159,7 @@ def _begin(session: Session, built: Built, stage: StageConfig, config: RunConfig
     session.logger.event("begin", stage=stage.name, source=str(source_path) if source_path else None)
     return Record(stage=stage.name, kind=stage.kind, step=0, position=0, finished=False, layout=rng.layout(),
                   vocab_size=config.language.vocab_size or 0, tokenizer_fingerprint=session.fingerprint,
-                  wandb_run_id=session.logger.wandb_run_id, lineage=lineage,
+                  run_id=session.run_id, wandb_run_id=session.logger.wandb_run_id, lineage=lineage,
                   num_experts=config.moe.num_experts if stage.kind in ("evolve", "route") else 0)
 
 
@@ -168,28 +169,58 @@ def _source(session: Session, stage: StageConfig, config: RunConfig) -> str | Pa
     Raises:
         CheckpointError: the stage of this run that it starts from has no good checkpoint of its last step.
     """
-    named = next((s for s in session.config.stages if s.name == stage.load), None)
-    if stage.load and named is None:
+    before = _parent(session, stage)
+    if stage.load and before is None:
         return stage.load
-    before = named or earlier_stage(session.config, stage)
     if before is None:
         return config.checkpoint.pretrained_checkpoint or config.checkpoint.load
     folder = stage_dir(session.run_dir, before)
     load = config.checkpoint.load
     if load is not None and not folder.is_dir() and (Path(load) / before.name).is_dir():
         folder = Path(load) / before.name
-    path = find.resolve(folder)
-    if not find.record_of(path).finished:
+    path = find.resolve(folder, _owner(session, before, folder))
+    record = find.record_of(path)
+    if not record.finished:
         raise CheckpointError(f"stage {stage.name!r} starts from the end of stage {before.name!r}, whose newest good checkpoint is "
                               f"{path}; delete any damaged one after it and run {before.name!r} again, or set `load: {path}`")
+    _check_lineage(session, before, path, record)
     return path
+
+
+def _check_lineage(session: Session, stage: StageConfig, path: Path, record: Record) -> None:
+    """The checkpoint of a finished stage must have come from the stage of this run that the configuration puts before it.
+
+    Raises:
+        CheckpointError: it came from another.
+    """
+    parent = _parent(session, stage)
+    if parent is None or not record.run_id:  # from outside the run; or a record that names no run
+        return
+    last = record.lineage[-1] if record.lineage else None
+    if last is not None and last.get("run_id") == record.run_id and last["stage"] != parent.name:
+        raise CheckpointError(f"{path} began from stage {last['stage']!r}, and this run's stage {stage.name!r} begins from "
+                              f"{parent.name!r}; run {stage.name!r} again in another --save, or set `load: {path}` to use it as is")
+
+
+def _parent(session: Session, stage: StageConfig) -> StageConfig | None:
+    """The stage of this run that `stage` starts from, or none if it starts from elsewhere."""
+    named = next((s for s in session.config.stages if s.name == stage.load), None)
+    return named if stage.load else earlier_stage(session.config, stage)
+
+
+def _owner(session: Session, stage: StageConfig, folder: Path) -> find.Owner:
+    """Whose the checkpoints in a stage's folder are: this run's or, under `load`, those of the run they lie in."""
+    run_dir = folder.parent
+    if run_dir == session.run_dir:
+        return session.owner(stage)
+    return find.Owner(stage.name, run_id.of_other(run_dir))
 
 
 def _finished(session: Session, stage: StageConfig) -> Path | None:
     """The stage's newest checkpoint if it is that of its last step. Communicates."""
     found = [None]
     if session.topology.rank == 0:
-        path = find.latest(stage_dir(session.run_dir, stage))
+        path = find.latest(stage_dir(session.run_dir, stage), session.owner(stage))
         found = [path if path and records.read(path).finished else None]
     dist.broadcast_object_list(found, src=0)
     return found[0]
@@ -200,9 +231,9 @@ def _checkpoint_of(session: Session, stage: StageConfig, config: RunConfig) -> P
     step, load = config.checkpoint.ckpt_step, config.checkpoint.load
     own = stage_dir(session.run_dir, stage)
     wants_own = step is None or load is None or (own / f"iter_{step:07d}").exists()
-    found = find.newest_good(own, step) if wants_own else None
-    if found is None and load is not None and (Path(load) / stage.name).is_dir():
-        found = find.newest_good(Path(load) / stage.name, step)
+    found = find.newest_good(own, step, session.owner(stage)) if wants_own else None
+    if found is None and load is not None and (other := Path(load) / stage.name).is_dir():
+        found = find.newest_good(other, step, _owner(session, stage, other))
     return found
 
 
@@ -216,7 +247,7 @@ def _resume(session: Session, found: Path, built: Built, stage: StageConfig, con
     session.logger.rewind(stage.name, record.step)
     session.logger.event("resume", stage=stage.name, step=record.step, checkpoint=str(found))
     session.logger.say(f"stage {stage.name}: resumed at step {record.step} from {found}")
-    record.layout = rng.layout()
+    record.layout, record.run_id = rng.layout(), session.run_id
     return record
 
 
@@ -259,12 +290,3 @@ def _measure(session: Session, built: Built, config: RunConfig, stage: StageConf
             with collect.shuffled(mixtures, seed=config.train.seed + i):
                 scores[f"shuffled {i + 1}"] = ask()
     meter.finish(scores)
-
-
-def _known_wandb_run(config: RunConfig) -> str | None:
-    """The id an earlier part of this run logged under."""
-    for stage in reversed(config.stages):
-        found = find.latest(Path(config.checkpoint.save or "runs/default") / stage.name)
-        if found:
-            return records.read(found).wandb_run_id
-    return None

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from megatron_evomoe.checkpoint import find, run_id
+from megatron_evomoe.checkpoint import record as records
+from megatron_evomoe.checkpoint.find import Owner
 from megatron_evomoe.checkpoint.store import Saver
 from megatron_evomoe.config import ConfigError, RunConfig, StageConfig
 from megatron_evomoe.data.batch import prepare_eval
@@ -43,6 +46,11 @@ class Session:
     run_dir: Path
     saver: Saver
     heartbeat: Heartbeat
+    run_id: str
+
+    def owner(self, stage: StageConfig) -> Owner:
+        """Whose the checkpoints in a stage's folder are."""
+        return Owner(stage.name, self.run_id)
 
     @property
     def fingerprint(self) -> str:
@@ -75,19 +83,29 @@ def prepare_config(config: RunConfig) -> tuple[RunConfig, Tokenizer]:
     return config, tokenizer
 
 
-def open_session(config: RunConfig, *, wandb_run_id: str | None) -> Session:
-    """Process groups, logger, tokenizer. Communicates: every rank calls it once, after `init_process_group`."""
+def open_session(config: RunConfig) -> Session:
+    """Process groups, logger, tokenizer, the run's id. Communicates: every rank calls it once, after `init_process_group`."""
     config, tokenizer = prepare_config(config)
     for stage in config.stages:
         topology.validate(config.for_stage(stage.name), dist.get_world_size())
         check_feature_cache(config.for_stage(stage.name), stage)
     place = topology.initialize(config)
     run_dir = Path(config.checkpoint.save or "runs/default")
+    identity = run_id.of_run(run_dir)
     logger = RunLogger(config.log, run_dir, is_main=place.rank == 0, run_name=run_dir.name, config_dict=config.to_dict(),
-                       wandb_run_id=wandb_run_id)
+                       wandb_run_id=_known_wandb_run(config, run_dir, identity) if place.rank == 0 else None)
     processor = processor_for(config)
     return Session(config=config, topology=place, tokenizer=tokenizer, processor=processor, logger=logger, run_dir=run_dir,
-                   saver=Saver(config.checkpoint), heartbeat=Heartbeat(run_dir))
+                   saver=Saver(config.checkpoint), heartbeat=Heartbeat(run_dir), run_id=identity)
+
+
+def _known_wandb_run(config: RunConfig, run_dir: Path, identity: str) -> str | None:
+    """The id an earlier part of this run logged under."""
+    for stage in reversed(config.stages):
+        found = find.latest(stage_dir(run_dir, stage), Owner(stage.name, identity))
+        if found:
+            return records.read(found).wandb_run_id
+    return None
 
 
 def train_loader(session: Session, config: RunConfig, *, start_position: int, features: FeatureCache | None) -> TrainLoader | None:
