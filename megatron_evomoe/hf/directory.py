@@ -6,34 +6,23 @@ transformers may fill what it does not find with random numbers and a warning; h
 from __future__ import annotations
 
 import json
-import math
+import logging
+import os
+import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_evomoe.checkpoint.mapped import view_of
 from megatron_evomoe.checkpoint.record import CheckpointError
 from megatron_evomoe.config import ConfigError
+from megatron_evomoe.hf.safetensors_in import DTYPES, Place, Reader, read_header, unique
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-          "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
-"""safetensors' names of the types that are read."""
-_MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
+log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class Place:
-    """Where one tensor lies."""
-
-    file: Path
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    start: int = 0
-    """First byte in the file (safetensors only)."""
+_FORMATS = (("model", "safetensors"), ("pytorch_model", "bin"))
 
 
 class HfDirectory:
@@ -45,7 +34,8 @@ class HfDirectory:
 
     Raises:
         ConfigError: no directory, no ``config.json``, or a damaged one.
-        CheckpointError: no weights, a damaged file, a file the index names is missing, a name that occurs twice.
+        CheckpointError: no weights, a damaged file, an index that names a file that is missing or elsewhere, or a
+            tensor that is not in the file it names; a name that occurs twice.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -54,62 +44,66 @@ class HfDirectory:
             raise ConfigError(f"{self.path} is no directory; give a Hugging Face model's directory")
         self.config = _read_json(self.path / "config.json")
         self.tensors: dict[str, Place] = {}
-        for file in self._weight_files():
+        index, files = self._weight_files()
+        for file in files:
             for name, place in read_header(file) if file.suffix == ".safetensors" else _list_pickled(file):
                 if name in self.tensors:
                     raise CheckpointError(f"{self.path}: {name} is in both {self.tensors[name].file.name} and {file.name}")
                 self.tensors[name] = place
+        if index:
+            _check_index(index, self.tensors)
+        self._reader = Reader()
         self._opened: tuple[Path, dict[str, Tensor]] | None = None
 
     def read(self, name: str) -> Tensor:
         """The tensor of that name. From safetensors it is a view of the file, gone from memory when it is let go."""
         place = self.tensors[name]
         if place.file.suffix == ".safetensors":
-            return view_of(place.file, place.start, place.dtype, place.shape)
+            return self._reader.read(name, place)
         if self._opened is None or self._opened[0] != place.file:
             self._opened = (place.file, _load_pickled(place.file))
         return self._opened[1][name]
 
-    def _weight_files(self) -> list[Path]:
-        """safetensors where there are any: an index says which; else torch's own files."""
-        for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
+    def _weight_files(self) -> tuple[Path | None, list[Path]]:
+        """The index if there is one, and the files: safetensors where there are any, else torch's own."""
+        present = {entry.name for entry in os.scandir(self.path) if entry.is_file()}
+        for stem, suffix in _FORMATS:
             index = self.path / f"{stem}.{suffix}.index.json"
-            if index.exists():
-                files = [self.path / name for name in sorted(set(_read_json(index).get("weight_map", {}).values()))]
-                for file in files:
-                    if not file.is_file() or file.parent != self.path:
-                        raise CheckpointError(f"{index} names {file.name}, which is not there; fetch the whole model again")
-                return files
-            if (single := self.path / f"{stem}.{suffix}").exists():
-                return [single]
+            if index.name in present:
+                names = sorted(set(_weight_map(index).values()))
+                for name in names:
+                    if not name.endswith(f".{suffix}") or "/" in name:
+                        raise CheckpointError(f"{index} names {name!r} as a file of weights; files are *.{suffix} beside the index")
+                    if name not in present:
+                        raise CheckpointError(f"{index} names {name}, which is not there; fetch the whole model again")
+                return index, [self.path / name for name in names]
+            if f"{stem}.{suffix}" in present:
+                return None, [self.path / f"{stem}.{suffix}"]
         raise CheckpointError(f"{self.path} holds no weights: no model.safetensors or pytorch_model.bin, nor an index of one")
 
 
-def read_header(file: Path) -> Iterator[tuple[str, Place]]:
-    """Name and place of each tensor of a safetensors file.
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor -> file, as an index has it."""
+    try:
+        found = _read_json(index, once=True).get("weight_map")
+    except ConfigError as error:
+        raise CheckpointError(f"{error}; fetch it again") from None
+    if not isinstance(found, dict) or not found or not all(isinstance(name, str) for name in found.values()):
+        raise CheckpointError(f"{index} is damaged: weight_map must name the file of each tensor; fetch it again")
+    return found
 
-    Raises:
-        CheckpointError: the header is no header, or says what the file does not hold.
-    """
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > min(_MAX_HEADER, size - 8):
-            raise CheckpointError(f"{file} is damaged: its header claims {length} bytes, the file has {size}; fetch it again")
-        try:
-            header = json.loads(stream.read(length))
-            header.pop("__metadata__", None)
-            entries = [(name, e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for name, e in header.items()]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{file} is damaged: its header cannot be read ({error}); fetch it again") from None
-    for name, dtype, shape, start, stop in entries:
-        if dtype not in DTYPES:
-            raise CheckpointError(f"{file}: {name} has dtype {dtype}, which is not read here (quantised?); "
-                                  f"known: {', '.join(DTYPES)}")
-        if stop - start != math.prod(shape) * DTYPES[dtype].itemsize or start < 0 or 8 + length + stop > size:
-            raise CheckpointError(f"{file} is damaged: {name}, {dtype} of shape {shape}, cannot be bytes {start} to {stop} of a "
-                                  f"file of {size}; fetch it again")
-        yield name, Place(file, DTYPES[dtype], shape, 8 + length + start)
+
+def _check_index(index: Path, tensors: dict[str, Place]) -> None:
+    """Raises `CheckpointError` if the index and its files disagree; says so if only its total does."""
+    for name, file in _weight_map(index).items():
+        if name not in tensors:
+            raise CheckpointError(f"{index} places {name} in {file}, which has no such tensor; fetch the whole model again")
+        if (found := tensors[name].file.name) != file:
+            raise CheckpointError(f"{index} places {name} in {file}, and it is in {found}; fetch the whole model again")
+    metadata = _read_json(index).get("metadata")
+    total = metadata.get("total_size") if isinstance(metadata, dict) else None
+    if total is not None and total != (size := sum(place.nbytes for place in tensors.values())):
+        log.warning("%s says that its tensors have %r bytes together; they have %d, and each is whole", index, total, size)
 
 
 def _list_pickled(file: Path) -> Iterator[tuple[str, Place]]:
@@ -120,21 +114,28 @@ def _list_pickled(file: Path) -> Iterator[tuple[str, Place]]:
 def _load_pickled(file: Path) -> dict[str, Tensor]:
     """A ``pytorch_model*.bin``, opened without running what it may name."""
     try:
-        loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        # files of before torch 1.6 are no archives, and only an archive can be mapped
+        loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as error:  # a damaged or malicious pickle can raise anything
-        raise CheckpointError(f"{file} is unsafe or damaged ({str(error).splitlines()[0]}); nothing was loaded. Ask its author "
-                              "for safetensors") from None
-    if not isinstance(loaded, dict) or not all(torch.is_tensor(v) for v in loaded.values()):
-        raise CheckpointError(f"{file} holds something else than a dictionary of tensors")
-    return loaded
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{file} is unsafe or damaged ({reason[:300]}); nothing was loaded. Ask its author for "
+                              "safetensors") from None
+    if not isinstance(loaded, dict) or not all(isinstance(k, str) and torch.is_tensor(v) for k, v in loaded.items()):
+        raise CheckpointError(f"{file} holds something else than a dictionary of tensors by name")
+    for name, tensor in loaded.items():
+        if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.dtype not in DTYPES.values():
+            raise CheckpointError(f"{file}: {name} is a {tensor.layout} tensor of {tensor.dtype} on {tensor.device}, which is not "
+                                  "read here (quantised?)")
+    return {name: tensor.detach() for name, tensor in loaded.items()}
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def _read_json(file: Path, *, once: bool = False) -> dict[str, Any]:
+    """A file's mapping; with `once` every key may occur once, else the last counts, as for everybody who reads it."""
+    if not file.is_file():
+        raise ConfigError(f"{file} does not exist; {file.parent} is no Hugging Face model directory")
     try:
-        content = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"{file} does not exist; {file.parent} is no Hugging Face model directory") from None
-    except ValueError as error:
+        content = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=unique if once else None)
+    except (ValueError, RecursionError, OSError) as error:
         raise ConfigError(f"{file} is damaged: {error}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{file} holds a {type(content).__name__}, a mapping is expected")

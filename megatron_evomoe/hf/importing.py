@@ -10,6 +10,7 @@ All of it is written beside OUTPUT and renamed at the end.
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import re
@@ -27,10 +28,12 @@ from megatron_evomoe.checkpoint.stream import CheckpointWriter
 from megatron_evomoe.config import ConfigError, RunConfig, from_mapping
 from megatron_evomoe.hf import sources
 from megatron_evomoe.hf.directory import require_empty
+from megatron_evomoe.hf.finite import converted
 from megatron_evomoe.hf.names import Entry, NameMap
 from megatron_evomoe.moe import fresh
 
-DTYPES = {"keep": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"keep": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "float32": torch.float32,
+          "bfloat16": torch.bfloat16, "float16": torch.float16}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
                     "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json")
 _EXPERT = re.compile(r"\.mlp\.experts\.\d+\.")
@@ -75,13 +78,14 @@ def import_model(request: Request) -> Imported:
 
     Raises:
         ConfigError: the source cannot be expressed, or the request contradicts itself.
-        CheckpointError: missing, surplus, misshapen or damaged tensors; the output is not empty; no room on the disk.
+        CheckpointError: missing, surplus, misshapen or damaged tensors, or values that are not finite; the output is not empty; no
+            room on the disk.
     """
     output = Path(request.output).expanduser()
     require_empty(output)
     source, config, left_out = _open(request)
     target = _target(source, config, request)
-    _require_room(output, target, source, DTYPES[request.dtype])
+    _require_room(output, target, target.dtypes(source, request))
     tokenizer = _tokenizer_files(source.tokenizer)
     if tokenizer:
         path = _tokenizer_path(output.absolute() / "tokenizer", tokenizer)
@@ -136,6 +140,19 @@ class Target:
         self.entries = list({(e.core, e.expert): e for names in maps for e in names.entries}.values())
         self.parameters = sum(math.prod(shape) for e in self.entries for shape in e.hf.values())
 
+    def dtypes(self, source: sources.Source, request: Request) -> dict[str, torch.dtype]:
+        """Core key -> type of what is written: the request's; else the narrowest that holds everything the tensor is made of (gate
+        and up may differ, and so may experts). A fresh router is like the norm of its layer."""
+        found: dict[str, torch.dtype] = {}
+        for entry in self.entries:
+            if dtype := DTYPES[request.dtype]:
+                found[entry.core] = dtype
+                continue
+            names = [_router_like(entry)] if _is_fresh(entry, request) else [self.origin(name, source) for name in entry.hf]
+            types = [source.place(name).dtype for name in names]
+            found[entry.core] = functools.reduce(torch.promote_types, types, found.get(entry.core, types[0]))
+        return found
+
     @staticmethod
     def origin(name: str, source: sources.Source) -> str:
         """The source's tensor for an HF name: its own; for an expert of a new mixture the dense FFN's; for the dense FFN of an
@@ -167,9 +184,8 @@ def _config(source: sources.Source, request: Request) -> RunConfig:
     return from_mapping({**({"data": {"seq_length": longest}} if longest else {}), **sections}, request.flags)
 
 
-def _require_room(output: Path, target: Target, source: sources.Source, dtype: torch.dtype | None) -> None:
-    widest = max(source.place(name).dtype.itemsize for name in source.tensors)
-    needed = sum(math.prod(s) for s in target.shapes.values()) * (dtype.itemsize if dtype else widest)
+def _require_room(output: Path, target: Target, dtypes: dict[str, torch.dtype]) -> None:
+    needed = sum(math.prod(shape) * dtypes[core].itemsize for core, shape in target.shapes.items())
     existing = next(p for p in (output, *output.absolute().parents) if p.exists())
     if needed > (free := shutil.disk_usage(existing).free):
         raise CheckpointError(f"{output} needs up to {needed / 2**30:.2f} GiB and {free / 2**30:.2f} GiB are free; nothing was "
@@ -180,12 +196,11 @@ def _write(directory: Path, source: sources.Source, config: RunConfig, target: T
     record = Record(stage="imported", kind=target.kind, step=0, position=0, finished=True, layout={"world": 1},
                     vocab_size=config.language.vocab_size or 0, tokenizer_fingerprint="", parts=target.parts,
                     lineage=source.lineage, num_experts=config.moe.num_experts if target.kind in ("evolve", "route") else 0)
-    dtype = DTYPES[request.dtype]
+    dtypes = target.dtypes(source, request)
     with CheckpointWriter(directory, record, config.to_yaml()) as writer:
         for entry in target.entries:
             row = 0
-            for piece in _pieces(entry, source, config, request):
-                piece = piece if dtype is None else piece.to(dtype)
+            for piece in _pieces(entry, source, config, request, dtypes[entry.core]):
                 if entry.expert is None:
                     writer.put(entry.core, piece, shape=target.shapes[entry.core], offset=(row,))
                 else:
@@ -196,20 +211,32 @@ def _write(directory: Path, source: sources.Source, config: RunConfig, target: T
 
 def is_drawn(entry: Entry, request: Request) -> bool:
     """Whether an entry's numbers are, in part, random."""
-    if request.expert_init == "none":
-        return False
     noisy = request.expert_init == "noise" and entry.expert is not None and entry.core.endswith(".weight")
-    return noisy or ".mlp.router." in entry.core
+    return noisy or _is_fresh(entry, request)
 
 
-def _pieces(entry: Entry, source: sources.Source, config: RunConfig, request: Request) -> list[Tensor]:
-    """The core tensor of an entry, in pieces along its first axis."""
-    if is_drawn(entry, request) and entry.expert is None:
+def _is_fresh(entry: Entry, request: Request) -> bool:
+    """Whether an entry belongs to a router that the source does not have."""
+    return request.expert_init != "none" and ".mlp.router." in entry.core
+
+
+def _router_like(entry: Entry) -> str:
+    """The source's tensor whose type a fresh router takes."""
+    return f"language_model.model.layers.{_LAYER.search(entry.core)[1]}.input_layernorm.weight"
+
+
+def _pieces(entry: Entry, source: sources.Source, config: RunConfig, request: Request, dtype: torch.dtype) -> list[Tensor]:
+    """The core tensor of an entry, in pieces along its first axis, in `dtype` and finite."""
+    if _is_fresh(entry, request):
         layer, name = int(_LAYER.search(entry.core)[1]), entry.core.split(".mlp.router.")[1]
-        like = source.place(f"language_model.model.layers.{layer}.input_layernorm.weight").dtype
-        return [fresh.router_weights(config, layer + 1)[name].to(like)]
-    pieces = entry.to_core({name: source.read(Target.origin(name, source)) for name in entry.hf})
-    return [_with_noise(torch.cat(pieces), entry, len(pieces), config)] if is_drawn(entry, request) else pieces
+        return [converted(entry.core, fresh.router_weights(config, layer + 1)[name], dtype)]
+    origins = {name: Target.origin(name, source) for name in entry.hf}
+    if not is_drawn(entry, request):
+        return entry.to_core({name: converted(source.describe(o), source.read(o), dtype) for name, o in origins.items()})
+    own = functools.reduce(torch.promote_types, (source.place(o).dtype for o in origins.values()))  # noise is in the weights' units
+    pieces = entry.to_core({name: converted(source.describe(o), source.read(o), own) for name, o in origins.items()})
+    noisy = _with_noise(torch.cat(pieces), entry, len(pieces), config)
+    return [converted(f"{' and '.join(map(source.describe, origins.values()))} with noise", noisy, dtype)]
 
 
 def _with_noise(weight: Tensor, entry: Entry, gates: int, config: RunConfig) -> Tensor:

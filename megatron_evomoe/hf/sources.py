@@ -54,6 +54,11 @@ class Source:
         tensor = directory.read(original)
         return tensor[: self.rows[name]] if name in self.rows else tensor
 
+    def describe(self, name: str) -> str:
+        """A tensor as its file calls it, for messages."""
+        directory, original = self.tensors[name]
+        return f"{original} in {directory.tensors[original].file}"
+
     def add(self, directory: HfDirectory, keep: Callable[[str], bool] = lambda name: True) -> None:
         """Take the directory's tensors whose canonical names are wanted.
 

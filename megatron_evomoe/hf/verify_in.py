@@ -42,15 +42,15 @@ def compare(request: Request, imported: Imported) -> list[Row]:
 def _compare_tensors(request: Request, imported: Imported) -> Row:
     """All entries of the map, one at a time."""
     source, target = open_target(request, imported.config)
-    reader, dtype = CheckpointReader(imported.checkpoint), DTYPES[request.dtype]
+    reader, dtypes = CheckpointReader(imported.checkpoint), target.dtypes(source, request)
     count, different = 0, []
     for entry in target.entries:
         if is_drawn(entry, request):
             continue
         for name, tensor in entry.to_hf(reader.read(entry.core, entry.expert)).items():
-            original = source.read(target.origin(name, source))
+            original = source.read(target.origin(name, source)).to(dtypes[entry.core])
             count += 1
-            if not torch.equal(tensor, original if dtype is None else original.to(dtype)):
+            if tensor.dtype != original.dtype or not torch.equal(tensor, original):
                 different.append(name)
     found = f"{count} bit-identical" if not different else f"{len(different)} of {count} differ: {', '.join(different[:3])}"
     return Row("tensors", found, "all", not different)

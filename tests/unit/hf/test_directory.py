@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -66,15 +68,49 @@ def rewrite_header(path: Path, change) -> None:
     path.write_bytes(len(new).to_bytes(8, "little") + new + data[8 + length :])
 
 
+def header_as(text: bytes):
+    """Damage: this header before the tensors there are."""
+    def damage(path: Path) -> None:
+        data = path.read_bytes()
+        rest = data[8 + int.from_bytes(data[:8], "little") :]
+        path.write_bytes(len(text).to_bytes(8, "little") + text + rest)
+    return damage
+
+
+def entry(**change):
+    """Damage: other values in the header's entry of `a`."""
+    return lambda path: rewrite_header(path, lambda header: header["a"].update(change))
+
+
+def twice(path: Path) -> None:
+    """Damage: `a` once more before itself, as integers; the last entry would win."""
+    text = path.read_bytes()[8:].split(b"}}")[0] + b"}}"
+    header_as(b'{"a":{"dtype":"I32","shape":[3,4],"data_offsets":[0,48]},' + text[1:])(path)
+
+
 DAMAGE = {
-    "cut": (lambda p: p.write_bytes(p.read_bytes()[:-8]), "damaged.*cannot be bytes"),
-    "almost nothing": (lambda p: p.write_bytes(b"abc"), "damaged.*header claims"),
-    "long header": (lambda p: p.write_bytes(b"\xff" * 200), "damaged.*header claims"),
-    "no JSON": (lambda p: p.write_bytes((50).to_bytes(8, "little") + b"\xfe" * 100), "header cannot be read"),
-    "a list": (lambda p: p.write_bytes((2).to_bytes(8, "little") + b"[]"), "header cannot be read"),
-    "shape": (lambda p: rewrite_header(p, lambda h: h["a"].update(shape=[3, 5])), r"a, F32 of shape \(3, 5\)"),
-    "offsets": (lambda p: rewrite_header(p, lambda h: h["a"].update(data_offsets=[10**6, 10**6 + 48])), "a, F32"),
-    "dtype": (lambda p: rewrite_header(p, lambda h: h["a"].update(dtype="F8_E4M3")), "a has dtype F8_E4M3.*quantised"),
+    "cut": (lambda p: p.write_bytes(p.read_bytes()[:-8]), "damaged.*not fully covered"),
+    "longer": (lambda p: p.write_bytes(p.read_bytes() + b"12345678"), "damaged.*not fully covered"),
+    "empty": (lambda p: p.write_bytes(b""), "damaged.*header too small"),
+    "almost nothing": (lambda p: p.write_bytes(b"abc"), "damaged.*header too small"),
+    "header bomb": (lambda p: p.write_bytes(b"\xff" * 200), "damaged.*header too large"),
+    "header longer than the file": (lambda p: p.write_bytes((10**6).to_bytes(8, "little") + b"{}"), "damaged.*header"),
+    "no text": (lambda p: p.write_bytes((50).to_bytes(8, "little") + b"\xfe" * 100), "damaged.*header"),
+    "a list": (header_as(b"[]"), "damaged.*header"),
+    "deep": (header_as(b'{"a":' * 10**5), "damaged.*recursion"),
+    "shape": (entry(shape=[3, 5]), "damaged"),
+    "negative shape": (entry(shape=[-3, -4]), "damaged.*-3"),
+    "null shape": (entry(shape=None), "damaged.*null"),
+    "float shape": (entry(shape=[3.0, 4]), "damaged.*float"),
+    "shape beyond counting": (entry(shape=[2**62, 2**62]), "damaged.*overflow"),
+    "offsets": (entry(data_offsets=[10**6, 10**6 + 48]), "damaged.*offset"),
+    "offsets backwards": (entry(data_offsets=[48, 0]), "damaged.*offset"),
+    "text offsets": (entry(data_offsets=["0", "48"]), "damaged.*string"),
+    "a list as dtype": (entry(dtype=["F32"]), "damaged.*sequence"),
+    "unknown dtype": (entry(dtype="F33"), "damaged.*F33"),
+    "overlap": (lambda p: rewrite_header(p, lambda h: h.update(e={**h["a"]})), "damaged.*offset"),
+    "twice": (twice, "damaged.*'a' occurs twice"),
+    "quantised": (entry(dtype="F8_E4M3", shape=[48]), "a has dtype F8_E4M3.*quantised"),
 }
 
 
@@ -85,6 +121,36 @@ def test_damaged_files_are_named(tmp_path, name):
     damage(path / "model.safetensors")
     with pytest.raises(CheckpointError, match=rf"model\.safetensors.*{message}"):
         HfDirectory(path)
+
+
+def test_a_file_is_opened_anew_after_so_many_bytes(tmp_path, monkeypatch):
+    """So that memory does not hold all that was read; and every tensor is right through whichever opening."""
+    from megatron_evomoe.hf import safetensors_in
+
+    openings = []
+    monkeypatch.setattr(safetensors_in, "_MAPPED", 100)
+    monkeypatch.setattr(safetensors_in, "safe_open", lambda *a, _f=safetensors_in.safe_open, **k: openings.append(a) or _f(*a, **k))
+    tensors = {f"t{i}": torch.randn(10) for i in range(9)}
+    found = HfDirectory(directory(tmp_path / "m", {"model.safetensors": tensors}))
+    del openings[:]
+    assert all(torch.equal(found.read(name), tensor) for name, tensor in tensors.items())
+    assert len(openings) == 3
+
+
+def test_the_largest_import_does_not_stay_in_memory(tmp_path):
+    """Read through a reader, 300 MB leave no more than an opening's share and one tensor in memory."""
+    tensors = {f"t{i}": torch.ones(3_000_000) for i in range(25)}
+    path = directory(tmp_path / "m", {"model.safetensors": tensors})
+    del tensors
+    script = f"""
+from megatron_evomoe.hf.directory import HfDirectory
+def resident(): return int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) * 1024
+found, before = HfDirectory({str(path)!r}), resident()
+for name in found.tensors: assert found.read(name).sum() == 3_000_000
+print(resident() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 2**26 + 2 * 12_000_000 + 20_000_000
 
 
 class Bomb:
@@ -117,12 +183,69 @@ def test_what_is_missing_is_named(tmp_path):
         HfDirectory(path)
 
 
-def test_an_index_cannot_lead_out_of_the_directory(tmp_path):
+INDICES = {
+    "out of the directory": ({"a": "../other/model.safetensors"}, "'../other/model.safetensors' as a file"),
+    "absolute": ({"a": "/etc/model.safetensors"}, "'/etc/model.safetensors' as a file"),
+    "a pickle": ({"a": "pytorch_model.bin"}, "'pytorch_model.bin' as a file"),
+    "itself": ({"a": "model.safetensors.index.json"}, "as a file of weights"),
+    "a directory": ({"a": "folder.safetensors"}, "folder.safetensors, which is not there"),
+    "a number": ({"a": 1}, "weight_map must name"),
+    "a list": (["model-1.safetensors"], "weight_map must name"),
+    "null": (None, "weight_map must name"),
+    "nothing": ({}, "weight_map must name"),
+    "a stranger": ({"x": "model-1.safetensors"}, "places x in model-1.safetensors, which has no such"),
+    "another file": ({"a": "model-2.safetensors", "c": "model-1.safetensors"}, "places a in model-2.safetensors, and it is in"),
+    "a name as long as none can be": ({"a": "x" * 5000 + ".safetensors"}, "which is not there"),
+}
+
+
+@pytest.mark.parametrize("name", INDICES)
+def test_an_index_that_lies_is_named(tmp_path, name):
+    weight_map, message = INDICES[name]
     directory(tmp_path / "other", {"model.safetensors": TENSORS})
-    path = directory(tmp_path / "m", {})
-    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../other/model.safetensors"}}))
-    with pytest.raises(CheckpointError, match="not there"):
+    path = directory(tmp_path / "m", split("model-1.safetensors", "model-2.safetensors") | {"pytorch_model.bin": TENSORS})
+    (path / "folder.safetensors").mkdir()
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(CheckpointError, match=f"index.json.*{message}"):
         HfDirectory(path)
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("[" * 10**5, "recursion"), ('{"weight_map": {"a": "m.safetensors", "a": "n.safetensors"}}', "'a' occurs twice"),
+    ("\udcff", "decode"), ("3", "holds a int"),
+])
+def test_an_index_that_is_none_is_named(tmp_path, text, message):
+    path = directory(tmp_path / "m", {"model-1.safetensors": TENSORS})
+    (path / "model.safetensors.index.json").write_text(text, errors="surrogateescape")
+    with pytest.raises(CheckpointError, match=f"index.json.*{message}"):
+        HfDirectory(path)
+
+
+def test_a_total_that_is_wrong_is_said(tmp_path, caplog):
+    """Published indices have wrong totals; nothing depends on them."""
+    path = directory(tmp_path / "m", split("model-1.safetensors", "model-2.safetensors"), "model.safetensors.index.json")
+    index = json.loads((path / "model.safetensors.index.json").read_text())
+    (path / "model.safetensors.index.json").write_text(json.dumps({**index, "metadata": {"total_size": 7}}))
+    assert HfDirectory(path).tensors.keys() == TENSORS.keys()
+    assert "7 bytes together; they have 60" in caplog.text
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    ({"a": torch.ones(3).to_sparse()}, "a is a torch.sparse"), ({3: torch.ones(3)}, "dictionary of tensors"),
+    ([torch.ones(3)], "dictionary of tensors"), ({"a": torch.ones(3, dtype=torch.complex64)}, "complex64"),
+    ({"a": torch.empty(3, device="meta")}, "on meta"),
+])
+def test_pickles_of_something_else_are_named(tmp_path, content, message):
+    path = directory(tmp_path / "m", {"pytorch_model.bin": content})
+    with pytest.raises(CheckpointError, match=f"pytorch_model.bin.*{message}"):
+        HfDirectory(path)
+
+
+def test_pickles_of_before_archives_are_read(tmp_path):
+    path = directory(tmp_path / "m", {})
+    torch.save(TENSORS, path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    found = HfDirectory(path)
+    assert all(torch.equal(found.read(name), tensor) for name, tensor in TENSORS.items())
 
 
 def test_one_tensor_in_two_files(tmp_path):

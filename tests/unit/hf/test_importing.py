@@ -105,6 +105,53 @@ def test_dtypes(tmp_path, reference):
     assert same(contents(cast.checkpoint), {k: v.half().bfloat16() for k, v in reference.items()})
 
 
+GATE, UP = (f"language_model.model.layers.1.mlp.{x}_proj.weight" for x in ("gate", "up"))
+Q, K = (f"language_model.model.layers.0.self_attn.{x}_proj.weight" for x in "qk")
+
+
+def test_parts_of_one_tensor_may_differ_in_type(tmp_path, reference):
+    """What is written holds all of them exactly: the wider type, or float32 where neither holds the other."""
+    content = tensors()
+    content |= {GATE: content[GATE].half(), UP: content[UP].bfloat16(), Q: content[Q].bfloat16()}
+    found = contents(convert(tmp_path, model=write(tmp_path / "hf", content=content)).checkpoint)
+    fc1 = found["language_model.decoder.layers.1.mlp.linear_fc1.weight"]
+    assert torch.equal(fc1, torch.cat([content[GATE].float(), content[UP].float()]))
+    qkv = "language_model.decoder.layers.0.self_attention.linear_qkv.weight"
+    assert found[qkv].dtype == torch.float32 and torch.equal(found[qkv].bfloat16(), reference[qkv].bfloat16())
+
+
+@pytest.mark.parametrize("expert_init", ["replicate", "noise"])
+def test_experts_of_parts_of_different_types(tmp_path, expert_init):
+    content = tensors()
+    content[GATE] = content[GATE].half()
+    imported = convert(tmp_path, model=write(tmp_path / "hf", content=content), expert_init=expert_init, flags=FLAGS)
+    fc1 = contents(imported.checkpoint)["language_model.decoder.layers.1.mlp.experts.experts.linear_fc1.weight"]
+    assert fc1.dtype == torch.float32
+    assert torch.allclose(fc1[2], torch.cat([content[GATE].float(), content[UP]]), atol=0.2)
+
+
+@pytest.mark.parametrize(("name", "value", "dtype", "message"), [
+    (GATE, float("nan"), "keep", r"layers\.1\.mlp\.gate_proj\.weight in .*model\.safetensors: 1 of 1536 values are not finite"),
+    (K, float("-inf"), "fp32", r"k_proj\.weight in .*: 1 of 512 values are not finite.*in the source"),
+    (UP, 7e4, "fp16", r"up_proj\.weight in .*: 1 of (1536|3072) values are beyond .*65504.*--dtype fp32 or bf16"),
+    (UP, 7e4, "float16", r"up_proj\.weight in .*: 1 of (1536|3072) values are beyond the largest float16"),
+])
+def test_values_that_are_not_finite_are_named(tmp_path, name, value, dtype, message):
+    content = tensors()
+    content[name][3, 4] = value
+    write(tmp_path / "hf", content=content)
+    for expert_init in ("none", "replicate", "noise"):
+        with pytest.raises(CheckpointError, match=message):
+            convert(tmp_path, model=tmp_path / "hf", dtype=dtype, expert_init=expert_init, flags=FLAGS)
+    assert [p.name for p in tmp_path.iterdir()] == ["hf"]
+
+
+def test_what_is_left_out_may_be_anything(tmp_path, reference):
+    content = tensors()
+    content["vision_tower.vision_model.post_layernorm.weight"][0] = float("nan")
+    assert same(contents(convert(tmp_path, model=write(tmp_path / "hf", content=content)).checkpoint), reference)
+
+
 def test_what_is_emitted_configures_a_run(tmp_path):
     imported = convert(tmp_path, model=write(tmp_path / "hf"))
     run = load_config(None, {"preset": str(imported.output / "model.yaml"), "seq_length": 64, "vision_feature_layer": -2})
