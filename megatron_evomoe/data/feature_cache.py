@@ -25,7 +25,7 @@ from megatron_evomoe.data.errors import DataError, SampleError
 from megatron_evomoe.data.shards import ShardDataset, write_atomically
 
 PART_IMAGES = 256
-_VERSION = 1
+_VERSION = 2  # changes whenever a file gives other pixels than before; 2: transparency is white
 _OPEN_FILES = 64
 
 

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from megatron_evomoe.config import ConfigError, RunConfig
 from megatron_evomoe.data.errors import SampleError
+from megatron_evomoe.data.picture import as_rgb
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 SIGLIP_MEAN, SIGLIP_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
@@ -35,38 +36,40 @@ def decode_image(data: bytes, max_pixels: int = 50_000_000) -> np.ndarray:
 
     The size is read from the header and refused before anything is decoded. JPEG goes through simplejpeg, the one decoder that
     raises on corrupt bytes where others return wrong pixels; what it does not know (CMYK) and the other formats, by content
-    and not by name, through Pillow. Transparency is dropped, the first frame of an animation taken.
+    and not by name, through Pillow. `data/picture.py` says what becomes of transparency (white), palettes and 16 bits; the first
+    frame of an animation is taken.
 
     Raises:
         SampleError: corrupt-image, image-too-large, image-shape (longer than 200 : 1).
     """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow warns of large files, palettes and EXIF; what matters is refused here
+        try:
+            header = _header(data, max_pixels)
+            if data[:3] == b"\xff\xd8\xff" and header.mode in ("RGB", "L"):
+                pixels = simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True)
+                return _upright(pixels, header.getexif().get(_ORIENTATION, 1))
+            return np.asarray(as_rgb(header))
+        except SampleError:
+            raise
+        except Image.DecompressionBombError as error:
+            raise SampleError("image-too-large", str(error)) from None
+        except (OSError, ValueError, SyntaxError, EOFError, IndexError) as error:
+            raise SampleError("corrupt-image", str(error)) from None
+
+
+def _header(data: bytes, max_pixels: int) -> Image.Image:
+    """The file opened, nothing decoded, its size within the limits; raises what Pillow raises, and `SampleError`."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of large files; the limit here is ours
-            header = Image.open(io.BytesIO(data), formats=_FORMATS)
-    except Image.DecompressionBombError as error:
-        raise SampleError("image-too-large", str(error)) from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        what = f"{len(data)} bytes that are no {', '.join(_FORMATS)} file" if isinstance(error, UnidentifiedImageError) else error
-        raise SampleError("corrupt-image", str(what)) from None
+        header = Image.open(io.BytesIO(data), formats=_FORMATS)
+    except UnidentifiedImageError:
+        raise SampleError("corrupt-image", f"{len(data)} bytes that are no {', '.join(_FORMATS)} file") from None
     width, height = header.size
     if width * height > max_pixels:
         raise SampleError("image-too-large", f"{width} x {height} is more than max_image_pixels {max_pixels}")
     if max(width, height) > _MAX_ASPECT * min(width, height):
         raise SampleError("image-shape", f"{width} x {height} is longer than {_MAX_ASPECT} : 1")
-    try:
-        is_plain_jpeg = data[:3] == b"\xff\xd8\xff" and header.mode in ("RGB", "L")
-        pixels = simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True) if is_plain_jpeg else _decode_with_pillow(header)
-        return _upright(pixels, header.getexif().get(_ORIENTATION, 1))
-    except (OSError, ValueError, SyntaxError, EOFError, IndexError, Image.DecompressionBombError) as error:
-        raise SampleError("corrupt-image", str(error)) from None
-
-
-def _decode_with_pillow(image: Image.Image) -> np.ndarray:
-    if image.mode.startswith("I"):  # 16 bits of grey; convert("RGB") would clip at 255 rather than scale
-        grey = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
-        return np.stack([grey] * 3, axis=-1)
-    return np.asarray(image.convert("RGB"))
+    return header
 
 
 def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:

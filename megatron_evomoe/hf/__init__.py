@@ -15,12 +15,13 @@ from types import ModuleType
 
 
 def register() -> None:
-    """Make ``AutoConfig``, ``AutoModel``, ``AutoModelForImageTextToText`` and ``AutoModelForCausalLM`` know ``evomoe``.
+    """Make ``AutoConfig``, ``AutoImageProcessor``, ``AutoModel``, ``AutoModelForImageTextToText`` and ``AutoModelForCausalLM`` know
+    ``evomoe``.
 
     Raises:
         ImportError: transformers is not installed, or is older than 4.56.
     """
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 
     from megatron_evomoe.hf.code.configuration_evomoe import EvoMoeConfig
     from megatron_evomoe.hf.code.modeling_evomoe import EvoMoeForConditionalGeneration
@@ -28,6 +29,10 @@ def register() -> None:
     AutoConfig.register(EvoMoeConfig.model_type, EvoMoeConfig, exist_ok=True)
     for auto in (AutoModel, AutoModelForImageTextToText, AutoModelForCausalLM):
         auto.register(EvoMoeConfig, EvoMoeForConditionalGeneration, exist_ok=True)
+    with contextlib.suppress(RuntimeError):  # a torchvision that does not fit torch; what has to do with pictures says so when used
+        from megatron_evomoe.hf.code.image_processing_evomoe import EvoMoeImageProcessor
+
+        AutoImageProcessor.register(EvoMoeConfig, slow_image_processor_class=EvoMoeImageProcessor, exist_ok=True)
 
 
 class _RegisterOnImport(importlib.abc.MetaPathFinder):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
+
+from megatron_evomoe.data.picture import as_rgb
 
 _LOAD = """\
 ```python
@@ -13,7 +16,7 @@ processor = AutoProcessor.from_pretrained(PATH{trust})
 model = AutoModelForImageTextToText.from_pretrained(PATH, dtype="auto"{trust})
 messages = [{{"role": "user", "content": [{{"type": "image"}}, {{"type": "text", "text": "What is in this picture?"}}]}}]
 prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
-inputs = processor(text=prompt, images=Image.open("picture.jpg"), return_tensors="pt")
+inputs = processor(text=prompt, images={picture}, return_tensors="pt")
 inputs = inputs.to(model.device, model.dtype)
 output = model.generate(**inputs, max_new_tokens=64)
 print(processor.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
@@ -64,11 +67,18 @@ def _stage_table(stage: dict[str, Any]) -> str:
 
 def _loading(form: str) -> str:
     if form == "llava":
-        return "transformers' own `LlavaForConditionalGeneration`, 4.56 or later:\n\n" + _LOAD.format(registration="", trust="")
+        return ("transformers' own `LlavaForConditionalGeneration`, 4.56 or later:\n\n"
+                + _LOAD.format(registration="", trust="", picture='as_rgb(Image.open("picture.jpg"))')
+                + "\n`as_rgb` makes of a picture what training saw. Without it transformers 4 drops transparency (5 puts it on "
+                  "white, as training did), and both clip 16-bit grey and leave a picture as the camera was held:\n\n"
+                + "```python\nimport numpy as np\nfrom PIL import Image, ImageOps\n\n" + inspect.getsource(as_rgb) + "```\n")
+    picture = 'Image.open("picture.jpg")'
     return ("With transformers 4.56 or later alone, which then runs the code in this directory:\n\n"
-            + _LOAD.format(registration="", trust=", trust_remote_code=True")
+            + _LOAD.format(registration="", trust=", trust_remote_code=True", picture=picture)
             + "\nWith megatron_evomoe installed no code of this directory is run:\n\n"
-            + _LOAD.format(registration="import megatron_evomoe.hf  # registers the classes\n", trust=""))
+            + _LOAD.format(registration="import megatron_evomoe.hf  # registers the classes\n", trust="", picture=picture)
+            + "\nThe image processor turns a picture as its EXIF says, puts transparency on white and keeps the high byte of 16 "
+              "bits, as training did.\n")
 
 
 def _notes(kind: str, moe: dict[str, Any]) -> str:

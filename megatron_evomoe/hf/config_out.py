@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_evomoe.config import ConfigError, LanguageConfig, RunConfig, VisionConfig
 from megatron_evomoe.data.image import processor_for
-from megatron_evomoe.hf.code.files import AUTO_MAP
+from megatron_evomoe.hf.code.files import AUTO_MAP, IMAGE_AUTO_MAP
 from megatron_evomoe.hf.sources import OWN_KEY
 
 _ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
@@ -148,8 +148,12 @@ def generation_config(tokens: Tokens, rows: int) -> Json:
     return {**tokens.roles(), "eos_token_id": sorted(tokens.stop), "do_sample": False, "max_new_tokens": 512, **suppressed}
 
 
-def processor_configs(config: RunConfig) -> dict[str, Json]:
-    """File name -> contents, for LLaVA's processor and the image processor that does what `data/image.py` does."""
+def processor_configs(config: RunConfig, form: str) -> dict[str, Json]:
+    """File name -> contents, for LLaVA's processor and the image processor that does what `data/image.py` does.
+
+    Args:
+        form: `evomoe` names the image processor of the export's own code, `llava` one of transformers'.
+    """
     vision, ours = config.vision, processor_for(config)
     image = {
         "processor_class": "LlavaProcessor", "do_resize": True, "size": {"shortest_edge": ours.size}, "resample": 3,
@@ -157,10 +161,12 @@ def processor_configs(config: RunConfig) -> dict[str, Json]:
         "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": list(ours.mean), "image_std": list(ours.std),
         "do_convert_rgb": True,
     }
-    if ours.aspect_ratio == "pad":
-        image |= {"image_processor_type": "LlavaImageProcessor", "do_pad": True}
+    pads = ours.aspect_ratio == "pad"
+    if form == "evomoe":
+        image |= {"image_processor_type": "EvoMoeImageProcessor", "auto_map": IMAGE_AUTO_MAP, "do_pad": pads}
     else:
-        image |= {"image_processor_type": "CLIPImageProcessor"}
+        image |= {"image_processor_type": "LlavaImageProcessor", "do_pad": True} if pads else {
+            "image_processor_type": "CLIPImageProcessor"}
     processor = {"processor_class": "LlavaProcessor", "patch_size": vision.patch_size, "image_token": "<image>",
                  "vision_feature_select_strategy": _select(vision), "num_additional_image_tokens": int(vision.model_type == "clip")}
     return {"preprocessor_config.json": image, "processor_config.json": processor}

@@ -254,10 +254,10 @@ def _write_files(plan: _Plan, folder: Path, writer: ShardedWriter) -> None:
         described = config_out.llava_config(config, tokens, plan.own, plan.dtype, plan.rows)
     else:
         described = config_out.evomoe_config(config, plan.kind, tokens, plan.own, plan.dtype)
-        for file in source_files():
-            shutil.copyfile(file, folder / file.name)
+        for name, file in source_files().items():
+            shutil.copyfile(file, folder / name)
     contents = {"config.json": described, "generation_config.json": config_out.generation_config(tokens, plan.rows),
-                **config_out.processor_configs(config), **files.files}
+                **config_out.processor_configs(config, plan.format), **files.files}
     for name, value in contents.items():
         (folder / name).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
     template = config.data.conversation_template

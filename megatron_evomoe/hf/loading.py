@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 Message = dict[str, Any]
@@ -57,7 +58,8 @@ class LoadedModel:
                  for messages in conversations]
         bos = self.tokenizer.bos_token
         batch = self.processor(
-            text=texts, images=list(images) or None, return_tensors="pt", padding=True,
+            # as pictures: an array of 1 or 3 rows would be taken for one with its channels first
+            text=texts, images=[Image.fromarray(image) for image in images] or None, return_tensors="pt", padding=True,
             # a template that writes the first token itself must not get a second one
             add_special_tokens=not (bos and all(text.startswith(bos) for text in texts)))
         length, room = batch["input_ids"].shape[1], self.max_length

@@ -48,13 +48,15 @@ class Saved:
 
 
 def saved_model(folder: Path, tokenizer: Path, kind: str, *, language: dict[str, Any] | None = None,
-                vision: dict[str, Any] | None = None, moe: dict[str, Any] | None = None, template: str = "v1") -> Saved:
+                vision: dict[str, Any] | None = None, moe: dict[str, Any] | None = None, template: str = "v1",
+                data: dict[str, Any] | None = None) -> Saved:
     """A random model of stage `kind` with all norms and biases non-trivial, saved as a run saves it."""
     tok = build_tokenizer(tokenizer)
     config = from_mapping({
         "language": {**LLAMA, "vocab_size": tok.vocab_size, **(language or {})}, "vision": {**VISION_SIZES, **(vision or {})},
         "moe": {**MOE, **(moe or {})},
-        "data": {"tokenizer": str(tokenizer), "conversation_template": template, "seq_length": 128}, "stages": [{"name": kind}]})
+        "data": {"tokenizer": str(tokenizer), "conversation_template": template, "seq_length": 128, **(data or {})},
+        "stages": [{"name": kind}]})
     model = build_modules(config, kind)[0].eval()
     _randomise(model)
     _move_experts_apart(model)

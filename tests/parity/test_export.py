@@ -8,8 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from megatron_evomoe.data.tokenizer import train_sentencepiece
 from megatron_evomoe.hf.exporting import Request, export_model
@@ -134,6 +136,7 @@ def check_processor(found, config):
     """Ids equal training's; pixels come through another bicubic filter that rounds differently."""
     from megatron_evomoe.data.conversation import VISION, encode_prompt
     from megatron_evomoe.data.image import processor_for
+    from megatron_evomoe.data.picture import as_rgb
     from megatron_evomoe.data.tokenizer import build_tokenizer
 
     tokenizer, images = build_tokenizer(config.data.tokenizer), processor_for(config)
@@ -143,7 +146,8 @@ def check_processor(found, config):
                                config.vision.tokens_per_image)
         wanted = [tokenizer.vocab_size if kind == VISION else t for t, kind in zip(sample.tokens, sample.token_types, strict=True)]
         assert found["input_ids"][i][found["attention_mask"][i].bool()].tolist() == wanted
-    ours = images.normalize(torch.stack([images(p) for p in found["pictures"]]), torch.float32)
+    pictures = [np.asarray(as_rgb(Image.fromarray(p))) for p in found["pictures"]]
+    ours = images.normalize(torch.stack([images(p) for p in pictures]), torch.float32)
     difference = (found["pixel_values"] - ours).abs() * torch.tensor(images.std).view(1, 3, 1, 1) * 255
     assert difference.mean() < 0.1 and difference.max() <= 3, (difference.mean(), difference.max())
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from megatron_evomoe.data import picture
+
 _MODEL = "modeling_evomoe.EvoMoeForConditionalGeneration"
 AUTO_MAP = {
     "AutoConfig": "configuration_evomoe.EvoMoeConfig",
@@ -11,8 +13,10 @@ AUTO_MAP = {
     "AutoModelForImageTextToText": _MODEL,
     "AutoModelForCausalLM": _MODEL,
 }
+IMAGE_AUTO_MAP = {"AutoImageProcessor": "image_processing_evomoe.EvoMoeImageProcessor"}
 
 
-def source_files() -> list[Path]:
-    """The Python files of the model."""
-    return sorted(Path(__file__).parent.glob("*_evomoe.py"))
+def source_files() -> dict[str, Path]:
+    """Name in an export -> Python file: the model, its image processor, and the rule by which a picture becomes RGB."""
+    files = {file.name: file for file in sorted(Path(__file__).parent.glob("*_evomoe.py"))}
+    return {**files, "picture_evomoe.py": Path(picture.__file__)}

@@ -61,8 +61,9 @@ def test_everything_a_directory_needs_is_there(saved, tmp_path):
     exported = export_model(request(saved("route"), tmp_path / "out"))
     names = {p.name for p in exported.output.iterdir()}
     assert names == {
-        "README.md", "chat_template.jinja", "config.json", "configuration_evomoe.py", "generation_config.json", "model.safetensors",
-        "modeling_evomoe.py", "preprocessor_config.json", "processor_config.json", "routing_evomoe.py", "special_tokens_map.json",
+        "README.md", "chat_template.jinja", "config.json", "configuration_evomoe.py", "generation_config.json",
+        "image_processing_evomoe.py", "model.safetensors", "modeling_evomoe.py", "picture_evomoe.py",
+        "preprocessor_config.json", "processor_config.json", "routing_evomoe.py", "special_tokens_map.json",
         "tokenizer.json", "tokenizer_config.json", "vision_evomoe.py"}
     card = (exported.output / "README.md").read_text()
     assert "| align | align | 3 |\n| route | route | 7 |" in card and "trust_remote_code=True" in card and "gone/" not in card

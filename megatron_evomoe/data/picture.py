@@ -1,0 +1,28 @@
+"""One rule from an opened picture of any mode to RGB, for training, `evaluate` and exports.
+
+This file needs Pillow and numpy alone: a custom-code export carries it as ``picture_evomoe.py``, and the model card of a plain
+LLaVA export prints `as_rgb`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image, ImageOps
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """A picture of any mode as training sees it: upright as its EXIF says, 8 bits of RGB, on white where it is transparent."""
+    image = ImageOps.exif_transpose(image)
+    transparent = image.info.get("transparency")
+    if image.mode.startswith("I"):  # 16 bits of grey, which convert("RGB") would clip at 255: the high byte, as for 16-bit RGB
+        values = np.asarray(image).clip(0, 65535)
+        grey = (values >> 8).astype(np.uint8)
+        if transparent is not None:
+            grey[values == transparent] = 255
+        return Image.fromarray(grey).convert("RGB")
+    if image.mode in ("La", "RGBa"):
+        image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
+    if image.mode in ("LA", "PA", "RGBA") or transparent is not None:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
+    return image.convert("RGB")
