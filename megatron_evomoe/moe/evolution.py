@@ -101,20 +101,14 @@ def validate_ranges(num_experts: int, ranges: Sequence[tuple[float, float]]) -> 
         )
 
 
-def check_rule(rule: str, use_distributed_optimizer: bool, dp_size: int, overlap_param_gather: bool = False) -> None:
+def check_rule(rule: str, use_distributed_optimizer: bool, dp_size: int) -> None:
     """Raises `ConfigError` where the parallel set-up does not give evolution what `rule` needs.
 
     Args:
         dp_size: data-parallel size with context parallelism, over which gradients are reduced.
-        overlap_param_gather: whether updated weights reach other ranks only during the next forward.
     """
     if rule_named(rule).needs_gradient and use_distributed_optimizer and dp_size > 1:
         raise ConfigError(
             f"evolution_rule {rule!r} reads the whole gradient of expert 1, but use_distributed_optimizer with data-parallel "
             f"size {dp_size} leaves each rank only its shard; set use_distributed_optimizer: false, or use 'delta' or 'ema'"
-        )
-    if overlap_param_gather:
-        raise ConfigError(
-            "evolution reads expert 1 right after the optimizer step, but overlap_param_gather delivers the updated weights "
-            "only during the next forward; set overlap_param_gather: false for the evolve stage"
         )

@@ -185,7 +185,8 @@ class HyperNetwork(nn.Module):
         self.weight2_down = nn.Parameter(torch.empty(hidden + 1, 2 * rank, width))
         self.weight2_up = nn.Parameter(torch.empty(hidden + 1, rank, width))
 
-    def weights(self) -> dtr.HyperWeights:
+    def forward(self) -> dtr.HyperWeights:
+        """The parameters. Call the module for them: only a call makes `overlap_param_gather` wait for their last update."""
         return dtr.HyperWeights(self.weight1, self.bias1, self.weight2_down, self.weight2_up)
 
 
@@ -205,7 +206,7 @@ class DynamicTokenRouter(TypedRouter):
         self._finish_parameters()
 
     def weights(self) -> dtr.DtrWeights:
-        return dtr.DtrWeights(self.text.weights(), self.vision.weights(), self.phi)
+        return dtr.DtrWeights(self.text(), self.vision(), self.phi)
 
     def gating(self, input: Tensor, is_vision: Tensor | None = None) -> Tensor:
         z_TC, is_vision_T, activation = input.flatten(0, 1), is_vision.flatten(), self.moe.dtr_activation

@@ -86,7 +86,7 @@ def step_time(config: RunConfig, kind: str, volume: Volume, machine: Machine, pp
     reduce, gather = volume.gradients / replicas, volume.parameters / replicas
     if p.overlap_grad_reduce:
         reduce = max(0.0, reduce - m * backward / (machine.tflops * 1e12))
-    if p.overlap_param_gather:
+    if p.overlap_param_gather and kind != "evolve":  # evolution waits for the weights
         gather = max(0.0, gather - m * forward / (machine.tflops * 1e12))
     return StepTime(compute=compute, tp=tp, ep=ep, pp=pp, dp=reduce + gather, bubble=bubble)
 

@@ -107,8 +107,7 @@ def check(config: RunConfig, kind: str, world_size: int) -> None:
         from megatron_evomoe.moe.evolution import check_rule, validate_ranges
 
         validate_ranges(config.moe.num_experts, config.moe.evolution_beta)
-        check_rule(config.moe.evolution_rule, p.use_distributed_optimizer, data_parallel(config, world_size),
-                   p.overlap_param_gather)
+        check_rule(config.moe.evolution_rule, p.use_distributed_optimizer, data_parallel(config, world_size))
     _check_core(config)
 
 

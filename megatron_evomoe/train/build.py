@@ -41,6 +41,25 @@ class Built:
 
         return [m for chunk in self.modules for m in chunk.modules() if isinstance(m, EvoMoELayer)]
 
+    def gather_weights(self) -> list[LlavaModel]:
+        """The modules, with the last update's weights in place. Communicates: all ranks call it.
+
+        With `overlap_param_gather` the optimizer step leaves each rank with the new values of its own shard, and the next forward
+        gathers the rest. Whatever reads weights between the two (a save, an evaluation, a norm, evolution) takes the modules
+        from here.
+        """
+        for wrapped in self.wrapped:
+            if wrapped.ddp_config.overlap_param_gather:
+                wrapped.start_param_sync(force_sync=True)
+        return self.modules
+
+    def evolve(self, step: int, seed: int) -> None:
+        """Let the evolved experts follow the first after optimizer step `step`. Communicates as `gather_weights` does."""
+        if evolving := self.evolving:  # on all ranks of a data-parallel group or on none: they hold the same layers
+            self.gather_weights()
+            for mlp in evolving:
+                mlp.evolve(step, seed)
+
 
 def build_modules(config: RunConfig, kind: str) -> list[LlavaModel]:
     """The model chunks of this pipeline rank, on their device, with fresh weights."""

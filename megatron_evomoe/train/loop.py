@@ -108,8 +108,7 @@ def _take_steps(session: Session, built: Built, record: Record, config: RunConfi
         record.step += 1
         record.position += config.train.global_batch_size
         with profile.phase("evolution"):
-            for mlp in built.evolving:
-                mlp.evolve(record.step, config.train.seed)
+            built.evolve(record.step, config.train.seed)
         meter.add(record.step, result, time.perf_counter() - started, loader)
         _announce(session, stage, session.saver.poll())
         reason = stop.agreed(record.step) if record.step < config.train.train_iters else None
@@ -139,8 +138,7 @@ def next_step(batches: Iterator[Any] | None, session: Session, config: RunConfig
 def _check_evolution(built: Built, session: Session, config: RunConfig) -> None:
     if built.evolving:
         replicas = session.topology.data_parallel_size * config.parallel.context_parallel_size
-        evolution.check_rule(config.moe.evolution_rule, config.parallel.use_distributed_optimizer, replicas,
-                             config.parallel.overlap_param_gather)
+        evolution.check_rule(config.moe.evolution_rule, config.parallel.use_distributed_optimizer, replicas)
 
 
 def _begin(session: Session, built: Built, stage: StageConfig, config: RunConfig) -> Record:
@@ -261,7 +259,7 @@ def _save(session: Session, built: Built, record: Record, stage: StageConfig) ->
         session.heartbeat.enter("save")
         with profile.phase("save"):
             _announce(session, stage, session.saver.poll(wait=True))  # one save at a time
-            path = session.saver.save(stage_dir(session.run_dir, stage), modules=built.modules, optimizer=built.optimizer,
+            path = session.saver.save(stage_dir(session.run_dir, stage), modules=built.gather_weights(), optimizer=built.optimizer,
                                       scheduler=built.scheduler, record=record, config_yaml=session.config.to_yaml())
         _announce(session, stage, path)
 
@@ -278,6 +276,7 @@ def _measure(session: Session, built: Built, config: RunConfig, stage: StageConf
     if not asked:
         meter.finish({})
         return
+    built.gather_weights()
     ask = functools.partial(evaluate.exact_match, built.wrapped, asked, session.tokenizer, stop=session.stop_ids(config),
                             batch_size=config.train.eval_batch_size)
     mixtures = built.mixtures()

@@ -62,7 +62,7 @@ class StageMeter:
             metrics |= routing_metrics(self.watch, self.config, steps=self.config.log.moe_metrics_interval)
         if step % self.config.log.log_interval == 0:
             if self.config.log.log_params_norm:
-                metrics["params-norm"] = params_norm(self.built.modules)
+                metrics["params-norm"] = params_norm(self.built.gather_weights())
             if dist.get_world_size() > 1:
                 metrics |= self.built.clock.report()
         samples = dict(loader.skipped) if loader is not None and loader.skipped else None
@@ -112,6 +112,9 @@ def routing_metrics(watch: Watch, config: RunConfig, *, steps: int) -> dict[str,
     names += ["z_loss"] if config.moe.moe_z_loss_coeff else []
     if names:
         pattern = config.moe.layer_pattern(config.language.num_layers)
+        for name in names:  # a pipeline rank without a mixture would not know whom to reduce with, and leave replicas out
+            moe_utils.save_to_aux_losses_tracker(name, torch.zeros((), device=backend.device()), 1, len(pattern),
+                                                 reduce_group=ps.get_tensor_and_context_parallel_group())
         moe_utils.track_moe_metrics(loss_scale=1 / (microbatches * steps), iteration=0, writer=captured, per_layer_logging=True,
                                     force_initialize=True, track_names=names, num_layers=len(pattern), moe_layer_freq=pattern)
     return {**share_metrics(counts, watch.layers), **captured.values}

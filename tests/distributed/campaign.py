@@ -52,7 +52,7 @@ class Campaign:
     def run_references(self, stages: list[str]) -> None:
         """One rank: the weights everything starts from, then each stage for six steps, saved after three."""
         first = self.folder / "saved" / "first"
-        jobs = [Job(name="first", layout="one rank", kind="align", last=1, save=str(first))]
+        jobs = [Job(name="first", layout=LAYOUTS["one rank"], kind="align", last=1, save=str(first))]
         for stage in dict.fromkeys(["evolve", *stages]):
             jobs.append(self._job(stage, "one rank", save=True))
             if stage in stages:
@@ -74,7 +74,7 @@ class Campaign:
         """Steps four to six under the second layout of each pair, from what the first one saved."""
         for world in sorted({LAYOUTS[to].world for _, to in pairs}):
             jobs = [self._job(stage, to, resume=source) for source, to in pairs if LAYOUTS[to].world == world for stage in stages]
-            for name, steps in self._run(world, sorted(jobs, key=lambda job: job.layout)).items():
+            for name, steps in self._run(world, sorted(jobs, key=lambda job: job.name.split("|")[1])).items():
                 stage, to, source = name.split("|")
                 self.resumed[stage, source, to] = steps
 
@@ -83,7 +83,7 @@ class Campaign:
         sections = {key: {**stage.sections.get(key, {}), **self.options.get(key, {})} for key in {*stage.sections, *self.options}}
         start = self.folder / "saved" / "first" if stage.kind != "route" else self.checkpoint("evolve", "one rank")
         return Job(
-            name=f"{name}|{layout}|{resume or last}", layout=layout, kind=stage.kind, sections=sections, collapse=stage.collapse,
+            name=f"{name}|{layout}|{resume or last}", layout=LAYOUTS[layout], kind=stage.kind, sections=sections, collapse=stage.collapse,
             start=None if resume else str(start), resume=str(self.checkpoint(name, resume)) if resume else None,
             first=STEPS + 1 if resume else 1, last=ALL if resume else last,
             save=str(self.checkpoint(name, layout)) if save else None)

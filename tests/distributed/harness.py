@@ -37,13 +37,16 @@ class Layout:
     ep: int = 1
     etp: int = 1
     layers_per_chunk: int | None = None
+    overlap: bool = False
+    """communicate gradients and weights during the backward and the forward pass, in many small buckets"""
 
     @property
     def flags(self) -> dict[str, Any]:
         """The `parallel` section."""
         return {"tensor_model_parallel_size": self.tp, "pipeline_model_parallel_size": self.pp,
                 "expert_model_parallel_size": self.ep, "expert_tensor_parallel_size": self.etp,
-                "num_layers_per_virtual_pipeline_stage": self.layers_per_chunk}
+                "num_layers_per_virtual_pipeline_stage": self.layers_per_chunk,
+                "overlap_grad_reduce": self.overlap, "overlap_param_gather": self.overlap}
 
 
 LAYOUTS = {
@@ -52,12 +55,14 @@ LAYOUTS = {
     "PP 2": Layout(world=2, pp=2),
     "EP 2": Layout(world=2, ep=2),
     "DP 2": Layout(world=2),
+    "DP 2, overlapped": Layout(world=2, overlap=True),
     "PP 2, 2 chunks": Layout(world=2, pp=2, layers_per_chunk=1),
     "TP 2 x ETP 2": Layout(world=2, tp=2, etp=2),
     "EP 4": Layout(world=4, ep=4),
     "TP 2 x EP 2": Layout(world=4, tp=2, ep=2),
     "PP 2 x EP 2": Layout(world=4, pp=2, ep=2),
     "TP 2 x PP 2": Layout(world=4, tp=2, pp=2),
+    "PP 2, 2 chunks x DP 2, overlapped": Layout(world=4, pp=2, layers_per_chunk=1, overlap=True),
 }
 
 
@@ -66,7 +71,7 @@ class Job:
     """Steps `first`…`last` of stage `kind` under `layout`."""
 
     name: str
-    layout: str
+    layout: Layout
     kind: str
     sections: dict[str, Any] = field(default_factory=dict)
     """merged over `configuration`'s"""
@@ -93,7 +98,7 @@ def configuration(job: Job) -> dict[str, Any]:
         "data": {"seq_length": 64},
         "optimizer": {"lr": 1e-2, "lr_decay_style": "cosine", "lr_warmup_fraction": 0.0},
         "train": {"micro_batch_size": 2, "global_batch_size": ROWS, "train_iters": 6, "seed": 3},
-        "parallel": LAYOUTS[job.layout].flags,
+        "parallel": job.layout.flags,
         "stages": [{"name": job.kind}],
     }
     for name, values in job.sections.items():

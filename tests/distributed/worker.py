@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from pathlib import Path
@@ -10,7 +11,10 @@ from typing import Any
 import torch
 
 from megatron_evomoe.parallel import backend
-from tests.distributed.harness import ROWS, Job, configuration, global_batch
+from tests.distributed.campaign import deviation
+from tests.distributed.harness import ROWS, Job, Layout, configuration, global_batch
+
+SMALL_BUCKET = 500  # parameters; the core's default is so large that a small model has one bucket
 
 _current: list[dict[str, Any]] = []
 
@@ -22,7 +26,7 @@ def main(asked: str, answered: str) -> None:
     backend.init_process_group(timeout_minutes=2)
     results = {}
     for raw in json.loads(Path(asked).read_text()):
-        results[raw["name"]] = run_job(Job(**raw))
+        results[raw["name"]] = run_job(Job(**raw | {"layout": Layout(**raw["layout"])}))
     if torch.distributed.get_rank() == 0:
         Path(answered).write_text(json.dumps(results))
     torch.distributed.barrier()
@@ -31,10 +35,13 @@ def main(asked: str, answered: str) -> None:
 
 def run_job(job: Job) -> list[dict[str, float]]:
     """Build, load, train, save; what every step came to, which all ranks agree on."""
+    from megatron.core.distributed import DistributedDataParallelConfig
+
     from megatron_evomoe.checkpoint import find, store
     from megatron_evomoe.config import CheckpointConfig, from_mapping
     from megatron_evomoe.diagnose.collect import Watch
     from megatron_evomoe.parallel import topology
+    from megatron_evomoe.train import optimizer
     from megatron_evomoe.train.build import build_stage
     from megatron_evomoe.train.report import forget_auxiliary_losses, params_norm, routing_metrics
     from megatron_evomoe.train.step import take_step
@@ -42,6 +49,8 @@ def run_job(job: Job) -> list[dict[str, float]]:
     config = from_mapping(configuration(job))
     lay_out(config)
     topology.seed_everything(config.train.seed)
+    optimizer.DistributedDataParallelConfig = functools.partial(
+        DistributedDataParallelConfig, bucket_size=SMALL_BUCKET if job.layout.overlap else None)
     built = build_stage(config.for_stage(job.kind), config.stages[0])
     check_vision_place(built)
     load(job, built, config)
@@ -54,20 +63,29 @@ def run_job(job: Job) -> list[dict[str, float]]:
     steps = []
     for number in range(job.first, job.last + 1):
         result = take_step(built, replica_step(number, config), number)
-        for mlp in built.evolving:
-            mlp.evolve(number, config.train.seed)
+        built.evolve(number, config.train.seed)
         measured = {"loss": result.loss, "grad norm": result.grad_norm, "tokens": result.tokens,
-                    "supervised": result.supervised_tokens, "lr": built.optimizer.param_groups[0]["lr"],
-                    "params norm": params_norm(built.modules)}
+                    "supervised": result.supervised_tokens, "lr": built.optimizer.param_groups[0]["lr"]}
+        if number % 2 == 0:  # not always, because it gathers weights, which the next forward must do by itself as well
+            measured["params norm"] = params_norm(built.gather_weights())
         if watch is not None:
             measured |= routing_metrics(watch, config, steps=1)
         steps.append(measured)
+    check_ranks_agree(steps)
     if job.save:
         store.Saver(CheckpointConfig(keep=0)).save(
-            Path(job.save), modules=built.modules, optimizer=built.optimizer, scheduler=built.scheduler, config_yaml="{}\n",
+            Path(job.save), modules=built.gather_weights(), optimizer=built.optimizer, scheduler=built.scheduler, config_yaml="{}\n",
             record=record_of(job, config))
     assert job.resume is None or find.record_of(find.resolve(Path(job.resume))).step == job.first - 1
     return steps
+
+
+def check_ranks_agree(steps: list[dict[str, float]]) -> None:
+    """Whichever rank logs, the numbers are the same. Communicates."""
+    everyone: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, steps)
+    for rank, theirs in enumerate(everyone):
+        assert deviation(everyone[0], theirs) < 1e-6, (rank, everyone[0], theirs)
 
 
 def check_vision_place(built: Any) -> None:

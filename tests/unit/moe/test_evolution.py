@@ -184,11 +184,6 @@ def test_printed_needs_the_whole_gradient() -> None:
         check_rule("printed", use_distributed_optimizer=True, dp_size=2)
 
 
-def test_weights_must_have_arrived_before_evolution_reads_them() -> None:
-    with pytest.raises(ConfigError, match="overlap_param_gather: false"):
-        check_rule("delta", use_distributed_optimizer=True, dp_size=2, overlap_param_gather=True)
-
-
 def test_unknown_rule_is_named() -> None:
     with pytest.raises(ConfigError, match="known: delta, ema, printed"):
         rule_named("emma")

@@ -10,6 +10,7 @@ import torch
 
 from megatron_evomoe.data.conversation import IGNORE_INDEX, PADDING, VISION
 from megatron_evomoe.parallel import topology
+from megatron_evomoe.train.stages import PARTS
 from tests.tiny import rows, step_of, tiny_config
 
 pytestmark = pytest.mark.usefixtures("one_rank")
@@ -177,3 +178,18 @@ def test_clipping_and_schedule():
     warm = [0.5, 1.0]
     cosine = [0.5 * (1 + math.cos(math.pi * i / 8)) for i in range(1, 9)]
     assert rates == pytest.approx(warm + cosine, abs=1e-9)
+
+
+@pytest.mark.parametrize("language", [{}, {"parallel_residual": True, "normalization": "LayerNorm"}, {"qk_layernorm": True},
+                                      {"tie_word_embeddings": False, "add_bias_linear": True}])
+@pytest.mark.parametrize(("kind", "moe"), [("warmup", {}), ("evolve", {}), ("route", {}), ("route", {"router": "modality-linear"})])
+def test_every_trained_parameter_belongs_to_a_module_that_is_called(kind, moe, language):
+    """With `overlap_param_gather` the core waits for a parameter's update when the module that owns it is called."""
+    built = built_for(kind, moe=moe, language=language, train={"trainable": list(PARTS)})
+    called = set()
+    for name, module in built.modules[0].named_modules():
+        module.register_forward_pre_hook(lambda *_, name=name: called.add(name))
+    batch = rows([1, 0], seed=1)
+    built.modules[0](batch["tokens"], batch["token_types"], batch["pixel_values"], labels=batch["labels"])
+    owners = {name.rpartition(".")[0] for name, p in built.modules[0].named_parameters() if p.requires_grad}
+    assert owners and owners <= called, owners - called
