@@ -70,8 +70,8 @@ def validate(config: RunConfig, world_size: int, *, on_gpus: bool | None = None)
     if cp > 1 and not (backend.on_gpu() if on_gpus is None else on_gpus):
         raise ConfigError(f"context parallel size {cp} needs Transformer Engine's attention on a GPU; use 1 here")
     if p.overlap_param_gather and not p.use_distributed_optimizer:
-        raise ConfigError("overlap_param_gather gathers what the distributed optimizer shards, and use_distributed_optimizer is false; "
-                          "leave one of the two at its default")
+        raise ConfigError("overlap_param_gather gathers what the distributed optimizer shards, and use_distributed_optimizer is "
+                          "false; leave one of the two at its default")
     dp = world_size // model
     batch = config.train.micro_batch_size * dp
     if config.train.global_batch_size % batch:

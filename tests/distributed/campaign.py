@@ -83,7 +83,8 @@ class Campaign:
         sections = {key: {**stage.sections.get(key, {}), **self.options.get(key, {})} for key in {*stage.sections, *self.options}}
         start = self.folder / "saved" / "first" if stage.kind != "route" else self.checkpoint("evolve", "one rank")
         return Job(
-            name=f"{name}|{layout}|{resume or last}", layout=LAYOUTS[layout], kind=stage.kind, sections=sections, collapse=stage.collapse,
+            name=f"{name}|{layout}|{resume or last}", layout=LAYOUTS[layout], kind=stage.kind, sections=sections,
+            collapse=stage.collapse,
             start=None if resume else str(start), resume=str(self.checkpoint(name, resume)) if resume else None,
             first=STEPS + 1 if resume else 1, last=ALL if resume else last,
             save=str(self.checkpoint(name, layout)) if save else None)

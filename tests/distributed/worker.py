@@ -74,8 +74,8 @@ def run_job(job: Job) -> list[dict[str, float]]:
     check_ranks_agree(steps)
     if job.save:
         store.Saver(CheckpointConfig(keep=0)).save(
-            Path(job.save), modules=built.gather_weights(), optimizer=built.optimizer, scheduler=built.scheduler, config_yaml="{}\n",
-            record=record_of(job, config))
+            Path(job.save), modules=built.gather_weights(), optimizer=built.optimizer, scheduler=built.scheduler,
+            config_yaml="{}\n", record=record_of(job, config))
     assert job.resume is None or find.record_of(find.resolve(Path(job.resume))).step == job.first - 1
     return steps
 
