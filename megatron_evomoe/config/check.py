@@ -47,6 +47,8 @@ def check(config: RunConfig) -> None:
     rule(lm.rope_scaling_factor >= 1.0, f"rope_scaling_factor {lm.rope_scaling_factor} must be at least 1")
     rule(train.bf16 or not config.gpu.cross_entropy_loss_fusion,
          "cross_entropy_loss_fusion rounds the gradient to bf16, and this run is fp32; set bf16, or leave it out")
+    rule(not (config.optimizer.override_opt_param_scheduler and config.optimizer.use_checkpoint_opt_param_scheduler),
+         "override_opt_param_scheduler and use_checkpoint_opt_param_scheduler contradict each other; set one of them")
     _check_fp8(config, rule)
 
 

@@ -11,11 +11,15 @@ import yaml
 
 from megatron_evomoe.config.run import FLAT, SECTIONS
 
+# Megatron's own spelling of these two
+_ALIASES = {name: (f"--{name.replace('_', '-').replace('opt-param', 'opt_param')}",)
+            for name in ("override_opt_param_scheduler", "use_checkpoint_opt_param_scheduler")}
+
 
 def add_flags(parser: Any) -> None:
-    """One flag per field, with the field's own words as help. Values stay text; `_coerce` reads them as YAML would."""
+    """One flag per field, with the field's own words as help. Values stay text; `coerce` reads them as YAML would."""
     for key, (section, name) in FLAT.items():
-        parser.add_argument(f"--{key.replace('_', '-')}", dest=f"cfg_{key}", metavar="VALUE", nargs="?",
+        parser.add_argument(f"--{key.replace('_', '-')}", *_ALIASES.get(key, ()), dest=f"cfg_{key}", metavar="VALUE", nargs="?",
                             const="true", help=_field_docs(SECTIONS[section]).get(name), default=None)
 
 

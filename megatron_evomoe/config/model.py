@@ -26,9 +26,9 @@ class LanguageConfig:
     """Size of one head; none means hidden_size / num_attention_heads."""
     vocab_size: Fixed[Optional[int]] = None
     """Rows of the embedding before padding for tensor parallelism; none takes the tokenizer's size."""
-    make_vocab_size_divisible_by: Fixed[int] = 8
+    make_vocab_size_divisible_by: Said[int] = 8
     """The embedding is padded to a multiple of this times the tensor-parallel size."""
-    max_position_embeddings: Fixed[int] = 2048
+    max_position_embeddings: Said[int] = 2048
     """Longest sequence the model is built for, in tokens (image tokens included)."""
     normalization: Fixed[Literal["RMSNorm", "LayerNorm"]] = "RMSNorm"
     """Kind of norm."""

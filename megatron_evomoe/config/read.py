@@ -77,6 +77,7 @@ def from_mapping(raw: dict[str, Any], flags: dict[str, Any] | None = None) -> Ru
         section, name = FLAT[key]
         layers[section][name] = value
     sections = {name: _build(name, values) for name, values in layers.items()}
+    _refuse_unknown(sections["checkpoint"].allow_changed, FLAT, "field in allow_changed:")
     stages = [_build_stage(entry) for entry in raw.get("stages") or []]
     for stage in stages:  # a flag on the command line wins over a stage's own value too
         stage.overrides = {k: v for k, v in stage.overrides.items() if k not in flags}
@@ -104,7 +105,7 @@ def _preset(name: str) -> dict[str, dict[str, Any]]:
 
 
 def _build(section: str, values: dict[str, Any]) -> Any:
-    return SECTIONS[section](**{name: _coerce(section, name, value) for name, value in values.items()})
+    return SECTIONS[section](**{name: coerce(section, name, value) for name, value in values.items()})
 
 
 def _build_stage(entry: Any) -> StageConfig:
@@ -117,12 +118,13 @@ def _build_stage(entry: Any) -> StageConfig:
         raise ConfigError(f"stage {name!r} has kind {kind!r}{_nearest(kind, STAGE_KINDS)}; known: {', '.join(STAGE_KINDS)}")
     allowed = {key for key, (section, _) in FLAT.items() if section in STAGE_SECTIONS}
     _refuse_unknown(entry, allowed, f"key in stage {name!r}:")
-    overrides = {key: _coerce(*FLAT[key], value) for key, value in entry.items()}
+    overrides = {key: coerce(*FLAT[key], value) for key, value in entry.items()}
     return StageConfig(name=name, kind=kind, load=load, overrides=overrides)
 
 
-def _coerce(section: str, name: str, value: Any) -> Any:
-    kind = typing.get_type_hints(SECTIONS[section])[name]
+def coerce(section: str, name: str, value: Any) -> Any:
+    """`value` as the field's type. Raises `ConfigError`."""
+    kind = typing.get_type_hints(SECTIONS[section], include_extras=True)[name]
     try:
         return pydantic.TypeAdapter(kind).validate_python(value)
     except pydantic.ValidationError as error:

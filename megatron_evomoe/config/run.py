@@ -98,7 +98,8 @@ SECTIONS: dict[str, type] = {
 }
 
 
-def _flat_name(section: str, name: str) -> str:
+def flat_name(section: str, name: str) -> str:
+    """What flags and stages call a field."""
     return f"vision_{name}" if section == "vision" else name
 
 
@@ -106,7 +107,7 @@ def _flat_name(section: str, name: str) -> str:
 FLAT: dict[str, tuple[str, str]] = {}
 for _section, _cls in SECTIONS.items():
     for _f in fields(_cls):
-        _key = _flat_name(_section, _f.name)
+        _key = flat_name(_section, _f.name)
         assert _key not in FLAT, f"two sections share the flag --{_key}"
         FLAT[_key] = (_section, _f.name)
 

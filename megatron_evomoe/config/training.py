@@ -7,9 +7,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, Optional
+from typing import Annotated, Any, Literal, Optional
+
+import pydantic
 
 from megatron_evomoe.config.resume import Fixed, Free, Said
+
+
+def _split(value: Any) -> Any:
+    return [word.strip() for word in value.split(",") if word.strip()] if isinstance(value, str) else value
+
+
+Names = Annotated[list[str], pydantic.BeforeValidator(_split)]
+"""A list, or one text with commas."""
 
 
 @dataclass(kw_only=True)
@@ -96,6 +106,10 @@ class OptimizerConfig:
     """Adam's epsilon."""
     clip_grad: Said[float] = 1.0
     """Largest global gradient norm; 0 never clips."""
+    override_opt_param_scheduler: Free[bool] = False
+    """On a resume the schedule follows the configuration, whatever the checkpoint's was: the default, said on purpose."""
+    use_checkpoint_opt_param_scheduler: Free[bool] = False
+    """On a resume the checkpoint's schedule goes on, whatever the configuration says of it; refused where it would end early."""
 
 
 @dataclass(kw_only=True)
@@ -197,6 +211,10 @@ class CheckpointConfig:
     """Write checkpoints in the background; a checkpoint counts once all of it is on disk."""
     ckpt_step: Free[Optional[int]] = None
     """Resume from this step rather than the newest."""
+    allow_changed: Free[Names] = field(default_factory=list)
+    """Fields that may differ from the checkpoint's although they must equal, by their flags' names: ``seed,rotary_base``."""
+    allow_changed_data: Free[bool] = False
+    """Go on where the training samples are others than the checkpoint's; the log says which repeat and which are left out."""
 
 
 @dataclass(kw_only=True)

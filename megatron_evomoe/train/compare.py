@@ -1,0 +1,189 @@
+"""What differs between the configuration a checkpoint was saved under and the present one, field by field.
+
+Both are resolved for the stage first, and values are compared by what they mean: a preset and its fields spelled out are the same,
+so are `num_query_groups` left out and as many groups as heads. Nothing here reads a file or communicates.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_evomoe.config import SECTIONS, ConfigError, RunConfig
+from megatron_evomoe.config.read import coerce
+from megatron_evomoe.config.resume import OnResume, on_resume
+from megatron_evomoe.config.run import FLAT, flat_name
+from megatron_evomoe.train.stages import TRAINS
+
+DENSE = ("align", "warmup", "dense")
+_BEGINNING_ONLY = {("language", "init_method_std"), ("vision", "init_method_std"), ("moe", "dtr_init_std"), ("moe", "expert_init"),
+                   ("moe", "expert_init_noise")}
+"""Fields of how fresh weights are drawn, which say nothing about weights that are loaded."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """A field whose value is another than in the checkpoint's configuration."""
+
+    section: str
+    field: str
+    before: Any
+    now: Any
+    kind: OnResume
+    note: str = ""
+
+    @property
+    def flag(self) -> str:
+        """As the command line calls it, without the dashes: ``rotary_base``, ``vision_hidden_size``."""
+        return flat_name(self.section, self.field)
+
+    def __str__(self) -> str:
+        return f"{self.flag} {show(self.before)} → {show(self.now)}" + (f" ({self.note})" if self.note else "")
+
+
+def show(value: Any) -> str:
+    """A value as a configuration file would spell it, cut to a readable length."""
+    text = "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return text if len(text) <= 80 else f"{text[:77]}…"
+
+
+def stored_config(raw: dict[str, Any], stage: str | None) -> RunConfig | None:
+    """The configuration in a checkpoint, resolved for `stage`; of an older version too.
+
+    Fields it does not have get today's default, those it has and we do not know are left out, and values that would be refused
+    today stay as they are: a comparison needs no runnable configuration.
+
+    Args:
+        raw: the mapping in ``run_config.yaml``.
+        stage: one of its stages; none takes the sections as they are (imported weights have no stages).
+
+    Returns:
+        None where it has no such stage, or no sections at all.
+    """
+    sections = {name: raw[name] for name in SECTIONS if isinstance(raw.get(name), dict)}
+    stages = raw.get("stages")
+    named = [s for s in stages if isinstance(s, dict) and s.get("name") == stage] if isinstance(stages, list) else []
+    if not sections or (stage is not None and not named):
+        return None
+    values = {name: dict(sections.get(name, {})) for name in SECTIONS}
+    for key, value in (named[0] if named else {}).items():
+        if key in FLAT:
+            section, field = FLAT[key]
+            values[section][field] = value
+    return RunConfig(**{name: _section(name, given) for name, given in values.items()})
+
+
+def _section(name: str, given: dict[str, Any]) -> Any:
+    cls = SECTIONS[name]
+    section = cls()
+    for field in dataclasses.fields(cls):
+        if field.name in given:
+            object.__setattr__(section, field.name, _coerced(name, field.name, given[field.name]))
+    return section
+
+
+def _coerced(section: str, field: str, value: Any) -> Any:
+    try:
+        return coerce(section, field, value)
+    except ConfigError:
+        return value
+
+
+def changes(before: RunConfig, now: RunConfig, kind: str) -> list[Change]:
+    """Every field that differs in what it means, of whatever class, in the order of the configuration.
+
+    Args:
+        before, now: both resolved for one stage.
+        kind: the stage's. A must-equal field that such a stage does not use is of class `SAID` here.
+    """
+    found = []
+    for section, cls in SECTIONS.items():
+        for field in dataclasses.fields(cls):
+            change = _change(section, field.name, before, now, kind)
+            if change is not None:
+                found.append(change)
+    return found
+
+
+def _change(section: str, field: str, before: RunConfig, now: RunConfig, kind: str) -> Change | None:
+    old, new = (plain(getattr(getattr(config, section), field)) for config in (before, now))
+    if old == new or _meaning(section, field, before, kind) == _meaning(section, field, now, kind):
+        return None
+    of_class, note = on_resume(SECTIONS[section], field), ""
+    if of_class is OnResume.MUST_EQUAL and not (_is_used(section, field, before, kind) or _is_used(section, field, now, kind)):
+        of_class, note = OnResume.SAID, f"of no use to a stage of kind {kind}"
+    return Change(section, field, old, new, of_class, note)
+
+
+def model_changes(before: RunConfig, now: RunConfig, source_kind: str, kind: str, parts: list[str]) -> list[Change]:
+    """The must-equal fields by which a checkpoint's weights would mean another model in a stage that begins from them.
+
+    Many of them leave every tensor's shape alone: RoPE, epsilons, activations, windows, how heads are cut.
+
+    Args:
+        before: what the checkpoint was saved under; now: resolved for the stage that begins.
+        source_kind, kind: of the checkpoint and of the stage.
+        parts: top-level parts of the model that the checkpoint covers.
+    """
+    sections = {"language": "language_model" in parts, "vision": "vision_model" in parts, "moe": source_kind in ("evolve", "route")}
+    found = [c for c in changes(before, now, kind) if sections.get(c.section) and c.kind is OnResume.MUST_EQUAL
+             and (c.section, c.field) not in _BEGINNING_ONLY]
+    if "vision_projection" not in parts:  # nothing has been trained on the tower's features yet
+        found = [c for c in found if (c.section, c.field) not in {("vision", "feature_layer"), ("vision", "feature_select"),
+                                                                  ("vision", "num_layers")}]
+    if source_kind == "evolve":  # it has no router
+        found = [c for c in found if c.section != "moe" or c.field in ("num_experts", "moe_layer_freq")]
+    if source_kind == "route" and before.moe.router != now.moe.router:  # another router starts fresh, and is named
+        found = [c for c in found if c.field != "router" and not c.field.startswith("dtr_")]
+    return found
+
+
+def plain(value: Any) -> Any:
+    """Tuples as lists, as YAML reads them back."""
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    return {k: plain(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+def _is_used(section: str, field: str, config: RunConfig, kind: str) -> bool:
+    """Whether a stage of `kind` computes or draws anything with a field."""
+    if section != "moe" or field == "moe_layer_freq":  # where mixtures will be decides about names in dense stages too
+        return True
+    if kind in DENSE:
+        return False
+    evolves = field.startswith("evolution_")
+    if kind == "evolve":
+        return evolves or field == "num_experts"
+    if field.startswith("dtr_"):
+        return config.moe.router == "dtr"
+    return not evolves and (field != "expert_init_noise" or config.moe.expert_init == "noise")
+
+
+_Meaning = Callable[[RunConfig, str], Any]
+_MEANINGS: dict[tuple[str, str], _Meaning] = {
+    ("language", "num_query_groups"): lambda c, _: c.language.num_query_groups or c.language.num_attention_heads,
+    ("language", "kv_channels"): lambda c, _: c.language.kv_channels or c.language.hidden_size // c.language.num_attention_heads,
+    ("language", "rope_scaling_type"): lambda c, _: c.language.rope_scaling_type if c.language.rope_scaling_factor != 1 else None,
+    ("language", "rope_scaling_factor"): lambda c, _: c.language.rope_scaling_factor if c.language.rope_scaling_type else 1,
+    ("vision", "num_layers"): lambda c, _: c.vision.num_layers_used,
+    ("vision", "feature_layer"): lambda c, _: c.vision.num_layers_used,
+    ("vision", "feature_select"): lambda c, _: c.vision.feature_select if c.vision.model_type == "clip" else "patch",
+    ("moe", "moe_layer_freq"): lambda c, _: c.moe.layer_pattern(c.language.num_layers),
+    ("parallel", "sequence_parallel"): lambda c, _: (
+        c.parallel.tensor_model_parallel_size > 1 if c.parallel.sequence_parallel is None else c.parallel.sequence_parallel),
+    ("train", "trainable"): lambda c, kind: sorted({*(c.train.trainable or TRAINS.get(kind, ()))}),
+    ("train", "recompute_modules"): lambda c, _: (
+        sorted({*c.train.recompute_modules}) if c.train.recompute_granularity == "selective" else None),
+    ("train", "recompute_num_layers"): lambda c, _: (
+        c.train.recompute_num_layers if c.train.recompute_granularity == "full" else None),
+}
+
+
+def _meaning(section: str, field: str, config: RunConfig, kind: str) -> Any:
+    raw = plain(getattr(getattr(config, section), field))
+    try:
+        return plain(_MEANINGS.get((section, field), lambda *_: raw)(config, kind))
+    except (TypeError, ValueError, IndexError, ZeroDivisionError):  # a value that no version of today would accept
+        return raw
