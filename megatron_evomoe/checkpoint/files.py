@@ -1,11 +1,14 @@
-"""Opening what lies in a checkpoint's folder: regular files alone, never through a link, never waiting for a pipe."""
+"""A checkpoint's files. Opening what lies in its folder: regular files alone, never through a link, never waiting for a pipe.
+Writing the small ones: whole on the disk, or an error with the file's name."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 _KINDS = {stat.S_IFDIR: "a directory", stat.S_IFLNK: "a symbolic link", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket",
@@ -48,3 +51,40 @@ def read(path: Path, limit: int) -> bytes:
         if (size := os.fstat(file.fileno()).st_size) > limit:
             raise OSError(errno.EFBIG, f"it has {size} bytes, at most {limit} are read", str(path))
         return file.read(limit)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give an `OSError` raised inside `path` as its file: a failed write knows a descriptor only."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def write(path: Path, content: bytes) -> None:
+    """Write `content` and have it on the disk. A network file system tells of a full disk only then.
+
+    Raises:
+        OSError: it could not be written; names `path`.
+    """
+    with naming(path), path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync(path: Path) -> None:
+    """Have a file, or a folder's list of names, on the disk.
+
+    Raises:
+        OSError: it could not be written; names `path`.
+    """
+    with naming(path):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -9,34 +9,26 @@ whole; the tracker file moves after that. With `async_save` the writing happens 
 
 from __future__ import annotations
 
-import inspect
 import logging
-import os
 import re
-import shutil
-import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_evomoe.checkpoint import integrity, optimizer_state
-from megatron_evomoe.checkpoint.find import candidates, latest
+from megatron_evomoe.checkpoint import optimizer_state
+from megatron_evomoe.checkpoint.publication import Publication
 from megatron_evomoe.checkpoint.reader import parallel_reads
-from megatron_evomoe.checkpoint.record import CheckpointError, Record, write_tracker
-from megatron_evomoe.checkpoint.writer import SummingStrategy
+from megatron_evomoe.checkpoint.record import CheckpointError, Record
+from megatron_evomoe.checkpoint.writer import BackgroundStrategy, SummingStrategy, split
 from megatron_evomoe.config import CheckpointConfig
 from megatron_evomoe.parallel import rng
 
-_FREE_SPACE_MARGIN = 1.05
-# newer cores write background saves through nvidia-resiliency-ext unless told to use their own writer
-_WRITER = {"async_strategy": "mcore"} if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters else {}
 _FAILURES = (Exception, CheckpointException)  # torch's CheckpointException is no Exception
 
 log = logging.getLogger(__name__)
@@ -59,7 +51,8 @@ class Saver:
     def __init__(self, config: CheckpointConfig) -> None:
         self._config = config
         self._queue = AsyncCallsQueue() if config.async_save else None
-        self._publication: _Publication | None = None
+        self._publication: Publication | None = None
+        self._background: BackgroundStrategy | None = None
 
     def save(self, directory: Path, *, modules: list[torch.nn.Module], optimizer: Any, scheduler: Any, record: Record,
              config_yaml: str) -> Path | None:
@@ -106,128 +99,38 @@ class Saver:
         try:
             if not self._queue.maybe_finalize_async_calls(blocking=wait):
                 return None
-        except _FAILURES as failure:  # whatever the writer met: a full disk, a lost mount
+        except CheckpointException as failure:  # whatever a writer met: a full disk, a lost mount
             error = failure
+        except Exception as failure:
+            raise self._publication.failed(failure) from failure
         publication, self._publication = self._publication, None
-        publication.conclude(error)
+        publication.conclude(error or self._background.failure)
         return publication.final
 
     def _start(self, directory: Path, state: dict[str, Any], record: Record, config_yaml: str) -> Path | None:
-        publication = _Publication(directory, replace(record), config_yaml, self._config)
+        publication = Publication(directory, replace(record), config_yaml, self._config)
         publication.prepare(state)
-        error = None
-        strategy = SummingStrategy() if self._queue is None else None
+        error, sums = None, {}
         try:
-            request = dist_checkpointing.save(state, str(publication.pending), strategy, content_metadata=metadata(),
-                                              async_sharded_save=self._queue is not None, **_WRITER)
-        except _FAILURES as failure:
+            sharded, publication.common = split(state, metadata())
+            if self._queue is None:
+                strategy = SummingStrategy()
+                strategy.save(sharded, publication.pending)
+                sums = strategy.sums
+            else:
+                self._background = BackgroundStrategy()
+                request = self._background.begin(sharded, publication.pending)
+        except CheckpointException as failure:  # torch raises it on every rank
             error = failure
-        if strategy:
-            publication.conclude(error, strategy.sums)
+        except Exception as failure:  # on this rank; the others may be in a collective, which no agreement may meet
+            raise publication.failed(failure) from failure
+        if self._queue is None:
+            publication.conclude(error, sums)
             return publication.final
         publication.agree(error)
         self._queue.schedule_async_request(request)
         self._publication = publication
         return None
-
-
-@dataclass
-class _Publication:
-    """One save on its way from `saving_…` to `iter_…`."""
-
-    directory: Path
-    record: Record
-    config_yaml: str
-    config: CheckpointConfig
-    attempt: str = ""
-
-    @property
-    def final(self) -> Path:
-        return self.directory / f"iter_{self.record.step:07d}"
-
-    @property
-    def pending(self) -> Path:
-        return self.directory / f"saving_{self.record.step:07d}_{self.attempt}"
-
-    def prepare(self, state: dict[str, Any]) -> None:
-        """A folder of its own, and room on the disk. Communicates."""
-        # A background writer may outlive a killed job; what it still writes must not mix with a new attempt at the step.
-        attempt = [f"{os.getpid():x}{time.time_ns():x}"]
-        dist.broadcast_object_list(attempt, src=0)
-        self.attempt = attempt[0]
-        error = None
-        if dist.get_rank() == 0:
-            try:
-                for leftover in self.directory.glob("saving_*"):
-                    shutil.rmtree(leftover, ignore_errors=True)
-                self.pending.mkdir(parents=True)
-            except OSError as failure:
-                error = failure
-        self.agree(error)
-        try:
-            _require_free_space(self.directory, state)
-        except CheckpointError:
-            self._remove_pending()
-            raise
-
-    def agree(self, error: BaseException | None) -> None:
-        """Raise on every rank what any rank met. Communicates."""
-        errors: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(errors, _in_a_line(error) if error else None)
-        if any(errors):
-            self._remove_pending()
-            what = next(e for e in errors if e)
-            raise CheckpointError(f"saving {self.final} failed: {what}. Nothing was published; {_last(self.directory)} stays "
-                                  "the newest")
-
-    def conclude(self, error: BaseException | None, sums: dict[str, list[int]] | None = None) -> None:
-        """Checksums, record, the new name, the tracker: in this order, so that a kill at any point leaves the last good one.
-
-        `sums`: of the tensors' files this rank wrote; none reads them back.
-        """
-        if error is None and sums is None:
-            try:
-                sums = self._sum_own_files()
-            except OSError as failure:
-                error = failure
-        self.agree(error)
-        everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, sums)
-        error = None
-        if dist.get_rank() == 0:
-            try:
-                self._publish({name: entry for part in everyone for name, entry in part.items()})
-            except OSError as failure:
-                error = failure
-        self.agree(error)
-
-    def _sum_own_files(self) -> dict[str, list[int]]:
-        """Size and checksum of the tensors' files that this rank wrote, read back while they are still cached."""
-        return {p.name: _entry(p) for p in self.pending.glob(f"__{dist.get_rank()}_*.distcp")}
-
-    def _publish(self, sums: dict[str, list[int]]) -> None:
-        (self.pending / "run_config.yaml").write_text(self.config_yaml)
-        rest = {p.name: _entry(p) for p in self.pending.iterdir() if p.name not in sums}
-        self.record.files = {**sums, **rest}
-        self.record.write(self.pending)
-        shutil.rmtree(self.final, ignore_errors=True)
-        os.replace(self.pending, self.final)
-        write_tracker(self.directory, self.record.step)
-        _drop_old(self.directory, self.config)
-
-    def _remove_pending(self) -> None:
-        if dist.get_rank() == 0:
-            shutil.rmtree(self.pending, ignore_errors=True)
-
-
-def _in_a_line(error: BaseException) -> str:
-    """An error's last line: torch's CheckpointException spells out whole tracebacks before it."""
-    lines = str(error).strip().splitlines() or [""]
-    return lines[-1] if isinstance(error, CheckpointException) else f"{type(error).__name__}: {' '.join(lines)}"
-
-
-def _entry(path: Path) -> list[int]:
-    return [path.stat().st_size, integrity.checksum(path)]
 
 
 def load_training_state(path: Path, *, modules: list[torch.nn.Module], optimizer: Any, scheduler: Any, record: Record) -> None:
@@ -320,37 +223,3 @@ def _load(state: dict[str, Any], path: Path) -> dict[str, Any]:
             return dist_checkpointing.load(state, str(path))
     except _FAILURES as error:
         raise CheckpointError(f"checkpoint {path} could not be read: {type(error).__name__}: {error}") from error
-
-
-def _require_free_space(directory: Path, state: dict[str, Any]) -> None:
-    """Refuse a save that cannot fit. Communicates: every rank hears rank 0's verdict."""
-    sizes: list[int] = [0] * dist.get_world_size()
-    dist.all_gather_object(sizes, sum(t.numel() * t.element_size() for t in _main_replicas(state)))
-    free = [shutil.disk_usage(directory).free if dist.get_rank() == 0 else 0]
-    dist.broadcast_object_list(free, src=0)
-    needed = int(sum(sizes) * _FREE_SPACE_MARGIN)
-    if needed > free[0]:
-        raise CheckpointError(f"saving to {directory} needs about {needed / 2**20:.1f} MiB and {free[0] / 2**20:.1f} MiB are free. "
-                              f"Nothing was written; {_last(directory)} stays the newest. Free some space and resume")
-
-
-def _main_replicas(tree: Any) -> list[torch.Tensor]:
-    if isinstance(tree, dict):
-        return [t for v in tree.values() for t in _main_replicas(v)]
-    if isinstance(tree, (list, tuple)):
-        return [t for v in tree for t in _main_replicas(v)]
-    replica, data = getattr(tree, "replica_id", None), getattr(tree, "data", None)
-    is_main = replica is not None and (replica == 0 or (isinstance(replica, tuple) and not any(replica)))
-    return [data] if is_main and torch.is_tensor(data) else []
-
-
-def _last(directory: Path) -> str:
-    found = latest(directory)
-    return str(found) if found else "no checkpoint"
-
-
-def _drop_old(directory: Path, config: CheckpointConfig) -> None:
-    if config.keep > 0:
-        for path in candidates(directory)[config.keep :]:
-            if not config.keep_every or int(path.name[5:]) % config.keep_every:
-                shutil.rmtree(path, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Writing a checkpoint's tensors from the training process itself, with checksums taken on the way to the disk.
+"""Writing a checkpoint's tensors from the training process itself, with checksums taken on the way to the disk; or behind it.
 
 megatron-core's writer forks a process per file, starts an interpreter for their results, and holds a copy of every tensor that is
 a view into a larger buffer until all is written. A save that training waits for needs none of that: here torch's own writer
@@ -8,13 +8,17 @@ threads write each tensor from where it lies. The files are the same `torch_dist
 from __future__ import annotations
 
 import contextlib
+import inspect
+import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
     TorchDistSaveShardedStrategy,
@@ -25,8 +29,25 @@ from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
 from torch.futures import Future
 
 from megatron_evomoe.checkpoint import integrity
+from megatron_evomoe.checkpoint.files import naming
 from megatron_evomoe.checkpoint.mapped import alone
 from megatron_evomoe.parallel import backend
+
+
+def split(state: dict[str, Any], content: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
+    """What all ranks write of `state`, and `common.pt`, which rank 0 writes alone (empty elsewhere). Communicates.
+
+    The core's own `save` writes that file in between, on rank 0; if that fails, the others wait in a collective already. From 0.19
+    on the core makes it an object among the tensors, and reads both.
+
+    Args:
+        content: what the checkpoint says of how it is sharded.
+    """
+    sharded, common = save_preprocess({**state, "content_metadata": content})
+    buffer = io.BytesIO()
+    if dist.get_rank() == 0:
+        torch.save(common, buffer)
+    return sharded, buffer.getvalue()
 
 
 class _SummingFileSystem(FileSystem):
@@ -34,6 +55,7 @@ class _SummingFileSystem(FileSystem):
 
     def __init__(self) -> None:
         self.sums: dict[str, list[int]] = {}
+        self.failures: list[Exception] = []
 
     @contextlib.contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
@@ -42,8 +64,12 @@ class _SummingFileSystem(FileSystem):
                 yield stream
             return
         path = Path(path)
-        with integrity.SummedFile(path) as stream:
-            yield stream
+        try:
+            with naming(path), integrity.SummedFile(path) as stream:
+                yield stream
+        except Exception as error:
+            self.failures.append(error)
+            raise
         self.sums[path.name] = [path.stat().st_size, stream.crc]
 
 
@@ -61,7 +87,8 @@ class _Writer(FileSystemWriter):
     def write_data(self, plan: Any, planner: Any) -> Future[list[Any]]:
         written = super().write_data(plan, planner)
         if (done := len(written.value())) != len(plan.items):  # torch loses what its second thread raises
-            raise OSError(f"only {done} of {len(plan.items)} tensors could be written")
+            lost = OSError(f"only {done} of {len(plan.items)} tensors could be written")
+            raise next(iter(self.fs.failures), lost)
         return written
 
 
@@ -100,3 +127,34 @@ class SummingStrategy(TorchDistSaveShardedStrategy):
         with integrity.no_checksums_of_torch():
             dcp.save(mcore_to_pyt_state_dict(state, False), storage_writer=writer, planner=_Planner())
         self.sums = {name: entry for name, entry in writer.fs.sums.items() if name.endswith(".distcp")}
+
+
+class BackgroundStrategy(TorchDistSaveShardedStrategy):
+    """megatron-core's own writer, which forks. What rank 0 meets in writing `.metadata` is kept, not raised amid collectives.
+
+    Attributes:
+        failure: what rank 0 met when the request was finalized.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("torch_dist", 1)
+        self.failure: Exception | None = None
+
+    def begin(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path) -> Any:
+        """A request for an `AsyncCallsQueue`. Communicates."""
+        # newer cores write background saves through nvidia-resiliency-ext unless told to use their own writer
+        own = ["mcore"] if "async_strategy" in inspect.signature(super().async_save).parameters else []
+        return self.async_save(sharded_state_dict, checkpoint_dir, *own)
+
+    def _get_save_and_finalize_callbacks(self, writer: Any, *args: Any) -> Any:
+        finish = writer.finish
+
+        def finish_and_keep_the_failure(*results: Any) -> None:
+            try:
+                with naming(Path(writer.path) / ".metadata"):
+                    finish(*results)
+            except Exception as error:
+                self.failure = error
+
+        writer.finish = finish_and_keep_the_failure
+        return super()._get_save_and_finalize_callbacks(writer, *args)

@@ -364,7 +364,7 @@ def test_failed_write_is_reported_and_cleaned_up(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(store.dist_checkpointing, "save", full)
+    monkeypatch.setattr(store.SummingStrategy, "save", full)
     with pytest.raises(CheckpointError, match=r"No space left on device\. Nothing was published; .*iter_0000001 stays the newest"):
         save(tmp_path, built, "align", 2)
     assert sorted(p.name for p in tmp_path.iterdir()) == [first.name, records.TRACKER]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import random
+import shutil
 import threading
 import unittest.mock
 import zlib
@@ -11,10 +13,12 @@ import zlib
 import pytest
 import torch
 
-from megatron_evomoe.checkpoint import find
+from megatron_evomoe.checkpoint import find, publication
 from megatron_evomoe.checkpoint import record as records
 from megatron_evomoe.checkpoint.record import CheckpointError
-from tests.unit.checkpoint.test_store import built_for, save
+from megatron_evomoe.config import CheckpointConfig
+from tests.faults import failing
+from tests.unit.checkpoint.test_store import built_for, record_for, save
 
 
 def test_boxes_tile_any_range_in_memory_order():
@@ -74,6 +78,54 @@ def test_failure_in_any_writing_thread_fails_the_save(tmp_path, one_rank):
 
         with (unittest.mock.patch.object(filesystem, "_write_item", failing),
               unittest.mock.patch.object(threading, "excepthook"),
-              pytest.raises(CheckpointError, match=r"could be written|No space")):
+              pytest.raises(CheckpointError, match="No space")):
             save(tmp_path, built, "align", 2)
         assert find.newest_good(tmp_path) == first and not list(tmp_path.glob("saving_*"))
+
+
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+def test_whatever_file_fails_is_named_and_what_stays_is_said_truly(tmp_path, one_rank, code, background):
+    """Each file of a checkpoint in turn; the tracker fails when the checkpoint is published already."""
+    from megatron_evomoe.checkpoint import store
+
+    _, built = built_for("align", trained=1)
+    asked = {"modules": built.modules, "optimizer": built.optimizer, "scheduler": built.scheduler, "config_yaml": "{}\n"}
+    first = save(tmp_path, built, "align", 1)
+    names = sorted({p.name for p in first.iterdir() if not p.name.endswith(".distcp")} | {"__0_0.distcp"})
+    assert len(names) >= 4
+    for step, name in enumerate([*names, records.TRACKER], start=2):
+        saver = store.Saver(CheckpointConfig(async_save=background, keep=0))
+        with failing(f"{name}*", code), pytest.raises(CheckpointError) as caught:
+            saver.save(tmp_path, record=record_for("align", step), **asked)
+            saver.poll(wait=True)
+        said = str(caught.value)
+        assert f"[Errno {code}]" in said and "rank 0 (" in said, said
+        assert name in said or (background and name.endswith(".distcp")), said
+        published = tmp_path / f"iter_{step:07d}"
+        if name.startswith(records.TRACKER):
+            assert f"{published} is published and whole" in said and "Nothing" not in said
+            assert find.newest_good(tmp_path) == published
+        else:
+            assert f"Nothing was published; {first} stays the newest" in said
+            assert find.newest_good(tmp_path) == first
+        assert not list(tmp_path.glob("saving_*"))
+
+
+def test_files_that_vanish_during_a_save_are_missed_before_it_is_published(tmp_path, one_rank, monkeypatch):
+    _, built = built_for("align", trained=1)
+    first = save(tmp_path, built, "align", 1)
+    original = publication.save_config
+    for pattern in ("__0_0.distcp", "*"):
+        def vanish(*args, pattern=pattern):
+            for path in next(tmp_path.glob("saving_*")).glob(pattern):
+                path.unlink()
+            original(*args)
+
+        monkeypatch.setattr(publication, "save_config", vanish)
+        with pytest.raises(CheckpointError, match=r"No such file.*distcp'\. Nothing was published; .*iter_0000001 stays"):
+            save(tmp_path, built, "align", 2)
+    monkeypatch.setattr(publication, "save_config", lambda *args: shutil.rmtree(next(tmp_path.glob("saving_*"))))
+    with pytest.raises(CheckpointError, match=r"No such file.*run_config.yaml'\. Nothing was published"):
+        save(tmp_path, built, "align", 2)
+    assert find.newest_good(tmp_path) == first
