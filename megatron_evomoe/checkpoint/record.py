@@ -22,7 +22,7 @@ from megatron_evomoe.checkpoint import files
 FILE_NAME = "evomoe.json"
 FORMAT = 2
 TRACKER = "latest_checkpointed_iteration.txt"
-ESSENTIAL = (".metadata", "common.pt", "metadata.json", "run_config.yaml")
+ESSENTIAL = (".metadata", "metadata.json", "run_config.yaml")  # megatron-core 0.19 writes no common.pt
 _UNPROTECTED = 1  # the format without digest and run
 _LARGEST = 1 << 26  # bytes; a record of 100,000 ranks' files has a fifth of that
 _DIGEST = "digest"
