@@ -1,40 +1,53 @@
 """Where each sample of a tar lies: built by one pass over the headers, kept beside the tar, read without the tar.
 
 The index makes a shard addressable (any sample by pread, in any order), which is what a resumable global order rests on. It is a
-cache: it names the tar's size and modification time, and is rebuilt when they differ or it cannot be read.
+cache in a hidden file of a name of its own, so that webdataset, energon and ``*.tar`` never meet it. It is rebuilt when it is
+missing or damaged, when the tar's size or time has changed, or when it says of the tar what is not so. What it says of a single
+member is held against the member's own header when that member is read (`shards.ShardDataset`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
+import hashlib
 import json
 import logging
 import os
-import tarfile
-import zipfile
-from collections import Counter
-from dataclasses import dataclass, field
+import stat
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import safetensors.numpy
+from safetensors import SafetensorError
 
 from megatron_evomoe.config import ConfigError
 from megatron_evomoe.data.fingerprint import sampled_sum
+from megatron_evomoe.data.shard_members import DEFECTS, MAX_KEY, find_samples, is_image, split_name
+from megatron_evomoe.data.tar import BLOCK, Member, TarError, next_member
 
 logger = logging.getLogger(__name__)
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
-PICKLE_EXTENSIONS = ("pkl", "pickle", "pyd", "pth", "pt")
-INDEX_SUFFIX = ".idx"
-_VERSION = 2
-_BLOCK = 512
-_ARRAYS = ("keys", "text", "is_json", "first", "images", "content")
+_VERSION = 3
+_SLACK = 1 << 20
+
+
+class Range(NamedTuple):
+    """Where a member lies: `size` bytes at `offset`, behind `lead` blocks of headers."""
+
+    offset: int
+    size: int
+    lead: int
 
 
 @dataclass
 class ShardIndex:
-    """n samples with m images. Byte ranges are (offset, size) in the tar; sample i has images first[i] … first[i + 1] - 1."""
+    """n samples with m images, c of them with both KEY.json and KEY.txt. Byte ranges are (offset, size) in the tar.
+
+    Sample i has images first[i] … first[i + 1] - 1.
+    """
 
     keys: np.ndarray
     """bytes [n], UTF-8."""
@@ -46,6 +59,18 @@ class ShardIndex:
     """int64 [n + 1]."""
     images: np.ndarray
     """int64 [m, 2]."""
+    captions: np.ndarray
+    """int64 [c, 2]: the KEY.txt member of a sample that has a KEY.json too."""
+    captioned: np.ndarray
+    """int64 [c]: those samples, in order."""
+    defects: np.ndarray
+    """uint8 [n]: position in `shard_members.DEFECTS` of what makes a sample unusable."""
+    text_lead: np.ndarray
+    """uint8 [n]: blocks of headers before the text."""
+    image_lead: np.ndarray
+    """uint8 [m]."""
+    caption_lead: np.ndarray
+    """uint8 [c]."""
     content: np.ndarray
     """uint32 [n]: a checksum of what `fingerprint.sampled_sum` reads of each sample."""
     problems: dict[str, list[str]] = field(default_factory=dict)
@@ -54,21 +79,46 @@ class ShardIndex:
     def __len__(self) -> int:
         return len(self.keys)
 
+    def text_range(self, i: int) -> Range:
+        """The KEY.json or KEY.txt of sample i."""
+        return Range(*map(int, self.text[i]), int(self.text_lead[i]))
+
+    def image_range(self, image: int) -> Range:
+        """An image by its number in the shard."""
+        return Range(*map(int, self.images[image]), int(self.image_lead[image]))
+
+    def caption_range(self, i: int) -> Range | None:
+        """The KEY.txt beside the KEY.json of sample i."""
+        at = int(np.searchsorted(self.captioned, i))
+        if at == len(self.captioned) or self.captioned[at] != i:
+            return None
+        return Range(*map(int, self.captions[at]), int(self.caption_lead[at]))
+
+
+_ARRAYS = tuple(f.name for f in fields(ShardIndex) if f.name != "problems")
+
+
+def index_path(tar: Path) -> Path:
+    """Where the index of `tar` is kept."""
+    return tar.with_name(f".{tar.name}.evomoe-index")
+
 
 def load_index(tar: Path) -> ShardIndex:
-    """The index of `tar`, from beside it if that is current, else built (and written, where the folder lets us).
+    """The index of `tar`, from beside it if that is current and true, else built (and written, where the folder lets us).
 
     Raises:
         ConfigError: the tar is missing, empty, compressed or no tar.
     """
     try:
-        stat = tar.stat()
-    except OSError as error:
-        raise ConfigError(f"shard {tar} cannot be read: {error.strerror or error}") from None
-    stamp = np.array([_VERSION, stat.st_size, stat.st_mtime_ns], dtype=np.int64)
-    path = tar.with_name(tar.name + INDEX_SUFFIX)
+        status = tar.stat()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"shard {tar} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise ConfigError(f"shard {tar} is no file; give the path of a tar, or of a folder that holds some")
+    stamp = np.array([_VERSION, status.st_size, status.st_mtime_ns], dtype=np.int64)
+    path = index_path(tar)
     index = _read(path, stamp)
-    if index is None:
+    if index is None or not _is_of(tar, index):
         index = build_index(tar)
         _write(path, stamp, index)
     return index
@@ -79,126 +129,132 @@ def build_index(tar: Path) -> ShardIndex:
     size = tar.stat().st_size
     if size == 0:
         raise ConfigError(f"shard {tar} is empty (0 bytes); write it again or leave it out")
-    problems: dict[str, list[str]] = {}
-    samples = _group(_members(tar, size, problems), size, problems)
-    keys, text, is_json, first, images = [], [], [], [0], []
-    for key, members in samples:
-        kind = "json" if "json" in members else "txt"
-        if kind not in members:
-            problems.setdefault("no-json", []).append(key)
-            continue
-        keys.append(key.encode(errors="surrogateescape"))
-        text.append(members[kind])
-        is_json.append(kind == "json")
-        images += [members[e] for e in sorted((e for e in members if e not in ("json", "txt")), key=_image_order)]
-        first.append(len(images))
-    if not keys:
-        found = "; ".join(f"{slug}: {len(names)}" for slug, names in problems.items()) or "no members"
+    try:
+        with open(tar, "rb", buffering=0) as file:
+            samples, problems = find_samples(lambda at, count: os.pread(file.fileno(), count, at), size)
+            sums = [sampled_sum(file.fileno(), [(m.offset, m.size) for m in s.used()]) for s in samples]
+    except OSError as error:
+        raise ConfigError(f"shard {tar} cannot be read: {error.strerror or error}") from None
+    if not samples:
+        found = "; ".join(f"{slug}: {names[0]}" for slug, names in problems.items()) or "no members"
+        if "bad-header" in problems:
+            raise ConfigError(f"shard {tar} is no uncompressed tar, or damaged ({found}); unpack it, samples are read in place")
         raise ConfigError(f"shard {tar} holds no sample ({found}); KEY.json, with KEY.jpg/png/webp beside it, is expected")
-    return ShardIndex(np.array(keys), np.array(text, np.int64), np.array(is_json), np.array(first, np.int64),
-                      np.array(images, np.int64).reshape(-1, 2), _content(tar, text, first, images), problems)
+    texts = [s.text for s in samples]
+    pictures = [image for s in samples for image in s.images]
+    captions = {i: s.caption for i, s in enumerate(samples) if s.caption is not None}
+    return ShardIndex(
+        keys=np.array([s.key for s in samples]), text=_ranges(texts), is_json=np.array(["json" in s.members for s in samples]),
+        first=np.cumsum([0, *(len(s.images) for s in samples)], dtype=np.int64), images=_ranges(pictures),
+        captions=_ranges(captions.values()), captioned=np.array(list(captions), np.int64),
+        defects=np.array([s.defect for s in samples], np.uint8), text_lead=_leads(texts), image_lead=_leads(pictures),
+        caption_lead=_leads(captions.values()), content=np.array(sums, np.uint32), problems=problems)
 
 
-def _content(tar: Path, text: list[tuple[int, int]], first: list[int], images: list[tuple[int, int]]) -> np.ndarray:
-    """The checksum of each sample, for `ShardIndex.content`."""
-    fd = os.open(tar, os.O_RDONLY | os.O_CLOEXEC)
+def _ranges(members: Iterable[Member]) -> np.ndarray:
+    return np.array([(m.offset, m.size) for m in members], np.int64).reshape(-1, 2)
+
+
+def _leads(members: Iterable[Member]) -> np.ndarray:
+    return np.array([(m.offset - m.start) // BLOCK for m in members], np.uint8)
+
+
+def is_member(header: bytes, found: Range, key: bytes, *kinds: str) -> bool:
+    """Whether `header`, the `found.lead` blocks before a member's bytes, is that of a file of this size and sample.
+
+    Args:
+        kinds: the extensions it may have; none for any image.
+    """
     try:
-        sums = [sampled_sum(fd, [member, *images[start:end]])
-                for member, (start, end) in zip(text, itertools.pairwise(first), strict=True)]
-    finally:
-        os.close(fd)
-    return np.array(sums, np.uint32)
+        member = next_member(lambda at, count: header[at : at + count], 0)
+    except TarError:
+        return False
+    if not isinstance(member, Member) or member.kind != "file" or member[3:] != (found.lead * BLOCK, found.size):
+        return False
+    own_key, extension = split_name(member.name)
+    right_kind = extension in kinds if kinds else is_image(extension)
+    return right_kind and (own_key == key or (key.startswith(own_key + b"~") and key[len(own_key) + 1 :].isdigit()))
 
 
-def _members(tar: Path, size: int, problems: dict[str, list[str]]) -> list[tarfile.TarInfo]:
-    """All headers; notes `truncated` when the archive has no end marker or stops inside a member."""
-    members: list[tarfile.TarInfo] = []
+def _is_of(tar: Path, index: ShardIndex) -> bool:
+    """Whether the first, the middle and the last sample are where the index says. Another tar may have the same size and time."""
     try:
-        archive = tarfile.open(tar, mode="r:")  # noqa: SIM115 (a with block would not tell a bad start from a bad middle)
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise ConfigError(f"shard {tar} is no uncompressed tar ({error}); unpack it, samples are read in place") from None
-    with archive:
-        try:
-            while (member := archive.next()) is not None:
-                members.append(member)
-                archive.members = []  # it would keep them all
-        except (tarfile.TarError, OSError, EOFError, ValueError) as error:
-            problems["truncated"] = [f"{error} after {len(members)} members"]
-        end = archive.offset
-    with open(tar, "rb") as file:
-        file.seek(end)
-        if "truncated" not in problems and (end >= size or file.read(_BLOCK).strip(b"\0")):
-            problems["truncated"] = [f"no end-of-archive marker after {len(members)} members"]
-    return members
-
-
-def _group(members: list[tarfile.TarInfo], size: int, problems: dict[str, list[str]]) -> list[tuple[str, dict]]:
-    """Members to samples by key, adjacent or not. A key that comes again with a kind it has already had starts a new sample."""
-    samples: list[tuple[str, dict]] = []
-    current: dict[str, int] = {}  # key -> its newest sample
-    times: Counter[str] = Counter()
-    cut: set[int] = set()
-
-    def note(slug: str, name: str) -> None:
-        problems.setdefault(slug, []).append(name)
-
-    for member in members:
-        folder, _, base = member.name.rpartition("/")
-        stem, _, extension = base.partition(".")
-        key, extension = (f"{folder}/{stem}" if folder else stem), extension.lower()
-        if member.isdir():
-            continue
-        if extension.rpartition(".")[2] in PICKLE_EXTENSIONS:
-            note("pickle-member", member.name)
-        elif not member.isreg():
-            note("not-a-file", member.name)
-        elif extension not in ("json", "txt") and not _is_image(extension):
-            note("ignored-member", member.name)
-        else:
-            if key not in current or extension in samples[current[key]][1]:
-                times[key] += 1
-                if times[key] > 1:
-                    note("duplicate-key", key)
-                current[key] = len(samples)
-                samples.append((key if times[key] == 1 else f"{key}~{times[key]}", {}))
-            samples[current[key]][1][extension] = (member.offset_data, member.size)
-            if member.offset_data + member.size > size:
-                cut.add(current[key])
-    for i in cut:
-        note("truncated", samples[i][0])
-    return [sample for i, sample in enumerate(samples) if i not in cut]
-
-
-def _is_image(extension: str) -> bool:
-    """``jpg``, or ``3.jpg`` for the fourth of several; ``seg.png`` belongs to somebody else."""
-    number, dot, last = extension.rpartition(".")
-    return last in IMAGE_EXTENSIONS and (not dot or number.isdecimal())
-
-
-def _image_order(extension: str) -> tuple[int, str]:
-    number = extension.rpartition(".")[0]
-    return (int(number) if number else -1), extension
+        with open(tar, "rb", buffering=0) as file:
+            for i in {0, len(index) // 2, len(index) - 1}:
+                found = index.text_range(i)
+                header = os.pread(file.fileno(), found.lead * BLOCK, found.offset - found.lead * BLOCK)
+                if not is_member(header, found, bytes(index.keys[i]), "json" if index.is_json[i] else "txt"):
+                    return False
+    except OSError:
+        return False
+    return True
 
 
 def _read(path: Path, stamp: np.ndarray) -> ShardIndex | None:
-    """None when there is none, or it is stale or damaged."""
+    """None when there is none, or it is stale, damaged or cannot be of such a tar."""
+    size = int(stamp[1])
     try:
-        with np.load(path, allow_pickle=False) as saved:
-            if not np.array_equal(saved["stamp"], stamp):
-                return None
-            problems = json.loads(saved["problems"].tobytes())
-            return ShardIndex(*(saved[name] for name in _ARRAYS), problems)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        status = path.stat()
+        # each sample takes a header of the tar at least, and its key and its members' ranges here
+        if not stat.S_ISREG(status.st_mode) or status.st_size > 4 * size + _SLACK:
+            return None
+        saved = safetensors.numpy.load(path.read_bytes())
+        if not np.array_equal(saved["stamp"], stamp) or saved["digest"].tobytes() != _digest(saved):
+            return None
+        index = ShardIndex(saved["keys"].reshape(-1).view(f"S{saved['keys'].shape[1]}"), *(saved[name] for name in _ARRAYS[1:]),
+                           problems=json.loads(saved["problems"].tobytes()))
+        return index if _holds_together(index, size) else None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, SafetensorError):
         return None
+
+
+def _holds_together(index: ShardIndex, size: int) -> bool:
+    """Shapes, types and order, and that all members lie within the tar's `size` bytes."""
+    n, m, c = len(index.keys), len(index.images), len(index.captioned)
+    shapes = dict(text=(n, 2), is_json=(n,), first=(n + 1,), images=(m, 2), captions=(c, 2), captioned=(c,), defects=(n,),
+                  text_lead=(n,), image_lead=(m,), caption_lead=(c,), content=(n,))
+    dtypes = {"is_json": np.bool_, "defects": np.uint8, "text_lead": np.uint8, "image_lead": np.uint8, "caption_lead": np.uint8,
+              "content": np.uint32}
+    if n == 0 or index.keys.itemsize > MAX_KEY + 24 or not _are_problems(index.problems):
+        return False
+    if any(getattr(index, name).shape != shape or getattr(index, name).dtype != dtypes.get(name, np.int64)
+           for name, shape in shapes.items()):
+        return False
+    in_order = index.first[0] == 0 and index.first[-1] == m and (np.diff(index.first) >= 0).all() and (
+        np.diff(index.captioned) > 0).all() and (index.captioned >= 0).all() and (index.captioned < n).all()
+    return bool(in_order and (index.defects < len(DEFECTS)).all() and all(
+        _lie_within(ranges, lead, size) for ranges, lead in (
+            (index.text, index.text_lead), (index.images, index.image_lead), (index.captions, index.caption_lead))))
+
+
+def _lie_within(ranges: np.ndarray, lead: np.ndarray, size: int) -> bool:
+    offset, length = ranges[:, 0], ranges[:, 1]
+    return bool(((lead > 0) & (offset % BLOCK == 0) & (offset >= lead.astype(np.int64) * BLOCK) & (offset <= size)
+                 & (length >= 0) & (length <= size - offset)).all())
+
+
+def _are_problems(problems: object) -> bool:
+    return isinstance(problems, dict) and all(
+        isinstance(names, list) and all(isinstance(name, str) for name in names) for names in problems.values())
+
+
+def _digest(saved: dict[str, np.ndarray]) -> bytes:
+    digest = hashlib.blake2b(digest_size=32)
+    for name in ("stamp", *_ARRAYS, "problems"):
+        digest.update(f"{name} {saved[name].dtype} {saved[name].shape}\n".encode())
+        digest.update(saved[name].tobytes())
+    return digest.digest()
 
 
 def _write(path: Path, stamp: np.ndarray, index: ShardIndex) -> None:
     """Write beside and rename, so that ranks doing the same at once cannot harm each other. A read-only folder is fine."""
-    temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
+    arrays = {name: np.ascontiguousarray(getattr(index, name)) for name in _ARRAYS}
+    arrays["keys"] = arrays["keys"].view(np.uint8).reshape(len(index), -1)
+    arrays |= {"stamp": stamp, "problems": np.frombuffer(json.dumps(index.problems).encode(), dtype=np.uint8)}
+    arrays["digest"] = np.frombuffer(_digest(arrays), dtype=np.uint8)
+    temporary = path.with_name(f"{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            np.savez(file, stamp=stamp, problems=np.frombuffer(json.dumps(index.problems).encode(), dtype=np.uint8),
-                     **{name: getattr(index, name) for name in _ARRAYS})
+        temporary.write_bytes(safetensors.numpy.save(arrays))
         os.replace(temporary, path)
     except OSError as error:
         logger.info("index %s cannot be written (%s); it is rebuilt in memory at every start", path, error)

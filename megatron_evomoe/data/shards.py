@@ -27,7 +27,9 @@ import numpy as np
 from megatron_evomoe.config import ConfigError
 from megatron_evomoe.data.errors import SampleError
 from megatron_evomoe.data.fingerprint import shard_digest
-from megatron_evomoe.data.shard_index import load_index
+from megatron_evomoe.data.shard_index import Range, index_path, is_member, load_index
+from megatron_evomoe.data.shard_members import DEFECTS
+from megatron_evomoe.data.tar import BLOCK
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +123,8 @@ class ShardDataset:
         """Sample i in one pread per member.
 
         Raises:
-            SampleError: bad-json, no-conversation (the JSON is no record), read-error (the file changed or cannot be read).
+            SampleError: bad-json, no-conversation (the JSON is no record), a slug of `shard_members.DEFECTS`, read-error (the file
+                changed or cannot be read), stale-index (what is there is another member).
         """
         return RawSample(self.key(i), str(self.shard(i)), self.record(i), self.images(i))
 
@@ -129,10 +132,14 @@ class ShardDataset:
         """The LLaVA record of sample i. Raises as `read` does."""
         shard, local = self._locate(i)
         index = self._indexes[shard]
-        return _record(self._pread(shard, *index.text[local]), bool(index.is_json[local]), len(self.images_of(i)[1]))
+        if index.defects[local]:
+            raise SampleError(DEFECTS[index.defects[local]], "one of its members cannot be shown to the model; the log names it")
+        is_json = bool(index.is_json[local])
+        text = self._member(shard, local, index.text_range(local), "json" if is_json else "txt")
+        return _record(text, is_json, len(self.images_of(i)[1]))
 
     def images(self, i: int) -> list[bytes]:
-        """The encoded images of sample i. Raises `SampleError` read-error."""
+        """The encoded images of sample i. Raises `SampleError` read-error, stale-index."""
         shard, images = self.images_of(i)
         return [self.image(shard, image) for image in images]
 
@@ -143,8 +150,10 @@ class ShardDataset:
         return shard, range(int(first), int(end))
 
     def image(self, shard: int, image: int) -> bytes:
-        """One encoded image of a shard, by number. Raises `SampleError` read-error."""
-        return self._pread(shard, *self._indexes[shard].images[image])
+        """One encoded image of a shard, by number. Raises `SampleError` read-error, stale-index."""
+        index = self._indexes[shard]
+        owner = int(np.searchsorted(index.first, image, side="right")) - 1
+        return self._member(shard, owner, index.image_range(image))
 
     def num_images(self, shard: int) -> int:
         """How many images a shard has."""
@@ -172,14 +181,19 @@ class ShardDataset:
         shard = int(np.searchsorted(self._starts, i, side="right")) - 1
         return shard, i - int(self._starts[shard])
 
-    def _pread(self, shard: int, offset: int, size: int) -> bytes:
+    def _member(self, shard: int, local: int, found: Range, *kinds: str) -> bytes:
+        """Bytes of a member of sample `local` of a shard, once its header, read along with them, is found to be that member's."""
+        path, lead = self.paths[shard], found.lead * BLOCK
         try:
-            data = os.pread(self._open(shard), int(size), int(offset))
+            data = os.pread(self._open(shard), lead + found.size, found.offset - lead)
         except OSError as error:
-            raise SampleError("read-error", f"{self.paths[shard]}: {error.strerror or error}") from None
-        if len(data) != size:
-            raise SampleError("read-error", f"{self.paths[shard]} ends within the sample; it was cut after its index was built")
-        return data
+            raise SampleError("read-error", f"{path}: {error.strerror or error}") from None
+        if len(data) != lead + found.size:
+            raise SampleError("read-error", f"{path} ends within the sample; it was cut after its index was built")
+        if not is_member(data[:lead], found, bytes(self._indexes[shard].keys[local]), *kinds):
+            raise SampleError("stale-index", f"{path} was changed and its index was not: at byte {found.offset - lead} is another "
+                                             f"member; delete {index_path(path)}")
+        return data[lead:]
 
     def _open(self, shard: int) -> int:
         if shard in self._files:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +70,15 @@ def encoded(image: Image.Image, kind: str, **save: object) -> bytes:
     out = io.BytesIO()
     image.save(out, kind, **save)
     return out.getvalue()
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]], form: int = tarfile.USTAR_FORMAT) -> Path:
+    with tarfile.open(path, "w", format=form) as archive:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return path
 
 
 def chat(question: str = "<image>\nWhich digit is this?", answer: str = "It is seven.") -> list[dict[str, str]]:

@@ -15,6 +15,7 @@ import pytest
 
 from megatron_evomoe.config import ConfigError
 from megatron_evomoe.data import make_shards
+from megatron_evomoe.data.shard_index import index_path
 from megatron_evomoe.data.shards import ShardDataset
 
 from .helpers import chat, jpeg
@@ -85,7 +86,7 @@ def test_shards_and_report(source, capsys):
         assert raw.images == expected
     printed = capsys.readouterr().out
     assert "36 of 45 records" in printed and "missing-image" in printed and "gone.jpg" in printed
-    assert all((folder / "out" / f"{name}.idx").exists() for name in contents(folder / "out"))
+    assert all(index_path(folder / "out" / name).exists() for name in contents(folder / "out"))
 
 
 def test_workers_change_nothing(source):

@@ -1,0 +1,154 @@
+"""Which members of a shard make up a sample: KEY.json or KEY.txt, the KEY.jpg … beside it, and what must not be there.
+
+A sample is what all its members say. One with a member that is neither read nor known to be text about the sample is not used at
+all, since what is left of it may mean something else: a question on a film, without the film.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from megatron_evomoe.data.tar import Member, Read, TarError, members
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
+PICKLE_EXTENSIONS = ("pkl", "pickle", "pyd", "pth", "pt")
+DEFECTS = ("", "unread-member", "pickle-member", "not-a-file", "sparse-member")
+"""Why a sample's members make it unusable; an index holds the position here."""
+MAX_KEY = 512
+"""Bytes."""
+# text about a sample, as img2dataset, webdataset's examples and others store it; it is left alone
+_ABOUT = frozenset([
+    "json", "jsonl", "txt", "text", "caption", "cls", "cls2", "label", "labels", "tag", "tags", "id", "idx", "index",
+    "key", "name", "title", "url", "source", "origin", "author", "license", "lang", "language", "date", "time", "width",
+    "height", "size", "score", "similarity", "md5", "sha1", "sha256", "hash", "meta", "metadata", "info", "log", "csv",
+    "tsv", "xml", "html", "md", "yaml", "yml"])
+_NUMBERED = re.compile(r"(?:([0-9]{1,9})\.)?([a-z]+)")
+
+
+@dataclass
+class Found:
+    """One sample of a shard: its members by extension, and the position in `DEFECTS` of what makes it unusable."""
+
+    key: bytes
+    members: dict[str, Member] = field(default_factory=dict)
+    defect: int = 0
+
+    @property
+    def text(self) -> Member:
+        """KEY.json, or KEY.txt where there is none."""
+        return self.members["json"] if "json" in self.members else self.members["txt"]
+
+    @property
+    def images(self) -> list[Member]:
+        """Its images, in numeric order."""
+        return [self.members[e] for e in sorted(filter(is_image, self.members), key=_image_order)]
+
+    @property
+    def caption(self) -> Member | None:
+        """The KEY.txt beside a KEY.json."""
+        return self.members.get("txt") if "json" in self.members else None
+
+    def used(self) -> list[Member]:
+        """All members that are read."""
+        return [self.text, *self.images, *([self.caption] if self.caption else [])]
+
+
+def split_name(name: bytes) -> tuple[bytes, str]:
+    """Key and extension, in lower case: a key ends at the first dot of the base name, as in webdataset."""
+    folder, _, base = name.rpartition(b"/")
+    stem, _, extension = base.partition(b".")
+    return (folder + b"/" + stem if folder else stem), extension.decode("ascii", "backslashreplace").lower()
+
+
+def is_image(extension: str) -> bool:
+    """``jpg``, or ``3.jpg`` for the fourth of several; ``seg.png`` belongs to somebody else."""
+    found = _NUMBERED.fullmatch(extension)
+    return found is not None and found[2] in IMAGE_EXTENSIONS
+
+
+def find_samples(read: Read, size: int) -> tuple[list[Found], dict[str, list[str]]]:
+    """The samples of an archive of `size` bytes, and what was left out or is odd: slug -> members or keys.
+
+    Members are put together by key, adjacent or not. A key that comes again with an extension that it has had starts a new sample.
+    """
+    samples: list[Found] = []
+    problems: dict[str, list[str]] = {}
+    current: dict[bytes, int] = {}  # key -> its newest sample
+    times: Counter[bytes] = Counter()
+    cut: set[int] = set()
+    for member in _members(read, size, problems):
+        key, extension = split_name(member.name)
+        defect = _defect(member, extension, problems)
+        if defect is None:
+            continue
+        if key not in current or extension in samples[current[key]].members:
+            times[key] += 1
+            if times[key] > 1:
+                _note(problems, "duplicate-key", key)
+            current[key] = len(samples)
+            samples.append(Found(key if times[key] == 1 else b"%s~%d" % (key, times[key])))
+        sample = samples[current[key]]
+        sample.members[extension] = member
+        sample.defect = sample.defect or defect
+        if member.offset + member.size > size:
+            cut.add(current[key])
+    for i in sorted(cut):
+        _note(problems, "truncated", samples[i].key)
+    return list(_with_text((s for i, s in enumerate(samples) if i not in cut), problems)), problems
+
+
+def _members(read: Read, size: int, problems: dict[str, list[str]]) -> Iterator[Member]:
+    try:
+        for found in members(read, size):
+            if isinstance(found, Member):
+                yield found
+            else:
+                slug, _, what = found.partition(": ")
+                problems.setdefault(slug, []).append(what)
+    except TarError as error:
+        problems.setdefault("bad-header", []).append(f"{error}; nothing behind it was read")
+
+
+def _defect(member: Member, extension: str, problems: dict[str, list[str]]) -> int | None:
+    """Position in `DEFECTS` of what is wrong with a member; None for one that is no part of a sample."""
+    base = member.name.rpartition(b"/")[2]
+    if member.kind == "directory":
+        return None
+    if len(member.name) > MAX_KEY or b"\0" in member.name:
+        _note(problems, "bad-name", member.name)
+        return None
+    if not extension or base.startswith(b"."):  # no sample's; macOS puts ._KEY.jpg beside KEY.jpg
+        _note(problems, "ignored-member", member.name)
+        return None
+    last = extension.rpartition(".")[2]
+    if last in PICKLE_EXTENSIONS:
+        slug = "pickle-member"
+    elif member.kind != "file":
+        slug = "sparse-member" if member.kind == "sparse" else "not-a-file"
+    elif extension in ("json", "txt") or is_image(extension):
+        return 0
+    else:
+        _note(problems, "ignored-member", member.name)
+        return None if last in _ABOUT else DEFECTS.index("unread-member")
+    _note(problems, slug, member.name)
+    return DEFECTS.index(slug)
+
+
+def _with_text(samples: Iterator[Found], problems: dict[str, list[str]]) -> Iterator[Found]:
+    for sample in samples:
+        if "json" in sample.members or "txt" in sample.members:
+            yield sample
+        else:
+            _note(problems, "no-json", sample.key)
+
+
+def _image_order(extension: str) -> tuple[int, str]:
+    number, _, _ = extension.rpartition(".")
+    return (int(number) if number else -1), extension
+
+
+def _note(problems: dict[str, list[str]], slug: str, name: bytes) -> None:
+    problems.setdefault(slug, []).append(name[: 2 * MAX_KEY].decode(errors="backslashreplace"))

@@ -1,0 +1,182 @@
+"""The members of an uncompressed tar: what they are called, what they are, and where their bytes lie.
+
+The standard library's `tarfile` is not enough here: it stops at the first end-of-archive marker (`cat a.tar b.tar` loses b), takes
+a damaged header for the end, reads a header of any size it is told into memory, and may go round for ever on a negative one. This
+reader says where each member's headers begin, which is how a single member is checked before its bytes are used. It reads v7,
+ustar, GNU and pax archives; the tests hold it against `tarfile`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Literal, NamedTuple
+
+BLOCK = 512
+MAX_LEAD = 255
+"""Blocks of headers before a member's bytes: one, or some more for long names and pax records."""
+_ZEROS = bytes(BLOCK)
+_EXTENDED, _LONG_NAME, _LONG_LINK, _GLOBAL, _GNU_SPARSE = (b"x", b"X"), b"L", b"K", b"g", b"S"
+_KINDS: dict[bytes, Literal["file", "directory", "sparse", "other"]] = {
+    b"0": "file", b"\0": "file", b"7": "file", b"5": "directory", _GNU_SPARSE: "sparse"}
+_WITHOUT_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")
+_OCTAL, _RECORD = re.compile(rb"[0-7]*"), re.compile(rb"([0-9]{1,9}) ([^=\n]+)=")
+
+
+class TarError(ValueError):
+    """A header that means nothing, so that what follows it cannot be found. The message says where and why."""
+
+
+class Member(NamedTuple):
+    """One member. `start` is the byte where its first header begins, `offset` and `size` are its stored bytes."""
+
+    name: bytes
+    kind: Literal["file", "directory", "sparse", "other"]
+    """`sparse` is stored without its holes; `other` are links, devices and whatever else is no file."""
+    start: int
+    offset: int
+    size: int
+
+
+class _Gap(NamedTuple):
+    """A block of zeros."""
+
+    start: int
+
+
+Read = Callable[[int, int], bytes]
+"""(offset, size) to the bytes there, fewer at the end of the file."""
+
+
+def members(read: Read, size: int) -> Iterator[Member | str]:
+    """All members of an archive of `size` bytes, or of several that were put together with ``cat``.
+
+    A string says what was odd: ``concatenated``, where an archive goes on after blocks of zeros, ``truncated``, where it ends
+    without such blocks or within a header. A member may end beyond `size`; it is the last one then.
+
+    Raises:
+        TarError: a damaged header; what lies behind it cannot be read.
+    """
+    at, ended, count = 0, False, 0
+    while at < size:
+        found = next_member(read, at)
+        if found is None:
+            if not ended or read(at, BLOCK).strip(b"\0"):
+                yield f"truncated: the file ends within a header, after {count} members"
+            return
+        if isinstance(found, _Gap):
+            at, ended = at + BLOCK, True
+            continue
+        if ended and count:
+            yield f"concatenated: goes on at byte {found.start}, after blocks of zeros"
+        yield found
+        at, ended, count = found.offset + _padded(found.size), False, count + 1
+    if not ended:
+        yield f"truncated: no end-of-archive marker after {count} members"
+
+
+def next_member(read: Read, start: int) -> Member | _Gap | None:
+    """The member whose headers begin at byte `start`, a gap where a block of zeros is, None where the file ends before."""
+    at, name, stored, is_sparse = start, None, None, False
+    while True:
+        block = read(at, BLOCK)
+        if len(block) < BLOCK:
+            return None
+        if block == _ZEROS:
+            if at > start:
+                raise TarError(f"the header at byte {start} describes no member")
+            return _Gap(start)
+        kind, size = _header(block, at)
+        at += BLOCK
+        if kind not in (*_EXTENDED, _LONG_NAME, _LONG_LINK, _GLOBAL):
+            break
+        if at - start + _padded(size) > MAX_LEAD * BLOCK:
+            raise TarError(f"the header at byte {start} is longer than {MAX_LEAD * BLOCK} bytes")
+        body = read(at, size)
+        if len(body) < size:
+            return None
+        if kind == _LONG_NAME:
+            name = _until_nul(body) if name is None else name
+        elif kind != _LONG_LINK:
+            named, sized, sparse = _pax(body, start, is_global=kind == _GLOBAL)
+            name, stored, is_sparse = named if name is None else name, sized if stored is None else stored, is_sparse or sparse
+        at += _padded(size)
+    if kind == _GNU_SPARSE and (at := _behind_sparse_map(read, block, start, at)) < 0:
+        return None
+    return _member(block, kind, name, start, at, size if stored is None else stored, is_sparse)
+
+
+def _member(block: bytes, kind: bytes, name: bytes | None, start: int, at: int, size: int, is_sparse: bool) -> Member:
+    own_name = _name(block)
+    what = "sparse" if is_sparse else _KINDS.get(kind, "other")
+    if kind == b"\0" and own_name.endswith(b"/"):  # v7 had no other way to say directory
+        what = "directory"
+    return Member(own_name if name is None else name, what, start, at, 0 if kind in _WITHOUT_DATA or what == "directory" else size)
+
+
+def _header(block: bytes, at: int) -> tuple[bytes, int]:
+    """Type and size of a header block whose checksum is right."""
+    stored, rest = _number(block[148:156], at), block[:148] + b" " * 8 + block[156:]
+    if stored != sum(rest) and stored != sum(rest) - 256 * sum(byte > 127 for byte in rest):  # old ones summed signed bytes
+        raise TarError(f"the header at byte {at} is damaged: its checksum is wrong")
+    size = _number(block[124:136], at)
+    if size < 0:
+        raise TarError(f"the header at byte {at} gives a size of {size} bytes")
+    return block[156:157], size
+
+
+def _number(field: bytes, at: int) -> int:
+    """Octal digits, or GNU's base 256."""
+    if field[0] in (0x80, 0xFF):
+        return int.from_bytes(field[1:], "big") - (256 ** (len(field) - 1) if field[0] == 0xFF else 0)
+    digits = _until_nul(field).strip()
+    if not _OCTAL.fullmatch(digits):
+        raise TarError(f"the header at byte {at} holds {field!r} where a number is expected")
+    return int(digits or b"0", 8)
+
+
+def _name(block: bytes) -> bytes:
+    name, prefix = _until_nul(block[:100]), _until_nul(block[345:500])
+    return prefix + b"/" + name if prefix and block[257:263] == b"ustar\0" else name
+
+
+def _pax(body: bytes, at: int, *, is_global: bool) -> tuple[bytes | None, int | None, bool]:
+    """Name, stored size and sparseness that ``LENGTH KEY=VALUE`` records give."""
+    records: dict[bytes, bytes] = {}
+    position = 0
+    while position < len(body) and body[position]:
+        found = _RECORD.match(body, position)
+        end = position + int(found[1]) if found else 0
+        if found is None or end > len(body) or end <= found.end() or body[end - 1 : end] != b"\n":
+            raise TarError(f"the pax header at byte {at} is damaged")
+        records[found[2]] = body[found.end() : end - 1]
+        position = end
+    is_sparse = any(key.startswith(b"GNU.sparse.") for key in records)
+    if is_global and (is_sparse or b"path" in records or b"size" in records):
+        raise TarError(f"the pax header at byte {at} gives all members one name or size")
+    size = records.get(b"size")
+    if size is not None and not re.fullmatch(rb"[0-9]{1,20}", size):
+        raise TarError(f"the pax header at byte {at} gives a size of {size[:40]!r}")
+    name = records.get(b"GNU.sparse.name", records.get(b"path"))
+    return name, None if size is None else int(size), is_sparse
+
+
+def _behind_sparse_map(read: Read, block: bytes, start: int, at: int) -> int:
+    """Where the bytes of a member of GNU's old sparse kind begin; -1 where the file ends before."""
+    more = block[482]
+    while more:
+        if at - start >= MAX_LEAD * BLOCK:
+            raise TarError(f"the header at byte {start} is longer than {MAX_LEAD * BLOCK} bytes")
+        block = read(at, BLOCK)
+        if len(block) < BLOCK:
+            return -1
+        more, at = block[504], at + BLOCK
+    return at
+
+
+def _until_nul(field: bytes) -> bytes:
+    return field.partition(b"\0")[0]
+
+
+def _padded(size: int) -> int:
+    return -(-size // BLOCK) * BLOCK
