@@ -1,13 +1,17 @@
 """``inspect-data``: samples as the model gets them, the supervised spans marked.
 
-The spans come from the labels and are decoded back, so what is shown is what is learned, not what the code meant to do.
+The spans come from the labels and are decoded back, so what is shown is what is learned, not what the code meant to do. With
+``--config`` everything a sample depends on is the run's own, stage by stage where stages differ.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,59 +19,149 @@ from PIL import Image
 from rich.console import Console
 from rich.text import Text
 
-from megatron_evomoe.config import DataConfig, VisionConfig
-from megatron_evomoe.data.batch import Preparer, Row
+from megatron_evomoe.config import ConfigError, RunConfig, add_flags, flags_from, from_mapping, load_config
+from megatron_evomoe.data.batch import EvalSample, Preparer, Row, prepare_eval
 from megatron_evomoe.data.conversation import IGNORE_INDEX, TEMPLATES, VISION, EncodedSample, check_template
-from megatron_evomoe.data.image import CLIP_MEAN, CLIP_STD, SIGLIP_MEAN, SIGLIP_STD, ImageProcessor
+from megatron_evomoe.data.errors import SampleError
+from megatron_evomoe.data.image import processor_for
 from megatron_evomoe.data.order import SampleOrder
 from megatron_evomoe.data.shards import ShardDataset
 from megatron_evomoe.data.tokenizer import Tokenizer, build_tokenizer
 
+# our own flag -> the run's
+_ALIASES = {"template": "conversation_template", "image_size": "vision_image_size", "patch_size": "vision_patch_size",
+            "vision_model": "vision_model_type"}
+_WITHOUT_CONFIG = {"vision": {"image_size": 336, "patch_size": 14}}  # LLaVA-1.5's
+_SEEN = ("train_data", "eval_data", "tokenizer", "conversation_template", "seq_length", "long_samples", "image_aspect_ratio",
+         "max_image_pixels")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of ``inspect-data``."""
-    parser.add_argument("--data", required=True, nargs="+", metavar="SHARDS", help="paths, brace ranges, globs or folders of tars")
-    parser.add_argument("--tokenizer", required=True, help="sentencepiece .model file or Hugging Face tokenizer directory")
-    parser.add_argument("--template", default="v1", choices=sorted(TEMPLATES), help="conversation template (default %(default)s)")
+    parser.add_argument("--config", help="a run's YAML file: show what this run would see")
+    parser.add_argument("--stage", action="append", help="with --config: this stage alone (may be given several times)")
+    parser.add_argument("--eval", action="store_true", help="the held-out questions (eval_data), in place of the training samples")
+    parser.add_argument("--data", nargs="+", metavar="SHARDS", help="paths, brace ranges, globs or folders of tars")
+    parser.add_argument("--template", choices=sorted(TEMPLATES), help="conversation template (default v1)")
     parser.add_argument("--num", type=int, default=4, help="samples to show (default %(default)s)")
     parser.add_argument("--start", type=int, default=0, help="position to start at (default %(default)s)")
-    parser.add_argument("--seed", type=int, help="show them in the training order of this seed; left out: in stored order")
-    parser.add_argument("--image-size", type=int, default=336, help="side of the model's input, pixels (default %(default)s)")
-    parser.add_argument("--patch-size", type=int, default=14, help="side of a patch, pixels (default %(default)s)")
-    parser.add_argument("--vision-model", default="clip", choices=["clip", "siglip"],
-                        help="for the padding colour (default %(default)s)")
-    parser.add_argument("--image-aspect-ratio", default="pad", choices=("pad", "square"), help="(default %(default)s)")
-    parser.add_argument("--seq-length", type=int, default=2048, help="longer samples are shown as skipped (default %(default)s)")
+    parser.add_argument("--stored-order", action="store_true",
+                        help="as stored; otherwise in the training order of the run or of --seed, if one of them is given")
+    parser.add_argument("--image-size", type=int, help="side of the model's input, pixels (default 336)")
+    parser.add_argument("--patch-size", type=int, help="side of a patch, pixels (default 14)")
+    parser.add_argument("--vision-model", choices=["clip", "siglip"], help="for the padding colour (default clip)")
     parser.add_argument("--output", type=Path, help="folder for the images as the model sees them, as PNG")
+    parser.add_argument("--preset", dest="cfg_preset", help="named model shape, or the model.yaml of an import")
+    add_flags(parser.add_argument_group("the run's fields, as `train` takes them; flags win over the file"))
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the samples; 1 when none of them is usable.
 
     Raises:
-        ConfigError: shards, tokenizer or template do not exist or fit.
+        ConfigError: the configuration, shards, tokenizer or template do not exist or fit.
     """
+    config, flags = _config(args)
     console = Console(soft_wrap=True)
-    tokenizer = build_tokenizer(args.tokenizer)
-    check_template(tokenizer, args.template)
-    dataset = ShardDataset(args.data)
-    vision = VisionConfig(model_type=args.vision_model, image_size=args.image_size, patch_size=args.patch_size)
-    mean, std = (SIGLIP_MEAN, SIGLIP_STD) if args.vision_model == "siglip" else (CLIP_MEAN, CLIP_STD)
-    processor = ImageProcessor(args.image_size, args.image_aspect_ratio, mean, std)
-    preparer = Preparer.from_config(dataset, tokenizer, processor, DataConfig(seq_length=args.seq_length),
-                                    template=args.template, tokens_per_image=vision.tokens_per_image)
-    order = SampleOrder(len(dataset), args.seed or 0, shuffle=args.seed is not None)
+    views = _views(config, args.stage)
+    in_order = not (args.stored_order or args.eval) and (args.config is not None or "seed" in flags)
+    usable = 0
+    for names, view in views:
+        if args.config:
+            console.print(_header(names, view, in_order), style="bold", markup=False, highlight=False)
+        output = args.output / names[0] if args.output and len(views) > 1 else args.output
+        usable += _show(view, args, console, output, in_order)
+        if len(views) > 1:
+            console.print()
+    return 0 if usable or not args.num else 1
+
+
+def _config(args: argparse.Namespace) -> tuple[RunConfig, dict[str, Any]]:
+    flags = flags_from(args)
+    flags |= {name: value for alias, name in _ALIASES.items() if (value := getattr(args, alias)) is not None}
+    if args.data:
+        flags["eval_data" if args.eval else "train_data"] = args.data
+    if min(args.start, args.num) < 0:
+        raise ConfigError(f"--start {args.start} and --num {args.num} must not be negative")
+    if args.config is None and args.stage:
+        raise ConfigError(f"--stage {args.stage[0]} is a stage of a run; give the run's file with --config")
+    return load_config(args.config, flags) if args.config else from_mapping(_WITHOUT_CONFIG, flags), flags
+
+
+def _views(config: RunConfig, wanted: list[str] | None) -> list[tuple[list[str], RunConfig]]:
+    """Names of stages that see the same, and the configuration by which they do; the run's own where it has no stages."""
+    if not config.stages and not wanted:
+        return [([], config)]
+    views: list[tuple[list[str], RunConfig]] = []
+    for name in wanted or [stage.name for stage in config.stages]:
+        found = config.for_stage(name)
+        same = next((names for names, other in views if _seen(other) == _seen(found)), None)
+        if same is not None:
+            same.append(name)
+        else:
+            views.append(([name], found))
+    return views
+
+
+def _seen(config: RunConfig) -> tuple:
+    """All that decides what is seen."""
+    data = asdict(config.data)
+    return *(data[name] for name in _SEEN), asdict(config.vision), config.train.seed
+
+
+def _header(names: list[str], config: RunConfig, in_order: bool) -> str:
+    data, vision = config.data, config.vision
+    who = f"stage{'s' if len(names) > 1 else ''} {', '.join(names)}" if names else "the run"
+    return (f"{who}: template {data.conversation_template}, {vision.image_size} x {vision.image_size} pixels "
+            f"({data.image_aspect_ratio}, {vision.model_type}), {vision.tokens_per_image} tokens an image, seq_length "
+            f"{data.seq_length} (longer: {data.long_samples}), tokenizer {data.tokenizer}, "
+            + (f"training order of seed {config.train.seed}" if in_order else "stored order"))
+
+
+def _show(config: RunConfig, args: argparse.Namespace, console: Console, output: Path | None, in_order: bool) -> int:
+    """Print some samples as `config` makes them; returns how many are usable."""
+    paths = config.data.eval_data if args.eval else config.data.train_data
+    if not paths:
+        raise ConfigError(f"no shards to show: set {'eval_data' if args.eval else 'train_data'} in the run's file, or give --data")
+    tokenizer = build_tokenizer(config.data.tokenizer)
+    check_template(tokenizer, config.data.conversation_template)
+    dataset = ShardDataset(paths)
+    order = SampleOrder(len(dataset), config.train.seed, shuffle=in_order)
     console.print(f"{len(dataset)} samples in {len(dataset.paths)} shards", style="bold", highlight=False)
+    rows = _questions(dataset, tokenizer, config) if args.eval else _training_rows(dataset, tokenizer, config)
     usable = 0
     for position in range(args.start, args.start + args.num):
-        row = preparer.row(order.index(position))
-        usable += row.sample is not None
-        console.print()
-        console.print(describe(row, tokenizer, vision.tokens_per_image, colour=console.is_terminal))
-        if args.output is not None:
-            for path in save_images(row, args.output):
+        for row, answer in rows(order.index(position)):
+            usable += row.sample is not None
+            console.print()
+            text = describe(row, tokenizer, config.vision.tokens_per_image, colour=console.is_terminal)
+            console.print(text.append(f"\nexpected: {answer}") if answer is not None else text)
+            for path in save_images(row, output) if output is not None else ():
                 console.print(f"wrote {path}", markup=False, highlight=False)
-    return 0 if usable or not args.num else 1
+    return usable
+
+
+def _training_rows(dataset: ShardDataset, tokenizer: Tokenizer, config: RunConfig) -> Callable[[int], list[tuple[Row, None]]]:
+    preparer = Preparer.from_config(dataset, tokenizer, processor_for(config), config.data,
+                                    template=config.data.conversation_template, tokens_per_image=config.vision.tokens_per_image)
+    return lambda i: [(preparer.row(i), None)]
+
+
+def _questions(dataset: ShardDataset, tokenizer: Tokenizer, config: RunConfig) -> Callable[[int], list[tuple[Row, str | None]]]:
+    """Of a held-out sample: each question up to where the answer begins, and the answer it is compared with."""
+    processor = processor_for(config)
+
+    def found(i: int) -> list[tuple[Row, str | None]]:
+        key, shard = dataset.key(i), str(dataset.shard(i))
+        try:
+            samples: list[EvalSample] = prepare_eval(
+                dataset.read(i), tokenizer, processor, config.data.conversation_template, config.vision.tokens_per_image,
+                max_image_pixels=config.data.max_image_pixels)
+        except SampleError as error:
+            return [(Row(key, shard, None, problem=(error.reason, error.message)), None)]
+        return [(Row(f"{key}.{turn}", shard, s.prompt, list(s.images)), s.answer) for turn, s in enumerate(samples)]
+
+    return found
 
 
 def describe(row: Row, tokenizer: Tokenizer, tokens_per_image: int, *, colour: bool = False) -> Text:

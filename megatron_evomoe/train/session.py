@@ -1,4 +1,4 @@
-"""What all stages of one `train` invocation share: tokenizer, image processor, logger, topology."""
+"""What all stages of one `train` invocation share: tokenizer, logger, topology, the run's id."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatron_evomoe.data.batch import prepare_eval
 from megatron_evomoe.data.conversation import check_template, stop_ids
 from megatron_evomoe.data.errors import SampleError
 from megatron_evomoe.data.feature_cache import FeatureCache
-from megatron_evomoe.data.image import ImageProcessor, processor_for
+from megatron_evomoe.data.image import processor_for
 from megatron_evomoe.data.loader import TrainLoader
 from megatron_evomoe.data.shards import ShardDataset
 from megatron_evomoe.data.tokenizer import Tokenizer, build_tokenizer
@@ -41,7 +41,6 @@ class Session:
     config: RunConfig
     topology: Topology
     tokenizer: Tokenizer
-    processor: ImageProcessor
     logger: RunLogger
     run_dir: Path
     saver: Saver
@@ -79,7 +78,11 @@ def prepare_config(config: RunConfig) -> tuple[RunConfig, Tokenizer]:
     elif size < tokenizer.vocab_size:
         raise ConfigError(f"vocab_size {size} is smaller than the tokenizer's {tokenizer.vocab_size}; leave it out or raise it")
     for stage in config.stages:
-        check_template(tokenizer, config.for_stage(stage.name).data.conversation_template)
+        data = config.for_stage(stage.name).data
+        if data.tokenizer != config.data.tokenizer:
+            raise ConfigError(f"stage {stage.name!r} names tokenizer {data.tokenizer}, the run {config.data.tokenizer}; stages "
+                              "share one embedding and so one tokenizer: name it in section data alone")
+        check_template(tokenizer, data.conversation_template)
     return config, tokenizer
 
 
@@ -94,8 +97,7 @@ def open_session(config: RunConfig) -> Session:
     identity = run_id.of_run(run_dir)
     logger = RunLogger(config.log, run_dir, is_main=place.rank == 0, run_name=run_dir.name, config_dict=config.to_dict(),
                        wandb_run_id=_known_wandb_run(config, run_dir, identity) if place.rank == 0 else None)
-    processor = processor_for(config)
-    return Session(config=config, topology=place, tokenizer=tokenizer, processor=processor, logger=logger, run_dir=run_dir,
+    return Session(config=config, topology=place, tokenizer=tokenizer, logger=logger, run_dir=run_dir,
                    saver=Saver(config.checkpoint), heartbeat=Heartbeat(run_dir), run_id=identity)
 
 
@@ -117,7 +119,7 @@ def train_loader(session: Session, config: RunConfig, *, start_position: int, fe
     return TrainLoader(
         features.dataset if features is not None else ShardDataset(config.data.train_data),
         session.tokenizer,
-        session.processor,
+        processor_for(config),
         config.data,
         config.vision.tokens_per_image,
         micro_batch_size=config.train.micro_batch_size,
@@ -136,9 +138,10 @@ def questions(session: Session, config: RunConfig, limit: int = 0) -> list[Quest
     found: list[Question] = []
     skipped: Counter[str] = Counter()
     dataset = ShardDataset(config.data.eval_data) if config.data.eval_data else []
+    processor = processor_for(config)
     for i in range(len(dataset)):
         try:
-            samples = prepare_eval(dataset.read(i), session.tokenizer, session.processor, config.data.conversation_template,
+            samples = prepare_eval(dataset.read(i), session.tokenizer, processor, config.data.conversation_template,
                                    config.vision.tokens_per_image, max_image_pixels=config.data.max_image_pixels)
         except SampleError as error:
             skipped[error.reason] += 1

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from megatron_evomoe.config import ConfigError, RunConfig
 from megatron_evomoe.data.errors import SampleError
 from megatron_evomoe.data.feature_cache import FeatureCache, Part
-from megatron_evomoe.data.image import ImageProcessor, decode_image
+from megatron_evomoe.data.image import ImageProcessor, decode_image, processor_for
 from megatron_evomoe.data.loader import fetching
 from megatron_evomoe.data.shards import ShardDataset
 from megatron_evomoe.model.llava import LlavaModel
@@ -134,7 +134,7 @@ class _Extraction:
         self.replica, self.replicas = place.data_parallel_rank, place.data_parallel_size
         self.computes = place.first_stage and ps.get_context_parallel_rank() == 0
         mine = missing[self.replica :: self.replicas]
-        self.batches = iter(_pixels(mine, cache, session.processor, config)) if cache is not None else None
+        self.batches = iter(_pixels(mine, cache, processor_for(config), config)) if cache is not None else None
 
     def run(self, stop: StopRequests) -> str | None:
         """Why it ended early, or none. Communicates."""

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from megatron_evomoe.config import ConfigError
+from megatron_evomoe.config import ConfigError, load_config
 from megatron_evomoe.data import inspect
 from megatron_evomoe.data.image import ImageProcessor, decode_image
 from megatron_evomoe.data.shards import write_shards
+from megatron_evomoe.data.tokenizer import build_tokenizer
+from megatron_evomoe.train.session import train_loader
 
-from .helpers import chat, jpeg
+from .helpers import chat, jpeg, take
 
 
 @pytest.fixture
@@ -50,3 +54,72 @@ def test_bad_arguments(shards, sp_path, tmp_path):
         run("--data", shards, "--tokenizer", tmp_path / "gone.model")
     with pytest.raises(ConfigError, match="does not exist"):
         run("--data", tmp_path / "gone.tar", "--tokenizer", sp_path)
+
+
+@pytest.fixture
+def run_yaml(shards, sp_path, tmp_path):
+    """A run of three stages, of which two see the same."""
+    asked = [chat(f"<image>\nHow many are there of {i}?", f"There are {i}.") for i in range(9)]
+    write_shards([({"conversations": turns}, [jpeg(i)]) for i, turns in enumerate(asked)], tmp_path / "more")
+    write_shards([({"conversations": [*chat("<image>\nWhich digit is this?", "A seven"), *chat("Is it even?", "No")]}, [jpeg(3)])],
+                 tmp_path / "held-out")
+    path = tmp_path / "run.yaml"
+    path.write_text(f"""
+data: {{tokenizer: {sp_path}, train_data: [{tmp_path}/more], eval_data: [{tmp_path}/held-out], seq_length: 200}}
+vision: {{image_size: 24, patch_size: 12}}
+train: {{micro_batch_size: 1, global_batch_size: 2, seed: 7}}
+stages:
+  - {{name: align, conversation_template: plain, image_aspect_ratio: square}}
+  - {{name: warmup}}
+  - {{name: route, seq_length: 200, lr: 0.1}}
+""")
+    return path
+
+
+def test_a_runs_configuration_shows_what_the_run_sees(run_yaml, tmp_path, capsys):
+    """Held against the loader of each stage, by the path on which training builds it."""
+    assert run("--config", run_yaml, "--num", 3, "--output", tmp_path / "png") == 0
+    printed = capsys.readouterr().out
+    align, rest = printed.split("stages warmup, route: ")
+    assert align.startswith("stage align: template plain, 24 x 24 pixels (square, clip), 4 tokens an image, seq_length 200")
+    assert rest.startswith("template v1, 24 x 24 pixels (pad, clip)") and "training order of seed 7" in rest
+    config = load_config(run_yaml)
+    for name, text in (("align", align), ("warmup", rest)):
+        stage = config.for_stage(name)
+        session = SimpleNamespace(topology=SimpleNamespace(reads_data=True, data_parallel_rank=0, data_parallel_size=1),
+                                  tokenizer=build_tokenizer(stage.data.tokenizer))
+        steps = take(train_loader(session, stage, start_position=0, features=None), 2)
+        batches = [batch for step in steps for batch in step.microbatches][:3]
+        places = [text.index(f"{batch['keys'][0]} of ") for batch in batches]
+        assert places == sorted(places) and {"align": "<image>⟦There are", "warmup": "ASSISTANT:⟦ There are"}[name] in text
+        for batch in batches:
+            png = np.asarray(Image.open(tmp_path / "png" / name / f"{batch['keys'][0]}.0.png"))
+            assert np.array_equal(png, batch["pixel_values"][0].permute(1, 2, 0).numpy())
+
+
+def test_one_stage_flags_and_held_out_questions(run_yaml, shards, tmp_path, capsys):
+    assert run("--config", run_yaml, "--stage", "warmup", "--eval", "--num", 1) == 0
+    printed = capsys.readouterr().out
+    assert "USER: <image>\nWhich digit is this? ASSISTANT:\nexpected: A seven" in printed and "⟦" not in printed
+    assert "ASSISTANT: A seven</s>USER: Is it even? ASSISTANT:\nexpected: No" in printed and "stored order" in printed
+    assert run("--config", run_yaml, "--data", shards, "--template", "qwen", "--image-size", 48, "--seq-length", 400, "--num", 1,
+               "--stored-order") == 0
+    printed = capsys.readouterr().out
+    assert "<|im_start|>user" in printed and "48 x 48 pixels" in printed and "seq_length 400" in printed and "1 shards" in printed
+    with pytest.raises(ConfigError, match="no stage 'gone'"):
+        run("--config", run_yaml, "--stage", "gone")
+    with pytest.raises(ConfigError, match="--stage warmup is a stage of a run"):
+        run("--data", shards, "--stage", "warmup")
+    with pytest.raises(ConfigError, match="must not be negative"):
+        run("--config", run_yaml, "--start", "-1")
+    with pytest.raises(ConfigError, match="no shards to show"):
+        run("--tokenizer", tmp_path)
+
+
+def test_without_a_configuration_a_seed_gives_the_training_order(run_yaml, sp_path, tmp_path, capsys):
+    found = {}
+    for name, flags in {"stored": [], "seed": ["--seed", "7"], "run": ["--config", run_yaml, "--stage", "warmup"]}.items():
+        assert run(*(flags if "--config" in flags else ["--data", tmp_path / "more", "--tokenizer", sp_path, "--image-size", 24,
+                                                       "--patch-size", 12, *flags]), "--num", 9) == 0
+        found[name] = re.findall(r"^(\d{9}) of ", capsys.readouterr().out, re.M)
+    assert found["stored"] == sorted(found["stored"]) and found["seed"] == found["run"] != found["stored"]
