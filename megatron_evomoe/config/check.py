@@ -11,54 +11,75 @@ if TYPE_CHECKING:
     from megatron_evomoe.config.run import RunConfig
 
 
+Rule = Callable[[bool, str], None]
+
+
 def check(config: RunConfig) -> None:
     """What one field alone cannot know. Raises `ConfigError`."""
-    lm, vision, moe, train = config.language, config.vision, config.moe, config.train
 
     def rule(ok: bool, message: str) -> None:
         if not ok:
             raise ConfigError(message)
 
+    for part in (_check_language, _check_vision, _check_experts, _check_loop, _check_fp8):
+        part(config, rule)
+
+
+def _check_language(config: RunConfig, rule: Rule) -> None:
+    lm, length = config.language, config.data.seq_length
+    heads, groups = lm.num_attention_heads, lm.num_query_groups or lm.num_attention_heads
+    rule(lm.kv_channels is not None or lm.hidden_size % heads == 0,
+         f"hidden_size {lm.hidden_size} is not a multiple of num_attention_heads {heads}; change one, or give kv_channels")
+    rule(heads % groups == 0, f"num_attention_heads {heads} is not a multiple of num_query_groups {groups}; change one")
+    rule(length <= lm.max_position_embeddings, f"seq_length {length} exceeds max_position_embeddings {lm.max_position_embeddings}")
+    rule(not (lm.tie_word_embeddings and lm.lm_head_bias), "lm_head_bias needs untied embeddings")
+
+
+def _check_vision(config: RunConfig, rule: Rule) -> None:
+    vision = config.vision
     rule(vision.image_size % vision.patch_size == 0,
          f"vision image_size {vision.image_size} is not a multiple of patch_size {vision.patch_size}")
+    rule(vision.hidden_size % vision.num_attention_heads == 0,
+         f"vision hidden_size {vision.hidden_size} is not a multiple of its num_attention_heads {vision.num_attention_heads}")
     rule(1 <= vision.num_layers_used <= vision.num_layers,
          f"vision feature_layer {vision.feature_layer} needs a layer the tower's {vision.num_layers} do not have")
+    rule(vision.tokens_per_image < config.data.seq_length,
+         f"one image takes {vision.tokens_per_image} tokens and does not fit seq_length {config.data.seq_length}")
+
+
+def _check_experts(config: RunConfig, rule: Rule) -> None:
+    moe, layers = config.moe, config.language.num_layers
     if isinstance(moe.moe_layer_freq, list):
-        rule(len(moe.moe_layer_freq) == lm.num_layers,
-             f"moe_layer_freq lists {len(moe.moe_layer_freq)} layers, the model has {lm.num_layers}")
+        rule(len(moe.moe_layer_freq) == layers, f"moe_layer_freq lists {len(moe.moe_layer_freq)} layers, the model has {layers}")
+        rule(any(moe.moe_layer_freq), "moe_layer_freq lists no MoE layer; put a 1 where one is to be")
     else:
-        rule(1 <= moe.moe_layer_freq <= lm.num_layers,
-             f"moe_layer_freq {moe.moe_layer_freq} leaves no MoE layer among {lm.num_layers}; use 1 to {lm.num_layers}")
-    rule(1 <= moe.moe_router_topk <= moe.num_experts,
+        rule(moe.moe_layer_freq <= layers,
+             f"moe_layer_freq {moe.moe_layer_freq} leaves no MoE layer among {layers}; use 1 to {layers}")
+    rule(moe.moe_router_topk <= moe.num_experts,
          f"moe_router_topk {moe.moe_router_topk} must lie between 1 and num_experts {moe.num_experts}")
     rule(moe.dtr_kernel != "triton" or moe.router == "dtr",
          f"dtr_kernel triton is for router dtr, and this router is {moe.router}; leave dtr_kernel out")
-    for low, high in moe.evolution_beta:
-        rule(0.0 <= low <= high <= 1.0, f"evolution_beta range [{low}, {high}] must satisfy 0 <= low <= high <= 1")
-    rule(train.micro_batch_size >= 1 and train.global_batch_size >= 1,
-         f"batch sizes must be positive, got micro {train.micro_batch_size} and global {train.global_batch_size}")
-    rule(not train.profile or 1 <= train.profile_step_start < train.profile_step_end,
-         f"profile_step_start {train.profile_step_start} must be at least 1 and below profile_step_end {train.profile_step_end}")
-    rule(vision.tokens_per_image < config.data.seq_length,
-         f"one image takes {vision.tokens_per_image} tokens and does not fit seq_length {config.data.seq_length}")
-    rule(config.data.seq_length <= lm.max_position_embeddings,
-         f"seq_length {config.data.seq_length} exceeds max_position_embeddings {lm.max_position_embeddings}")
-    rule(not (lm.tie_word_embeddings and lm.lm_head_bias), "lm_head_bias needs untied embeddings")
-    rule(lm.rope_scaling_factor >= 1.0, f"rope_scaling_factor {lm.rope_scaling_factor} must be at least 1")
+    for low, high in moe.evolution_beta or []:
+        rule(low <= high, f"evolution_beta range [{low}, {high}] must satisfy 0 <= low <= high <= 1")
+
+
+def _check_loop(config: RunConfig, rule: Rule) -> None:
+    train, optimizer = config.train, config.optimizer
+    rule(optimizer.min_lr <= optimizer.lr, f"min_lr {optimizer.min_lr} is above lr {optimizer.lr}; lower it, or raise lr")
+    rule(not train.profile or train.profile_step_start < train.profile_step_end,
+         f"profile_step_start {train.profile_step_start} must be below profile_step_end {train.profile_step_end}")
     rule(train.bf16 or not config.gpu.cross_entropy_loss_fusion,
          "cross_entropy_loss_fusion rounds the gradient to bf16, and this run is fp32; set bf16, or leave it out")
     rule(not (config.optimizer.override_opt_param_scheduler and config.optimizer.use_checkpoint_opt_param_scheduler),
          "override_opt_param_scheduler and use_checkpoint_opt_param_scheduler contradict each other; set one of them")
-    _check_fp8(config, rule)
 
 
-def _check_fp8(config: RunConfig, rule: Callable[[bool, str], None]) -> None:
+def _check_fp8(config: RunConfig, rule: Rule) -> None:
     gpu, lm, parallel = config.gpu, config.language, config.parallel
     if gpu.fp8_format is None:
         rule(not gpu.moe_router_padding_for_fp8, "moe_router_padding_for_fp8 pads for FP8, and there is none; set fp8_format")
         return
     rule(config.train.bf16, f"fp8_format {gpu.fp8_format} keeps everything but linear layers in bf16; set train.bf16 too")
-    rule(gpu.fp8_amax_history_len >= 1, f"fp8_amax_history_len {gpu.fp8_amax_history_len} must be at least 1")
     rule(not (gpu.moe_router_padding_for_fp8 and config.moe.moe_token_dispatcher_type == "allgather"),
          "moe_router_padding_for_fp8 does nothing for moe_token_dispatcher_type allgather; use alltoall or flex")
     train = config.train
@@ -68,7 +89,7 @@ def _check_fp8(config: RunConfig, rule: Callable[[bool, str], None]) -> None:
     if gpu.first_last_layers_bf16:
         start, end = gpu.num_layers_at_start_in_bf16, gpu.num_layers_at_end_in_bf16
         rule(gpu.fp8_recipe != "delayed", "first_last_layers_bf16 cannot be had with fp8_recipe delayed; use tensorwise")
-        rule(min(start, end) >= 0 and start + end < lm.num_layers,
+        rule(start + end < lm.num_layers,
              f"{start} first and {end} last layers in bf16 leave none of {lm.num_layers} in FP8; lower num_layers_at_start_in_bf16 "
              "or num_layers_at_end_in_bf16")
     heads = lm.num_attention_heads * (lm.kv_channels or lm.hidden_size // lm.num_attention_heads)

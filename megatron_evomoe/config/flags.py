@@ -7,9 +7,8 @@ import inspect
 import itertools
 from typing import Any
 
-import yaml
-
 from megatron_evomoe.config.run import FLAT, SECTIONS
+from megatron_evomoe.config.types import from_flag, takes_only_bool
 
 # Megatron's own spelling of these two
 _ALIASES = {name: (f"--{name.replace('_', '-').replace('opt-param', 'opt_param')}",)
@@ -17,16 +16,24 @@ _ALIASES = {name: (f"--{name.replace('_', '-').replace('opt-param', 'opt_param')
 
 
 def add_flags(parser: Any) -> None:
-    """One flag per field, with the field's own words as help. Values stay text; `coerce` reads them as YAML would."""
+    """One flag per field, with the field's own words as help. Values stay text until `flags_from`."""
     for key, (section, name) in FLAT.items():
-        parser.add_argument(f"--{key.replace('_', '-')}", *_ALIASES.get(key, ()), dest=f"cfg_{key}", metavar="VALUE", nargs="?",
-                            const="true", help=_field_docs(SECTIONS[section]).get(name), default=None)
+        alone = {"nargs": "?", "const": "true"} if takes_only_bool(SECTIONS[section], name) else {}
+        parser.add_argument(f"--{key.replace('_', '-')}", *_ALIASES.get(key, ()), dest=f"cfg_{key}", metavar="VALUE", default=None,
+                            help=_field_docs(SECTIONS[section]).get(name), **alone)
 
 
 def flags_from(args: Any) -> dict[str, Any]:
-    """The flags that were given, as flat names to values."""
+    """The flags that were given, as flat names to values. Raises `ConfigError` for text that cannot be read."""
     given = {k[4:]: v for k, v in vars(args).items() if k.startswith("cfg_") and v is not None}
-    return {k: yaml.safe_load(v) if isinstance(v, str) else v for k, v in given.items()}
+    return {key: _value(key, text) for key, text in given.items()}
+
+
+def _value(key: str, given: Any) -> Any:
+    if key not in FLAT or not isinstance(given, str):
+        return given
+    section, name = FLAT[key]
+    return from_flag(SECTIONS[section], name, given)
 
 
 def _field_docs(cls: type) -> dict[str, str]:

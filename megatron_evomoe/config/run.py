@@ -6,8 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, Optional
 
-import yaml
-
+from megatron_evomoe.config import text
 from megatron_evomoe.config.check import check
 from megatron_evomoe.config.errors import ConfigError
 from megatron_evomoe.config.model import LanguageConfig, MoEConfig, VisionConfig
@@ -20,6 +19,7 @@ from megatron_evomoe.config.training import (
     ParallelConfig,
     TrainConfig,
 )
+from megatron_evomoe.config.types import StageName, Text
 
 STAGE_KINDS = ("align", "warmup", "dense", "evolve", "route")
 STAGE_SECTIONS = ("moe", "data", "optimizer", "train", "gpu", "log")
@@ -30,11 +30,11 @@ MODEL_SECTIONS = ("language", "vision", "moe")
 class StageConfig:
     """One stage of the recipe; every other key of its mapping overrides a field of `STAGE_SECTIONS`."""
 
-    name: str
+    name: StageName
     """Folder and log name; unique."""
     kind: Literal["align", "warmup", "dense", "evolve", "route"]
     """What the stage does (train/stages.py); defaults to the name."""
-    load: Optional[str] = None
+    load: Optional[Text] = None
     """Checkpoint directory it starts from; none means the stage before it in the list."""
     overrides: dict[str, Any] = field(default_factory=dict)
     """Flat field name -> value."""
@@ -68,7 +68,10 @@ class RunConfig:
         for key, value in stage.overrides.items():
             section, field_name = FLAT[key]
             setattr(config, section, replace(getattr(config, section), **{field_name: value}))
-        check(config)
+        try:
+            check(config)
+        except ConfigError as error:
+            raise ConfigError(f"stage {name!r}: {error}") from None
         return config
 
     def to_dict(self) -> dict[str, Any]:
@@ -77,11 +80,11 @@ class RunConfig:
         out["stages"] = [
             {"name": s.name, "kind": s.kind, **({"load": s.load} if s.load else {}), **s.overrides} for s in self.stages
         ]
-        return yaml.safe_load(yaml.safe_dump(_plain(out)))
+        return _plain(out)
 
     def to_yaml(self) -> str:
         """The resolved configuration as a file that `load_config` reads."""
-        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+        return text.dump(self.to_dict())
 
 
 SECTIONS: dict[str, type] = {

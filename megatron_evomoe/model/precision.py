@@ -44,6 +44,13 @@ def sequence_multiple(config: RunConfig) -> int:
     return config.parallel.tensor_model_parallel_size * rows
 
 
+def check_sequence(config: RunConfig) -> None:
+    """Raise `ConfigError` where the longest sequence could not be padded."""
+    multiple = sequence_multiple(config)
+    if config.data.seq_length % multiple:
+        raise ConfigError(f"seq_length {config.data.seq_length} must be a multiple of {multiple}, to which sequences are padded")
+
+
 @contextlib.contextmanager
 def without_fp8(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
     """Run the decoder in its own dtype inside: answers grow by one token at a time, to any length."""

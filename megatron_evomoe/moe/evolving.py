@@ -63,7 +63,7 @@ class EvolvingMLP(MLP):
 
     def __init__(self, config: Any, submodules: Any, moe: MoEConfig, tp_group: Any = None, pg_collection: Any = None,
                  is_mtp_layer: bool = False, name: Optional[str] = None) -> None:
-        validate_ranges(moe.num_experts, moe.evolution_beta)
+        validate_ranges(moe.num_experts, moe.evolution_ranges)
         rule_named(moe.evolution_rule)
         # core 0.16 gives an MLP it does not know by identity no group at all (then MLP takes the default one);
         # 0.19 gives the whole collection, and a name that 0.16's MLP does not take.
@@ -115,7 +115,7 @@ class EvolvingMLP(MLP):
         """
         rule = rule or self.moe.evolution_rule
         chosen = rule_named(rule)
-        ranges = self.moe.evolution_beta if ranges is None else ranges
+        ranges = self.moe.evolution_ranges if ranges is None else ranges
         validate_ranges(self.moe.num_experts, ranges)
         if self.layer_number is None:
             raise ConfigError("EvolvingMLP has no layer_number, which its draws depend on; call set_layer_number(n), n from 1")

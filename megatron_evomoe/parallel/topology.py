@@ -40,9 +40,6 @@ def validate(config: RunConfig, world_size: int, *, on_gpus: bool | None = None)
     p, lm = config.parallel, config.language
     tp, pp, cp, ep, etp = (p.tensor_model_parallel_size, p.pipeline_model_parallel_size, p.context_parallel_size,
                            p.expert_model_parallel_size, p.expert_tensor_parallel_size)
-    for name, degree in (("tensor", tp), ("pipeline", pp), ("context", cp), ("expert", ep), ("expert-tensor", etp)):
-        if degree < 1:
-            raise ConfigError(f"{name} parallel size must be at least 1, got {degree}")
     model = tp * pp * cp
     if world_size % model:
         raise ConfigError(f"TP {tp} x PP {pp} x CP {cp} = {model} does not divide the {world_size} ranks of this run; "

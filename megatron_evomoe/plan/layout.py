@@ -99,25 +99,18 @@ def check(config: RunConfig, kind: str, world_size: int) -> None:
     Raises:
         ConfigError: names the value, the rule and what would fit.
     """
+    from megatron_evomoe.model import precision
+
     topology.validate(config, world_size, on_gpus=True)
     check_fields(config)  # FP8's widths are of a tensor-parallel rank
-    _check_sequence(config)
+    precision.check_sequence(config)
     p = config.parallel
     if kind == "evolve":
         from megatron_evomoe.moe.evolution import check_rule, validate_ranges
 
-        validate_ranges(config.moe.num_experts, config.moe.evolution_beta)
+        validate_ranges(config.moe.num_experts, config.moe.evolution_ranges)
         check_rule(config.moe.evolution_rule, p.use_distributed_optimizer, data_parallel(config, world_size))
     _check_core(config)
-
-
-def _check_sequence(config: RunConfig) -> None:
-    """The loader's rule."""
-    from megatron_evomoe.model.precision import sequence_multiple
-
-    multiple = sequence_multiple(config)
-    if config.data.seq_length % multiple:
-        raise ConfigError(f"seq_length {config.data.seq_length} must be a multiple of {multiple}, to which sequences are padded")
 
 
 def _check_core(config: RunConfig) -> None:

@@ -170,6 +170,7 @@ _MEANINGS: dict[tuple[str, str], _Meaning] = {
     ("vision", "num_layers"): lambda c, _: c.vision.num_layers_used,
     ("vision", "feature_layer"): lambda c, _: c.vision.num_layers_used,
     ("vision", "feature_select"): lambda c, _: c.vision.feature_select if c.vision.model_type == "clip" else "patch",
+    ("moe", "evolution_beta"): lambda c, _: c.moe.evolution_ranges,
     ("moe", "moe_layer_freq"): lambda c, _: c.moe.layer_pattern(c.language.num_layers),
     ("parallel", "sequence_parallel"): lambda c, _: (
         c.parallel.tensor_model_parallel_size > 1 if c.parallel.sequence_parallel is None else c.parallel.sequence_parallel),

@@ -17,12 +17,12 @@ from megatron_evomoe.checkpoint import record as records
 from megatron_evomoe.checkpoint.record import CheckpointError, Record
 from megatron_evomoe.config import RunConfig, StageConfig
 from megatron_evomoe.diagnose import collect
-from megatron_evomoe.moe import evolution
 from megatron_evomoe.observe import profile
 from megatron_evomoe.observe.heartbeat import CollectiveError
 from megatron_evomoe.parallel import broadcast, rng, topology
 from megatron_evomoe.train import evaluate, report, vision_cache
 from megatron_evomoe.train.build import Built, build_stage
+from megatron_evomoe.train.optimizer import course
 from megatron_evomoe.train.session import Session, earlier_stage, open_session, questions, selected, stage_dir, train_loader
 from megatron_evomoe.train.step import take_step
 from megatron_evomoe.train.stop import StopRequests
@@ -70,8 +70,8 @@ def train_stage(session: Session, stage: StageConfig, stop: StopRequests) -> str
     session.heartbeat.enter("setup", 0, stage.name)
     topology.seed_everything(config.train.seed)
     built = build_stage(config, stage)
-    _check_evolution(built, session, config)
     record = _resume(session, found, built, stage, config) if found else _begin(session, built, stage, config)
+    session.logger.say(f"stage {stage.name}: {course(built.scheduler, config.train.train_iters)}")
     session.logger.start_stage(stage.name, config.train.train_iters, record.step)
     session.heartbeat.enter("setup", record.step)
     meter = report.StageMeter(session, built, config, stage)
@@ -133,12 +133,6 @@ def next_step(batches: Iterator[Any] | None, session: Session, config: RunConfig
             keys=[m["keys"] for m in micro],
         )
     return broadcast.to_replica(step, session.topology, config)
-
-
-def _check_evolution(built: Built, session: Session, config: RunConfig) -> None:
-    if built.evolving:
-        replicas = session.topology.data_parallel_size * config.parallel.context_parallel_size
-        evolution.check_rule(config.moe.evolution_rule, config.parallel.use_distributed_optimizer, replicas)
 
 
 def _begin(session: Session, built: Built, stage: StageConfig, config: RunConfig) -> Record:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import torch
@@ -47,8 +48,8 @@ def build_optimizer(chunks: list[DistributedDataParallel], config: RunConfig) ->
 
 
 def build_scheduler(optimizer: MegatronOptimizer, config: RunConfig) -> OptimizerParamScheduler:
-    """Linear warmup, then `lr_decay_style` down to `min_lr` at `train_iters`; one step a time."""
-    o, steps = config.optimizer, config.train.train_iters
+    """Linear warmup from 0, then `lr_decay_style` towards `min_lr`; stepped after each update, so step 1 takes the rate of 0."""
+    o, steps = config.optimizer, config.optimizer.lr_decay_iters or config.train.train_iters
     # rounded up, as in Hugging Face's schedules that MoE-LLaVA uses
     warmup = min(steps - 1, math.ceil(o.lr_warmup_fraction * steps))
     return OptimizerParamScheduler(
@@ -56,12 +57,28 @@ def build_scheduler(optimizer: MegatronOptimizer, config: RunConfig) -> Optimize
         init_lr=0.0,
         max_lr=o.lr,
         min_lr=o.min_lr,
-        lr_warmup_steps=max(0, warmup),
-        lr_decay_steps=max(1, steps),
+        lr_warmup_steps=warmup,
+        lr_decay_steps=steps,
         lr_decay_style=o.lr_decay_style,
         start_wd=o.weight_decay,
         end_wd=o.weight_decay,
-        wd_incr_steps=max(1, steps),
+        wd_incr_steps=steps,
         wd_incr_style="constant",
         use_checkpoint_opt_param_scheduler=True,
     )
+
+
+def course(scheduler: OptimizerParamScheduler, last: int) -> str:
+    """A stage's learning rates in words: of its first step, of the highest, and of its last."""
+    schedule = copy.copy(scheduler)
+    group = next(iter(scheduler.optimizer.param_groups), {})
+
+    def rate(step: int) -> str:
+        schedule.num_steps = step - 1
+        return f"{schedule.get_lr(group):.3g}"
+
+    peak = min(schedule.lr_warmup_steps + 1, last)
+    rates = [f"{rate(step)} at step {step}" for step in sorted({1, peak, last})]
+    style, low, end = schedule.lr_decay_style, schedule.min_lr, schedule.lr_decay_steps
+    then = {"constant": "", "inverse-square-root": f", never below min_lr {low:.3g}"}
+    return f"lr {', '.join(rates)} of {last} ({style}{then.get(style, f', at min_lr {low:.3g} after step {end}')})"

@@ -48,7 +48,7 @@ class StageMeter:
         """One step's line. Communicates where routing metrics are due."""
         metrics = {
             "lm loss": result.loss,
-            "learning-rate": self.built.optimizer.param_groups[0]["lr"] if self.built.optimizer.param_groups else 0.0,
+            "learning-rate": result.learning_rate,
             "grad-norm": result.grad_norm,
             "batch-size": self.config.train.global_batch_size,
             "iteration-time": seconds,

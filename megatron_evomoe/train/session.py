@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch.distributed as dist
-
 from megatron_evomoe.checkpoint import find, run_id
 from megatron_evomoe.checkpoint import record as records
 from megatron_evomoe.checkpoint.find import Owner
@@ -28,8 +26,8 @@ from megatron_evomoe.observe.heartbeat import Heartbeat
 from megatron_evomoe.observe.log import RunLogger
 from megatron_evomoe.parallel import topology
 from megatron_evomoe.parallel.topology import Topology
+from megatron_evomoe.train import preflight
 from megatron_evomoe.train.evaluate import Question
-from megatron_evomoe.train.stages import check_feature_cache
 
 log = logging.getLogger(__name__)
 
@@ -89,9 +87,7 @@ def prepare_config(config: RunConfig) -> tuple[RunConfig, Tokenizer]:
 def open_session(config: RunConfig) -> Session:
     """Process groups, logger, tokenizer, the run's id. Communicates: every rank calls it once, after `init_process_group`."""
     config, tokenizer = prepare_config(config)
-    for stage in config.stages:
-        topology.validate(config.for_stage(stage.name), dist.get_world_size())
-        check_feature_cache(config.for_stage(stage.name), stage)
+    preflight.check(config)
     place = topology.initialize(config)
     run_dir = Path(config.checkpoint.save or "runs/default")
     identity = run_id.of_run(run_dir)
@@ -112,10 +108,10 @@ def _known_wandb_run(config: RunConfig, run_dir: Path, identity: str) -> str | N
 
 def train_loader(session: Session, config: RunConfig, *, start_position: int, features: FeatureCache | None) -> TrainLoader | None:
     """This replica's samples, on the rank that reads them; their images as `features`, if there are any."""
-    if not session.topology.reads_data:
-        return None
     if not config.data.train_data:
         raise ConfigError("train_data is empty; name shard sets, e.g. train_data: [data/train]")
+    if not session.topology.reads_data:
+        return None
     return TrainLoader(
         features.dataset if features is not None else ShardDataset(config.data.train_data),
         session.tokenizer,

@@ -30,6 +30,8 @@ class StepResult:
     """mean over the supervised tokens of the global batch"""
     grad_norm: float
     """before clipping"""
+    learning_rate: float
+    """of this step's update"""
     supervised_tokens: int
     tokens: int
     """positions that are not padding, image positions included"""
@@ -59,9 +61,10 @@ def take_step(built: Built, step: Step, number: int) -> StepResult:
         grad_norm = float(grad_norm or 0.0)  # waits for the device
     if not torch.isfinite(torch.tensor(grad_norm)):
         _explain("gradient norm", grad_norm, step, losses, number)
+    learning_rate = built.optimizer.param_groups[0]["lr"] if built.optimizer.param_groups else built.scheduler.get_lr({})
     built.scheduler.step(increment=1)
-    return StepResult(loss=float(loss), grad_norm=grad_norm, supervised_tokens=int(counts[0]), tokens=int(counts[1]),
-                      seq_length=step.tokens.shape[2])
+    return StepResult(loss=float(loss), grad_norm=grad_norm, learning_rate=learning_rate,
+                      supervised_tokens=int(counts[0]), tokens=int(counts[1]), seq_length=step.tokens.shape[2])
 
 
 def _count(step: Step) -> list[float]:

@@ -64,6 +64,7 @@ def test_environment_variables(tmp_path, monkeypatch):
         ({"moe": {"moe_layer_freq": [0, 1]}}, "lists 2 layers, the model has 4"),
         ({"moe": {"evolution_beta": [[0.9, 0.1]]}}, "0 <= low <= high <= 1"),
         ({"stages": [{"name": "align"}, {"name": "align"}]}, "must be unique"),
+        ({"parallel": {"tensor_model_parallel_size": 0}}, "parallel.tensor_model_parallel_size = 0: must be at least 1"),
     ],
 )
 def test_errors_name_the_value_and_the_remedy(raw, message):
@@ -80,7 +81,6 @@ def test_errors_name_the_value_and_the_remedy(raw, message):
         ({"expert_model_parallel_size": 4}, {"num_experts": 6}, 4, "EP must be one of [1, 2, 3, 6]"),
         ({"pipeline_model_parallel_size": 8}, {}, 8, "PP must be one of [1, 2, 4]"),
         ({"tensor_model_parallel_size": 8}, {}, 8, "heads cannot be split over TP 8"),
-        ({"tensor_model_parallel_size": 0}, {}, 1, "at least 1, got 0"),
     ],
 )
 def test_impossible_degrees_say_what_fits(parallel, moe, world, message):

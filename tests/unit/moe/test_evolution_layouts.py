@@ -48,7 +48,7 @@ class Form:
             for n in range(1, 4):
                 theta_n = path[0].clone()
                 for t in STEPS[1:]:
-                    beta = draw_beta(models.SEED, t, LAYER, n, *models.moe_config().evolution_beta[n - 1])
+                    beta = draw_beta(models.SEED, t, LAYER, n, *models.moe_config().evolution_ranges[n - 1])
                     RULES["delta"].function(theta_n, path[t], path[t - 1], None, beta)
                 experts[n][name] = theta_n
         return experts

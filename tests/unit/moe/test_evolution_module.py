@@ -75,7 +75,7 @@ def test_every_expert_follows_its_rule(rule: str, experts: int) -> None:
         for n, tensors in module.local_experts():
             expected = path[0].clone()
             for t in range(1, 4):
-                beta = draw_beta(models.SEED, t, 5, n, *module.moe.evolution_beta[n - 1])
+                beta = draw_beta(models.SEED, t, 5, n, *module.moe.evolution_ranges[n - 1])
                 RULES[rule].function(expected, path[t], path[t - 1], models.full_update(name, t, shape), beta)
             assert torch.equal(tensors[name], expected)
     assert [n for n, _ in module.local_experts()] == list(range(1, experts))

@@ -169,15 +169,17 @@ def test_clipping_and_schedule():
     from megatron_evomoe.train.step import take_step
 
     built = built_for("warmup", optimizer={"lr_decay_style": "cosine", "lr_warmup_fraction": 0.2, "lr": 1.0, "clip_grad": 0.5})
-    rates = []
+    rates, taken = [], []
     for i in range(10):
         result = take_step(built, step_of(rows([1, 0])), i + 1)
+        taken.append(result.learning_rate)
         rates.append(built.optimizer.param_groups[0]["lr"])
         grads = torch.cat([g.flatten() for g in gradients(built).values()])
         assert grads.norm().item() <= 0.5 + 1e-4 or result.grad_norm <= 0.5
     warm = [0.5, 1.0]
     cosine = [0.5 * (1 + math.cos(math.pi * i / 8)) for i in range(1, 9)]
     assert rates == pytest.approx(warm + cosine, abs=1e-9)
+    assert taken == pytest.approx([0.0, *rates[:-1]]), "what is logged is the rate of the step itself"
 
 
 @pytest.mark.parametrize("language", [{}, {"parallel_residual": True, "normalization": "LayerNorm"}, {"qk_layernorm": True},

@@ -1,0 +1,39 @@
+"""What a stage could not run with, told before the first stage begins rather than when its turn comes."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+
+from megatron_evomoe.config import ConfigError, RunConfig
+from megatron_evomoe.model import precision, transformer_config
+from megatron_evomoe.moe import evolution
+from megatron_evomoe.parallel import topology
+from megatron_evomoe.train.stages import check_feature_cache, trained_parts
+
+
+def check(config: RunConfig) -> None:
+    """Check every stage of `config` against this run's ranks. Raises `ConfigError`, which names the stage."""
+    for stage in config.stages:
+        of_stage = config.for_stage(stage.name)
+        try:
+            check_stage(of_stage, stage.kind, dist.get_world_size())
+        except ConfigError as error:
+            raise ConfigError(f"stage {stage.name!r}: {error}") from None
+        check_feature_cache(of_stage, stage)
+
+
+def check_stage(config: RunConfig, kind: str, world_size: int) -> None:
+    """Check one stage, its configuration already resolved. Raises `ConfigError`."""
+    topology.validate(config, world_size)
+    precision.check_sequence(config)
+    trained_parts(config, kind)
+    for build in (transformer_config.language_transformer_config, transformer_config.vision_transformer_config,
+                  transformer_config.projector_transformer_config):
+        build(config)
+    parallel, train = config.parallel, config.train
+    if kind == "evolve":
+        evolution.validate_ranges(config.moe.num_experts, config.moe.evolution_ranges)
+        replicas = world_size // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
+        evolution.check_rule(config.moe.evolution_rule, parallel.use_distributed_optimizer, replicas)
+    if train.profile and (absent := [rank for rank in train.profile_ranks if rank >= world_size]):
+        raise ConfigError(f"profile_ranks names {absent}, and this run has ranks 0 to {world_size - 1}; leave them out")
