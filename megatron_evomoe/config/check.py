@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 Rule = Callable[[bool, str], None]
 
 
-def check(config: RunConfig) -> None:
-    """What one field alone cannot know. Raises `ConfigError`."""
+def check(config: RunConfig, kind: str | None = None) -> None:
+    """Check `config`, and what a stage of `kind` needs of it. Raises `ConfigError`."""
 
     def rule(ok: bool, message: str) -> None:
         if not ok:
@@ -23,6 +23,8 @@ def check(config: RunConfig) -> None:
 
     for part in (_check_language, _check_vision, _check_experts, _check_loop, _check_fp8):
         part(config, rule)
+    rule(kind not in ("evolve", "route") or any(config.moe.layer_pattern(config.language.num_layers)),
+         f"moe_layer_freq lists no MoE layer, and a stage of kind {kind} needs one; put a 1 where one is to be")
 
 
 def _check_language(config: RunConfig, rule: Rule) -> None:
@@ -51,7 +53,6 @@ def _check_experts(config: RunConfig, rule: Rule) -> None:
     moe, layers = config.moe, config.language.num_layers
     if isinstance(moe.moe_layer_freq, list):
         rule(len(moe.moe_layer_freq) == layers, f"moe_layer_freq lists {len(moe.moe_layer_freq)} layers, the model has {layers}")
-        rule(any(moe.moe_layer_freq), "moe_layer_freq lists no MoE layer; put a 1 where one is to be")
     else:
         rule(moe.moe_layer_freq <= layers,
              f"moe_layer_freq {moe.moe_layer_freq} leaves no MoE layer among {layers}; use 1 to {layers}")

@@ -69,7 +69,7 @@ class RunConfig:
             section, field_name = FLAT[key]
             setattr(config, section, replace(getattr(config, section), **{field_name: value}))
         try:
-            check(config)
+            check(config, stage.kind)
         except ConfigError as error:
             raise ConfigError(f"stage {name!r}: {error}") from None
         return config
