@@ -6,9 +6,13 @@ and `tests/unit/hf/test_config_in.py` compares them.
 
 from __future__ import annotations
 
+import reprlib
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from megatron_evomoe.config import ConfigError
+from megatron_evomoe.hf import reasons
+from megatron_evomoe.hf.given import Given, refuse
 
 _ROPE_DEFAULT = 10000.0
 _LLAMA_LIKE = {"num_key_value_heads": None, "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "hidden_act": "silu"}
@@ -37,77 +41,80 @@ VISION_DEFAULTS: dict[str, dict[str, Any]] = {
 LLAVA_TYPES = ("llava", "llava_llama", "llava_mistral", "llava_qwen2", "llava_qwen", "llava_phi", "llava_stablelm")
 """`llava` is transformers'; the others are what LLaVA's own code and its forks wrote."""
 
-_KNOWN_REFUSALS = {
-    "gemma": "its embedding is scaled and its norms add 1", "gemma2": "its logits are soft-capped",
-    "gemma3_text": "its layers alternate attention windows and RoPE bases", "qwen": "its code is remote; Qwen2 or later is taken",
-    "phi3": "its QKV is stored in another layout and its RoPE is longrope", "gpt2": "it has learned positions",
-    "llava_next": "it cuts images into tiles", "llava_onevision": "it cuts images into tiles",
-    "siglip2_vision_model": "its positions are resized to each image", "stablelm_epoch": "its code is remote; use stablelm",
-}
-_ACTIVATIONS = {"silu": "silu", "swish": "silu"}
+_WINDOWED = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
+"""Defaults of Qwen2 and Qwen3, where the windows of the layers from `max_window_layers` on are switched by the first of these."""
+_LLAVAS_TOWER = {**VISION_DEFAULTS["clip_vision_model"], "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
+                 "num_attention_heads": 16, "image_size": 336, "patch_size": 14, "model_type": "clip_vision_model"}
+"""The tower that transformers' LLaVA has where its configuration has none."""
+_MOST_LAYERS = 4096
 
 
-def language_section(config: dict[str, Any]) -> dict[str, Any]:
+def language_section(config: Mapping[str, Any]) -> dict[str, Any]:
     """The `language` section for the configuration of a decoder.
 
     Raises:
-        ConfigError: an architecture or setting that megatron-core cannot express; the message names it and its value.
+        ConfigError: an architecture or setting that megatron-core cannot express, or a value of another type; the message names
+            it and its value.
     """
-    kind = config.get("model_type")
-    if kind not in TEXT_DEFAULTS:
-        _refuse_type(kind, TEXT_DEFAULTS, "language model")
-    c = {**TEXT_DEFAULTS[kind], **config}
-    _refuse_text(kind, c)
-    heads, groups = c["num_attention_heads"], c["num_key_value_heads"] or c["num_attention_heads"]
-    head = c.get("head_dim") or c["hidden_size"] // heads
+    kind = _known_kind(config, TEXT_DEFAULTS, "language model")
+    c = Given(kind, config, {**TEXT_DEFAULTS[kind], **(_WINDOWED if kind.startswith("qwen") else {})})
+    _refuse_text(kind, c, config)
+    layers, width, heads = c.size("num_hidden_layers", _MOST_LAYERS), c.size("hidden_size"), c.size("num_attention_heads")
+    groups, head = c.optional_size("num_key_value_heads") or heads, c.optional_size("head_dim")
+    if head is None and width % heads:
+        c.refuse("hidden_size", f"it is no multiple of num_attention_heads ({heads}), and head_dim is not given")
+    if heads % groups:
+        c.refuse("num_key_value_heads", f"num_attention_heads ({heads}) is no multiple of it")
+    head = head or width // heads
     section = {
-        "num_layers": c["num_hidden_layers"], "hidden_size": c["hidden_size"], "ffn_hidden_size": c["intermediate_size"],
+        "num_layers": layers, "hidden_size": width, "ffn_hidden_size": c.size("intermediate_size"),
         "num_attention_heads": heads, "num_query_groups": None if groups == heads else groups,
-        "kv_channels": None if head * heads == c["hidden_size"] else head, "vocab_size": c["vocab_size"],
-        "max_position_embeddings": c["max_position_embeddings"], "tie_word_embeddings": bool(c["tie_word_embeddings"]),
-        "norm_epsilon": c["layer_norm_eps"] if kind in ("stablelm", "phi") else c["rms_norm_eps"],
-        **_rope(kind, c),
+        "kv_channels": None if head * heads == width else head, "vocab_size": c.size("vocab_size"),
+        "max_position_embeddings": c.size("max_position_embeddings"), "tie_word_embeddings": c.flag("tie_word_embeddings"),
+        "norm_epsilon": c.number("layer_norm_eps" if kind in ("stablelm", "phi") else "rms_norm_eps", 0, 1),
+        **_rope(kind, c, head),
     }
     if kind == "mistral":
-        section["window_size"] = c["sliding_window"]
+        section["window_size"] = c.optional_size("sliding_window")
     elif kind == "qwen2":
-        section["add_qkv_bias"] = True
+        section |= {"add_qkv_bias": True, **_window(c, layers)}
     elif kind == "qwen3":
-        section["qk_layernorm"] = True
+        section |= {"qk_layernorm": True, **_window(c, layers)}
     elif kind == "stablelm":
-        section |= {"normalization": "LayerNorm", "add_qkv_bias": bool(c.get("use_qkv_bias", False))}
+        section |= {"normalization": "LayerNorm", "add_qkv_bias": c.flag("use_qkv_bias")}
     elif kind == "phi":
         section |= {"normalization": "LayerNorm", "activation": "gelu_tanh", "gated_linear_unit": False, "add_bias_linear": True,
                     "parallel_residual": True, "lm_head_bias": True}
-    elif c.get("attention_bias") and c.get("mlp_bias"):
+    elif c.flag("attention_bias"):
         section["add_bias_linear"] = True
     return section
 
 
-def vision_section(config: dict[str, Any]) -> dict[str, Any]:
+def vision_section(config: Mapping[str, Any]) -> dict[str, Any]:
     """The `vision` section for the configuration of a tower, or of the CLIP or SigLIP model it is half of.
 
     Raises:
         ConfigError: as `language_section`.
     """
     if config.get("model_type") in ("clip", "siglip") and "vision_config" in config:
-        config = {"model_type": f"{config['model_type']}_vision_model", **config["vision_config"]}
-    kind = config.get("model_type")
-    if kind not in VISION_DEFAULTS:
-        _refuse_type(kind, VISION_DEFAULTS, "vision tower")
-    c = {**VISION_DEFAULTS[kind], **config}
-    _expect(kind, c, "hidden_act", VISION_DEFAULTS[kind]["hidden_act"])
-    _expect(kind, c, "num_channels", 3)
-    if c["image_size"] % c["patch_size"]:
-        _refuse(kind, "image_size", c["image_size"], f"megatron-core takes multiples of patch_size ({c['patch_size']}) only, and "
-                "a published tower cuts the rest off")
-    return {"model_type": kind.split("_")[0], "image_size": c["image_size"], "patch_size": c["patch_size"],
-            "hidden_size": c["hidden_size"], "num_layers": c["num_hidden_layers"],
-            "num_attention_heads": c["num_attention_heads"], "ffn_hidden_size": c["intermediate_size"],
-            "norm_epsilon": c["layer_norm_eps"]}
+        half = Given(config["model_type"], config, {}).section("vision_config")
+        config = {"model_type": f"{config['model_type']}_vision_model", **half}
+    kind = _known_kind(config, VISION_DEFAULTS, "vision tower")
+    c = Given(kind, config, {**VISION_DEFAULTS[kind], "num_channels": 3})
+    _refuse_quantised(c)
+    c.expect("hidden_act", VISION_DEFAULTS[kind]["hidden_act"])
+    c.expect("num_channels", 3)
+    side, patch, width, heads = (c.size(x) for x in ("image_size", "patch_size", "hidden_size", "num_attention_heads"))
+    if side % patch:
+        c.refuse("image_size", f"megatron-core takes multiples of patch_size ({patch}) only; a published tower cuts the rest off")
+    if width % heads:
+        c.refuse("hidden_size", f"it is no multiple of num_attention_heads ({heads})")
+    return {"model_type": kind.split("_")[0], "image_size": side, "patch_size": patch, "hidden_size": width,
+            "num_layers": c.size("num_hidden_layers", _MOST_LAYERS), "num_attention_heads": heads,
+            "ffn_hidden_size": c.size("intermediate_size"), "norm_epsilon": c.number("layer_norm_eps", 0, 1)}
 
 
-def llava_sections(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def llava_sections(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(`language`, `vision`) for the configuration of a LLaVA model. The vision section of LLaVA's own format holds no more than
     what is read from the tower, whose sizes are in the tower's own directory.
 
@@ -119,84 +126,147 @@ def llava_sections(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, An
     language = {**config, "model_type": config["model_type"].removeprefix("llava_")}
     if language["model_type"] == "qwen":
         language["model_type"] = "qwen2"
-    _expect("llava", config, "mm_projector_type", "mlp2x_gelu", default="linear")
-    vision = {"feature_layer": config.get("mm_vision_select_layer", -2),
-              "feature_select": config.get("mm_vision_select_feature", "patch")}
-    return language_section(language), vision
+    c = Given("llava", config, {"mm_projector_type": "linear", "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch"})
+    _refuse_marks("llava", config)
+    c.expect("mm_projector_type", "mlp2x_gelu")
+    c.expect("mm_use_im_start_end", False, None, why="tokens of its own stand around each image")
+    return language_section(language), {"feature_layer": _feature_layer(c, "mm_vision_select_layer"),
+                                        "feature_select": c.expect("mm_vision_select_feature", "patch", "cls_patch")}
 
 
-def _transformers_llava(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    text = {"model_type": "llama", **config.get("text_config", {})}
-    text["tie_word_embeddings"] = bool(text.get("tie_word_embeddings") or config.get("tie_word_embeddings"))
-    tower = {"model_type": "clip_vision_model", **config.get("vision_config", {})}
-    _expect("llava", config, "projector_hidden_act", "gelu")
-    _expect("llava", config, "multimodal_projector_bias", True)
-    layer, select = config.get("vision_feature_layer", -2), config.get("vision_feature_select_strategy", "default")
-    if not isinstance(layer, int):
-        _refuse("llava", "vision_feature_layer", layer, "features of one layer are read here")
-    if select not in ("default", "full"):
-        _refuse("llava", "vision_feature_select_strategy", select, "default and full are known")
+def _transformers_llava(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    c = Given("llava", config, {"projector_hidden_act": "gelu", "multimodal_projector_bias": True, "vision_feature_layer": -2,
+                                "vision_feature_select_strategy": "default"})
+    _refuse_quantised(c)
+    text = {"model_type": "llama", **c.section("text_config")}
+    tied = [given.flag("tie_word_embeddings") for given in (c, Given("llava's text_config", text, {}))]
+    text["tie_word_embeddings"] = any(tied)
+    tower = {"model_type": "clip_vision_model", **c.section("vision_config")} if "vision_config" in c else _LLAVAS_TOWER
+    c.expect("projector_hidden_act", "gelu")
+    c.expect("multimodal_projector_bias", True)
+    layer, select = _feature_layer(c, "vision_feature_layer"), c.expect("vision_feature_select_strategy", "default", "full")
     vision = vision_section(tower)
     if select == "default" and vision["model_type"] == "siglip":
-        _refuse("llava", "vision_feature_select_strategy", select, "it would drop SigLIP's first patch, for want of a class token")
+        c.refuse("vision_feature_select_strategy", "it would drop SigLIP's first patch, for want of a class token")
     return language_section(text), {**vision, "feature_layer": layer,
                                     "feature_select": "patch" if select == "default" else "cls_patch"}
 
 
-def _refuse_text(kind: str, c: dict[str, Any]) -> None:
+def _feature_layer(c: Given, key: str) -> int:
+    """The one layer whose output is the feature."""
+    layer = c.raw(key)
+    if isinstance(layer, list) and len(layer) == 1:
+        layer = layer[0]
+    if type(layer) is not int:
+        c.refuse(key, "features of one layer are read here, named by a whole number")
+    return layer
+
+
+def _refuse_text(kind: str, c: Given, config: Mapping[str, Any]) -> None:
     """Settings of known architectures that the core cannot compute."""
-    _expect(kind, c, "hidden_act", "gelu_new" if kind == "phi" else "silu")
-    for key in ("final_logit_softcapping", "attn_logit_softcapping"):
-        _expect(kind, c, key, None)
-    if c.get("use_sliding_window") or "sliding_attention" in (c.get("layer_types") or [] if kind != "mistral" else []):
-        _refuse(kind, "use_sliding_window", True, "the window would hold for some layers only")
-    for key in ("use_parallel_residual", "qk_layernorm"):
-        _expect(kind, c, key, False)
-    if bool(c.get("attention_bias")) != bool(c.get("mlp_bias")):
-        _refuse(kind, "attention_bias, mlp_bias", (c.get("attention_bias"), c.get("mlp_bias")),
-                "megatron-core has both or neither")
+    _refuse_quantised(c)
+    _refuse_marks(kind, config)
+    c.expect("hidden_act", *(("gelu_new", "gelu_pytorch_tanh") if kind == "phi" else ("silu", "swish")))
+    if kind in ("llama", "stablelm", "phi") and (c.flag("use_sliding_window") or "sliding_attention" in _layer_types(c)):
+        c.refuse("use_sliding_window", "this architecture has no windows")
+    if c.flag("qk_layernorm"):
+        c.refuse("qk_layernorm", "its norms of queries and keys have weights for each head, or a bias, which the core's have not")
+    if kind == "llama" and c.flag("attention_bias") != c.flag("mlp_bias"):
+        refuse(kind, "attention_bias, mlp_bias", (c.raw("attention_bias"), c.raw("mlp_bias")),
+               "megatron-core has biases on all four linear layers or on none (or on QKV alone, which this is not)")
     if kind != "llama":
-        _expect(kind, c, "attention_bias", False)
-    if "quantization_config" in c:
-        _refuse(kind, "quantization_config", c["quantization_config"].get("quant_method", "?"), "give the unquantised weights")
+        c.expect("attention_bias", False, None, why="a bias on the attention's output alone cannot be expressed")
 
 
-def _rope(kind: str, c: dict[str, Any]) -> dict[str, Any]:
+def _refuse_quantised(c: Given) -> None:
+    for key in ("quantization_config", "compression_config"):
+        if found := c.section(key):
+            refuse(c.kind, key, found.get("quant_method", "?"), "give the unquantised weights")
+
+
+def _refuse_marks(kind: str, config: Mapping[str, Any]) -> None:
+    if found := reasons.marks(config):
+        raise ConfigError(f"this {kind} cannot be imported: {'; '.join(found)}")
+
+
+def _layer_types(c: Given) -> list[Any]:
+    found = c.raw("layer_types")
+    if found is not None and not isinstance(found, list):
+        c.refuse("layer_types", "it must be a list with a name for each layer")
+    return found or []
+
+
+def _window(c: Given, layers: int) -> dict[str, int]:
+    """The window of a Qwen, which must hold for all layers or for none."""
+    window = c.optional_size("sliding_window") if c.flag("use_sliding_window") else None
+    types = _layer_types(c)
+    if not types and window is None:
+        return {}
+    if not types:
+        first = 0 if c.raw("max_window_layers") == 0 else c.size("max_window_layers")
+        types = ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
+    if len(types) != layers or any(kind not in ("sliding_attention", "full_attention") for kind in types):
+        c.refuse("layer_types", f"it must say full_attention or sliding_attention for each of {layers} layers")
+    sliding = types.count("sliding_attention")
+    if sliding and window is None:
+        c.refuse("layer_types", "layers slide, and use_sliding_window and sliding_window give them no window")
+    if 0 < sliding < layers:
+        c.refuse("use_sliding_window", f"the window would hold for {sliding} of {layers} layers, and megatron-core has one for all")
+    return {"window_size": window} if sliding else {}
+
+
+def _rope(kind: str, c: Given, head: int) -> dict[str, Any]:
     """RoPE's fields, from `rope_parameters` (5.x) or `rope_theta`, `rope_scaling`, `partial_rotary_factor`."""
-    given = c.get("rope_parameters") or c.get("rope_scaling") or {}
+    given, old = c.section("rope_parameters"), c.section("rope_scaling")
+    if given and old and given != old:
+        refuse(kind, "rope_scaling", old, f"rope_parameters says something else: {given}")
+    given = given or old
     if any(isinstance(v, dict) for v in given.values()):
-        _refuse(kind, "rope_parameters", given, "all layers must share one RoPE")
-    base = float(given.get("rope_theta") or c.get("rope_theta") or _ROPE_DEFAULT)
+        refuse(kind, "rope_parameters", given, "all layers must share one RoPE")
+    share = {key: c.raw(key) for key in ("rope_theta", "partial_rotary_factor") if key in c}
+    r = Given(kind, {k: v for k, v in given.items() if v is not None}, {"rope_theta": _ROPE_DEFAULT, **share})
+    base = r.number("rope_theta", 1, 1e15)
     if base != int(base):
-        _refuse(kind, "rope_theta", base, "the base must be a whole number")
+        r.refuse("rope_theta", "the base must be a whole number")
     section: dict[str, Any] = {"rotary_base": int(base)}
-    share = given.get("partial_rotary_factor", c.get("partial_rotary_factor"))
-    if share is not None and share != 1.0:
-        section["rotary_percent"] = float(share)
-    scaling = given.get("rope_type", given.get("type", "default"))
+    if "partial_rotary_factor" in r and (part := r.number("partial_rotary_factor", 0, 1)) != 1.0:
+        if kind not in ("stablelm", "phi"):
+            r.refuse("partial_rotary_factor", "heads of this architecture are turned as a whole")
+        section["rotary_percent"] = part
+    turned = int(head * section.get("rotary_percent", 1.0))
+    if turned < 2 or turned % 2:
+        refuse(kind, "RoPE's share of each head", turned, "it must be an even number of channels")
+    return section | _scaling(kind, r, c)
+
+
+def _scaling(kind: str, r: Given, c: Given) -> dict[str, Any]:
+    """How RoPE is stretched."""
+    scaling = r.raw("rope_type", r.raw("type", "default"))
+    reason = reasons.rope_reason({"rope_type": scaling, "mrope_section": r.raw("mrope_section")})
+    if reason or scaling not in ("default", "linear", "llama3"):
+        refuse(kind, "rope_type", scaling, f"{reason + '; ' if reason else ''}megatron-core has linear and llama3 scaling")
     if scaling == "default":
-        return section
-    if scaling not in ("linear", "llama3"):
-        _refuse(kind, "rope_type", scaling, "megatron-core has linear and llama3 scaling")
+        return {}
     if scaling == "llama3":
-        for key, value in (("low_freq_factor", 1.0), ("high_freq_factor", 4.0), ("original_max_position_embeddings", 8192)):
-            _expect(kind, given, key, value)
-    return {**section, "rope_scaling_type": scaling, "rope_scaling_factor": float(given["factor"])}
+        known = {"low_freq_factor": 1, "high_freq_factor": 4}
+        for key, value in known.items():
+            if r.number(key, 0, 1e6) != value:
+                r.refuse(key, f"megatron-core has {value} built in")
+        trained = "original_max_position_embeddings"
+        if (length := next((x.size(trained) for x in (c, r) if trained in x), c.size("max_position_embeddings"))) != 8192:
+            refuse(kind, trained, length, "megatron-core has 8192 built in")
+    return {"rope_scaling_type": scaling, "rope_scaling_factor": r.number("factor", 1, 1e6)}
 
 
-def _expect(kind: str, config: dict[str, Any], key: str, value: Any, default: Any = ...) -> None:
-    found = config.get(key, value if default is ... else default)
-    if found != value:
-        _refuse(kind, key, found, f"only {value!r} can be expressed")
+def _known_kind(config: Mapping[str, Any], known: Mapping[str, Any], what: str) -> str:
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind not in known:
+        refuse_type(config, known, what)
+    return kind
 
 
-def _refuse(kind: str, key: str, value: Any, why: str) -> NoReturn:
-    raise ConfigError(f"{kind} with {key} = {value!r} cannot be imported: {why}")
-
-
-def _refuse_type(kind: Any, known: dict[str, Any], what: str) -> NoReturn:
-    reason = _KNOWN_REFUSALS.get(kind)
-    if reason is None and isinstance(kind, str) and ("moe" in kind or kind in ("mixtral", "dbrx", "jamba")):
-        reason = "it is a mixture already; give a dense model"
-    raise ConfigError(f"model_type {kind!r} cannot be imported as a {what}{': ' + reason if reason else ''}; "
-                      f"these can: {', '.join(known)}")
+def refuse_type(config: Mapping[str, Any], known: Mapping[str, Any], what: str) -> NoReturn:
+    """Raises `ConfigError`: why a family cannot be imported as a `what`, as far as that is known, and which can."""
+    found = reasons.against(config)
+    raise ConfigError(f"model_type {reprlib.repr(config.get('model_type'))} cannot be imported as a {what}"
+                      f"{': ' + '; '.join(found) if found else ''}; these can: {', '.join(known)}")

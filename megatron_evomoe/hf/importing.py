@@ -25,7 +25,7 @@ from torch import Tensor
 
 from megatron_evomoe.checkpoint.record import CheckpointError, Record
 from megatron_evomoe.checkpoint.stream import CheckpointWriter
-from megatron_evomoe.config import ConfigError, RunConfig, from_mapping
+from megatron_evomoe.config import ConfigError, MoEConfig, RunConfig, from_mapping
 from megatron_evomoe.hf import sources
 from megatron_evomoe.hf.directory import require_empty
 from megatron_evomoe.hf.finite import converted
@@ -164,9 +164,11 @@ class Target:
 
 
 def model_yaml(config: RunConfig, kind: str, parts: list[str]) -> str:
-    """The sections that describe the model; with experts also `moe`."""
+    """The sections that describe the model; with experts also `moe`, and where its default would fit no layer."""
     described = {"language": "language_model" in parts, "vision": "vision_model" in parts, "moe": kind in ("evolve", "route")}
     sections = config.to_dict()
+    if not described["moe"] and described["language"] and config.language.num_layers < MoEConfig().moe_layer_freq:
+        described["moe"], sections["moe"] = True, {"moe_layer_freq": config.moe.moe_layer_freq}
     return yaml.safe_dump({name: sections[name] for name, is_there in described.items() if is_there}, sort_keys=False)
 
 
@@ -179,8 +181,11 @@ def _config(source: sources.Source, request: Request) -> RunConfig:
                           f"{'one already' if source.kind != 'pretrained' else 'a vision tower alone'}; leave it out")
     moe = {"expert_init": request.expert_init} if request.expert_init != "none" else {}
     sections = {**source.sections, "moe": {**source.sections.get("moe", {}), **moe}}
+    language = sections.get("language", {})
+    if (layers := language.get("num_layers")) and layers < MoEConfig().moe_layer_freq:  # the default would leave no layer a mixture
+        sections["moe"].setdefault("moe_layer_freq", layers)
     # a run's own sequence length is checked when it starts; here only the model's limit counts
-    longest = sections.get("language", {}).get("max_position_embeddings")
+    longest = language.get("max_position_embeddings")
     return from_mapping({**({"data": {"seq_length": longest}} if longest else {}), **sections}, request.flags)
 
 

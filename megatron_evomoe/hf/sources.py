@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import logging
+import reprlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from megatron_evomoe.checkpoint.record import CheckpointError
 from megatron_evomoe.config import MODEL_SECTIONS, STAGE_KINDS, ConfigError
 from megatron_evomoe.hf import layouts
-from megatron_evomoe.hf.config_in import LLAVA_TYPES, language_section, llava_sections, vision_section
+from megatron_evomoe.hf.config_in import (
+    LLAVA_TYPES,
+    TEXT_DEFAULTS,
+    VISION_DEFAULTS,
+    language_section,
+    llava_sections,
+    refuse_type,
+    vision_section,
+)
 from megatron_evomoe.hf.directory import HfDirectory, Place
+from megatron_evomoe.hf.given import Given
 from megatron_evomoe.hf.names import PARTS
 from megatron_evomoe.presets import VISION_PRESETS
 
@@ -102,14 +112,13 @@ def directory_of(path: str) -> HfDirectory:
 
 def _open(path: str, allow_remote_code: bool) -> HfDirectory:
     directory = directory_of(path)
-    if directory.config.get("auto_map") and OWN_KEY not in directory.config:
+    if (wanted := directory.config.get("auto_map")) and OWN_KEY not in directory.config:
+        kind = reprlib.repr(directory.config.get("model_type"))
         if not allow_remote_code:
-            code = ", ".join(map(str, directory.config["auto_map"].values()))
-            raise ConfigError(f"{path} asks to run its own code ({code}); none of it is run here. If its tensors are those of a "
-                              f"{directory.config.get('model_type')!r}, as its model_type says, confirm that with "
-                              "--allow-remote-code")
-        log.warning("%s comes with code of its own; it is not run, and the model is taken for a %s", path,
-                    directory.config.get("model_type"))
+            code = ", ".join(map(str, wanted.values())) if isinstance(wanted, dict) else reprlib.repr(wanted)
+            raise ConfigError(f"{path} asks to run its own code ({code[:300]}); none of it is run here. If its tensors are those "
+                              f"of a {kind}, as its model_type says, confirm that with --allow-remote-code")
+        log.warning("%s comes with code of its own; it is not run, and the model is taken for a %s", path, kind)
     return directory
 
 
@@ -128,27 +137,40 @@ def local_path(path: str) -> Path:
 
 
 def _own_export(directory: HfDirectory) -> Source:
-    own = directory.config[OWN_KEY]
+    whole = Given(f"{directory.path / 'config.json'}", directory.config, {})
+    own = whole.section(OWN_KEY)
     kind = own.get("kind")
     if kind not in (*STAGE_KINDS, "pretrained") or not all(isinstance(own.get(s), dict) for s in MODEL_SECTIONS):
         raise ConfigError(f"{directory.path / 'config.json'}: {OWN_KEY} must hold {', '.join(MODEL_SECTIONS)} and kind, "
                           f"it holds {', '.join(own)}")
-    sections = {name: dict(own[name]) for name in (*MODEL_SECTIONS, "data") if name in own}
+    sections = {name: dict(own[name]) for name in (*MODEL_SECTIONS, "data") if isinstance(own.get(name), dict)}
     source = Source(sections, kind if kind in ("evolve", "route") else "pretrained", list(PARTS), tokenizer=directory.path)
-    if stage := own.get("stage"):
-        source.lineage = [*stage.get("lineage", []), {"stage": stage["name"], "kind": stage["kind"], "step": stage["step"],
-                                                      "path": str(directory.path)}]
+    source.lineage = _lineage(Given(whole.kind, own, {}), directory.path)
     if directory.config.get("model_type") == "llava":  # transformers' LLaVA looks the image token up before it overwrites it
-        source.rows = dict.fromkeys((EMBEDDING, OUTPUT), own["language"]["vocab_size"])
+        rows = Given(f"{whole.kind}: {OWN_KEY}'s language", own["language"], {}).size("vocab_size")
+        source.rows = dict.fromkeys((EMBEDDING, OUTPUT), rows)
     source.add(directory)
     return source
+
+
+def _lineage(own: Given, path: Path) -> list[dict[str, Any]]:
+    """The stages that an export of ours went through."""
+    stage = own.section("stage")
+    if not stage:
+        return []
+    before = stage.get("lineage", [])
+    steps = [*before, {**stage, "path": str(path)}] if isinstance(before, list) else [None]
+    types = {"stage": str, "kind": str, "step": int}
+    named = [{**entry, "stage": entry.get("stage", entry.get("name"))} for entry in steps if isinstance(entry, dict)]
+    if len(named) < len(steps) or not all(type(entry.get(key)) is t for entry in named for key, t in types.items()):
+        own.refuse("stage", "it must hold name, kind and step, and a lineage of such entries")
+    return [{key: entry[key] for key in (*types, "path") if isinstance(entry.get(key), (str, int))} for entry in named]
 
 
 def _llava(directory: HfDirectory, tower: HfDirectory | None) -> Source:
     config = directory.config
     if config.get("model_type") not in LLAVA_TYPES:
-        raise ConfigError(f"{directory.path} holds a {config.get('model_type')!r}, which is no LLaVA model "
-                          f"({', '.join(LLAVA_TYPES)}); a language model or a tower comes as --language-model or --vision-model")
+        _refuse_no_llava(directory)
     language, vision = llava_sections(config)
     source = Source({"language": language, "vision": vision}, parts=list(PARTS), tokenizer=directory.path)
     source.add(directory)
@@ -165,6 +187,18 @@ def _llava(directory: HfDirectory, tower: HfDirectory | None) -> Source:
                               "that model's directory as --vision-model")
         source.add(tower, lambda name: name.startswith("vision_tower."))
     return source
+
+
+def _refuse_no_llava(directory: HfDirectory) -> NoReturn:
+    """Of a model that comes whole: why it is none that can, or how its parts come."""
+    kind = directory.config.get("model_type")
+    if isinstance(kind, str) and kind in (*TEXT_DEFAULTS, *VISION_DEFAULTS, "clip", "siglip"):
+        raise ConfigError(f"{directory.path} holds a {kind!r}, which is no LLaVA model ({', '.join(LLAVA_TYPES)}); a language "
+                          "model or a tower comes as --language-model or --vision-model")
+    try:
+        refuse_type(directory.config, dict.fromkeys(LLAVA_TYPES), "LLaVA model")
+    except ConfigError as error:
+        raise ConfigError(f"{directory.path}: {error}") from None
 
 
 def _tower_of(config: dict[str, Any], directory: HfDirectory, tower: HfDirectory | None) -> dict[str, Any]:

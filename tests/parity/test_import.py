@@ -211,4 +211,5 @@ def test_imported_models_agree(layout, imported, folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_imported_model_agrees(layout, imported, folder):
-    agree(NAMES, layout, imported, folder)
+    splits = tuple(name for name in NAMES if layout != "PP 2" or name != "llama-one-layer")
+    agree(splits, layout, imported, folder)

@@ -174,6 +174,35 @@ def test_the_tokenizer_comes_along(tmp_path):
     assert load_config(imported.checkpoint / "run_config.yaml").data.tokenizer == str(tmp_path / "out" / "tokenizer")
 
 
+def test_one_layer_is_a_model(tmp_path):
+    """No layer of it is a mixture by default; what is emitted says which one can be."""
+    config = {**LLAVA, "text_config": {**TEXT, "num_hidden_layers": 1}}
+    content = {k: v for k, v in tensors().items() if "model.layers.1." not in k or k.startswith("vision")}
+    imported = convert(tmp_path, model=write(tmp_path / "hf", config, content))
+    run = load_config(None, {"preset": str(imported.output / "model.yaml"), "seq_length": 64})
+    assert run.language.num_layers == run.moe.moe_layer_freq == 1
+    assert "moe" not in yaml.safe_load((convert(tmp_path / "2", model=write(tmp_path / "hf2")).output / "model.yaml").read_text())
+
+
+@pytest.mark.parametrize("own", [3, [], {"kind": "route"}, {"kind": ["route"], "language": {}, "vision": {}, "moe": {}},
+                                 {"kind": "route", "language": {"vocab_size": "x"}, "vision": {}, "moe": {}},
+                                 {"kind": "dense", "language": {"vocab_size": 61}, "vision": {}, "moe": {}, "stage": {"name": 3}},
+                                 {"kind": "dense", "language": {"vocab_size": 61}, "vision": {}, "moe": {}, "stage": "dense"},
+                                 {"kind": "dense", "language": {"vocab_size": 61}, "vision": {}, "moe": {},
+                                  "stage": {"name": "x", "kind": "dense", "step": 3, "lineage": 4}}])
+def test_an_export_of_ours_that_is_damaged_is_named(tmp_path, own):
+    write(tmp_path / "hf", {**LLAVA, "evomoe_config": own})
+    with pytest.raises(ConfigError, match=r"evomoe_config|stage"):
+        convert(tmp_path, model=tmp_path / "hf")
+
+
+@pytest.mark.parametrize("wanted", [3, ["x"], "x", {"AutoModel": ["x", None]}, {"AutoModel": {}}])
+def test_code_asked_for_in_any_words_is_refused(tmp_path, wanted):
+    write(tmp_path / "hf", {**LLAVA, "auto_map": wanted})
+    with pytest.raises(ConfigError, match="asks to run its own code"):
+        convert(tmp_path, model=tmp_path / "hf")
+
+
 FLAGS = {"num_experts": 3, "moe_layer_freq": [0, 1], "dtr_hidden_size": 4, "dtr_rank": 2}
 
 

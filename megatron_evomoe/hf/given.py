@@ -1,0 +1,80 @@
+"""A ``config.json``'s values, each read as the type it must have: a file may hold any JSON anywhere."""
+
+from __future__ import annotations
+
+import math
+import reprlib
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+from megatron_evomoe.config import ConfigError
+
+_LARGEST = 2**31 - 1
+
+
+def refuse(kind: Any, key: str, value: Any, why: str) -> NoReturn:
+    """Raises `ConfigError` that names the architecture, the field, its value and why it cannot be."""
+    raise ConfigError(f"{kind} with {key} = {reprlib.repr(value)} cannot be imported: {why}")
+
+
+class Given:
+    """A mapping of a configuration with its class's defaults behind it.
+
+    Args:
+        kind: the architecture, for messages.
+        values: as read.
+        defaults: of what `values` leaves out. A null stands for itself.
+    """
+
+    def __init__(self, kind: str, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+        self.kind, self._values = kind, {**defaults, **values}
+
+    def __contains__(self, key: str) -> bool:
+        return self._values.get(key) is not None
+
+    def raw(self, key: str, default: Any = None) -> Any:
+        """The value as it is."""
+        return self._values.get(key, default)
+
+    def size(self, key: str, largest: int = _LARGEST) -> int:
+        """A whole number from 1 on. Raises `ConfigError`, as all of these do."""
+        value = self.raw(key)
+        if type(value) is not int or not 1 <= value <= largest:
+            self.refuse(key, f"it must be a whole number from 1 to {largest}")
+        return value
+
+    def optional_size(self, key: str) -> int | None:
+        """As `size`; none where the file has null or nothing."""
+        return self.size(key) if key in self else None
+
+    def number(self, key: str, lowest: float, highest: float) -> float:
+        """A finite number within a range, ends included."""
+        value = self.raw(key)
+        if type(value) not in (int, float) or not math.isfinite(value) or not lowest <= value <= highest:
+            self.refuse(key, f"it must be a number from {lowest:g} to {highest:g}")
+        return float(value)
+
+    def flag(self, key: str) -> bool:
+        """True or false; null and nothing are false."""
+        value = self.raw(key)
+        if value is not None and type(value) is not bool:
+            self.refuse(key, "it must be true or false")
+        return bool(value)
+
+    def section(self, key: str) -> dict[str, Any]:
+        """A mapping; empty where the file has null or nothing."""
+        value = self.raw(key)
+        if value is not None and not isinstance(value, dict):
+            self.refuse(key, "it must be a mapping")
+        return value or {}
+
+    def expect(self, key: str, *accepted: Any, why: str = "") -> Any:
+        """One of the accepted values, which is also what is meant where the file has null or nothing if none is accepted."""
+        value = self.raw(key)
+        if not any(type(value) is type(a) and value == a for a in accepted):
+            self.refuse(key, why or f"only {' or '.join(map(repr, accepted))} can be expressed")
+        return value
+
+    def refuse(self, key: str, why: str) -> NoReturn:
+        """As the function."""
+        refuse(self.kind, key, self.raw(key), why)
