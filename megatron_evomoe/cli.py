@@ -6,8 +6,13 @@ import argparse
 import logging
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megatron_evomoe.config import RunConfig
 
 COMMANDS = ("train", "make-shards", "inspect-data", "plan", "doctor", "plot", "evaluate", "generate")
 
@@ -26,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         return args.handler(args)
-    except _user_errors() as error:
+    except (*_user_errors(), OSError) as error:  # an OSError names the file and what is wrong with it
         print(f"error: {error}", file=sys.stderr)
         return 2
 
@@ -60,26 +65,35 @@ def _train(args: argparse.Namespace) -> int:
     backend.prepare()
     import torch.distributed as dist
 
-    from megatron_evomoe.data.errors import DataError
-    from megatron_evomoe.observe.heartbeat import CollectiveError
-    from megatron_evomoe.train.loop import train
-    from megatron_evomoe.train.step import NonFiniteError
-
     backend.init_process_group(config.parallel.distributed_timeout_minutes)
     try:
-        train(config, args.stage)
-    except CollectiveError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        os._exit(3)  # leaving in order would wait for the ranks that are gone
-    except (*_user_errors(), NonFiniteError) as error:
-        # samples are read by some ranks only, so their errors are told by whoever meets them; the rest all ranks know alike
-        if dist.get_rank() == 0 or isinstance(error, DataError):
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+        status = _train_all_or_none(config, args.stage)
+        if status and dist.get_world_size() > 1:
+            sys.stdout.flush()
+            os._exit(status)  # leaving in order would wait for the ranks that are gone
+        return status
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    return 0
+
+
+def _train_all_or_none(config: RunConfig, stages: list[str] | None) -> int:
+    """The exit status, the same on every rank; what any rank failed of has been printed by all."""
+    from megatron_evomoe.train import alarm
+    from megatron_evomoe.train.loop import train
+    from megatron_evomoe.train.session import run_folder
+
+    try:
+        train(config, stages)
+        return 0
+    except alarm.PeerError as error:
+        return error.status
+    except (Exception, KeyboardInterrupt) as error:
+        failure = alarm.failure_of(error, run_folder(config))
+        if failure.status == 1:
+            traceback.print_exc()
+        print(failure, file=sys.stderr, flush=True)
+        return failure.status
 
 
 def _add_make_shards(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:

@@ -9,43 +9,48 @@ import fnmatch
 import io
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 
+def matching(pattern: str, code: int = errno.ENOSPC) -> Callable[[str], int]:
+    """For `failing`: `code` for file names that match `pattern`."""
+    return lambda name: code if fnmatch.fnmatch(name, pattern) else 0
+
+
 @contextlib.contextmanager
-def failing(pattern: str, code: int = errno.ENOSPC, *, when: Callable[[], bool] = lambda: True) -> Iterator[None]:
-    """Inside, what this process and its forks write to a file whose name matches `pattern` fails with `code`, while `when()`.
-
-    The file is made, as on a disk that has just become full, and every write to it fails.
+def failing(fault: Callable[[str], int], below: Path) -> Iterator[None]:
+    """Inside, a write of this process and its forks to a file below `below` fails with the error number that `fault` gives for the
+    file's name at that moment, 0 for none. The file is made all the same, as on a disk that has just become full.
     """
-    real = {"open": builtins.open, "FileIO": io.FileIO}
+    opened, file_io, below = builtins.open, io.FileIO, below.absolute()
 
-    class Failing(io.FileIO):
+    class Failing(file_io):
         def write(self, data: Any) -> int:
-            if when():
+            if code := fault(os.path.basename(self.name)):
                 raise OSError(code, os.strerror(code))
             return super().write(data)
 
     def chosen(file: Any, mode: str) -> bool:
-        return isinstance(file, (str, os.PathLike)) and not set(mode).isdisjoint("wax+") and fnmatch.fnmatch(
-            os.path.basename(os.fspath(file)), pattern) and when()
+        return (isinstance(file, (str, os.PathLike)) and not set(mode).isdisjoint("wax+")
+                and below in Path(os.fspath(file)).absolute().parents)
 
     def open_failing(file: Any, mode: str = "r", buffering: int = -1, encoding: str | None = None, *rest: Any, **more: Any) -> Any:
         if not chosen(file, mode):
-            return real["open"](file, mode, buffering, encoding, *rest, **more)
+            return opened(file, mode, buffering, encoding, *rest, **more)
         raw = Failing(file, mode.replace("b", "").replace("t", ""))
         if buffering == 0:
             return raw
         binary = io.BufferedRandom(raw) if "+" in mode else io.BufferedWriter(raw)
         return binary if "b" in mode else io.TextIOWrapper(binary, encoding or "utf-8")
 
-    def file_io(file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> io.FileIO:
-        return (Failing if chosen(file, mode) else real["FileIO"])(file, mode.replace("b", ""), *args, **kwargs)
+    def file_io_failing(file: Any, mode: str = "r", *rest: Any, **more: Any) -> io.FileIO:
+        return (Failing if chosen(file, mode) else file_io)(file, mode.replace("b", ""), *rest, **more)
 
     builtins.open = io.open = open_failing
-    io.FileIO = file_io
+    io.FileIO = file_io_failing
     try:
         yield
     finally:
-        builtins.open = io.open = real["open"]
-        io.FileIO = real["FileIO"]
+        builtins.open = io.open = opened
+        io.FileIO = file_io

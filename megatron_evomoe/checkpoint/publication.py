@@ -1,7 +1,7 @@
 """One save on its way to becoming a checkpoint: what rank 0 does alone, between agreements of all ranks.
 
 So no rank waits for one that has failed: torch's writer tells every rank of any rank's failure, what rank 0 writes alone it writes
-between two agreements, and what neither covers is told through the job's key-value store (observe/alarm.py).
+between two agreements, and what neither covers is told through the job's key-value store (train/alarm.py).
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ class Heartbeat:
 
     def explain(self, error: BaseException) -> str | None:
         """What went wrong, if `error` came out of a collective; else none."""
-        called = _collective(error)
+        called = failed_collective(error)
         if called is None:
             return None
         lines = str(error).strip().splitlines()
@@ -72,7 +72,7 @@ class Heartbeat:
             whom = describe(self._everyone(), time.time(), self._interval)
         except Exception:  # the store went with the process that kept it: torchrun, or rank 0
             whom = "who is missing cannot be told: the job's key-value store is gone, and with it torchrun or rank 0"
-        return (f"rank {self._rank}: {called} failed in stage {self._place['stage']!r} at step {self._place['step']}: "
+        return (f"{called} failed in stage {self._place['stage']!r} at step {self._place['step']}: "
                 f"{lines[0] if lines else type(error).__name__}. {whom}")
 
     def _run(self) -> None:
@@ -137,8 +137,8 @@ def _place(record: dict[str, Any]) -> str:
     return f"phase {record['phase']!r} of stage {record['stage']!r}, step {record['step']}"
 
 
-def _collective(error: BaseException) -> str | None:
-    """The function of torch.distributed that raised `error`, and the function of ours that called it."""
+def failed_collective(error: BaseException) -> str | None:
+    """The function of torch.distributed that raised `error`, and the function of ours that called it; none for another error."""
     frames = traceback.extract_tb(error.__traceback__)
     inside = [f for f in frames if "distributed_c10d" in f.filename and f.name != "wrapper"]
     if not inside:

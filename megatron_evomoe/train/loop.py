@@ -21,9 +21,19 @@ from megatron_evomoe.observe import profile
 from megatron_evomoe.observe.heartbeat import CollectiveError
 from megatron_evomoe.parallel import broadcast, rng, topology
 from megatron_evomoe.train import evaluate, report, vision_cache
+from megatron_evomoe.train.alarm import Alarm
 from megatron_evomoe.train.build import Built, build_stage
 from megatron_evomoe.train.optimizer import course
-from megatron_evomoe.train.session import Session, earlier_stage, open_session, questions, selected, stage_dir, train_loader
+from megatron_evomoe.train.session import (
+    Session,
+    earlier_stage,
+    open_session,
+    questions,
+    run_folder,
+    selected,
+    stage_dir,
+    train_loader,
+)
 from megatron_evomoe.train.step import take_step
 from megatron_evomoe.train.stop import StopRequests
 from megatron_evomoe.train.transition import check_tokenizer, start_from
@@ -37,7 +47,14 @@ def train(config: RunConfig, stage_names: list[str] | None = None) -> Session:
     Leaves early, with everything saved, when a signal or a limit asks for it (train/stop.py).
     """
     stop = StopRequests(config.train)
-    session = open_session(config)
+    try:
+        with Alarm(run_folder(config)) as alarm:
+            return _train_stages(open_session(config), stage_names, stop, alarm)
+    finally:
+        stop.restore()
+
+
+def _train_stages(session: Session, stage_names: list[str] | None, stop: StopRequests, alarm: Alarm) -> Session:
     try:
         for stage in selected(session.config, stage_names):
             if reason := stop.agreed() or train_stage(session, stage, stop):
@@ -45,12 +62,14 @@ def train(config: RunConfig, stage_names: list[str] | None = None) -> Session:
                 session.logger.event("stop", reason=reason)
                 return session
         report.stage_table(session)
-    except Exception as error:
-        if explanation := session.heartbeat.explain(error):
-            raise CollectiveError(explanation) from error
+    except BaseException as error:
+        explanation = session.heartbeat.explain(error)
+        failure = CollectiveError(explanation) if explanation else error
+        alarm.sound(failure)  # before anything is closed, which may take its time
+        if explanation:
+            raise failure from error
         raise
     finally:
-        stop.restore()
         session.heartbeat.close()
         session.logger.close()
     return session

@@ -84,12 +84,17 @@ def prepare_config(config: RunConfig) -> tuple[RunConfig, Tokenizer]:
     return config, tokenizer
 
 
+def run_folder(config: RunConfig) -> Path:
+    """Where the run's metrics, and its checkpoints if it saves any, go."""
+    return Path(config.checkpoint.save or "runs/default")
+
+
 def open_session(config: RunConfig) -> Session:
     """Process groups, logger, tokenizer, the run's id. Communicates: every rank calls it once, after `init_process_group`."""
     config, tokenizer = prepare_config(config)
     preflight.check(config)
     place = topology.initialize(config)
-    run_dir = Path(config.checkpoint.save or "runs/default")
+    run_dir = run_folder(config)
     identity = run_id.of_run(run_dir)
     logger = RunLogger(config.log, run_dir, is_main=place.rank == 0, run_name=run_dir.name, config_dict=config.to_dict(),
                        wandb_run_id=_known_wandb_run(config, run_dir, identity) if place.rank == 0 else None)

@@ -1,41 +1,82 @@
-"""`python -m megatron_evomoe`, with one thing more: a gradient that turns NaN on rank 1 when a file asks for it."""
+"""`python -m megatron_evomoe`, with faults added: what a file asks for, on the rank it names, while the file is there.
+
+    {"rank": 1, "kind": "nan"}                                      a gradient that turns NaN, once
+    {"rank": 0, "kind": "write", "files": "common.pt*", "errno": 28}     files that cannot be written
+    {"rank": 1, "kind": "raise", "where": "build_stage"}            MemoryError out of a function of the training loop
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from megatron_evomoe import cli
+from tests.faults import failing, matching
+
+PLACES = ("open_session", "build_stage", "train_loader", "questions", "take_step", "next_step")
 
 
-def poison_when_asked(trigger: Path) -> None:
-    """Wrap the loop's step: once `trigger` exists, rank 1's share of the reduced gradient is NaN for one step."""
+def asked(trigger: Path, kind: str) -> dict[str, Any] | None:
+    """The fault of `kind` that this rank is to have now."""
+    try:
+        fault = json.loads(trigger.read_text())
+    except (OSError, ValueError):  # none, or one being written
+        return None
+    return fault if fault["kind"] == kind and str(fault["rank"]) == os.environ["RANK"] else None
+
+
+def add_faults(trigger: Path) -> None:
+    """Wrap the training loop's functions."""
     from megatron_evomoe.parallel import backend
 
     backend.prepare()
     from megatron_evomoe.train import loop
 
-    original = loop.take_step
+    for name in PLACES:
+        setattr(loop, name, with_faults(name, getattr(loop, name), trigger))
 
-    def take_step(built: Any, batch: Any, number: int) -> Any:
-        if os.environ["RANK"] == "1" and trigger.exists():
+
+def with_faults(name: str, original: Callable[..., Any], trigger: Path) -> Callable[..., Any]:
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        fault = asked(trigger, "raise")
+        if fault is not None and fault["where"] == name:
+            raise MemoryError(f"injected into {name}")
+        if name == "take_step" and asked(trigger, "nan"):
             trigger.unlink()
-            update = built.optimizer.step
+            poison(args[0].optimizer)
+        return original(*args, **kwargs)
 
-            def poisoned() -> Any:
-                for part in getattr(built.optimizer, "chained_optimizers", [built.optimizer]):
-                    for buffer in getattr(part, "buffers", []):
-                        buffer.grad_data.fill_(float("nan"))
-                return update()
+    return wrapped
 
-            built.optimizer.step = poisoned
-        return original(built, batch, number)
 
-    loop.take_step = take_step
+def poison(optimizer: Any) -> None:
+    """This rank's share of the reduced gradient is NaN at the next update."""
+    update = optimizer.step
+
+    def poisoned() -> Any:
+        for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+            for buffer in getattr(part, "buffers", []):
+                buffer.grad_data.fill_(float("nan"))
+        return update()
+
+    optimizer.step = poisoned
+
+
+def main() -> int:
+    trigger = Path(os.environ["CHAOS_TRIGGER"])
+    add_faults(trigger)
+
+    def fault(name: str) -> int:
+        found = asked(trigger, "write")
+        return matching(found["files"], found["errno"])(name) if found else 0
+
+    with failing(fault, Path(os.environ["CHAOS_SAVE"])):
+        return cli.main(sys.argv[1:])
 
 
 if __name__ == "__main__":
-    poison_when_asked(Path(os.environ["CHAOS_TRIGGER"]))
-    sys.exit(cli.main(sys.argv[1:]))
+    sys.exit(main())

@@ -17,7 +17,7 @@ from megatron_evomoe.checkpoint import find, publication
 from megatron_evomoe.checkpoint import record as records
 from megatron_evomoe.checkpoint.record import CheckpointError
 from megatron_evomoe.config import CheckpointConfig
-from tests.faults import failing
+from tests.faults import failing, matching
 from tests.unit.checkpoint.test_store import built_for, record_for, save
 
 
@@ -96,12 +96,13 @@ def test_whatever_file_fails_is_named_and_what_stays_is_said_truly(tmp_path, one
     assert len(names) >= 4
     for step, name in enumerate([*names, records.TRACKER], start=2):
         saver = store.Saver(CheckpointConfig(async_save=background, keep=0))
-        with failing(f"{name}*", code), pytest.raises(CheckpointError) as caught:
+        with failing(matching(f"{name}*", code), tmp_path), pytest.raises(CheckpointError) as caught:
             saver.save(tmp_path, record=record_for("align", step), **asked)
             saver.poll(wait=True)
         said = str(caught.value)
-        assert f"[Errno {code}]" in said and "rank 0 (" in said, said
-        assert name in said or (background and name.endswith(".distcp")), said
+        forked = background and name.endswith(".distcp")  # what the core's writer tells of its fork is less
+        assert "rank 0 (" in said and (f"[Errno {code}]" in said or (forked and "OSError" in said)), said
+        assert name in said or forked, said
         published = tmp_path / f"iter_{step:07d}"
         if name.startswith(records.TRACKER):
             assert f"{published} is published and whole" in said and "Nothing" not in said

@@ -68,7 +68,7 @@ def test_heartbeat_file_follows_the_run_and_a_failed_collective_is_named(tmp_pat
         assert "all 1 ranks are in phase 'data'" in found["ranks"]
         with pytest.raises((RuntimeError, ValueError)) as caught:
             dist.all_gather([], torch.zeros(2))
-        assert heart.explain(caught.value).startswith("rank 0: all_gather, failed in stage 'warmup' at step 3: ")
+        assert heart.explain(caught.value).startswith("all_gather, failed in stage 'warmup' at step 3: ")
         assert heart.explain(ValueError("of our own")) is None
     finally:
         heart.close()

@@ -1,0 +1,157 @@
+"""One rank's failure becomes every rank's message within seconds, whatever the others wait for.
+
+A rank that fails says so in the job's key-value store and waits until the others have heard. A thread of each rank looks there
+twice a second: it prints the message, gives the rank a few seconds to end by itself (often it has met the same error, or its
+collective has failed), and then ends it: a collective that waits cannot be interrupted. The status is that of the rank that failed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+
+import torch.distributed as dist
+
+from megatron_evomoe.checkpoint.record import CheckpointError
+from megatron_evomoe.config import ConfigError
+from megatron_evomoe.data.errors import DataError
+from megatron_evomoe.observe.heartbeat import CollectiveError, failed_collective
+from megatron_evomoe.train.step import NonFiniteError
+
+_POLL, _GRACE, _PATIENCE = 0.5, 5.0, 10.0
+USER_ERRORS = (ConfigError, CheckpointError, DataError, NonFiniteError, OSError)
+"""Errors whose message says all: no traceback, exit status 2."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What a rank died of."""
+
+    rank: int
+    world: int
+    host: str
+    pid: int
+    text: str
+    status: int
+
+    def __str__(self) -> str:
+        place = f"rank {self.rank} of {self.world} ({self.host}, pid {self.pid}): " if self.world > 1 else ""
+        return f"error: {place}{self.text}"
+
+
+class PeerError(RuntimeError):
+    """Another rank failed and this one ends with it. Its message has been printed."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(str(failure))
+        self.status = failure.status
+
+
+def failure_of(error: BaseException, run_dir: Path) -> Failure:
+    """`error` as this rank tells it: in a line, with what stays intact."""
+    line = " ".join(str(error).split())
+    if isinstance(error, (CollectiveError, dist.DistError)) or failed_collective(error):
+        status = 3  # not the cause, wherever another rank has told one
+    else:
+        status = 2 if isinstance(error, USER_ERRORS) else 130 if isinstance(error, KeyboardInterrupt) else 1
+    if isinstance(error, OSError) or not isinstance(error, (*USER_ERRORS, CollectiveError)):
+        line = f"{type(error).__name__}: {line}".removesuffix(": ")
+    if not isinstance(error, (ConfigError, CheckpointError, NonFiniteError)):  # these say it themselves, or met nothing yet
+        line += f". The checkpoints under {run_dir} stay as they were; the same command goes on from the newest"
+    known = dist.is_initialized()
+    return Failure(dist.get_rank() if known else 0, dist.get_world_size() if known else 1, socket.gethostname(), os.getpid(), line,
+                   status)
+
+
+class Alarm:
+    """Context of everything that ranks do together. Alone in the world it does nothing.
+
+    run_dir: for the message, where the run's checkpoints are.
+
+    Raises:
+        PeerError: from the end of the context, in place of a collective that failed because another rank did.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self._run_dir = run_dir
+        self._rank, self._world = dist.get_rank(), dist.get_world_size()
+        self._sounded: Failure | None = None
+        self._heard: Failure | None = None
+        self._ended, self._said = threading.Event(), threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> Alarm:
+        if self._world > 1:
+            store = dist.distributed_c10d._get_default_store()
+            self._store = store.clone()  # a connection each: one waits while the other asks
+            self._thread = threading.Thread(target=self._watch, args=(store.clone(),), name="alarm", daemon=True)
+            self._thread.start()
+        return self
+
+    def sound(self, error: BaseException) -> None:
+        """Tell the other ranks what this one met. Only the first failure of all ranks counts; does not wait."""
+        if self._thread is None or self._sounded is not None:
+            return
+        self._sounded = failure_of(error, self._run_dir)
+        try:
+            if self._store.add("alarm/count", 1) == 1:
+                self._store.set("alarm/failure", json.dumps(asdict(self._sounded)))
+        except Exception:  # whoever kept the store is gone, and the others find out by their collectives
+            return
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._thread is None:
+            return
+        try:
+            if error is not None:
+                self.sound(error)
+                self._wait_until_heard()
+                first, mine = self._heard, self._sounded
+                if first is not None and first.rank != self._rank and (first.text == mine.text or mine.status == 3):
+                    self._say(first)
+                    raise PeerError(first) from error
+        finally:
+            self._ended.set()
+
+    def _wait_until_heard(self) -> None:
+        """torchrun ends the others as soon as this rank has ended, and the store may be this rank's own."""
+        deadline = time.monotonic() + _PATIENCE
+        try:
+            while self._store.add("alarm/heard", 0) < self._world and time.monotonic() < deadline:
+                time.sleep(0.05)
+        except Exception:  # whoever kept the store is gone
+            return
+
+    def _watch(self, store: dist.Store) -> None:
+        try:
+            while (failure := _read(store)) is None:
+                if self._ended.wait(_POLL):
+                    return
+            self._heard = failure
+            if failure.rank != self._rank:
+                self._say(failure)
+            store.add("alarm/heard", 1)
+        except Exception:  # whoever kept the store is gone
+            return
+        if failure.rank != self._rank and not self._ended.wait(_GRACE):
+            sys.stdout.flush()
+            os._exit(failure.status)
+
+    def _say(self, failure: Failure) -> None:
+        """Print it, once, from whichever thread is first."""
+        if self._said.acquire(blocking=False):
+            print(failure, file=sys.stderr, flush=True)
+
+
+def _read(store: dist.Store) -> Failure | None:
+    """The first failure of any rank. Raises RuntimeError where whoever kept the store is gone."""
+    if not store.check(["alarm/failure"]):
+        return None
+    return Failure(**json.loads(store.get("alarm/failure")))

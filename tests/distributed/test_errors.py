@@ -1,0 +1,62 @@
+"""Whatever fails on one rank is the message of every rank, and all end, long before any collective times out."""
+
+from __future__ import annotations
+
+import errno
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.integration.conftest import ROOT, digits, environment, tiny_yaml  # noqa: F401 - fixtures
+
+PATIENCE = 200  # seconds, of which starting Python takes most; a collective would wait for hours
+STAGES = [{"name": "warmup", "train_iters": 2}, {"name": "evolve", "train_iters": 1}]
+
+
+def run_two(home: Path, config: Path, fault: dict[str, Any]) -> tuple[int, list[str]]:
+    """torchrun's status and the output of each rank of a run with `fault`."""
+    trigger = home / "trigger"
+    trigger.write_text(json.dumps(fault))
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--redirects", "3", "--log-dir",
+         str(home / "logs"), "-m", "tests.distributed.chaos_worker", "train", "--config", str(config)],
+        env=environment(CHAOS_TRIGGER=str(trigger), CHAOS_SAVE=str(home / "run")), cwd=ROOT, timeout=PATIENCE, capture_output=True)
+    trigger.unlink(missing_ok=True)
+    return done.returncode, [next((home / "logs").glob(f"*/attempt_0/{rank}/stderr.log")).read_text() for rank in range(2)]
+
+
+def write(files: str, rank: int = 0, code: int = errno.ENOSPC) -> dict[str, Any]:
+    return {"kind": "write", "files": files, "rank": rank, "errno": code}
+
+
+FILES = [*(write(files) for files in ("common.pt*", "metadata.json*", "evomoe.json*", ".metadata*", "run_config.yaml*")),
+         write("__1_*.distcp", 1, errno.EIO)]
+OTHERS = [
+    write("summary.json*"),
+    *({"kind": "raise", "where": where, "rank": rank} for where, rank in (
+        ("open_session", 0), ("build_stage", 1), ("build_stage", 0), ("train_loader", 1), ("questions", 1), ("take_step", 0))),
+]
+
+
+@pytest.mark.parametrize(("fault", "background"), [
+    pytest.param({"kind": "raise", "where": "take_step", "rank": 1}, False, id="quick"),
+    *(pytest.param(fault, False, id=" ".join(map(str, fault.values())), marks=pytest.mark.slow) for fault in (*FILES, *OTHERS)),
+    *(pytest.param(fault, True, id=f"background {fault['files']}", marks=pytest.mark.slow) for fault in FILES),
+])
+def test_every_rank_ends_with_the_message_of_the_one_that_failed(tmp_path, tiny_yaml, fault, background):  # noqa: F811
+    config = tiny_yaml(tmp_path, stages=STAGES, train={"eval_samples": 2, "global_batch_size": 4, "train_iters": 2},
+                       checkpoint={"save_interval": 1, "async_save": background},
+                       parallel={"expert_model_parallel_size": 2, "distributed_timeout_minutes": 60})
+    status, texts = run_two(tmp_path, config, fault)
+    assert status != 0
+    wanted = "MemoryError: injected into" if fault["kind"] == "raise" else "Errno" if not background else "Error"
+    for text in texts:
+        said = [line for line in text.splitlines() if line.startswith("error: ")]
+        assert len(said) == 1 and wanted in said[0], text[-3000:]
+        assert f"rank {fault['rank']} " in said[0] and socket.gethostname() in said[0]
+        assert "stay" in said[0], "what stays intact is said"
