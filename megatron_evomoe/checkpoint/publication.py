@@ -10,6 +10,7 @@ import os
 import shutil
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ class Publication:
     def pending(self) -> Path:
         return self.directory / f"saving_{self.record.step:07d}_{self.attempt}"
 
-    def prepare(self, state: dict[str, Any]) -> None:
+    def prepare(self, state: dict[str, Any], check_folder: Callable[[], None]) -> None:
         """A folder of its own, and room on the disk. Communicates."""
         # A background writer may outlive a killed job; what it still writes must not mix with a new attempt at the step.
         attempt = [f"{os.getpid():x}{time.time_ns():x}"]
@@ -58,6 +59,7 @@ class Publication:
         error, free = None, 0
         if dist.get_rank() == 0:
             try:
+                check_folder()
                 for leftover in self.directory.glob("saving_*"):
                     shutil.rmtree(leftover, ignore_errors=True)
                 self.pending.mkdir(parents=True)

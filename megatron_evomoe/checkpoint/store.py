@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,10 +47,13 @@ def metadata() -> dict[str, Any]:
 
 
 class Saver:
-    """Saves of one run, one at a time. `config` says whether in the background, and what is kept."""
+    """Saves of one run, one at a time. `config` says whether in the background, and what is kept.
 
-    def __init__(self, config: CheckpointConfig) -> None:
-        self._config = config
+    check_folder: asked on rank 0 before anything is written; what it raises ends the save on every rank.
+    """
+
+    def __init__(self, config: CheckpointConfig, check_folder: Callable[[], None] = lambda: None) -> None:
+        self._config, self._check_folder = config, check_folder
         self._queue = AsyncCallsQueue() if config.async_save else None
         self._publication: Publication | None = None
         self._background: BackgroundStrategy | None = None
@@ -109,7 +113,7 @@ class Saver:
 
     def _start(self, directory: Path, state: dict[str, Any], record: Record, config_yaml: str) -> Path | None:
         publication = Publication(directory, replace(record), config_yaml, self._config)
-        publication.prepare(state)
+        publication.prepare(state, self._check_folder)
         error, sums = None, {}
         try:
             sharded, publication.common = split(state, metadata())

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from megatron_evomoe.config import ConfigError
 from megatron_evomoe.diagnose import store
 from megatron_evomoe.observe import jsonl
 
@@ -135,7 +136,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Draw, name the files, and return the exit status: 0 when there is at least one figure."""
-    paths = plot_all(args.run, args.output or Path(args.run) / "figures")
+    try:
+        paths = plot_all(args.run, args.output or Path(args.run) / "figures")
+    except (ValueError, RuntimeError) as error:  # a damaged line; no matplotlib
+        raise ConfigError(str(error)) from error
     for path in paths:
         print(path)
     return 0 if paths else 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections import deque
@@ -59,7 +60,8 @@ class ConsoleReport:
         if self.is_live:
             self._console.print(text, markup=False)
         else:  # not through rich: it would wrap at 80 columns and log files are read with grep
-            print(text, file=self._stream or sys.stdout, flush=True)
+            with contextlib.suppress(OSError):  # a full disk under it, or a reader that left: the JSONL files have the numbers
+                print(text, file=self._stream or sys.stdout, flush=True)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """A table: rich on a terminal, aligned text elsewhere."""

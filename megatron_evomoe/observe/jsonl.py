@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+_KEPT = 10_000  # lines held in memory while they cannot be written
+
+log = logging.getLogger(__name__)
 
 
 def plain(value: Any) -> Any:
@@ -36,9 +42,15 @@ def dumps(record: dict[str, Any]) -> str:
 
 
 def append(path: Path, record: dict[str, Any]) -> None:
-    """Open, mend, write one line, close. For rare records; `LineFile` is for the many."""
+    """Open, mend, write one line, close. For rare records; `LineFile` is for the many.
+
+    Raises:
+        OSError: it could not be written.
+    """
     with LineFile(path) as file:
         file.write(record)
+        if file.error is not None:
+            raise file.error
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
@@ -83,20 +95,64 @@ def rewind(path: Path, stage: str, step: int) -> int:
 
 
 class LineFile:
-    """A file open for appending, flushed at every line so that `tail -f` and a killed run see all of it."""
+    """A file open for appending, unbuffered so that `tail -f` and a killed run see all of it.
+
+    A line that cannot be written (a full disk) is kept in memory, which is said once, and written before the next one when there is
+    room: the file never holds half a line, nor lines out of order.
+
+    Attributes:
+        error: why the lines that wait could not be written; none when none waits.
+    """
 
     def __init__(self, path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
         _mend(path)
-        self._file = path.open("a", encoding="utf-8")
+        self._path, self._file = path, path.open("ab", buffering=0)
+        self._waiting: list[bytes] = []
+        self._lost = 0
+        self.error: OSError | None = None
 
     def write(self, record: dict[str, Any]) -> None:
         """Append `record` (see `plain`)."""
-        self._file.write(dumps(record))
-        self._file.flush()
+        self._waiting.append(dumps(record).encode())
+        self.flush()
+        if len(self._waiting) > _KEPT:
+            del self._waiting[0]
+            self._lost += 1
+
+    def flush(self) -> None:
+        """Write the lines that wait, as far as that can be done now."""
+        waited = len(self._waiting)
+        try:
+            while self._waiting:
+                self._append(self._waiting[0])
+                del self._waiting[0]
+        except OSError as error:
+            if self.error is None:
+                log.warning("%s cannot be written (%s); its lines are kept in memory until it can", self._path, error)
+            self.error = error
+            return
+        if self.error is not None:
+            log.warning("%s is written again; %d lines had waited", self._path, waited)
+            self.error = None
+
+    def _append(self, line: bytes) -> None:
+        end, rest = os.fstat(self._file.fileno()).st_size, memoryview(line)
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.truncate(self._file.fileno(), end)
+            raise
 
     def close(self) -> None:
-        """Safe to call twice."""
+        """Try once more what waits, and say how many lines are lost. Safe to call twice."""
+        if self._file.closed:
+            return
+        self.flush()
+        if lost := len(self._waiting) + self._lost:
+            log.warning("%s lacks %d lines, which could not be written: %s", self._path, lost, self.error)
         self._file.close()
 
     def __enter__(self) -> LineFile:

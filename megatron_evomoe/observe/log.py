@@ -7,8 +7,9 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from megatron_evomoe.config import LogConfig
 from megatron_evomoe.observe import jsonl
 from megatron_evomoe.observe.console import ConsoleReport
 from megatron_evomoe.observe.sinks import TensorBoardSink, WandbSink
+
+log = logging.getLogger(__name__)
 
 RESERVED = frozenset({"step", "stage", "time", "samples"})
 
@@ -38,6 +41,7 @@ class RunLogger:
         if not is_main:
             return
         self._sinks: list[TensorBoardSink | WandbSink] = []
+        self._failed: set[TensorBoardSink | WandbSink] = set()
         if log_config.tensorboard_dir:
             self._sinks.append(TensorBoardSink(log_config.tensorboard_dir))
         if log_config.wandb_project:
@@ -61,7 +65,7 @@ class RunLogger:
         if not self.is_main:
             return
         for sink in self._sinks:
-            sink.start_stage(name, start_step)
+            self._guarded(sink, lambda sink=sink: sink.start_stage(name, start_step))
         self._console.start_stage(name, total_steps, start_step)
 
     def rewind(self, stage: str, step: int) -> int:
@@ -93,8 +97,24 @@ class RunLogger:
         record = {"step": step, "stage": self._stage, "time": time.time(), **numbers}
         self._metrics.write(record if samples is None else {**record, "samples": samples})
         for sink in self._sinks:
-            sink.log(step, numbers)
+            self._guarded(sink, lambda sink=sink: sink.log(step, numbers))
         self._console.step(step, numbers)
+
+    def _guarded(self, sink: TensorBoardSink | WandbSink, work: Callable[[], None]) -> None:
+        """What a copy of the numbers cannot do never ends a run: it is said once for each sink."""
+        try:
+            work()
+        except Exception as error:
+            if sink not in self._failed:
+                log.warning("%s failed (%s: %s) and may lack numbers from here on; metrics.jsonl has them all", type(sink).__name__,
+                            type(error).__name__, error)
+            self._failed.add(sink)
+
+    def flush(self) -> None:
+        """Write the lines that a full disk has kept waiting, as far as that can be done now."""
+        if self.is_main:
+            self._metrics.flush()
+            self._events.flush()
 
     def event(self, name: str, **fields: Any) -> None:
         """Append to events.jsonl; the current stage is added unless `fields` has one.
@@ -131,7 +151,7 @@ class RunLogger:
             return
         self._console.stop()
         for sink in self._sinks:
-            sink.close()
+            self._guarded(sink, sink.close)
         self._sinks = []
         self._metrics.close()
         self._events.close()

@@ -24,6 +24,7 @@ from megatron_evomoe.train import evaluate, report, vision_cache
 from megatron_evomoe.train.alarm import Alarm
 from megatron_evomoe.train.build import Built, build_stage
 from megatron_evomoe.train.optimizer import course
+from megatron_evomoe.train.run_lock import RunLock
 from megatron_evomoe.train.session import (
     Session,
     earlier_stage,
@@ -48,8 +49,12 @@ def train(config: RunConfig, stage_names: list[str] | None = None) -> Session:
     """
     stop = StopRequests(config.train)
     try:
-        with Alarm(run_folder(config)) as alarm:
-            return _train_stages(open_session(config), stage_names, stop, alarm)
+        # others wait for rank 0 in a collective while it waits for the lock
+        patience = 30 * config.parallel.distributed_timeout_minutes
+        with Alarm(run_folder(config)) as alarm, RunLock(run_folder(config), patience) as lock:
+            session = _train_stages(open_session(config, lock.check), stage_names, stop, alarm)
+            lock.verify()
+            return session
     finally:
         stop.restore()
 
@@ -270,6 +275,7 @@ def _is_due(step: int, config: RunConfig) -> bool:
 def _save(session: Session, built: Built, record: Record, stage: StageConfig) -> None:
     if session.config.checkpoint.save is not None:
         session.heartbeat.enter("save")
+        session.logger.flush()  # what a resume from here will not log again
         with profile.phase("save"):
             _announce(session, stage, session.saver.poll(wait=True))  # one save at a time
             path = session.saver.save(stage_dir(session.run_dir, stage), modules=built.gather_weights(), optimizer=built.optimizer,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -89,8 +89,11 @@ def run_folder(config: RunConfig) -> Path:
     return Path(config.checkpoint.save or "runs/default")
 
 
-def open_session(config: RunConfig) -> Session:
-    """Process groups, logger, tokenizer, the run's id. Communicates: every rank calls it once, after `init_process_group`."""
+def open_session(config: RunConfig, check_folder: Callable[[], None] = lambda: None) -> Session:
+    """Process groups, logger, tokenizer, the run's id. Communicates: every rank calls it once, after `init_process_group`.
+
+    check_folder: raises on rank 0 when the run's folder is no longer there; asked before every save.
+    """
     config, tokenizer = prepare_config(config)
     preflight.check(config)
     place = topology.initialize(config)
@@ -99,7 +102,7 @@ def open_session(config: RunConfig) -> Session:
     logger = RunLogger(config.log, run_dir, is_main=place.rank == 0, run_name=run_dir.name, config_dict=config.to_dict(),
                        wandb_run_id=_known_wandb_run(config, run_dir, identity) if place.rank == 0 else None)
     return Session(config=config, topology=place, tokenizer=tokenizer, logger=logger, run_dir=run_dir,
-                   saver=Saver(config.checkpoint), heartbeat=Heartbeat(run_dir), run_id=identity)
+                   saver=Saver(config.checkpoint, check_folder), heartbeat=Heartbeat(run_dir), run_id=identity)
 
 
 def _known_wandb_run(config: RunConfig, run_dir: Path, identity: str) -> str | None:

@@ -12,6 +12,7 @@ import torch
 
 from megatron_evomoe.config import LogConfig
 from megatron_evomoe.observe import RunLogger, console, jsonl
+from tests.faults import failing, matching
 
 
 def logger(run_dir, *, is_main=True, wandb_run_id=None, **config):
@@ -76,6 +77,56 @@ def test_appending_to_a_cut_off_file_loses_only_the_cut_line(tmp_path):
     path.write_text('{"a": ')
     jsonl.append(path, {"a": 4})
     assert lines(path) == [{"a": 4}]
+
+
+@pytest.mark.parametrize("room", [0, 5])
+def test_a_full_disk_loses_no_line_and_is_said_once(tmp_path, caplog, room):
+    """Lines wait in memory, in order and whole, whether the disk takes nothing of a line or its first bytes."""
+    full = False
+
+    class Disk(io.FileIO):
+        def write(self, data):
+            if not full:
+                return super().write(data)
+            if room and self.tell() == end:
+                return super().write(data[:room])
+            raise OSError(28, "No space left on device")
+
+    log = logger(tmp_path)
+    log._metrics._file = Disk(tmp_path / "metrics.jsonl", "a")
+    log.start_stage("align", 9, 0)
+    for step in range(1, 10):
+        full, end = step in (3, 4, 5, 8, 9), (tmp_path / "metrics.jsonl").stat().st_size
+        log.log(step, {"lm loss": 1 / step})
+        assert len(lines(tmp_path / "metrics.jsonl")) == (2 if full and step < 8 else min(step, 7))
+        assert (tmp_path / "metrics.jsonl").read_bytes().endswith(b"\n")
+    end = (tmp_path / "metrics.jsonl").stat().st_size
+    log.close()
+    assert steps(tmp_path / "metrics.jsonl") == [("align", step) for step in range(1, 8)]
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 4, said
+    assert "kept in memory" in said[0] and "written again; 4 lines" in said[1] and "lacks 2 lines" in said[3]
+
+
+def test_a_line_that_must_be_written_raises(tmp_path):
+    with failing(matching("x.jsonl"), tmp_path), pytest.raises(OSError, match="No space left"):
+        jsonl.append(tmp_path / "x.jsonl", {"a": 1})
+
+
+def test_a_sink_that_fails_does_not_end_the_run(tmp_path, caplog):
+    class Sink:
+        def log(self, step, numbers):
+            raise OSError(28, "No space left on device")
+
+        start_stage = close = log
+
+    log = logger(tmp_path)
+    log._sinks.append(sink := Sink())
+    sink.close = lambda: sink.log(0, {})
+    run_stage(log, "align", 3)
+    log.close()
+    assert len(steps(tmp_path / "metrics.jsonl")) == 3
+    assert sum("Sink failed" in record.getMessage() for record in caplog.records) == 1
 
 
 def test_a_damaged_line_in_the_middle_is_an_error_with_its_place(tmp_path):
