@@ -21,6 +21,7 @@ def adapt() -> None:
     _redirect_cuda_device()
     _adapt_rng()
     _adapt_dispatcher()
+    _adapt_uneven_collectives()
     _adapt_optimizer()
 
 
@@ -112,6 +113,33 @@ def _adapt_dispatcher() -> None:
         return tensor.detach().numpy() if torch.is_tensor(tensor) and as_numpy else tensor
 
     dispatcher.maybe_move_tensor_to_cpu = to_host
+
+
+def _adapt_uneven_collectives() -> None:
+    """Expert-tensor-parallel ranks hold unequal numbers of tokens. NCCL gathers and scatters such pieces, gloo refuses them."""
+    import megatron.core.tensor_parallel.mappings as mappings
+
+    gather_even, scatter_even = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    def gather(input_: torch.Tensor, group: Any, output_split_sizes: Any = None, use_global_buffer: bool = False) -> torch.Tensor:
+        if output_split_sizes is None or group.size() == 1:
+            return gather_even(input_, group, output_split_sizes, use_global_buffer)
+        sizes = [int(n) for n in output_split_sizes]
+        mine = input_.new_zeros(max(sizes), *input_.shape[1:])
+        mine[: len(input_)] = input_
+        everyone = [torch.empty_like(mine) for _ in sizes]
+        torch.distributed.all_gather(everyone, mine, group=group)
+        return torch.cat([piece[:n] for piece, n in zip(everyone, sizes, strict=True)])
+
+    def reduce_scatter(input_: torch.Tensor, group: Any, input_split_sizes: Any = None,
+                       use_global_buffer: bool = False) -> torch.Tensor:
+        if input_split_sizes is None or group.size() == 1:
+            return scatter_even(input_, group, input_split_sizes, use_global_buffer)
+        total = input_.detach().clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(total, group=group)
+        return total.split([int(n) for n in input_split_sizes])[group.rank()].clone()
+
+    mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim = gather, reduce_scatter
 
 
 @contextlib.contextmanager
