@@ -149,7 +149,7 @@ class MoEConfig:
     moe_z_loss_coeff: Said[Optional[Coefficient]] = None
     """Coefficient of the router z-loss; none leaves it out."""
     moe_expert_capacity_factor: Fixed[Optional[Factor]] = None
-    """Tokens beyond this multiple of an even share are dropped; none drops nothing."""
+    """In training, tokens beyond this multiple of an even share of the microbatch are dropped; none drops nothing."""
     moe_token_dispatcher_type: Said[Literal["alltoall", "allgather", "flex"]] = "alltoall"
     """megatron-core's token dispatcher."""
     moe_grouped_gemm: Said[Bool] = False

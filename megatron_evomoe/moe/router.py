@@ -2,13 +2,14 @@
 
 Shapes: s sequence · b batch · T = s·b tokens · C width · N experts · K experts per token.
 
-Only the way from a token to its logits, and the scale of an expert's output, are ours. Top-k, capacity, auxiliary losses and
-z-loss are `TopKRouter.routing`, the core's own. Words as in the core: *logits* leave the gate; *probs* scale the
+The way from a token to its logits, what capacity drops, the z-loss and the scale of an expert's output are ours. Top-k and the
+load-balancing loss are `TopKRouter.routing`, the core's own. Words as in the core: *logits* leave the gate; *probs* scale the
 experts' outputs; *routing_map* says which expert gets which token.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 
 from megatron_evomoe.config import MoEConfig
 from megatron_evomoe.moe import dtr, dtr_kernel
+from megatron_evomoe.moe.capacity import within_capacity
 from megatron_evomoe.parallel import backend
 
 TEXT, VISION, PADDING = 0, 1, 2
@@ -75,6 +77,9 @@ class TypedRouter(TopKRouter):
         self.is_mtp_layer = is_mtp_layer  # an argument of the base class in newer cores, absent in 0.16.1
         self.moe = moe
         self.gate_dtype = torch.float64 if config.moe_router_dtype == "fp64" else torch.float32
+        self.capacity_factor = config.moe_expert_capacity_factor
+        self.config = copy.copy(config)
+        self.config.moe_expert_capacity_factor = None  # the core would drop by what this rank holds (moe/capacity.py)
         self.observer: Observer | None = None
         self.intervene: Intervention | None = None
 
@@ -87,7 +92,8 @@ class TypedRouter(TopKRouter):
 
         `padding_mask` holds the planes [s, b, 2] of `to_planes`; None makes every token text. Returns probs [T, N] in
         `self.gate_dtype` and the bool routing_map [T, N]. Padding tokens are routed like any other, which harms nobody: they
-        are left out of the auxiliary losses and nothing attends to them.
+        are left out of the auxiliary losses and nothing attends to them. With a capacity factor, training drops them and what is
+        over capacity; evaluation drops nothing. Communicates over TP x CP.
         """
         planes = padding_mask if padding_mask is not None else input.new_zeros((*input.shape[:2], 2), dtype=torch.bool)
         is_vision, is_padding = planes.unbind(dim=-1)
@@ -96,9 +102,19 @@ class TypedRouter(TopKRouter):
             logits = apply_random_logits(logits)
         self._maintain_float32_expert_bias()
         probs, routing_map = self.routing(logits, padding_mask=None if padding_mask is None else is_padding)
+        if self.capacity_factor is not None and self.training:
+            probs, routing_map = self._drop(probs, routing_map, None if padding_mask is None else is_padding.flatten())
         if self.moe.router_gate == "straight_through":
             probs = straight_through(probs)
         return self._diagnose(logits, probs, routing_map, is_vision, is_padding)
+
+    def _drop(self, probs: Tensor, routing_map: Tensor, is_padding: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What capacity leaves of the choices. Communicates over the ranks that share the microbatch."""
+        kept = within_capacity(
+            probs, routing_map, is_padding, topk=self.topk, factor=self.capacity_factor,
+            by_position=self.config.moe_token_drop_policy == "position",
+            group=self.tp_cp_group if self.config.sequence_parallel else self.cp_group)
+        return probs * kept, kept
 
     def apply_z_loss(self, logits: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """Attach the z-loss (ST-MoE, arXiv 2202.08906): coefficient x mean over the microbatch's real tokens of logsumexp².
@@ -233,6 +249,9 @@ def _check(config: TransformerConfig, moe: MoEConfig) -> None:
             f"TransformerConfig has {config.num_moe_experts} experts, top-{config.moe_router_topk}; "
             f"MoEConfig has {moe.num_experts}, top-{moe.moe_router_topk}: build the first from the second"
         )
+    if config.moe_pad_expert_input_to_capacity:
+        raise ValueError("moe_pad_expert_input_to_capacity fills experts up on each rank, and capacity here is that of the "
+                         "microbatch; leave it off")
     softmax_over_all = config.moe_router_pre_softmax and config.moe_router_score_function == "softmax"
     if moe.router_gate == "straight_through" and not (softmax_over_all and config.moe_router_topk_scaling_factor is None):
         raise ValueError(
