@@ -18,6 +18,7 @@ from megatron_evomoe.data.conversation import (
     PADDING,
     VISION,
     EncodedSample,
+    check_length,
     encode,
     encode_prompt,
     parse_turns,
@@ -25,6 +26,7 @@ from megatron_evomoe.data.conversation import (
 from megatron_evomoe.data.errors import SampleError
 from megatron_evomoe.data.feature_cache import FeatureCache
 from megatron_evomoe.data.image import ImageProcessor, decode_image
+from megatron_evomoe.data.record import check_kind
 from megatron_evomoe.data.shards import RawSample, ShardDataset
 from megatron_evomoe.data.tokenizer import Tokenizer
 
@@ -107,7 +109,8 @@ class Preparer:
     def _encode(self, i: int) -> tuple[EncodedSample, int]:
         """The text, and how many of its images are left. First, for a sample that is refused for it needs no decoding."""
         record, total = self.dataset.record(i), len(self.dataset.images_of(i)[1])
-        sample = encode(record.get("conversations"), total, self.tokenizer, self.template, self.tokens_per_image)
+        sample = encode(record["conversations"], total, self.tokenizer, self.template, self.tokens_per_image,
+                        max_length=self.seq_length)
         kept = total
         if len(sample.tokens) > self.seq_length:
             if self.long_samples == "skip":
@@ -164,14 +167,20 @@ def stack_images(images: Sequence[torch.Tensor], size: int) -> torch.Tensor:
 
 def prepare_eval(
     raw: RawSample, tokenizer: Tokenizer, processor: ImageProcessor, template: str, tokens_per_image: int,
-    *, max_image_pixels: int = 50_000_000,
+    *, max_image_pixels: int = 50_000_000, max_length: int | None = None,
 ) -> list[EvalSample]:
     """One `EvalSample` per human/gpt pair, with the turns before it as context.
 
+    Args:
+        max_length: positions that a prompt may take.
+
     Raises:
-        SampleError: as `encode` and `decode_image` do.
+        SampleError: as `encode` and `decode_image` do, bad-kind, and too-long.
     """
+    check_kind(raw.record)
     turns = parse_turns(raw.record.get("conversations"), len(raw.images))
+    if max_length is not None:
+        check_length(turns, max_length)
     pixels = stack_images([processor(decode_image(data, max_image_pixels)) for data in raw.images], processor.size)
     metadata = {key: value for key, value in raw.record.items() if key != "conversations"}
     samples: list[EvalSample] = []
@@ -181,6 +190,8 @@ def prepare_eval(
         context = [{"from": t.role, "value": t.text} for t in turns[:end]]
         seen = sum(t.text.count(IMAGE_TOKEN) for t in turns[:end] if t.role == "human")
         prompt = encode_prompt(context, seen, tokenizer, template, tokens_per_image)
+        if max_length is not None and len(prompt.tokens) > max_length:
+            raise SampleError("too-long", f"a prompt of {len(prompt.tokens)} tokens, seq_length is {max_length}")
         samples.append(EvalSample(prompt, turn.text, pixels[:seen], {**metadata, "key": raw.key, "shard": raw.shard,
                                                                      "turn": len(samples)}))
     if not samples:

@@ -20,14 +20,17 @@ from typing import Any, Literal
 
 from megatron_evomoe.config import ConfigError
 from megatron_evomoe.data.errors import SampleError
+from megatron_evomoe.data.media import IMAGE_TOKEN, check_placeholders, short
 from megatron_evomoe.data.tokenizer import Tokenizer
 
-IMAGE_TOKEN = "<image>"
 IGNORE_INDEX = -100
 TEXT, VISION, PADDING = 0, 1, 2
 
 _VICUNA = ("A chat between a curious user and an artificial intelligence assistant. "
            "The assistant gives helpful, detailed, and polite answers to the user's questions.")
+_TOOL_ROLES = frozenset(["tool", "tools", "tool_call", "tool_calls", "tool_response", "tool_result", "function", "function_call",
+                         "function_response", "observation", "ipython", "environment"])
+_MAX_CHARACTERS = 64  # a position; the longest pieces of vocabularies in use are shorter, runs of spaces aside
 _ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "system": "system"}
 
 
@@ -95,10 +98,11 @@ def parse_turns(conversations: Any, num_images: int | None = None) -> list[Turn]
     its front, on a line of its own. Any other number or place stays as written. ``num_images=None`` skips the count.
 
     Raises:
-        SampleError: no-conversation, bad-turn (not a role and a text), turn-order, empty-answer, image-count.
+        SampleError: no-conversation, bad-turn (not a role and a text), tool-turn, bad-text, media-placeholder, turn-order,
+            empty-answer, image-count.
     """
     if not isinstance(conversations, list) or not conversations:
-        raise SampleError("no-conversation", f"conversations is {_short(conversations)}; a list of turns is expected")
+        raise SampleError("no-conversation", f"conversations is {short(conversations)}; a list of turns is expected")
     turns = [_parse_turn(turn) for turn in conversations]
     system = [turns.pop(0)] if turns[0].role == "system" else []
     if turns and turns[0].role == "gpt":
@@ -117,22 +121,52 @@ def parse_turns(conversations: Any, num_images: int | None = None) -> list[Turn]
 
 
 def _parse_turn(turn: Any) -> Turn:
-    if not isinstance(turn, dict) or not isinstance(turn.get("value"), str) or turn.get("from") not in _ROLES:
-        raise SampleError("bad-turn", f'{_short(turn)} is no {{"from": "human"|"gpt"|"system", "value": text}}')
-    role, text = _ROLES[turn["from"]], turn["value"].strip()
+    name, text = (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None, None)
+    if isinstance(name, str) and name.lower() in _TOOL_ROLES:
+        raise SampleError("tool-turn", f"a turn of {short(name)}; conversations with tools are not read")
+    if not isinstance(name, str) or name not in _ROLES or not isinstance(text, str):
+        raise SampleError("bad-turn", f'{short(turn)} is no {{"from": "human"|"gpt"|"system", "value": text}}')
+    _check_text(text)
+    role, text = _ROLES[name], text.strip()
+    check_placeholders(text, role)
     if role == "human" and text.count(IMAGE_TOKEN) == 1 and (text.startswith(IMAGE_TOKEN) or text.endswith(IMAGE_TOKEN)):
         text = f"{IMAGE_TOKEN}\n{text.replace(IMAGE_TOKEN, '').strip()}".strip()
     return Turn(role, text)  # type: ignore[arg-type]
 
 
-def encode(conversations: Any, num_images: int, tokenizer: Tokenizer, template: str, tokens_per_image: int) -> EncodedSample:
+def _check_text(text: str) -> None:
+    if "\0" in text:
+        raise SampleError("bad-text", f"NUL in {short(text)}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise SampleError("bad-text", f"{text[error.start]!r} in {short(text)} is half of a character") from None
+
+
+def check_length(turns: Sequence[Turn], length: int) -> None:
+    """Refuse, before it is tokenized, a conversation that cannot have `length` positions or fewer.
+
+    Raises `SampleError` too-long: more answers than positions, or more than 64 characters a position.
+    """
+    answers, characters = sum(turn.role == "gpt" for turn in turns), sum(len(turn.text) for turn in turns)
+    if answers > length or characters > _MAX_CHARACTERS * length:
+        raise SampleError("too-long", f"{characters} characters and {answers} answers cannot be told in seq_length {length}")
+
+
+def encode(conversations: Any, num_images: int, tokenizer: Tokenizer, template: str, tokens_per_image: int, *,
+           max_length: int | None = None) -> EncodedSample:
     """A training sequence; every gpt turn is supervised, its end-of-turn token included.
 
+    Args:
+        max_length: what is far longer than this is refused before it costs time (`check_length`); the result may still be longer.
+
     Raises:
-        SampleError: what `parse_turns` raises, and no-conversation when there is no gpt turn.
+        SampleError: what `parse_turns` and `check_length` raise, and no-conversation when there is no gpt turn.
         ConfigError: the template is unknown or needs tokens this tokenizer lacks.
     """
     turns = parse_turns(conversations, num_images)
+    if max_length is not None:
+        check_length(turns, max_length)
     if not any(turn.role == "gpt" for turn in turns):
         raise SampleError("no-conversation", "no gpt turn, so nothing to learn from")
     return _encode_pieces(list(layout(turns, _template(template))), tokenizer, _template(template), tokens_per_image)
@@ -264,8 +298,3 @@ def _template(name: str) -> Template:
     if name not in TEMPLATES:
         raise ConfigError(f"unknown conversation template {name!r}; known: {', '.join(TEMPLATES)}")
     return TEMPLATES[name]
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -7,6 +7,8 @@ class SampleError(ValueError):
     """One sample cannot be used. `reason` is a short slug to count by; the message says what is wrong with this one."""
 
     def __init__(self, reason: str, message: str = "") -> None:
+        # whatever a sample holds, its message goes on one line into logs and JSON, which take no lone surrogates
+        message = message if message.isprintable() else ascii(message)[1:-1]
         super().__init__(f"{reason}: {message}" if message else reason)
         self.reason = reason
         self.message = message

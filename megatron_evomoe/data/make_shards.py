@@ -12,6 +12,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import re
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -30,6 +31,8 @@ from megatron_evomoe.config import ConfigError
 from megatron_evomoe.data.conversation import parse_turns
 from megatron_evomoe.data.errors import SampleError
 from megatron_evomoe.data.image import decode_image
+from megatron_evomoe.data.media import short
+from megatron_evomoe.data.record import MAX_RECORD_BYTES, image_names, load_json, usable_record
 from megatron_evomoe.data.shard_index import load_index
 from megatron_evomoe.data.shards import tar_bytes, write_atomically
 
@@ -90,9 +93,9 @@ def _load(path: Path) -> tuple[list[Any], str]:
         raise ConfigError(f"--json {path} cannot be read: {error.strerror or error}") from None
     try:
         lines = data.splitlines() if path.suffix == ".jsonl" else None
-        records = json.loads(data) if lines is None else [json.loads(line) for line in lines if line.strip()]
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"--json {path} is not valid JSON: {error}") from None
+        records = load_json(data) if lines is None else [load_json(line) for line in lines if line.strip()]
+    except SampleError as error:
+        raise ConfigError(f"--json {path} is not valid JSON: {error.message}") from None
     if not isinstance(records, list) or not records:
         raise ConfigError(f"--json {path} must be a list of records and not empty, got {type(records).__name__}")
     return records, hashlib.sha256(data).hexdigest()
@@ -184,7 +187,7 @@ def write_shard(records: list[Any], shard: int, output: Path, job: Job) -> tuple
         try:
             samples.append((f"{number:09d}", *_sample(record, job)))
         except SampleError as error:
-            identity = record.get("id") if isinstance(record, dict) else None
+            identity = _identity(record)
             skipped.append({"record": number, "id": identity, "reason": error.reason, "message": error.message})
     path, data = _shard_path(output, shard), tar_bytes(samples) if samples else b""
     if data:
@@ -195,13 +198,20 @@ def write_shard(records: list[Any], shard: int, output: Path, job: Job) -> tuple
     return len(records), len(skipped)
 
 
+def _identity(record: Any) -> str | int | None:
+    """What a record calls itself, for the report."""
+    found = record.get("id") if isinstance(record, dict) else None
+    is_plain = found is None or isinstance(found, int) or (isinstance(found, str) and found.isprintable() and len(found) <= 200)
+    return found if is_plain else short(found)
+
+
 def _sample(record: Any, job: Job) -> tuple[dict[str, Any], list[bytes]]:
     """A record and its images' bytes, all found to be usable."""
     if not isinstance(record, dict):
         raise SampleError("no-conversation", f"record is a {type(record).__name__}")
-    named = record.get("image")
-    names = [] if named is None else named if isinstance(named, list) else [named]
-    turns = parse_turns(record.get("conversations"), len(names))
+    _check_storable(record)
+    names = image_names(record)
+    turns = parse_turns(usable_record(record, len(names))["conversations"], len(names))
     if not any(turn.role == "gpt" for turn in turns):
         raise SampleError("no-conversation", "no gpt turn, so nothing to learn from")
     images = [_image_bytes(name, job.images) for name in names]
@@ -213,13 +223,27 @@ def _sample(record: Any, job: Job) -> tuple[dict[str, Any], list[bytes]]:
     return record, images
 
 
+def _check_storable(record: dict[str, Any]) -> None:
+    try:
+        size = len(json.dumps(record, ensure_ascii=False).encode())
+    except (ValueError, RecursionError) as error:
+        raise SampleError("bad-text", f"the record cannot be written as JSON in UTF-8: {error}") from None
+    if size > MAX_RECORD_BYTES:
+        raise SampleError("record-too-large", f"{size} bytes; at most {MAX_RECORD_BYTES} are read from a shard")
+
+
 def _image_bytes(name: Any, folder: str) -> bytes:
+    if isinstance(name, str) and re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", name):
+        raise SampleError("image-url", f"{name[:80]!r} is a URL; only files of the image folder are read, so download it first")
     if not isinstance(name, str) or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-        raise SampleError("image-path", f"{name!r} must be a path inside the image folder")
+        raise SampleError("image-path", f"{short(name)} must be a path inside the image folder")
     if not folder:
         raise SampleError("missing-image", f"{name}: no --images folder was given")
     try:
-        return (Path(folder) / name).read_bytes()
+        path = Path(folder) / name
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise SampleError("missing-image", f"{name}: not a file")
+        return path.read_bytes()
     except (OSError, ValueError) as error:
         raise SampleError("missing-image", f"{name}: {getattr(error, 'strerror', None) or error}") from None
 

@@ -27,6 +27,7 @@ import numpy as np
 from megatron_evomoe.config import ConfigError
 from megatron_evomoe.data.errors import SampleError
 from megatron_evomoe.data.fingerprint import shard_digest
+from megatron_evomoe.data.record import MAX_RECORD_BYTES, caption_record, has_turns, load_json, load_text, usable_record
 from megatron_evomoe.data.shard_index import Range, index_path, is_member, load_index
 from megatron_evomoe.data.shard_members import DEFECTS
 from megatron_evomoe.data.tar import BLOCK
@@ -35,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 _MAX_SHARDS = 1_000_000
 _OPEN_FILES = 64
+_MAX_IMAGE_BYTES = 1 << 28  # more than an uncompressed picture of max_image_pixels takes
 _MAGIC = {b"\x89PNG": "png", b"GIF8": "gif", b"BM": "bmp"}
 
 
@@ -123,8 +125,8 @@ class ShardDataset:
         """Sample i in one pread per member.
 
         Raises:
-            SampleError: bad-json, no-conversation (the JSON is no record), a slug of `shard_members.DEFECTS`, read-error (the file
-                changed or cannot be read), stale-index (what is there is another member).
+            SampleError: what `record.usable_record` raises, bad-json, bad-text, record-too-large, image-too-large, a slug of
+                `shard_members.DEFECTS`, read-error (the file changed or cannot be read), stale-index (another member is there).
         """
         return RawSample(self.key(i), str(self.shard(i)), self.record(i), self.images(i))
 
@@ -134,9 +136,12 @@ class ShardDataset:
         index = self._indexes[shard]
         if index.defects[local]:
             raise SampleError(DEFECTS[index.defects[local]], "one of its members cannot be shown to the model; the log names it")
-        is_json = bool(index.is_json[local])
-        text = self._member(shard, local, index.text_range(local), "json" if is_json else "txt")
-        return _record(text, is_json, len(self.images_of(i)[1]))
+        num_images, found = len(self.images_of(i)[1]), index.text_range(local)
+        if not index.is_json[local]:
+            return caption_record(load_text(self._text(shard, local, found, "txt")), num_images)
+        record, beside = load_json(self._text(shard, local, found, "json")), index.caption_range(local)
+        caption = None if beside is None or has_turns(record) else load_text(self._text(shard, local, beside, "txt"))
+        return usable_record(record, num_images, caption)
 
     def images(self, i: int) -> list[bytes]:
         """The encoded images of sample i. Raises `SampleError` read-error, stale-index."""
@@ -152,8 +157,10 @@ class ShardDataset:
     def image(self, shard: int, image: int) -> bytes:
         """One encoded image of a shard, by number. Raises `SampleError` read-error, stale-index."""
         index = self._indexes[shard]
-        owner = int(np.searchsorted(index.first, image, side="right")) - 1
-        return self._member(shard, owner, index.image_range(image))
+        owner, found = int(np.searchsorted(index.first, image, side="right")) - 1, index.image_range(image)
+        if found.size > _MAX_IMAGE_BYTES:
+            raise SampleError("image-too-large", f"{found.size} bytes; at most {_MAX_IMAGE_BYTES} are read")
+        return self._member(shard, owner, found)
 
     def num_images(self, shard: int) -> int:
         """How many images a shard has."""
@@ -181,6 +188,11 @@ class ShardDataset:
         shard = int(np.searchsorted(self._starts, i, side="right")) - 1
         return shard, i - int(self._starts[shard])
 
+    def _text(self, shard: int, local: int, found: Range, kind: str) -> bytes:
+        if found.size > MAX_RECORD_BYTES:
+            raise SampleError("record-too-large", f"KEY.{kind} has {found.size} bytes; at most {MAX_RECORD_BYTES} are read")
+        return self._member(shard, local, found, kind)
+
     def _member(self, shard: int, local: int, found: Range, *kinds: str) -> bytes:
         """Bytes of a member of sample `local` of a shard, once its header, read along with them, is found to be that member's."""
         path, lead = self.paths[shard], found.lead * BLOCK
@@ -203,20 +215,6 @@ class ShardDataset:
                 os.close(self._files.popitem(last=False)[1])
             self._files[shard] = os.open(self.paths[shard], os.O_RDONLY | os.O_CLOEXEC)
         return self._files[shard]
-
-
-def _record(text: bytes, is_json: bool, num_images: int) -> dict[str, Any]:
-    """The LLaVA record of a KEY.json, or one made of a KEY.txt caption."""
-    try:
-        record = json.loads(text) if is_json else text.decode()
-    except (ValueError, RecursionError) as error:
-        raise SampleError("bad-json", f"{error}") from None
-    if not is_json:
-        prompt = "\n".join(["<image>"] * num_images)
-        record = {"conversations": [{"from": "human", "value": prompt}, {"from": "gpt", "value": record}]}
-    if not isinstance(record, dict):
-        raise SampleError("no-conversation", f"the JSON is a {type(record).__name__}; a record with conversations is expected")
-    return record
 
 
 def image_extension(data: bytes) -> str:

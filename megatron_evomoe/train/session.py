@@ -146,7 +146,8 @@ def questions(session: Session, config: RunConfig, limit: int = 0) -> list[Quest
     for i in range(len(dataset)):
         try:
             samples = prepare_eval(dataset.read(i), session.tokenizer, processor, config.data.conversation_template,
-                                   config.vision.tokens_per_image, max_image_pixels=config.data.max_image_pixels)
+                                   config.vision.tokens_per_image, max_image_pixels=config.data.max_image_pixels,
+                                   max_length=config.data.seq_length)
         except SampleError as error:
             skipped[error.reason] += 1
             continue

@@ -289,8 +289,8 @@ def test_long_samples_are_cut_when_asked(tmp_path, sp, processor):
 def test_samples_without_supervision_are_counted(tmp_path, sp, processor, monkeypatch):
     from megatron_evomoe.data import batch
 
-    def masked(*args):
-        sample = encode(*args)
+    def masked(*args, **kwargs):
+        sample = encode(*args, **kwargs)
         sample.labels = [IGNORE_INDEX] * len(sample.labels)
         return sample
 
