@@ -9,7 +9,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from megatron_evomoe.config import RunConfig
@@ -17,17 +17,32 @@ if TYPE_CHECKING:
 COMMANDS = ("train", "make-shards", "inspect-data", "plan", "doctor", "plot", "evaluate", "generate")
 
 
+class _UsageError(Exception):
+    """Arguments that cannot be parsed."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """An error is one line: the usage of a command with a flag for every field fills a screen."""
+
+    def error(self, message: str) -> NoReturn:
+        raise _UsageError(f"{message}; {self.prog} --help lists the arguments")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Parse, run, and turn errors meant for users into one line and exit status 2."""
-    parser = argparse.ArgumentParser(prog="python -m megatron_evomoe", description="EvoMoE on megatron-core.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{" + ",".join(COMMANDS) + "}")
+    parser = _Parser(prog="python -m megatron_evomoe", description="EvoMoE on megatron-core.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{" + ",".join(COMMANDS) + "}", parser_class=_Parser)
     argv = sys.argv[1:] if argv is None else argv
     asked = argv[0] if argv else ""
     for name in COMMANDS:
-        sub = commands.add_parser(name, help=_HELP[name])
+        sub = commands.add_parser(name, help=_HELP[name], allow_abbrev=False)  # an abbreviation may mean another flag tomorrow
         if name == asked:
             sub.set_defaults(handler=_ADD[name](sub))
-    args = parser.parse_args(argv)
+    try:
+        args = parser.parse_args(argv)
+    except _UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         return args.handler(args)

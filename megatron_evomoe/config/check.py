@@ -33,6 +33,10 @@ def _check_language(config: RunConfig, rule: Rule) -> None:
     rule(lm.kv_channels is not None or lm.hidden_size % heads == 0,
          f"hidden_size {lm.hidden_size} is not a multiple of num_attention_heads {heads}; change one, or give kv_channels")
     rule(heads % groups == 0, f"num_attention_heads {heads} is not a multiple of num_query_groups {groups}; change one")
+    head = lm.kv_channels or lm.hidden_size // heads
+    rotated = int(head * lm.rotary_percent) if lm.rotary_percent < 1 else head  # as the core rounds it
+    rule(rotated > 0 and rotated % 2 == 0, f"RoPE would turn {rotated} of the {head} channels of a head (hidden_size, "
+         "num_attention_heads, kv_channels, rotary_percent), and it turns pairs; make that even and at least 2")
     rule(length <= lm.max_position_embeddings, f"seq_length {length} exceeds max_position_embeddings {lm.max_position_embeddings}")
     rule(not (lm.tie_word_embeddings and lm.lm_head_bias), "lm_head_bias needs untied embeddings")
 
@@ -65,10 +69,13 @@ def _check_experts(config: RunConfig, rule: Rule) -> None:
 
 
 def _check_loop(config: RunConfig, rule: Rule) -> None:
-    train, optimizer = config.train, config.optimizer
+    train, optimizer, parallel = config.train, config.optimizer, config.parallel
     rule(optimizer.min_lr <= optimizer.lr, f"min_lr {optimizer.min_lr} is above lr {optimizer.lr}; lower it, or raise lr")
     rule(not train.profile or train.profile_step_start < train.profile_step_end,
          f"profile_step_start {train.profile_step_start} must be below profile_step_end {train.profile_step_end}")
+    together = parallel.num_layers_per_virtual_pipeline_stage or config.language.num_layers // parallel.pipeline_model_parallel_size
+    rule(train.recompute_granularity != "full" or together % train.recompute_num_layers == 0,
+         f"recompute_num_layers {train.recompute_num_layers} does not divide the {together} layers in a row; use a divisor")
     rule(train.bf16 or not config.gpu.cross_entropy_loss_fusion,
          "cross_entropy_loss_fusion rounds the gradient to bf16, and this run is fp32; set bf16, or leave it out")
     rule(not (config.optimizer.override_opt_param_scheduler and config.optimizer.use_checkpoint_opt_param_scheduler),

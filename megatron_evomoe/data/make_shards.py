@@ -27,6 +27,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from megatron_evomoe.arguments import whole
 from megatron_evomoe.config import ConfigError
 from megatron_evomoe.data.conversation import parse_turns
 from megatron_evomoe.data.errors import SampleError
@@ -56,9 +57,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", required=True, type=Path, help="LLaVA JSON: a list of {id, image?, conversations}; .jsonl too")
     parser.add_argument("--images", type=Path, help="folder that the image paths are relative to; not needed for text only")
     parser.add_argument("--output", required=True, type=Path, help="folder for shard-000000.tar … and report.json")
-    parser.add_argument("--samples-per-shard", type=int, default=1000, help="input records per shard (default %(default)s)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores, %(default)s)")
-    parser.add_argument("--max-image-pixels", type=int, default=50_000_000, help="larger images are skipped (default %(default)s)")
+    parser.add_argument("--samples-per-shard", type=whole(1), default=1000, help="input records per shard (default %(default)s)")
+    parser.add_argument("--workers", type=whole(1, 1024), default=os.cpu_count() or 1,
+                        help="processes (default: all cores, %(default)s)")
+    parser.add_argument("--max-image-pixels", type=whole(1), default=50_000_000,
+                        help="larger images are skipped (default %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -68,8 +71,6 @@ def run(args: argparse.Namespace) -> int:
         ConfigError: unreadable input, a folder that belongs to another job, or a worker that was killed.
     """
     console = Console()
-    if args.samples_per_shard < 1 or args.workers < 1:
-        raise ConfigError(f"--samples-per-shard {args.samples_per_shard} and --workers {args.workers} must be at least 1")
     records, digest = _load(args.json)
     if args.images is not None and not args.images.is_dir():
         raise ConfigError(f"--images {args.images} is no folder")

@@ -15,6 +15,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from megatron_evomoe.arguments import whole
 from megatron_evomoe.data.errors import SampleError
 from megatron_evomoe.data.image import decode_image
 from megatron_evomoe.evaluation.item import Benchmark, BenchmarkError, Item, Source, first_groups
@@ -37,9 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ocr-tokens", type=Path, help="TextVQA: Rosetta OCR tokens to show under each question")
     parser.add_argument("--split", default="test", help="ScienceQA: which split of pid_splits.json (default %(default)s)")
     parser.add_argument("--output", required=True, type=Path, help="folder for predictions.jsonl, metrics.json, submission files")
-    parser.add_argument("--batch-size", type=int, default=8, help="questions answered together on each rank (default %(default)s)")
-    parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer (default %(default)s, LLaVA's)")
-    parser.add_argument("--limit", type=int, help="only the first questions, for a trial; a later run may raise it")
+    parser.add_argument("--batch-size", type=whole(1, 2**20), default=8,
+                        help="questions answered together on each rank (default %(default)s)")
+    parser.add_argument("--max-new-tokens", type=whole(1, 2**20), default=128, help="longest answer (default %(default)s, LLaVA's)")
+    parser.add_argument("--limit", type=whole(1), help="only the first questions, for a trial; a later run may raise it")
     parser.add_argument("--dtype", default="auto", choices=DTYPES, help="of the weights (default: the directory's)")
     parser.add_argument("--device", help="cuda:0, cpu, …; default: this rank's GPU where there is one")
 
@@ -51,8 +53,6 @@ def run(args: argparse.Namespace) -> int:
         BenchmarkError: unreadable questions, missing images, or an output folder of another run.
         ModelError: the model cannot be loaded or a prompt is too long for it.
     """
-    if min(args.batch_size, args.max_new_tokens) < 1 or (args.limit is not None and args.limit < 1):
-        raise BenchmarkError("--batch-size, --max-new-tokens and --limit must be at least 1")
     benchmark, store = BENCHMARKS[args.benchmark], AnswerStore(args.output)
     with Ranks() as ranks:
         questions = ranks.first_alone(lambda: _begin(benchmark, store, args)) or _questions(benchmark, args)

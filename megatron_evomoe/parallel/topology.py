@@ -56,7 +56,8 @@ def validate(config: RunConfig, world_size: int, *, on_gpus: bool | None = None)
         raise ConfigError(f"the vision tower's {config.vision.num_attention_heads} heads cannot be split over TP {tp}")
     if lm.num_layers % pp:
         raise ConfigError(f"{lm.num_layers} layers cannot be split over PP {pp}; PP must be one of {_divisors(lm.num_layers)}")
-    for what, width, degree in (("ffn_hidden_size", lm.ffn_hidden_size, tp),
+    for what, width, degree in (("hidden_size", lm.hidden_size, tp),
+                                ("ffn_hidden_size", lm.ffn_hidden_size, tp),
                                 ("ffn_hidden_size of an expert,", lm.ffn_hidden_size, etp),
                                 ("vision_ffn_hidden_size", config.vision.ffn_hidden_size, tp)):
         if width % degree:

@@ -8,7 +8,8 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_evomoe.config import ConfigError, RunConfig, add_flags, flags_from, load_config
+from megatron_evomoe.arguments import number, whole
+from megatron_evomoe.config import RunConfig, add_flags, flags_from, load_config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,16 +17,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", help="YAML file; flags win over it, and a degree given as a flag is held")
     parser.add_argument("--preset", dest="cfg_preset", help="named model shape")
     parser.add_argument("--stage", action="append", help="plan only this stage (may be given several times)")
-    parser.add_argument("--nnodes", type=int, required=True, help="nodes")
-    parser.add_argument("--gpus-per-node", type=int, default=8, help="GPUs per node (default 8)")
-    parser.add_argument("--gpu-memory", type=float, default=80, help="GiB per GPU (default 80)")
-    parser.add_argument("--headroom", type=float, default=0.1, help="share of the memory not to plan with (default 0.1)")
-    parser.add_argument("--tflops", type=float, default=400, help="sustained TFLOP/s of one GPU (default 400)")
-    parser.add_argument("--intra-bandwidth", type=float, default=400, help="GB/s a GPU sends inside its node (default 400)")
-    parser.add_argument("--inter-bandwidth", type=float, default=40, help="GB/s a GPU sends to other nodes (default 40)")
-    parser.add_argument("--mean-tokens", type=int, help="tokens per sample to reckon time and traffic with (default: "
+    parser.add_argument("--nnodes", type=whole(1, 65536), required=True, help="nodes")
+    parser.add_argument("--gpus-per-node", type=whole(1, 1024), default=8, help="GPUs per node (default 8)")
+    parser.add_argument("--gpu-memory", type=number(0, 1e6, above=True), default=80, help="GiB per GPU (default 80)")
+    parser.add_argument("--headroom", type=number(0, 0.99), default=0.1, help="share of the memory not to plan with (default 0.1)")
+    parser.add_argument("--tflops", type=number(0, above=True), default=400, help="sustained TFLOP/s of one GPU (default 400)")
+    parser.add_argument("--intra-bandwidth", type=number(0, above=True), default=400,
+                        help="GB/s a GPU sends inside its node (default 400)")
+    parser.add_argument("--inter-bandwidth", type=number(0, above=True), default=40,
+                        help="GB/s a GPU sends to other nodes (default 40)")
+    parser.add_argument("--mean-tokens", type=whole(1, 2**24), help="tokens per sample to reckon time and traffic with (default: "
                                                         "seq_length, which memory is always reckoned with)")
-    parser.add_argument("--top", type=int, default=5, help="layouts printed per stage (default 5)")
+    parser.add_argument("--top", type=whole(0), default=5, help="layouts printed per stage (default 5)")
     parser.add_argument("--json", help="write everything here")
     add_flags(parser)
 
@@ -46,9 +49,8 @@ def run(args: argparse.Namespace) -> int:
 
     flags = flags_from(args)
     config = _with_vocabulary(load_config(args.config, flags))
-    machine = Machine(nnodes=_positive(args, "nnodes"), gpus_per_node=_positive(args, "gpus_per_node"),
-                      gpu_memory=_positive(args, "gpu_memory"), headroom=args.headroom, tflops=_positive(args, "tflops"),
-                      intra_bandwidth=_positive(args, "intra_bandwidth"), inter_bandwidth=_positive(args, "inter_bandwidth"))
+    machine = Machine(nnodes=args.nnodes, gpus_per_node=args.gpus_per_node, gpu_memory=args.gpu_memory, headroom=args.headroom,
+                      tflops=args.tflops, intra_bandwidth=args.intra_bandwidth, inter_bandwidth=args.inter_bandwidth)
     held = {LAYOUT_FLAGS[name]: value for name, value in flags.items() if name in LAYOUT_FLAGS}
     if "recompute" in held:
         held["recompute"] = held["recompute"] or "none"
@@ -58,13 +60,6 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         Path(args.json).write_text(json.dumps(report.as_data(plans, machine)))
     return int(not all(plan.fits for plan in plans))
-
-
-def _positive(args: argparse.Namespace, name: str) -> int | float:
-    value = getattr(args, name)
-    if value <= 0:
-        raise ConfigError(f"--{name.replace('_', '-')} must be positive, got {value:g}")
-    return value
 
 
 def _with_vocabulary(config: RunConfig) -> RunConfig:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch.distributed as dist
 
 from megatron_evomoe.config import ConfigError, RunConfig
@@ -35,5 +37,16 @@ def check_stage(config: RunConfig, kind: str, world_size: int) -> None:
         evolution.validate_ranges(config.moe.num_experts, config.moe.evolution_ranges)
         replicas = world_size // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
         evolution.check_rule(config.moe.evolution_rule, parallel.use_distributed_optimizer, replicas)
+    if kind == "route" and config.moe.moe_token_dispatcher_type == "flex":
+        _check_flex(config)
     if train.profile and (absent := [rank for rank in train.profile_ranks if rank >= world_size]):
         raise ConfigError(f"profile_ranks names {absent}, and this run has ranks 0 to {world_size - 1}; leave them out")
+
+
+def _check_flex(config: RunConfig) -> None:
+    """megatron-core would fail at this only when it builds the first mixture."""
+    parallel = config.parallel
+    if parallel.expert_tensor_parallel_size * parallel.expert_model_parallel_size == 1:
+        raise ConfigError("moe_token_dispatcher_type flex sends tokens between ranks, and expert-TP x EP is 1; use alltoall")
+    if importlib.util.find_spec("deep_ep") is None:
+        raise ConfigError("moe_token_dispatcher_type flex needs DeepEP (the package deep_ep), which is not installed; use alltoall")

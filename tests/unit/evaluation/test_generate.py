@@ -108,8 +108,10 @@ def test_withdrawing_a_question_takes_its_images_along(image):
 
 
 @pytest.mark.parametrize(("args", "message"), [
-    (("--temperature", "-1"), "--temperature must not be negative"),
-    (("--top-p", "0"), "--top-p lies above 0"),
+    (("--temperature", "-1"), "argument --temperature: must be at least 0, got -1"),
+    (("--temperature", "1e-9"), "--temperature 1e-09 is too low"),
+    (("--top-p", "0"), "argument --top-p: must be more than 0, got 0"),
+    (("--seed", "-1"), "argument --seed: must be at least 0"),
     (("--num-beams", "0"), "must be at least 1"),
     (("--image", "nowhere.png"), "image nowhere.png cannot be read"),
     (("--device", "toaster"), "cannot be put on device toaster"),

@@ -54,13 +54,27 @@ def test_nothing_fits(run_yaml, capsys):
 
 @pytest.mark.parametrize(("flags", "message"), [
     (["--stage", "rout"], "no stage 'rout'; this run has warmup, route"),
-    (["--gpu-memory", "0"], "--gpu-memory must be positive, got 0"),
     (["--preset", "tiny"], "language.vocab_size is not set"),
     (["--hidden-size", "wide"], "language.hidden_size = 'wide'"),
 ])
 def test_errors_are_one_line(run_yaml, capsys, flags, message):
     assert main(["plan", "--config", run_yaml, "--nnodes", "1", *flags]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--gpu-memory", "0"], "argument --gpu-memory: must be more than 0, got 0"),
+    (["--nnodes", "-1"], "argument --nnodes: must be at least 1, got -1"),
+    (["--tflops", "nan"], "argument --tflops: 'nan' is no finite number"),
+    (["--top", "1.5"], "argument --top: '1.5' is no whole number"),
+    (["--train-iters"], "argument --train-iters: expected one argument"),
+    (["--train-iter", "5"], "unrecognized arguments: --train-iter"),
+])
+def test_arguments_out_of_range_are_refused_by_name(run_yaml, capsys, flags, message):
+    assert main(["plan", "--config", run_yaml, "--nnodes", "1", *flags]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
 
 
 def test_recompute_and_mean_length(run_yaml, tmp_path, capsys):
