@@ -49,6 +49,19 @@ class Ancestor(TypedDict):
     run_id: NotRequired[str]
 
 
+class TrainingData(TypedDict):
+    """The samples a stage was trained on, and their order."""
+
+    __pydantic_config__ = pydantic.ConfigDict(strict=True, extra="forbid")
+
+    order: str
+    """The rule by which `seed` gives an order (`data.order.NAME`)."""
+    seed: Annotated[int, pydantic.Field(ge=-(1 << 64), lt=1 << 64)]
+    samples: Count
+    shards: list[tuple[str, Count, str]]
+    """File name, samples and digest (`data.fingerprint.shard_digest`) of each, in order."""
+
+
 @dataclass(kw_only=True)
 class Record:
     """Everything about a checkpoint that is not a tensor."""
@@ -81,6 +94,8 @@ class Record:
     """Stages before this one, oldest first."""
     num_experts: Count = 0
     """Experts per mixture layer, 0 for a dense stage."""
+    data: TrainingData | None = None
+    """What it was trained on; none for imported weights and in records of earlier versions."""
     files: dict[FileName, Annotated[list[Count], pydantic.Field(min_length=2, max_length=2)]] = field(default_factory=dict)
     """File name -> [bytes, CRC-32]: every file in the folder but the record itself."""
     format: Count = FORMAT

@@ -11,14 +11,12 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Callable
 from pathlib import Path
-
-import torch.distributed as dist
 
 from megatron_evomoe.checkpoint import files
 from megatron_evomoe.checkpoint.find import candidates
 from megatron_evomoe.checkpoint.record import CheckpointError, read_unchecked
+from megatron_evomoe.parallel.agree import on_all_ranks
 
 FILE_NAME = "run.json"
 _LARGEST = 1 << 16  # bytes
@@ -33,9 +31,7 @@ def of_run(run_dir: Path) -> str:
     Raises:
         CheckpointError: on every rank: the file is damaged or cannot be written, or is missing over checkpoints of several runs.
     """
-    found = _on_all_ranks(lambda: read(run_dir) or _begin(run_dir))
-    assert found is not None
-    return found
+    return on_all_ranks(lambda: read(run_dir) or _begin(run_dir), (CheckpointError,))
 
 
 def of_other(run_dir: Path) -> str | None:
@@ -44,21 +40,7 @@ def of_other(run_dir: Path) -> str | None:
     Raises:
         CheckpointError: on every rank: the file is damaged.
     """
-    return _on_all_ranks(lambda: read(run_dir))
-
-
-def _on_all_ranks(get: Callable[[], str | None]) -> str | None:
-    """What `get` finds on rank 0. Communicates."""
-    found: list[str | CheckpointError | None] = [None]
-    if dist.get_rank() == 0:
-        try:
-            found = [get()]
-        except CheckpointError as error:
-            found = [error]
-    dist.broadcast_object_list(found, src=0)
-    if isinstance(found[0], CheckpointError):
-        raise found[0]
-    return found[0]
+    return on_all_ranks(lambda: read(run_dir), (CheckpointError,))
 
 
 def read(run_dir: Path) -> str | None:

@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from torch.distributed.checkpoint.api import CheckpointException
@@ -28,8 +30,9 @@ from megatron_evomoe.checkpoint.reader import parallel_reads
 from megatron_evomoe.checkpoint.record import CheckpointError, Record
 from megatron_evomoe.checkpoint.writer import BackgroundStrategy, SummingStrategy, split
 from megatron_evomoe.config import CheckpointConfig
-from megatron_evomoe.parallel import rng
+from megatron_evomoe.parallel import backend, rng
 
+_MODEL_KEY = re.compile(r"(vision_model|vision_projection|language_model)\.")
 _FAILURES = (Exception, CheckpointException)  # torch's CheckpointException is no Exception
 
 log = logging.getLogger(__name__)
@@ -153,6 +156,8 @@ def load_training_state(path: Path, *, modules: list[torch.nn.Module], optimizer
         del state["rng"]
     # Under a name the file does not have, so that only tensors are filled in: what the file says of groups is the layout's.
     own = state["shards of the optimizer"] = state.pop("optimizer")
+    chunks = {key: state[key] for key in (_chunk_key(i, len(modules)) for i in range(len(modules)))}
+    _require_nothing_left(path, dist_checkpointing.load_tensors_metadata(str(path)), chunks, None)
     loaded = _load(state, path)
     if (steps := loaded["scheduler"].get("num_steps")) != record.step:
         raise CheckpointError(f"checkpoint {path}: its record is of step {record.step}, its schedule of {steps}: not one save's")
@@ -164,20 +169,22 @@ def load_training_state(path: Path, *, modules: list[torch.nn.Module], optimizer
         rng.set_state(loaded["rng"])
 
 
-def load_weights(path: Path, states: list[dict[str, Any]], *,
-                 may_be_fresh: re.Pattern[str]) -> tuple[list[dict[str, Any]], list[str]]:
+def load_weights(path: Path, states: list[dict[str, Any]], *, may_be_fresh: re.Pattern[str],
+                 may_be_left: re.Pattern[str] | None = None) -> tuple[list[dict[str, Any]], list[str]]:
     """Read those tensors of `states` that the checkpoint has. Communicates.
 
     Args:
         states: flat sharded state dict of each model chunk of this rank. All at once, because a tied embedding has its
             owner in one chunk and its copy in another.
         may_be_fresh: sharded keys the checkpoint need not have.
+        may_be_left: keys of the checkpoint that no rank need ask for; none means that all must be asked for.
 
     Returns:
-        What was loaded, per chunk (for `load_state_dict(strict=False)`), and the sharded keys left at their initial values.
+        What was loaded, per chunk (for `load_state_dict(strict=False)`), and the sharded keys left at their initial values on any
+        rank.
 
     Raises:
-        CheckpointError: a key that must be there is missing, or a shape differs.
+        CheckpointError: a key that must be there is missing, a shape differs, or the checkpoint holds more than was asked for.
     """
     stored = dist_checkpointing.load_tensors_metadata(str(path))
     wanted: dict[str, Any] = {}
@@ -195,8 +202,32 @@ def load_weights(path: Path, states: list[dict[str, Any]], *,
             else:
                 raise CheckpointError(f"checkpoint {path} lacks {entry.key!r}, which this model needs; "
                                       "was it made by another model?")
+    _require_nothing_left(path, stored, wanted, may_be_left)
+    everyone: list[set[str]] = [set()] * dist.get_world_size()
+    dist.all_gather_object(everyone, fresh)
     loaded = _load(wanted, path)
-    return [loaded.get(str(i), {}) for i in range(len(states))], sorted(fresh)
+    return [loaded.get(str(i), {}) for i in range(len(states))], sorted(set().union(*everyone))
+
+
+def _require_nothing_left(path: Path, stored: Iterable[str], wanted: dict[str, Any], may_be_left: re.Pattern[str] | None) -> None:
+    """A model of which the checkpoint holds more than all ranks ask for is another model: fewer layers, no bias. Communicates.
+
+    Args:
+        wanted: this rank's sharded state dict, nested by chunk.
+
+    Raises:
+        CheckpointError: on every rank.
+    """
+    keys = sorted(key for key in stored if _MODEL_KEY.match(key) and not (may_be_left and may_be_left.search(key)))
+    own = {getattr(entry, "key", None) for entry in nested_values(wanted)}
+    asked = torch.tensor([key in own for key in keys], dtype=torch.int32, device=backend.device())
+    if keys:
+        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+    left = [key for key, is_asked in zip(keys, asked.tolist(), strict=True) if not is_asked]
+    if left:
+        more = f" and {len(left) - 1} more tensors" if len(left) > 1 else ""
+        raise CheckpointError(f"checkpoint {path} holds {left[0]!r}{more} that this model has no place for: it is smaller than the "
+                              "checkpoint's (fewer layers, no bias …). Give it the checkpoint's sizes")
 
 
 def _require_same_shape(entry: Any, stored: ShardedTensor, path: Path) -> None:

@@ -10,6 +10,9 @@ import numpy as np
 
 from megatron_evomoe.config import ConfigError
 
+NAME = "argsort of Philox"
+"""Identifies the rule in checkpoints: two rules give one seed two orders."""
+
 
 class SampleOrder:
     """Position (0, 1, 2 … over all epochs) to sample number.
@@ -31,9 +34,10 @@ class SampleOrder:
     def index(self, position: int) -> int:
         """Number of the sample at `position`."""
         epoch, offset = divmod(position, self.num_samples)
-        return int(self._permutation(epoch)[offset]) if self.shuffle else offset
+        return int(self.permutation(epoch)[offset]) if self.shuffle else offset
 
-    def _permutation(self, epoch: int) -> np.ndarray:
+    def permutation(self, epoch: int) -> np.ndarray:
+        """Sample numbers of an epoch of a shuffled order, int64 [n]."""
         if self._cached is None or self._cached[0] != epoch:
             key = np.array([self.seed % 2**64, epoch], dtype=np.uint64)
             draws = np.random.Philox(key=key).random_raw(self.num_samples)

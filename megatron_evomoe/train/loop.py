@@ -16,11 +16,12 @@ from megatron_evomoe.checkpoint import find, run_id, store
 from megatron_evomoe.checkpoint import record as records
 from megatron_evomoe.checkpoint.record import CheckpointError, Record
 from megatron_evomoe.config import RunConfig, StageConfig
+from megatron_evomoe.data.shards import ShardDataset
 from megatron_evomoe.diagnose import collect
 from megatron_evomoe.observe import profile
 from megatron_evomoe.observe.heartbeat import CollectiveError
 from megatron_evomoe.parallel import broadcast, rng, topology
-from megatron_evomoe.train import evaluate, report, vision_cache
+from megatron_evomoe.train import evaluate, report, resume, vision_cache
 from megatron_evomoe.train.alarm import Alarm
 from megatron_evomoe.train.build import Built, build_stage
 from megatron_evomoe.train.optimizer import course
@@ -37,6 +38,7 @@ from megatron_evomoe.train.session import (
 )
 from megatron_evomoe.train.step import take_step
 from megatron_evomoe.train.stop import StopRequests
+from megatron_evomoe.train.training_set import training_set
 from megatron_evomoe.train.transition import check_tokenizer, start_from
 
 log = logging.getLogger(__name__)
@@ -87,21 +89,25 @@ def train_stage(session: Session, stage: StageConfig, stop: StopRequests) -> str
         Why it ended before its last step (saved all the same), or none.
     """
     config = session.config.for_stage(stage.name)
-    if report.is_measured(session, stage.name) and (done := _finished(session, stage)):
-        session.logger.say(f"stage {stage.name}: already finished ({done})")
+    if (report.is_measured(session, stage.name) and (done := _finished(session, stage))
+            and not resume.goes_on(session, done, stage, config)):
         return None
     found = _checkpoint_of(session, stage, config)
     session.heartbeat.enter("setup", 0, stage.name)
+    samples = training_set(config, session.topology) if found is None or _has_steps_left(found, config) else None
+    comparison = resume.compare(session, found, stage, config, samples and samples.data) if found else None
     topology.seed_everything(config.train.seed)
     built = build_stage(config, stage)
-    record = _resume(session, found, built, stage, config) if found else _begin(session, built, stage, config)
+    record = _resume(session, found, built, stage, comparison) if found else _begin(session, built, stage, config)
+    record.data = samples.data if samples else record.data
     session.logger.say(f"stage {stage.name}: {course(built.scheduler, config.train.train_iters)}")
     session.logger.start_stage(stage.name, config.train.train_iters, record.step)
     session.heartbeat.enter("setup", record.step)
     meter = report.StageMeter(session, built, config, stage)
-    if not record.finished:
+    if samples is not None:
+        record.finished = False
         with profile.profiling(config.train, built.modules, session.run_dir / "profile", stage.name):
-            reason = _take_steps(session, built, record, config, stage, stop, meter)
+            reason = _take_steps(session, built, record, config, stage, stop, meter, samples.dataset)
         if reason:
             return reason
         record.finished = True
@@ -112,12 +118,12 @@ def train_stage(session: Session, stage: StageConfig, stop: StopRequests) -> str
 
 
 def _take_steps(session: Session, built: Built, record: Record, config: RunConfig, stage: StageConfig, stop: StopRequests,
-                meter: report.StageMeter) -> str | None:
+                meter: report.StageMeter, dataset: ShardDataset | None) -> str | None:
     """From `record.step` to the stage's last step, or to where `stop` ends it (saved). Communicates."""
-    features = vision_cache.open_cache(session, built, config)
+    features = vision_cache.open_cache(session, built, config, dataset)
     if reason := vision_cache.complete(features, session, built, config, stop):
         return reason
-    loader = train_loader(session, config, start_position=record.position, features=features)
+    loader = train_loader(session, config, dataset, start_position=record.position, features=features)
     batches = iter(loader) if loader is not None else None
     while record.step < config.train.train_iters:
         profile.begin_step(record.step + 1)
@@ -165,14 +171,21 @@ def _begin(session: Session, built: Built, stage: StageConfig, config: RunConfig
     lineage: list[records.Ancestor] = []
     if source_path is not None:
         source_path = find.resolve(source_path)
-        source = start_from(source_path, built, config, stage, fingerprint=session.fingerprint)
+        comparison = resume.compare_source(source_path, find.record_of(source_path), stage, config)
+        source, fresh = start_from(source_path, built, config, stage, fingerprint=session.fingerprint)
         lineage = [*source.lineage, {"stage": source.stage, "kind": source.kind, "step": source.step, "path": str(source_path),
                                      "run_id": source.run_id}]
     else:
+        comparison, fresh = resume.Comparison(), ["the whole model"]
         for mlp in built.evolving:
             mlp.begin()
     session.logger.rewind(stage.name, 0)  # lines of an attempt that ended before its first checkpoint
-    session.logger.event("begin", stage=stage.name, source=str(source_path) if source_path else None)
+    session.logger.event("begin", stage=stage.name, source=str(source_path) if source_path else None, fresh=fresh,
+                         **comparison.fields())
+    session.logger.say(f"stage {stage.name}: begins from {source_path or 'fresh weights alone'}"
+                       + (f"; starts fresh: {', '.join(fresh)}" if source_path and fresh else ""))
+    if line := comparison.line():
+        session.logger.say(f"stage {stage.name}: other than in {source_path}: {line}")
     return Record(stage=stage.name, kind=stage.kind, step=0, position=0, finished=False, layout=rng.layout(),
                   vocab_size=config.language.vocab_size or 0, tokenizer_fingerprint=session.fingerprint,
                   run_id=session.run_id, wandb_run_id=session.logger.wandb_run_id, lineage=lineage,
@@ -253,16 +266,22 @@ def _checkpoint_of(session: Session, stage: StageConfig, config: RunConfig) -> P
     return found
 
 
-def _resume(session: Session, found: Path, built: Built, stage: StageConfig, config: RunConfig) -> Record:
+def _has_steps_left(found: Path, config: RunConfig) -> bool:
     record = find.record_of(found)
-    if record.kind != stage.kind:
-        raise CheckpointError(f"{found} belongs to a {record.kind!r} stage, {stage.name!r} is {stage.kind!r}; "
-                              "choose another --save")
+    return not record.finished or record.step < config.train.train_iters
+
+
+def _resume(session: Session, found: Path, built: Built, stage: StageConfig, comparison: resume.Comparison) -> Record:
+    record = find.record_of(found)
     check_tokenizer(record, found, session.fingerprint)
     store.load_training_state(found, modules=built.modules, optimizer=built.optimizer, scheduler=built.scheduler, record=record)
     session.logger.rewind(stage.name, record.step)
-    session.logger.event("resume", stage=stage.name, step=record.step, checkpoint=str(found))
+    if schedule := str(built.scheduler):
+        comparison.notes.append(schedule)
+    session.logger.event("resume", stage=stage.name, step=record.step, checkpoint=str(found), **comparison.fields())
     session.logger.say(f"stage {stage.name}: resumed at step {record.step} from {found}")
+    if line := comparison.line():
+        session.logger.say(f"stage {stage.name}: other than in the checkpoint: {line}")
     record.layout, record.run_id = rng.layout(), session.run_id
     return record
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -12,6 +13,7 @@ from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from megatron_evomoe.checkpoint.record import CheckpointError
 from megatron_evomoe.config import RunConfig
 
 
@@ -47,12 +49,56 @@ def build_optimizer(chunks: list[DistributedDataParallel], config: RunConfig) ->
     return get_megatron_optimizer(core, chunks)
 
 
-def build_scheduler(optimizer: MegatronOptimizer, config: RunConfig) -> OptimizerParamScheduler:
+class Schedule(OptimizerParamScheduler):
+    """megatron-core's schedule, which on a resume follows either the configuration or the checkpoint, and says in what they differ.
+
+    A learning rate is a function of the step alone. So after a resume under another configuration, every rate is that of a run
+    which had that configuration from its first step on.
+    """
+
+    _COMPARED = ("max_lr", "min_lr", "lr_warmup_steps", "lr_decay_steps", "lr_decay_style", "start_wd")
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.changed: dict[str, tuple[Any, Any]] = {}
+        """What the checkpoint's schedule has otherwise: name -> (there, in the configuration)."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the step, and the schedule if that is the checkpoint's.
+
+        Raises:
+            CheckpointError: the checkpoint's schedule is to go on, and ends before the run does.
+        """
+        own = self.state_dict()
+        self.changed = {name: (state_dict[name], own[name]) for name in self._COMPARED if state_dict[name] != own[name]}
+        ends, steps = state_dict["lr_decay_steps"], own["lr_decay_steps"]
+        if self.use_checkpoint_opt_param_scheduler and ends < steps and state_dict["lr_decay_style"] != "constant":
+            raise CheckpointError(f"the checkpoint's schedule ends at step {ends}, and steps {ends + 1} to {steps} would train at "
+                                  f"its last rate, {state_dict['min_lr']:g}; leave use_checkpoint_opt_param_scheduler out, and the "
+                                  f"schedule is that of train_iters {steps}; or set train_iters {ends}")
+        self.num_steps = 0  # the core adds the checkpoint's to it
+        super().load_state_dict(state_dict)
+        for group in self.optimizer.param_groups:  # what a group says of these goes before the schedule's own
+            group["max_lr"], group["min_lr"] = self.max_lr, self.min_lr
+        self.step(0)  # the core sets rates before it takes the checkpoint's weight decay
+
+    def __str__(self) -> str:
+        """What differs from the checkpoint, and which holds; empty where nothing does."""
+        if not self.changed:
+            return ""
+        if self.use_checkpoint_opt_param_scheduler:
+            kept = ", ".join(f"{name} {there} (configuration: {here})" for name, (there, here) in self.changed.items())
+            return f"the checkpoint's schedule goes on: {kept}"
+        return "the schedule follows the configuration: " + ", ".join(
+            f"{name} {there} → {here}" for name, (there, here) in self.changed.items())
+
+
+def build_scheduler(optimizer: MegatronOptimizer, config: RunConfig) -> Schedule:
     """Linear warmup from 0, then `lr_decay_style` towards `min_lr`; stepped after each update, so step 1 takes the rate of 0."""
     o, steps = config.optimizer, config.optimizer.lr_decay_iters or config.train.train_iters
     # rounded up, as in Hugging Face's schedules that MoE-LLaVA uses
     warmup = min(steps - 1, math.ceil(o.lr_warmup_fraction * steps))
-    return OptimizerParamScheduler(
+    return Schedule(
         optimizer,
         init_lr=0.0,
         max_lr=o.lr,
@@ -64,7 +110,8 @@ def build_scheduler(optimizer: MegatronOptimizer, config: RunConfig) -> Optimize
         end_wd=o.weight_decay,
         wd_incr_steps=steps,
         wd_incr_style="constant",
-        use_checkpoint_opt_param_scheduler=True,
+        use_checkpoint_opt_param_scheduler=o.use_checkpoint_opt_param_scheduler,
+        override_opt_param_scheduler=not o.use_checkpoint_opt_param_scheduler,
     )
 
 

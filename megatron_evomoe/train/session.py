@@ -114,14 +114,13 @@ def _known_wandb_run(config: RunConfig, run_dir: Path, identity: str) -> str | N
     return None
 
 
-def train_loader(session: Session, config: RunConfig, *, start_position: int, features: FeatureCache | None) -> TrainLoader | None:
+def train_loader(session: Session, config: RunConfig, dataset: ShardDataset | None, *, start_position: int,
+                 features: FeatureCache | None) -> TrainLoader | None:
     """This replica's samples, on the rank that reads them; their images as `features`, if there are any."""
-    if not config.data.train_data:
-        raise ConfigError("train_data is empty; name shard sets, e.g. train_data: [data/train]")
-    if not session.topology.reads_data:
+    if dataset is None:
         return None
     return TrainLoader(
-        features.dataset if features is not None else ShardDataset(config.data.train_data),
+        dataset,
         session.tokenizer,
         processor_for(config),
         config.data,

@@ -25,18 +25,18 @@ _NORM_NAMES = (".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_")
 _EVOLUTION = r"\.mlp\.(experts|evolution)\."
 
 
-def start_from(folder: Path, built: Built, config: RunConfig, stage: StageConfig, *, fingerprint: str) -> Record:
+def start_from(folder: Path, built: Built, config: RunConfig, stage: StageConfig, *, fingerprint: str) -> tuple[Record, list[str]]:
     """Load a checkpoint's weights into a stage that is beginning. Communicates.
 
     Args:
         folder: a good one (`find.resolve`).
 
     Returns:
-        The source's record, for the lineage.
+        The source's record, for the lineage; and what starts fresh on any rank, by name.
 
     Raises:
-        CheckpointError: the source is of a kind this stage cannot start from, of another model, or trained with
-            another tokenizer.
+        CheckpointError: the source is of a kind this stage cannot start from, of another model (also one of which this model is
+            a part), or trained with another tokenizer.
     """
     source = find.record_of(folder)
     _check_source(source, folder, stage, config, fingerprint)
@@ -55,7 +55,8 @@ def start_from(folder: Path, built: Built, config: RunConfig, stage: StageConfig
             state = {k: v for k, v in state.items() if not re.search(_EVOLUTION, getattr(v, "key", k))}
         states.append(state)
     states = _under_stored_names(states, folder)
-    loaded, fresh = store.load_weights(folder, states, may_be_fresh=re.compile("|".join(fresh_allowed)))
+    loaded, fresh = store.load_weights(folder, states, may_be_fresh=re.compile("|".join(fresh_allowed)),
+                                       may_be_left=_may_be_left(source, stage))
     for module, tensors in zip(built.modules, loaded, strict=True):
         module.load_state_dict(_tensors(tensors), strict=False)
     built.optimizer.reload_model_params()  # the master weights follow what was just loaded
@@ -65,9 +66,17 @@ def start_from(folder: Path, built: Built, config: RunConfig, stage: StageConfig
         for layer in built.mixtures():
             expert_init.add_noise(layer.experts, config.train.seed, layer.layer_number, config.moe.expert_init_noise)
         built.optimizer.reload_model_params()
-    if fresh:
-        log.info("stage %s starts %d tensors fresh: %s", stage.name, len(fresh), ", ".join(_families(fresh)))
-    return source
+    return source, _families(fresh)
+
+
+def _may_be_left(source: Record, stage: StageConfig) -> re.Pattern[str]:
+    """Keys of the checkpoint that the stage need not take: nothing else may be left behind."""
+    keys = [_ROUTER, r"\.mlp\.evolution\."]  # another router starts fresh; the evolved experts in fp32 are for a resume
+    if source.kind == "evolve":
+        keys.append(r"\.mlp\.linear_fc[12]\.")  # of mixtures: the first expert, which is among the experts too
+    if "vision_projection" not in source.parts:
+        keys.append(r"^vision_model\.")  # a tower imported whole: layers above `feature_layer` are never built
+    return re.compile("|".join(keys))
 
 
 def _under_stored_names(states: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
@@ -110,5 +119,6 @@ def _tensors(tree: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def _families(keys: list[str]) -> list[str]:
-    """Keys with layer numbers folded, so that a message stays short."""
-    return sorted({re.sub(r"\.\d+\.", ".*.", key) for key in keys})
+    """Whole parts by their name; other keys with layer numbers folded, so that a message stays short."""
+    parts = {key.split(".", 1)[0] for key in keys if not re.search(_ROUTER, key)}
+    return sorted({*parts, *(re.sub(r"\.\d+\.", ".*.", key) for key in keys if key.split(".", 1)[0] not in parts)})

@@ -36,15 +36,15 @@ _SAY_EVERY = 30.0  # seconds between lines about progress
 _MASK = 2**64 - 1
 
 
-def open_cache(session: Session, built: Built, config: RunConfig) -> FeatureCache | None:
+def open_cache(session: Session, built: Built, config: RunConfig, dataset: ShardDataset | None) -> FeatureCache | None:
     """What this rank reads training images' features with; none where it reads none. Communicates over TP."""
     if not config.data.cache_vision_features or not session.topology.first_stage:
         return None
     tower = weights_digest(built.modules[0].vision_model)
-    if not session.topology.reads_data:
+    if dataset is None:
         return None
     folder = Path(config.data.feature_cache_dir or session.run_dir / "vision_features")
-    return FeatureCache(ShardDataset(config.data.train_data), config, folder, tower)
+    return FeatureCache(dataset, config, folder, tower)
 
 
 def complete(cache: FeatureCache | None, session: Session, built: Built, config: RunConfig, stop: StopRequests) -> str | None:

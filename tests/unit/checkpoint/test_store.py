@@ -130,7 +130,7 @@ def test_evolved_experts_arrive_under_their_index(tmp_path):
     _, evolving = built_for("evolve", trained=3)
     path = save(tmp_path, evolving, "evolve", 3)
     config, routed = built_for("route", train={"seed": 5})
-    source = start_from(path, routed, config.for_stage("route"), config.stages[0], fingerprint="abc")
+    source, _ = start_from(path, routed, config.for_stage("route"), config.stages[0], fingerprint="abc")
     assert source.kind == "evolve"
     mlp, experts = evolving.evolving[0], routed.mixtures()[0].experts.local_experts
     assert torch.equal(experts[0].linear_fc1.weight, mlp.linear_fc1.weight)

@@ -1,0 +1,201 @@
+"""Before a stage goes on from a checkpoint, or begins from one: configuration and data are compared, one verdict for all ranks.
+
+What must equal is refused, with the flag that allows it on purpose; what may change is said, in one line and in an event
+(docs/checkpoints.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import yaml
+
+from megatron_evomoe.checkpoint import files, find
+from megatron_evomoe.checkpoint import record as records
+from megatron_evomoe.checkpoint.record import CheckpointError, Record, TrainingData
+from megatron_evomoe.config import RunConfig, StageConfig
+from megatron_evomoe.config.resume import OnResume
+from megatron_evomoe.data import changed
+from megatron_evomoe.parallel.agree import on_all_ranks
+from megatron_evomoe.train.compare import Change, changes, model_changes, show, stored_config
+from megatron_evomoe.train.session import Session, stage_dir
+
+CONFIG_FILE = "run_config.yaml"
+_LARGEST = 1 << 24  # bytes of a configuration
+
+
+@dataclass
+class Comparison:
+    """What is other than in the checkpoint, none of it refused."""
+
+    changes: list[Change] = field(default_factory=list)
+    """Fields, those of no consequence left out."""
+    notes: list[str] = field(default_factory=list)
+    """What else there is to say: data, ranks, what could not be compared."""
+
+    def line(self) -> str:
+        """All of it, for the log; empty where nothing changed."""
+        return "; ".join([", ".join(map(str, self.changes)), *self.notes]) if self.changes else "; ".join(self.notes)
+
+    def fields(self) -> dict[str, Any]:
+        """For an event."""
+        found: dict[str, Any] = {"changed": {c.flag: [c.before, c.now] for c in self.changes}}
+        return {**found, "notes": self.notes} if self.notes else found
+
+
+def compare(session: Session, folder: Path, stage: StageConfig, config: RunConfig, data: TrainingData | None) -> Comparison:
+    """Hold the checkpoint in `folder`, from which `stage` is to go on, against the present configuration and data. Communicates.
+
+    Args:
+        config: resolved for the stage.
+        data: what it would train on; none where no step is left.
+
+    Raises:
+        CheckpointError: on every rank: it belongs to another kind of stage, something that must equal differs and is not
+            allowed, or more steps are done than `train_iters`.
+    """
+    def held() -> Comparison:
+        record = records.read(folder)
+        found = _compare(folder, record, stage, config, data)
+        found.notes += stale(session, record)
+        return found
+
+    return on_all_ranks(held, (CheckpointError,))
+
+
+def _compare(folder: Path, record: Record, stage: StageConfig, config: RunConfig, data: TrainingData | None) -> Comparison:
+    if record.kind != stage.kind:
+        raise CheckpointError(f"{folder} belongs to a {record.kind!r} stage, {stage.name!r} is {stage.kind!r}; "
+                              "choose another --save")
+    allowed = config.checkpoint.allow_changed
+    before = stored(folder, record.stage)
+    found = Comparison(configured_changes(before, config, stage.kind))
+    if before is None:
+        found.notes.append(f"{CONFIG_FILE} of the checkpoint has no stage {record.stage!r}, so no configuration could be compared")
+    refuse(found.changes, allowed, f"{folder} was saved under another configuration", "a resume would give numbers of neither")
+    if config.train.train_iters < record.step:
+        raise CheckpointError(f"{folder} has done {record.step} steps, and train_iters is {config.train.train_iters}; set "
+                              f"train_iters to {record.step} to end the stage there, or go on from an earlier checkpoint with "
+                              "--ckpt-step")
+    if record.layout.get("world") != dist.get_world_size():
+        found.notes.append(f"ranks {record.layout.get('world')} → {dist.get_world_size()}")
+    if data is not None:
+        found.notes += _compare_data(folder, record, data, config)
+    return found
+
+
+def stored(folder: Path, stage: str | None) -> RunConfig | None:
+    """The configuration a checkpoint was saved under, resolved for `stage`; none where it has no such stage.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    path = folder / CONFIG_FILE
+    try:
+        raw = yaml.safe_load(files.read(path, _LARGEST))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise CheckpointError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+    return stored_config(raw, stage) if isinstance(raw, dict) else None
+
+
+def configured_changes(before: RunConfig | None, config: RunConfig, kind: str) -> list[Change]:
+    """Changed fields that are not free; none where there is nothing to compare with."""
+    return [c for c in changes(before, config, kind) if c.kind is not OnResume.FREE] if before is not None else []
+
+
+def refuse(found: Sequence[Change], allowed: Sequence[str], what: str, why: str) -> None:
+    """Raise `CheckpointError` if a must-equal field changed that is not allowed to; the message begins with `what`."""
+    wrong = [c for c in found if c.kind is OnResume.MUST_EQUAL and c.flag not in allowed]
+    if wrong:
+        values = ", ".join(f"{c.section}.{c.field} was {show(c.before)}, is now {show(c.now)}" for c in wrong)
+        raise CheckpointError(f"{what}: {values}; {why}. Set it back, choose another --save, or allow it on purpose with "
+                              f"--allow-changed {','.join([*allowed, *(c.flag for c in wrong)])}")
+
+
+def _compare_data(folder: Path, record: Record, data: TrainingData, config: RunConfig) -> list[str]:
+    """What to say of data that is other than the checkpoint's. Raises `CheckpointError` where it may not be."""
+    before = record.data
+    if before is None:
+        return ["the checkpoint does not say which samples it was trained on, so no data could be compared"]
+    if before["order"] != data["order"]:
+        raise CheckpointError(f"{folder} took its samples in the order {before['order']!r}, this version of megatron_evomoe has "
+                              f"{data['order']!r}; go on with the version that saved it")
+    found = changed.differences(before["shards"], data["shards"])
+    if found and not config.checkpoint.allow_changed_data:
+        sizes = f"{before['samples']} samples in {len(before['shards'])} shards; now {data['samples']} in {len(data['shards'])}"
+        raise CheckpointError(f"{folder} was trained on other data ({sizes}): {'; '.join(found)}. Samples would repeat and others "
+                              "be left out. Give it the data it had, choose another --save, or go on with --allow-changed-data")
+    if found or before["seed"] != data["seed"]:
+        found.append(changed.meaning(before["shards"], before["seed"], data["shards"], data["seed"], record.position))
+    return found
+
+
+def compare_source(folder: Path, source: Record, stage: StageConfig, config: RunConfig) -> Comparison:
+    """Hold the model in `folder`, from which `stage` is to begin, against the present one. Communicates.
+
+    Raises:
+        CheckpointError: on every rank: it is another model, though tensors may have the same shapes, and that is not allowed.
+    """
+    def held() -> Comparison:
+        before = stored(folder, source.stage) or stored(folder, None)  # imported weights have no stages
+        if before is None:
+            return Comparison(notes=[f"{CONFIG_FILE} of {folder} is empty, so no model could be compared"])
+        found = model_changes(before, config, source.kind, stage.kind, source.parts)
+        refuse(found, config.checkpoint.allow_changed, f"{folder}, from which stage {stage.name!r} begins, holds another model",
+               "its weights would mean something else")
+        return Comparison(found)
+
+    return on_all_ranks(held, (CheckpointError,))
+
+
+def goes_on(session: Session, folder: Path, stage: StageConfig, config: RunConfig) -> bool:
+    """Whether a finished stage has steps left under the present configuration; what changed is said. Communicates.
+
+    Raises:
+        CheckpointError: on every rank: it has, and later stages began from where it ended.
+    """
+    step, line, later = on_all_ranks(lambda: _of_finished(session, folder, stage, config), (CheckpointError,))
+    more = config.train.train_iters > step
+    if more:
+        line = f"finished at step {step}, goes on to train_iters {config.train.train_iters}"
+        line += f"; {', '.join(later)} began from step {step} of it and will not follow" if later else ""
+    else:
+        line = f"already finished ({folder})" + (f", under another configuration: {line}" if line else "")
+    session.logger.say(f"stage {stage.name}: {line}")
+    return more
+
+
+def _of_finished(session: Session, folder: Path, stage: StageConfig, config: RunConfig) -> tuple[int, str, list[str]]:
+    record = records.read(folder)
+    found = configured_changes(stored(folder, record.stage), config, stage.kind)
+    line = "; ".join([*filter(None, [", ".join(map(str, found))]), *stale(session, record)])
+    later = []
+    if config.train.train_iters > record.step:
+        later = [name for name, other in _newest(session).items() if any(a["stage"] == stage.name for a in other.lineage)]
+        if later and "train_iters" not in config.checkpoint.allow_changed:
+            raise CheckpointError(
+                f"stage {stage.name!r} finished at step {record.step}, train_iters is now {config.train.train_iters}, and "
+                f"{', '.join(later)} began from its end: more steps would leave them behind. Set train_iters back, delete those "
+                "stages' folders or choose another --save, or allow it on purpose with --allow-changed train_iters")
+    return record.step, line, later
+
+
+def stale(session: Session, record: Record) -> list[str]:
+    """In words, whether the stage that a checkpoint's stage began from has gone on since. On rank 0."""
+    if not record.lineage:
+        return []
+    parent = record.lineage[-1]
+    newest = _newest(session).get(parent["stage"])
+    if newest is None or newest.run_id != parent.get("run_id", "") or newest.step == parent["step"]:
+        return []
+    return [f"it began from step {parent['step']} of {parent['stage']}, which is at step {newest.step} now"]
+
+
+def _newest(session: Session) -> dict[str, Record]:
+    """The newest record of each stage of the run that has one."""
+    found = {s.name: find.latest(stage_dir(session.run_dir, s), session.owner(s)) for s in session.config.stages}
+    return {name: records.read(path) for name, path in found.items() if path is not None}
