@@ -24,7 +24,7 @@ def main() -> int:
     args = parser.parse_args()
     try:
         return convert_in.run(args, flags_from(args))
-    except (CheckpointError, ConfigError) as error:
+    except (CheckpointError, ConfigError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

@@ -28,6 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--expert-init", choices=["none", "replicate", "noise"], default="none",
                         help="make a mixture of the dense model: each expert a copy, or a copy with noise (default: stay dense)")
     parser.add_argument("--dtype", choices=list(DTYPES), default="keep", help="type of the weights written (default: as they are)")
+    parser.add_argument("--resize-embeddings", action="store_true",
+                        help="add rows for ids of the tokenizer that the embedding lacks, each the mean of the rows there are")
     parser.add_argument("--verify", action="store_true", help="compare with the source: every tensor, and logits where they fit")
     parser.add_argument("--allow-remote-code", action="store_true",
                         help="take a directory that asks for its own code for what its model_type says; no code is run")
@@ -46,7 +48,7 @@ def run(args: argparse.Namespace, flags: dict[str, Any]) -> int:
         raise ConfigError(f"two models are given: {args.model} and {args.model_flag}")
     request = Request(output=args.output, model=args.model or args.model_flag, language_model=args.language_model,
                       vision_model=args.vision_model, allow_remote_code=args.allow_remote_code, dtype=args.dtype,
-                      expert_init=args.expert_init, flags=flags)
+                      expert_init=args.expert_init, resize_embeddings=args.resize_embeddings, flags=flags)
     imported = import_model(request)
     print(describe(imported))
     if args.verify:

@@ -26,7 +26,7 @@ from torch import Tensor
 from megatron_evomoe.checkpoint.record import CheckpointError, Record
 from megatron_evomoe.checkpoint.stream import CheckpointWriter
 from megatron_evomoe.config import ConfigError, MoEConfig, RunConfig, from_mapping
-from megatron_evomoe.hf import sources
+from megatron_evomoe.hf import sources, tokenizer_in
 from megatron_evomoe.hf.directory import require_empty
 from megatron_evomoe.hf.finite import converted
 from megatron_evomoe.hf.names import Entry, NameMap
@@ -34,8 +34,6 @@ from megatron_evomoe.moe import fresh
 
 DTYPES = {"keep": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "float32": torch.float32,
           "bfloat16": torch.bfloat16, "float16": torch.float16}
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-                    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json")
 _EXPERT = re.compile(r"\.mlp\.experts\.\d+\.")
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 
@@ -51,6 +49,8 @@ class Request:
     allow_remote_code: bool = False
     dtype: str = "keep"
     expert_init: Literal["none", "replicate", "noise"] = "none"
+    resize_embeddings: bool = False
+    """Whether the embedding gets rows for ids of the tokenizer that it has none for."""
     flags: dict[str, Any] = field(default_factory=dict)
     """Fields of our configuration over what the source says, as flat names."""
 
@@ -71,58 +71,87 @@ class Imported:
     """Tensors of the source that LLaVA does not compute with."""
     tokenizer: str | None
     """For ``data.tokenizer``."""
+    notes: list[str]
+    """What else the report says: of the tokenizer, of rows that were added."""
 
 
 def import_model(request: Request) -> Imported:
     """Convert; nothing is at `request.output` unless all went well.
 
     Raises:
-        ConfigError: the source cannot be expressed, or the request contradicts itself.
+        ConfigError: the source cannot be expressed, or the request contradicts itself, or the tokenizer has more ids than the
+            embedding has rows.
         CheckpointError: missing, surplus, misshapen or damaged tensors, or values that are not finite; the output is not empty; no
             room on the disk.
     """
     output = Path(request.output).expanduser()
     require_empty(output)
-    source, config, left_out = _open(request)
-    target = _target(source, config, request)
-    _require_room(output, target, target.dtypes(source, request))
-    tokenizer = _tokenizer_files(source.tokenizer)
-    if tokenizer:
-        path = _tokenizer_path(output.absolute() / "tokenizer", tokenizer)
-        config = replace(config, data=replace(config.data, tokenizer=str(path)))
     pending = output.with_name(f".{output.name}.importing-{os.getpid()}")
     try:
+        source = _open_source(request)
+        tokenizer = tokenizer_in.bring(source.tokenizer, pending / "tokenizer")
+        notes = _fit_vocabulary(source, tokenizer, request)
+        config, left_out = _checked(source, request)
+        target = _target(source, config, request)
+        _require_room(output, target, target.dtypes(source, request))
+        if tokenizer.path is not None:
+            path = output.absolute() / "tokenizer" / tokenizer.path
+            config = replace(config, data=replace(config.data, tokenizer=str(path)))
         checkpoint = _write(pending, source, config, target, request)
         (pending / "model.yaml").write_text(model_yaml(config, target.kind, source.parts))
-        if tokenizer:
-            (pending / "tokenizer").mkdir()
-        for file in tokenizer:
-            shutil.copyfile(file, pending / "tokenizer" / file.name)
         if output.is_dir():
             output.rmdir()
         os.replace(pending, output)
     finally:
         shutil.rmtree(pending, ignore_errors=True)
     return Imported(output=output, checkpoint=output / checkpoint.name, config=config, kind=target.kind, parts=source.parts,
-                    tensors=len(source.tensors), parameters=target.parameters, left_out=left_out, tokenizer=config.data.tokenizer)
+                    tensors=len(source.tensors), parameters=target.parameters, left_out=left_out,
+                    tokenizer=config.data.tokenizer if tokenizer.path is not None else None, notes=notes)
 
 
 def open_target(request: Request, config: RunConfig) -> tuple[sources.Source, Target]:
     """What was read and what was written, for a look back at an import."""
-    source, _, _ = _open(request)
+    source = _open_source(request)
+    if "language_model" in source.parts and config.language.vocab_size:
+        source.grow(config.language.vocab_size)
+    _checked(source, request)
     return source, _target(source, config, request)
 
 
-def _open(request: Request) -> tuple[sources.Source, RunConfig, list[str]]:
-    """The source, checked against its configuration; and the tensors left out."""
-    source = sources.open_source(request.model, request.language_model, request.vision_model,
-                                 allow_remote_code=request.allow_remote_code)
+def _open_source(request: Request) -> sources.Source:
+    return sources.open_source(request.model, request.language_model, request.vision_model,
+                               allow_remote_code=request.allow_remote_code)
+
+
+def _fit_vocabulary(source: sources.Source, tokenizer: tokenizer_in.Brought, request: Request) -> list[str]:
+    """Give the embedding a row for every id of the tokenizer, if that is asked for; notes for the report.
+
+    Raises:
+        ConfigError: rows are missing, and it is not asked for.
+    """
+    if "language_model" not in source.parts:
+        return []
+    if tokenizer.path is None:
+        return [f"no tokenizer: {tokenizer.note}; give the run one with --tokenizer"]
+    notes = [f"tokenizer       {tokenizer.size} tokens{'; ' + tokenizer.note if tokenizer.note else ''}"]
+    rows = source.vocabulary
+    if rows is None or tokenizer.size <= rows:
+        return notes
+    if not request.resize_embeddings:
+        raise ConfigError(f"the tokenizer has {tokenizer.size} tokens and the embedding {rows} rows, so ids from {rows} on have "
+                          "none; import with --resize-embeddings, which adds rows that are the mean of the others")
+    source.grow(tokenizer.size)
+    return [*notes, f"embedding       {tokenizer.size - rows} rows added to {rows}, each the mean of those"]
+
+
+def _checked(source: sources.Source, request: Request) -> tuple[RunConfig, list[str]]:
+    """The source's configuration, to which its tensors were held; and the tensors left out."""
     config = _config(source, request)
     left_out = sources.drop_unread(source, config.vision.num_layers_used)
     sources.require_floating(source)
     where = request.model or " and ".join(p for p in (request.language_model, request.vision_model) if p)
     NameMap(config, source.kind, source.parts, all_experts=True).check_hf(dict(sources.sizes(source)), where)
-    return source, config, left_out
+    return config, left_out
 
 
 def _target(source: sources.Source, config: RunConfig, request: Request) -> Target:
@@ -252,17 +281,6 @@ def _with_noise(weight: Tensor, entry: Entry, gates: int, config: RunConfig) -> 
     return noise.reshape(weight.shape).mul_(scale).add_(weight).to(weight.dtype)
 
 
-def _tokenizer_files(source: Path | None) -> list[Path]:
-    found = [source / name for name in _TOKENIZER_FILES if (source / name).is_file()] if source else []
-    is_tokenizer = any(file.name in ("tokenizer.json", "tokenizer.model") for file in found)
-    return found if is_tokenizer else []
-
-
-def _tokenizer_path(folder: Path, files: list[Path]) -> Path:
-    """What `data.tokenizer` takes: the folder where it has a fast tokenizer, else the sentencepiece file."""
-    return folder if any(file.name == "tokenizer.json" for file in files) else folder / "tokenizer.model"
-
-
 def describe(imported: Imported) -> str:
     """What was done, and what to put into a run."""
     lm, vision, moe = imported.config.language, imported.config.vision, imported.config.moe
@@ -272,6 +290,7 @@ def describe(imported: Imported) -> str:
                      f"{vision.hidden_size} wide, {vision.image_size} pixels, {vision.tokens_per_image} tokens per image")
     if "language_model" in imported.parts:
         lines.append(f"  language model  {lm.num_layers} layers, {lm.hidden_size} wide, vocabulary {lm.vocab_size}")
+    lines += [f"  {note}" for note in imported.notes]
     if imported.kind in ("evolve", "route"):
         mixtures = sum(moe.layer_pattern(lm.num_layers))
         lines.append(f"  mixture         {moe.num_experts} experts in {mixtures} layers"

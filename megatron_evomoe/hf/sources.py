@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 OWN_KEY = "evomoe_config"
 """Where an export's config.json holds our own sections and the stage kind."""
 EMBEDDING, OUTPUT = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
+OUTPUT_BIAS = "language_model.lm_head.bias"
 _KNOWN_TOWERS = {"clip-vit-large-patch14-336": "clip-l-336"}
 _FETCHED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.bin"]
 
@@ -52,17 +53,42 @@ class Source:
     rows: dict[str, int] = field(default_factory=dict)
     """Canonical name -> rows that count, of an embedding which has one more for the image token."""
 
+    added: int = 0
+    """Rows that the embeddings get behind their own."""
+
+    @property
+    def vocabulary(self) -> int | None:
+        """Rows of the embeddings as the configuration has them."""
+        found = self.sections.get("language", {}).get("vocab_size")
+        return found if type(found) is int else None
+
+    def grow(self, rows: int) -> None:
+        """Add rows to the embeddings, up to so many. Each is the mean of their own (of an output layer's bias too), which gives a
+        new token the logit that an average one has; nothing is drawn, so the same import gives the same numbers."""
+        if (before := self.vocabulary) is not None and rows > before:
+            self.added, self.sections["language"]["vocab_size"] = rows - before, rows
+
     def place(self, name: str) -> Place:
-        """Where a tensor lies."""
+        """Where a tensor lies, and its shape once rows were taken away or added."""
         directory, original = self.tensors[name]
         place = directory.tensors[original]
-        return replace(place, shape=(min(self.rows[name], place.shape[0]), *place.shape[1:])) if name in self.rows else place
+        if not place.shape:
+            return place
+        rows = min(self.rows.get(name, place.shape[0]), place.shape[0]) + self._added_to(name)
+        return replace(place, shape=(rows, *place.shape[1:]))
 
     def read(self, name: str) -> torch.Tensor:
-        """A tensor by its canonical name."""
+        """A tensor by its canonical name. With rows added it is a copy."""
         directory, original = self.tensors[name]
         tensor = directory.read(original)
-        return tensor[: self.rows[name]] if name in self.rows else tensor
+        tensor = tensor[: self.rows[name]] if name in self.rows else tensor
+        if count := self._added_to(name):
+            mean = tensor.mean(dim=0, keepdim=True, dtype=torch.float64).to(tensor.dtype)
+            tensor = torch.cat([tensor, mean.expand(count, *tensor.shape[1:])])
+        return tensor
+
+    def _added_to(self, name: str) -> int:
+        return self.added if name in (EMBEDDING, OUTPUT, OUTPUT_BIAS) else 0
 
     def describe(self, name: str) -> str:
         """A tensor as its file calls it, for messages."""
@@ -175,7 +201,7 @@ def _llava(directory: HfDirectory, tower: HfDirectory | None) -> Source:
     source = Source({"language": language, "vision": vision}, parts=list(PARTS), tokenizer=directory.path)
     source.add(directory)
     if language.get("lm_head_bias"):  # transformers' LLaVA has no bias there since 4.52, whatever the language model
-        language["lm_head_bias"] = "language_model.lm_head.bias" in source.tensors
+        language["lm_head_bias"] = OUTPUT_BIAS in source.tensors
     if config["model_type"] != "llava":
         source.sections["vision"] = {**_tower_of(config, directory, tower), **vision}
     has_tower = any(name.startswith("vision_tower.") for name in source.tensors)

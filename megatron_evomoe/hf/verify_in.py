@@ -85,11 +85,11 @@ def _compare_models(request: Request, imported: Imported) -> Iterator[Row]:
             # transformers' LLaVA looks up the image token's own embedding, which some files do not have
             rows = theirs.get_input_embeddings().weight.shape[0]
             whole = whole and (theirs.config.model_type != "llava" or theirs.config.image_token_index < rows)
-            tokens, types = _prompt(config, image_token=theirs.config.image_token_index if whole else None)
+            tokens, types = _prompt(config, rows, image_token=theirs.config.image_token_index if whole else None)
             wanted = theirs(input_ids=tokens, **({"pixel_values": normalised} if whole else {})).logits
             # what stands at image positions is replaced, and an export's image token is no row of the core's embedding
             got = ours(tokens.masked_fill(types == VISION, 0), types, pixels[: int(whole)])
-            size = config.language.vocab_size
+            size = min(config.language.vocab_size, wanted.shape[-1])  # rows that the import added are new
             yield _row("logits, one image" if whole else "logits, text", got[..., :size], wanted[..., :size])
         if "vision_model" in parts and "vision_projection" not in parts:
             kind = {"clip": "CLIPVisionModel", "siglip": "SiglipVisionModel"}[config.vision.model_type]
@@ -103,12 +103,13 @@ def _row(what: str, got: torch.Tensor, wanted: torch.Tensor) -> Row:
     return Row(f"{what}: largest difference", f"{error:.1e}", f"{LOGITS:.0e} of the largest", error <= LOGITS)
 
 
-def _prompt(config: RunConfig, image_token: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and types [1, s] of a text, an image within it if there is a token for it."""
-    tokens = torch.randint(0, config.language.vocab_size, (1, _LENGTH), generator=torch.Generator().manual_seed(2))
+def _prompt(config: RunConfig, rows: int, image_token: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and types [1, s] of a text of the source's `rows` tokens, an image within it if there is a token for it."""
+    rows = min(rows, config.language.vocab_size)
+    tokens = torch.randint(0, rows, (1, _LENGTH), generator=torch.Generator().manual_seed(2))
     if image_token is None:
         return tokens, torch.full_like(tokens, TEXT)
-    tokens[tokens == image_token] = (image_token + 1) % config.language.vocab_size
+    tokens[tokens == image_token] = (image_token + 1) % rows
     image = torch.full((1, config.vision.tokens_per_image), image_token)
     tokens = torch.cat([tokens[:, :4], image, tokens[:, 4:]], dim=1)
     return tokens, torch.where(tokens == image_token, VISION, TEXT)

@@ -74,7 +74,8 @@ def prepare_config(config: RunConfig) -> tuple[RunConfig, Tokenizer]:
     if size is None:
         config = replace(config, language=replace(config.language, vocab_size=tokenizer.vocab_size))
     elif size < tokenizer.vocab_size:
-        raise ConfigError(f"vocab_size {size} is smaller than the tokenizer's {tokenizer.vocab_size}; leave it out or raise it")
+        raise ConfigError(f"vocab_size {size} is smaller than the tokenizer's {tokenizer.vocab_size}; leave it out or raise it, or "
+                          "import the model with tools/convert_from_hf.py --resize-embeddings, which adds rows to its embedding")
     for stage in config.stages:
         data = config.for_stage(stage.name).data
         if data.tokenizer != config.data.tokenizer:

@@ -15,7 +15,9 @@ import yaml
 from megatron_evomoe.checkpoint.record import CheckpointError
 from megatron_evomoe.checkpoint.stream import CheckpointReader
 from megatron_evomoe.config import ConfigError, from_mapping, load_config
+from megatron_evomoe.data.tokenizer import build_tokenizer, train_sentencepiece
 from megatron_evomoe.hf.importing import Request, describe, import_model
+from tests.unit.data import helpers
 from tests.unit.hf.sources import LLAVA, TEXT, TOWER, part, tensors, write
 from tests.unit.hf.test_layouts import LAYOUTS
 
@@ -164,14 +166,59 @@ def test_what_is_emitted_configures_a_run(tmp_path):
 
 
 def test_the_tokenizer_comes_along(tmp_path):
-    write(tmp_path / "hf")
-    names = ["chat_template.jinja", "tokenizer.json", "tokenizer_config.json"]
-    for name in names:
-        (tmp_path / "hf" / name).write_text(name)
+    pytest.importorskip("transformers")
+    config = {**LLAVA, "text_config": {**TEXT, "vocab_size": 512}}
+    helpers.save_hf_tokenizer(write(tmp_path / "hf", config), "gpt")
+    (tmp_path / "hf" / "chat_template.jinja").write_text("{{ messages }}")
     imported = convert(tmp_path, model=tmp_path / "hf")
-    assert sorted(p.name for p in Path(imported.tokenizer).iterdir()) == names
-    assert imported.tokenizer in describe(imported)
+    names = {p.name for p in Path(imported.tokenizer).iterdir()}
+    assert names == {"chat_template.jinja", "tokenizer.json", "tokenizer_config.json"}
+    assert imported.tokenizer in describe(imported) and "401 tokens" in describe(imported)
     assert load_config(imported.checkpoint / "run_config.yaml").data.tokenizer == str(tmp_path / "out" / "tokenizer")
+    assert build_tokenizer(imported.tokenizer).fingerprint() == build_tokenizer(tmp_path / "hf").fingerprint()
+
+
+def test_no_tokenizer_is_said(tmp_path):
+    imported = convert(tmp_path, model=write(tmp_path / "hf"))
+    assert imported.tokenizer is None and not (tmp_path / "out" / "tokenizer").exists()
+    assert "no tokenizer: " in describe(imported) and "give the run one with --tokenizer" in describe(imported)
+
+
+EMBEDDING, OUTPUT = "language_model.embedding.word_embeddings.weight", "language_model.output_layer.weight"
+
+
+@pytest.mark.parametrize("kind", ["untied", "tied", "phi"])
+def test_a_tokenizer_larger_than_the_embedding(tmp_path, kind):
+    """The error says what to do; then every new row is the mean of the old ones, of the output layer and its bias too."""
+    change = {"untied": {}, "tied": {"tie_word_embeddings": True}, "phi": {"model_type": "phi", "num_key_value_heads": 4}}[kind]
+    content = part("language_model.", tensors({**LLAVA, "text_config": {**TEXT, **change}}))
+    write(tmp_path / "hf", {**TEXT, **change}, content)
+    model = train_sentencepiece(helpers.LINES * 5, tmp_path / "hf" / "tokenizer.model", 400)
+    size = build_tokenizer(model).vocab_size
+    with pytest.raises(ConfigError, match=rf"has {size} tokens and the embedding 61 rows.*--resize-embeddings, which adds"):
+        convert(tmp_path, language_model=tmp_path / "hf")
+    assert [p.name for p in tmp_path.iterdir()] == ["hf"]
+    imported = convert(tmp_path, language_model=tmp_path / "hf", resize_embeddings=True)
+    found = contents(imported.checkpoint)
+    assert imported.config.language.vocab_size == CheckpointReader(imported.checkpoint).record.vocab_size == size
+    names = {EMBEDDING: "model.embed_tokens.weight", OUTPUT: "lm_head.weight", OUTPUT.replace("weight", "bias"): "lm_head.bias"}
+    names = {key: content[f"language_model.{name}"] for key, name in names.items() if f"language_model.{name}" in content}
+    assert len(names) == {"untied": 2, "tied": 1, "phi": 3}[kind]
+    for key, old in names.items():
+        assert torch.equal(found[key][:61], old)
+        assert torch.allclose(found[key][61:size], old.mean(0).expand(size - 61, *old.shape[1:]), atol=1e-6)
+        assert not found[key][size:].any()
+    assert f"{size - 61} rows added to 61, each the mean of those" in describe(imported)
+    again = import_model(Request(output=str(tmp_path / "again"), language_model=str(tmp_path / "hf"), resize_embeddings=True))
+    assert same(contents(again.checkpoint), found), "nothing is drawn"
+    run = load_config(None, {"preset": str(imported.output / "model.yaml"), "seq_length": 64, "tokenizer": imported.tokenizer})
+    assert run.language.vocab_size == size
+
+
+def test_a_larger_embedding_stays(tmp_path):
+    write(tmp_path / "hf", {**LLAVA, "text_config": {**TEXT, "vocab_size": 4000}})
+    train_sentencepiece(helpers.LINES * 5, tmp_path / "hf" / "tokenizer.model", 400)
+    assert convert(tmp_path, model=tmp_path / "hf", resize_embeddings=True).config.language.vocab_size == 4000
 
 
 def test_one_layer_is_a_model(tmp_path):

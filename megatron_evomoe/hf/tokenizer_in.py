@@ -1,0 +1,132 @@
+"""The source's tokenizer, brought along in a form that `data.tokenizer` reads, or a sentence why there is none."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_evomoe.config import ConfigError
+from megatron_evomoe.data.tokenizer import build_tokenizer
+
+_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+          "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json")
+
+
+@dataclass(frozen=True)
+class Brought:
+    """What there is of a tokenizer."""
+
+    path: str | None = None
+    """For ``data.tokenizer``, relative to the folder it was brought to; ``""`` is the folder itself."""
+    size: int = 0
+    """Largest id + 1."""
+    note: str = ""
+    """For the report: how it came, or why there is none."""
+
+
+def bring(source: Path | None, folder: Path) -> Brought:
+    """Copy the tokenizer of a directory to `folder` (made, unless there is none), and see that it can be read.
+
+    A ``tokenizer.json`` counts first, then ``vocab.json`` with ``merges.txt``, which transformers converts, then a sentencepiece
+    ``tokenizer.model``. Code in the directory is not run.
+    """
+    if source is None:
+        return Brought()
+    present = [name for name in _FILES if (source / name).is_file()]
+    folder.mkdir(parents=True)
+    for name in present:
+        shutil.copyfile(source / name, folder / name)
+    ways = {"tokenizer.json": _as_it_is, "vocab.json": _converted, "tokenizer.model": _sentencepiece}
+    problems = []
+    for name, way in ways.items():
+        if name in present and (name != "vocab.json" or "merges.txt" in present):
+            try:
+                brought = way(source, folder)
+                return Brought(brought.path, brought.size, "; ".join([brought.note, *problems]).strip("; "))
+            except ConfigError as error:
+                for useless in (name, "tokenizer.json"):
+                    (folder / useless).unlink(missing_ok=True)
+                problems.append(f"{name} cannot be used ({_without(str(error), folder)})")
+    shutil.rmtree(folder)
+    looked_for = "it has no tokenizer.json, no vocab.json with merges.txt and no tokenizer.model"
+    return Brought(note="; ".join(problems) or f"{source}: {looked_for}")
+
+
+def _as_it_is(source: Path, folder: Path) -> Brought:
+    if not _has_transformers():
+        return Brought("", _size_of(folder / "tokenizer.json"), "to read it, training needs transformers (extra [hf])")
+    return Brought("", _size(folder))
+
+
+def _sentencepiece(source: Path, folder: Path) -> Brought:
+    return Brought("tokenizer.model", _size(folder / "tokenizer.model"))
+
+
+def _converted(source: Path, folder: Path) -> Brought:
+    """By transformers' own conversion, which writes a ``tokenizer.json``."""
+    if not _has_transformers():
+        raise ConfigError("transformers makes a tokenizer.json of vocab.json and merges.txt: pip install 'megatron_evomoe[hf]'")
+    from transformers import AutoTokenizer
+
+    _guarded(lambda: AutoTokenizer.from_pretrained(str(source), local_files_only=True, trust_remote_code=False,
+                                                   use_fast=True).save_pretrained(str(folder)))
+    size = _size(folder)
+    if not _guarded(lambda: _same_pieces(source, folder / "tokenizer.json")):
+        raise ConfigError("transformers makes another tokenizer of it; save a tokenizer.json into the source")
+    return Brought("", size, "tokenizer.json was made of vocab.json and merges.txt by transformers")
+
+
+def _same_pieces(source: Path, made: Path) -> bool:
+    """Whether a ``tokenizer.json`` has every piece of a ``vocab.json`` under its id, and as many merges as ``merges.txt``."""
+    pieces = json.loads((source / "vocab.json").read_text(encoding="utf-8"))
+    merges = (source / "merges.txt").read_text(encoding="utf-8").split("\n")
+    wanted = sum(bool(line.strip()) and not line.startswith("#version") for line in merges)
+    found = _vocabulary(made)
+    model = json.loads(made.read_text(encoding="utf-8"))["model"]
+    return all(found.get(piece) == i for piece, i in pieces.items()) and len(model["merges"]) == wanted
+
+
+def _size(path: Path) -> int:
+    return _guarded(lambda: build_tokenizer(path)).vocab_size
+
+
+def _size_of(file: Path) -> int:
+    """Of a ``tokenizer.json``, by tokenizers alone; a last ``<image>`` is an export's placeholder."""
+    ids = _vocabulary(file)
+    size = max(ids.values(), default=-1) + 1
+    return size - 1 if ids.get("<image>") == size - 1 else size
+
+
+def _vocabulary(file: Path) -> dict[str, int]:
+    from tokenizers import Tokenizer
+
+    return _guarded(lambda: Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True))
+
+
+def _guarded(call: Any) -> Any:
+    """What `call` gives; whatever it raises is a `ConfigError`. Panics of tokenizers' Rust code are no `Exception`."""
+    try:
+        return call()
+    except ConfigError:
+        raise
+    except BaseException as error:
+        if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
+            raise
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise ConfigError(f"{type(error).__name__}: {reason[:300]}") from None
+
+
+def _without(text: str, folder: Path) -> str:
+    """A message without the folder's name, which is gone when it is read."""
+    return text.replace(f"{folder}/", "").replace(str(folder), "it")
+
+
+def _has_transformers() -> bool:
+    try:
+        import transformers  # noqa: F401
+    except ImportError:
+        return False
+    return True

@@ -1,0 +1,97 @@
+"""Tokenizers of sources: what can be read comes along, in the best form there is; what cannot is said."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_evomoe.data.tokenizer import build_tokenizer, train_sentencepiece
+from megatron_evomoe.hf import tokenizer_in
+from megatron_evomoe.hf.tokenizer_in import bring
+from tests.unit.data import helpers
+
+pytest.importorskip("transformers", reason="transformers is not installed (extra [hf])")
+
+
+@pytest.fixture(scope="module")
+def fast(tmp_path_factory) -> Path:
+    return helpers.save_hf_tokenizer(tmp_path_factory.mktemp("tokenizers") / "gpt", "gpt")
+
+
+def slow(fast: Path, folder: Path) -> Path:
+    """The same pieces and merges as GPT-2 had them before tokenizer.json."""
+    folder.mkdir()
+    model = json.loads((fast / "tokenizer.json").read_text())["model"]
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(" ".join(pair) + "\n" for pair in model["merges"]))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|endoftext|>"}))
+    return folder
+
+
+@pytest.mark.parametrize("with_transformers", [True, False])
+def test_a_fast_tokenizer(fast, tmp_path, monkeypatch, with_transformers):
+    monkeypatch.setattr(tokenizer_in, "_has_transformers", lambda: with_transformers)
+    brought = bring(fast, tmp_path / "out")
+    assert (brought.path, brought.size) == ("", build_tokenizer(fast).vocab_size)
+    assert build_tokenizer(tmp_path / "out").fingerprint() == build_tokenizer(fast).fingerprint()
+
+
+def test_vocabulary_and_merges_are_converted(fast, tmp_path):
+    brought = bring(slow(fast, tmp_path / "slow"), tmp_path / "out")
+    assert brought.path == "" and "made of vocab.json and merges.txt" in brought.note
+    made, known = build_tokenizer(tmp_path / "out"), build_tokenizer(fast)
+    for text in (*helpers.LINES, "é — 漢字 🙂"):
+        assert made.encode(text) == known.encode(text)
+
+
+def test_vocabulary_and_merges_without_transformers(fast, tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenizer_in, "_has_transformers", lambda: False)
+    brought = bring(slow(fast, tmp_path / "slow"), tmp_path / "out")
+    assert brought.path is None and "transformers makes a tokenizer.json of" in brought.note and "pip install" in brought.note
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda f: (f / "merges.txt").write_text((f / "merges.txt").read_text() + "never seen\n"),
+    lambda f: (f / "vocab.json").write_text("[1]"), lambda f: (f / "vocab.json").write_text("{"),
+])
+def test_a_conversion_that_is_another_tokenizer_is_refused(fast, tmp_path, spoil):
+    folder = slow(fast, tmp_path / "slow")
+    spoil(folder)
+    brought = bring(folder, tmp_path / "out")
+    assert brought.path is None and "vocab.json cannot be used" in brought.note and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content", ["{", "tokenizer.json", "[]", "null", '{"model": 3}', '{"model": {"type": "BPE"}}', ""])
+def test_a_damaged_tokenizer_is_said(fast, tmp_path, content, monkeypatch):
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text(content)
+    for with_transformers in (True, False):
+        monkeypatch.setattr(tokenizer_in, "_has_transformers", lambda known=with_transformers: known)
+        brought = bring(folder, tmp_path / "out")
+        assert brought.path is None and brought.note.startswith("tokenizer.json cannot be used (")
+        assert str(tmp_path) not in brought.note and not (tmp_path / "out").exists()
+    train_sentencepiece(helpers.LINES * 5, folder / "tokenizer.model", 400)
+    brought = bring(folder, tmp_path / "out")
+    assert brought.path == "tokenizer.model" and "tokenizer.json cannot be used" in brought.note
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["tokenizer.model"]
+
+
+def test_nothing_is_said(tmp_path):
+    (tmp_path / "hf").mkdir()
+    for name in ("vocab.json", "config.json"):  # without merges it is no tokenizer
+        (tmp_path / "hf" / name).write_text("{}")
+    note = bring(tmp_path / "hf", tmp_path / "out").note
+    assert note.endswith("it has no tokenizer.json, no vocab.json with merges.txt and no tokenizer.model")
+    assert bring(None, tmp_path / "out") == tokenizer_in.Brought()
+
+
+def test_code_beside_a_tokenizer_is_not_run(fast, tmp_path):
+    folder = slow(fast, tmp_path / "slow")
+    asked = {"auto_map": {"AutoTokenizer": ["tok.T", "tok.T"]}, "tokenizer_class": "T"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(asked))
+    (folder / "tok.py").write_text(f"open({str(tmp_path / 'boom')!r}, 'w')\n")
+    bring(folder, tmp_path / "out")
+    assert not (tmp_path / "boom").exists()
