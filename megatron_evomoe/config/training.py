@@ -75,7 +75,9 @@ class DataConfig:
     prefetch_factor: Free[Annotated[Int, Field(ge=1, le=1024)]] = 4
     """Batches each worker keeps ready."""
     max_bad_sample_rate: Free[Share] = 0.01
-    """Training stops when a larger share of the samples read (at least 100) was unusable."""
+    """Training stops when a larger share of the samples read (at least 100) was unusable; too long ones are not among them."""
+    max_long_sample_rate: Free[Share] = 0.5
+    """Training stops when a larger share of the samples read (at least 100) was left out for its length."""
 
 
 @dataclass(kw_only=True)

@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 _MIN_READ_TO_JUDGE = 100
 _EXAMPLES = 5
+_LONG = "too-long"
+_POWERS_OF_TEN = frozenset(10**n for n in range(12))
 
 
 @dataclass
@@ -145,7 +147,8 @@ class TrainLoader:
         """Close the generator (or drop it) to stop the workers.
 
         Raises:
-            DataError: more than max_bad_sample_rate of at least 100 samples read were unusable.
+            DataError: of at least 100 samples read, more than max_bad_sample_rate were unusable, or more than max_long_sample_rate
+                too long.
         """
         batches = iter(fetching(self._rows, self._indices(self.position), self._config, pin_memory=self._pin))
         step = self._slice["global_batch_size"]
@@ -175,22 +178,38 @@ class TrainLoader:
         return -(-max(longest, 1) // self._multiple) * self._multiple
 
     def _count(self, rows: list[Row]) -> dict[str, int]:
-        """Count and log what was unusable; stop when it is too much."""
+        """Count and log what was left out; stop when it is too much."""
         skipped: Counter[str] = Counter()
         for row in rows:
             if row.problem is not None:
                 reason, message = row.problem
                 skipped[reason] += 1
-                logger.warning("skipped sample %s of %s: %s: %s", row.key, row.shard, reason, message)
+                long = self.skipped[_LONG] + skipped[_LONG]
+                if reason != _LONG:
+                    logger.warning("skipped sample %s of %s: %s: %s", row.key, row.shard, reason, message)
+                elif long in _POWERS_OF_TEN:  # long samples are ordinary, and may be many: all are counted, these are logged
+                    logger.warning("skipped sample %s of %s: %s: %s (long samples so far: %d of about %d)",
+                                   row.key, row.shard, reason, message, long, self.read + len(rows))
                 examples = self._examples.setdefault(reason, [])
                 if len(examples) < _EXAMPLES:
                     examples.append(f"{row.key} of {row.shard} ({message})")
         self.read += len(rows)
         self.skipped += skipped
-        bad, rate = self.skipped.total(), self._config.max_bad_sample_rate
-        if self.read >= _MIN_READ_TO_JUDGE and bad > rate * self.read:
-            counts = ", ".join(f"{reason}: {count}" for reason, count in self.skipped.most_common())
-            examples_text = "\n".join(f"  {reason}: {'; '.join(names)}" for reason, names in self._examples.items())
-            raise DataError(f"{bad} of {self.read} samples read were unusable ({counts}), more than max_bad_sample_rate {rate}; "
-                            f"repair or remove them, or raise the rate. Examples:\n{examples_text}")
+        if self.read >= _MIN_READ_TO_JUDGE:
+            self._judge()
         return dict(skipped)
+
+    def _judge(self) -> None:
+        config, long = self._config, self.skipped[_LONG]
+        bad = self.skipped.total() - long
+        if bad > config.max_bad_sample_rate * self.read:
+            what, remedy = "unusable", f"max_bad_sample_rate {config.max_bad_sample_rate}; repair or remove them, or raise the rate"
+        elif long > config.max_long_sample_rate * self.read:
+            bad, what = long, f"longer than seq_length {config.seq_length}"
+            remedy = (f"max_long_sample_rate {config.max_long_sample_rate}; raise seq_length, cut them (long_samples: truncate), "
+                      "or raise the rate")
+        else:
+            return
+        counts = ", ".join(f"{reason}: {count}" for reason, count in self.skipped.most_common())
+        examples = "\n".join(f"  {reason}: {'; '.join(names)}" for reason, names in self._examples.items())
+        raise DataError(f"{bad} of {self.read} samples read were {what} ({counts}), more than {remedy}. Examples:\n{examples}")

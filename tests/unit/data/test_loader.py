@@ -315,6 +315,20 @@ def test_too_many_bad_samples_stop_the_run(tmp_path, sp, processor, workers):
     assert len(take(loader(dataset, sp, processor, shuffle=False, max_bad_sample_rate=0.03), 15)) == 15
 
 
+def test_long_samples_are_not_bad_ones(tmp_path, sp, processor, caplog):
+    """A fifth of the samples is long: counted, logged at 1, 10 and 100, and no reason to stop below a rate of its own."""
+    long = ({"conversations": chat(LONG, "2")}, [])
+    write_shards([sample for pair in zip([long] * 30, *[iter(samples(120))] * 4, strict=True) for sample in pair], tmp_path)
+    dataset = ShardDataset(tmp_path)
+    train = loader(dataset, sp, processor, shuffle=False)
+    take(train, 75)
+    assert train.skipped == {"too-long": 120} and train.read == 600
+    lines = [r.getMessage() for r in caplog.records if "too-long" in r.getMessage()]
+    assert len(lines) == 3 and "100 of about" in lines[2]
+    with pytest.raises(DataError, match=r"of 104 samples read were longer than seq_length 512.*max_long_sample_rate 0.1; raise"):
+        take(loader(dataset, sp, processor, shuffle=False, max_long_sample_rate=0.1), 13)
+
+
 # ---- evaluation
 
 def test_prepare_eval(sp, processor):
