@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_evomoe.checkpoint import integrity
+from megatron_evomoe.checkpoint import contents, integrity, metadata
 from megatron_evomoe.checkpoint.record import CheckpointError, Record, name_of, read
 
 log = logging.getLogger(__name__)
@@ -101,9 +101,9 @@ def why_bad(path: Path, owner: Owner | None = None) -> str | None:
     rank, world = dist.get_rank(), dist.get_world_size()
     mine = dict(sorted(files[0].items())[rank::world])
     problem = integrity.mismatch(path, mine)
-    if problem is None and rank == 0:
+    if problem is None:
         try:
-            integrity.require_safe(path)
+            contents.require_safe(path) if rank == 0 else metadata.read(path)
         except CheckpointError as error:
             problem = str(error)
     problems: list[str | None] = [None] * world

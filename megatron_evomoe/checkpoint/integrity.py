@@ -1,20 +1,15 @@
-"""Is a checkpoint what was saved, and is it safe to open? Checksums of every file; a look at every pickle before it is loaded."""
+"""Is a checkpoint what was saved? Checksums of every file, taken while it is written and compared before it is read."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import enum
 import io
-import pickle
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 from torch.serialization import get_crc32_options, set_crc32_options
 
 from megatron_evomoe.checkpoint import files
@@ -22,10 +17,6 @@ from megatron_evomoe.checkpoint.record import CheckpointError
 
 _THREADS = 2
 _CACHED = 1 << 18  # bytes; fits a core's second-level cache
-# What torch.distributed.checkpoint writes into `.metadata`: plain containers of sizes and offsets.
-_METADATA_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.planner",
-                     "torch.distributed.checkpoint.filesystem")
-_METADATA_NAMES = {("torch", "Size"), ("torch.serialization", "_get_layout")}
 
 
 def checksum(path: Path) -> int:
@@ -85,63 +76,16 @@ def _mismatch(path: Path, size: int, crc: int) -> str | None:
         return f"checkpoint {path.parent} cannot be read: {path.name}: {error}"
 
 
-class _MetadataUnpickler(pickle.Unpickler):
-    """Builds the plain data of `.metadata`; refuses to look up anything else, so nothing the file names can run."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("builtins", "getattr"):  # how Python 3.11.0 to 3.11.3 pickle a member of an enumeration
-            return _member
-        if module in (*_METADATA_MODULES, "torch") or (module, name) in _METADATA_NAMES:
-            found = super().find_class(module, name)
-            if (module, name) in _METADATA_NAMES or isinstance(found, torch.dtype) or _is_record(found, module):
-                return found
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
-
-
-def _member(kind: Any, name: Any) -> Any:
-    """A member of an enumeration that a file was allowed to name; no other attribute of anything."""
-    if not (isinstance(kind, type) and issubclass(kind, enum.Enum) and name in kind.__members__):
-        raise pickle.UnpicklingError(f"it names {kind}.{name}, which no checkpoint needs")
-    return kind[name]
-
-
-def _is_record(found: Any, module: str) -> bool:
-    """A class of `module`'s own that only holds values. What a module merely imports is not its own."""
-    return (isinstance(found, type) and found.__module__ == module
-            and (dataclasses.is_dataclass(found) or issubclass(found, enum.Enum)))
-
-
-def read_metadata(directory: Path) -> Metadata:
-    """`.metadata`, unpickled without running code.
+def read_verified(directory: Path, name: str, saved: dict[str, list[int]], limit: int) -> bytes:
+    """The bytes of one of a checkpoint's files, which are those that `saved` has the size and checksum of.
 
     Raises:
-        CheckpointError: the file is missing, damaged, or asks for anything but plain checkpoint metadata.
+        CheckpointError: they are not, or cannot be read, or are more than `limit`.
     """
     try:
-        with (directory / ".metadata").open("rb") as file:
-            metadata = _MetadataUnpickler(file).load()
-    except Exception as error:  # a damaged pickle can raise anything
-        raise CheckpointError(f"checkpoint {directory}: .metadata is unsafe or damaged ({type(error).__name__}: {error}); "
-                              "nothing was loaded") from None
-    if not isinstance(metadata, Metadata):
-        raise CheckpointError(f"checkpoint {directory}: .metadata holds a {type(metadata).__name__}; nothing was loaded")
-    return metadata
-
-
-def require_safe(directory: Path) -> None:
-    """Raise `CheckpointError` if any pickle in the checkpoint names code. torch and megatron-core would run it on loading.
-
-    `common.pt` needs no look: torch.load opens it with weights_only.
-    """
-    metadata = read_metadata(directory)
-    for key, entry in metadata.state_dict_metadata.items():
-        if isinstance(entry, BytesStorageMetadata):
-            place = metadata.storage_data[MetadataIndex(key)]
-            with (directory / place.relative_path).open("rb") as file:
-                file.seek(place.offset)
-                content = file.read(place.length)
-            try:
-                torch.load(io.BytesIO(content), weights_only=True)
-            except Exception as error:
-                raise CheckpointError(f"checkpoint {directory}: object {key!r} is unsafe or damaged "
-                                      f"({str(error).splitlines()[0]}); nothing was loaded") from None
+        content = files.read(directory / name, limit)
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {directory} cannot be read: {name}: {error}") from None
+    if [len(content), zlib.crc32(content)] != saved.get(name):
+        raise CheckpointError(f"checkpoint {directory} is damaged: the bytes of {name} are not those that were saved")
+    return content

@@ -1,8 +1,13 @@
-"""Reading a checkpoint's files side by side: megatron-core reads one after the other, on one core."""
+"""How megatron-core and torch read a checkpoint here: through readers that run nothing, and files side by side.
+
+Left alone, they unpickle `.metadata` and the objects inside tensor files without restriction, leave `common.pt` to torch's default
+(which an environment variable changes), and read one file after the other, on one core.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import io
 from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,37 +15,50 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from megatron.core.dist_checkpointing import serialization
+from megatron.core.dist_checkpointing.strategies import common as core_common
 from megatron.core.dist_checkpointing.strategies import torch as core
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
+
+from megatron_evomoe.checkpoint import contents, metadata
 
 _THREADS = 2  # a saving rank writes that many files
 
 
-class ParallelReader(FileSystemReader):
-    """Torch's reader with a thread for each of a few files; `.metadata` is read once."""
+class SafeReader(FileSystemReader):
+    """Torch's reader with a thread for each of a few files; `.metadata` is read once, and nothing of the checkpoint is run."""
 
     def __init__(self, path: str | Path) -> None:
         super().__init__(path)
+        self._folder = Path(path)
         self._metadata: Metadata | None = None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """What `.metadata` says."""
+        """What `.metadata` says.
+
+        Raises:
+            CheckpointError: as `metadata.read`.
+        """
         if self._metadata is None:
-            self._metadata = super().read_metadata(*args, **kwargs)
+            self._metadata = metadata.read(self._folder)
         return self._metadata
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Fill the tensors that `plan` asks for.
+        """Fill the tensors and objects that `plan` asks for.
 
         Raises:
             Whatever a thread met.
         """
         by_file: dict[str, list[ReadItem]] = defaultdict(list)
         for item in plan.items:
-            by_file[self.storage_data[item.storage_index].relative_path].append(item)
+            if item.type == LoadItemType.BYTE_IO:
+                planner.load_bytes(item, self._made_anew(item))
+            else:
+                by_file[self.storage_data[item.storage_index].relative_path].append(item)
         read = super().read_data
         with ThreadPoolExecutor(_THREADS) as threads:
             for done in [threads.submit(read, replace(plan, items=items), planner) for items in by_file.values()]:
@@ -49,13 +67,31 @@ class ParallelReader(FileSystemReader):
         finished.set_result(None)
         return finished
 
+    def _made_anew(self, item: ReadItem) -> io.BytesIO:
+        """An object as we save it: torch's planner opens what it is given without restriction."""
+        value = contents.read_object(self._folder, item.storage_index.fqn, self.storage_data[item.storage_index])
+        content = io.BytesIO()
+        torch.save(value, content)
+        content.seek(0)
+        return content
+
 
 @contextlib.contextmanager
-def parallel_reads() -> Iterator[None]:
-    """Inside, megatron-core loads through `ParallelReader`; it has no argument for that."""
-    before = core._get_filesystem_reader
-    core._get_filesystem_reader = lambda directory, *args, **kwargs: ParallelReader(directory)
+def safe_reads() -> Iterator[None]:
+    """Inside, megatron-core loads through `SafeReader` and `contents.read_common`; it has no arguments for that."""
+    ours: list[tuple[Any, str, Any]] = [
+        (core, "_get_filesystem_reader", lambda directory, *args, **kwargs: SafeReader(directory)),
+        (serialization, "_get_filesystem_reader", lambda directory, *args, **kwargs: SafeReader(directory)),  # 0.19
+        (serialization, "load_common", lambda directory: contents.read_common(Path(directory))),  # 0.19
+        (getattr(core_common, "TorchCommonLoadStrategy", None), "load_common",
+         lambda strategy, directory: contents.read_common(Path(directory))),  # 0.16
+    ]
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in ours if hasattr(owner, name)]
     try:
+        for owner, name, function in ours:
+            if hasattr(owner, name):
+                setattr(owner, name, function)
         yield
     finally:
-        core._get_filesystem_reader = before
+        for owner, name, function in before:
+            setattr(owner, name, function)

@@ -23,10 +23,12 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from megatron_evomoe.checkpoint import metadata as tensor_metadata
 from megatron_evomoe.checkpoint import optimizer_state
 from megatron_evomoe.checkpoint.publication import Publication
-from megatron_evomoe.checkpoint.reader import parallel_reads
+from megatron_evomoe.checkpoint.reader import safe_reads
 from megatron_evomoe.checkpoint.record import CheckpointError, Record
 from megatron_evomoe.checkpoint.writer import BackgroundStrategy, SummingStrategy, split
 from megatron_evomoe.config import CheckpointConfig
@@ -186,7 +188,7 @@ def load_weights(path: Path, states: list[dict[str, Any]], *, may_be_fresh: re.P
     Raises:
         CheckpointError: a key that must be there is missing, a shape differs, or the checkpoint holds more than was asked for.
     """
-    stored = dist_checkpointing.load_tensors_metadata(str(path))
+    stored = tensor_shapes(path)
     wanted: dict[str, Any] = {}
     fresh: set[str] = set()
     for i, state in enumerate(states):
@@ -230,11 +232,21 @@ def _require_nothing_left(path: Path, stored: Iterable[str], wanted: dict[str, A
                               "checkpoint's (fewer layers, no bias …). Give it the checkpoint's sizes")
 
 
-def _require_same_shape(entry: Any, stored: ShardedTensor, path: Path) -> None:
+def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """The global shape of every tensor in a checkpoint, by key.
+
+    Raises:
+        CheckpointError: as `metadata.read`.
+    """
+    stored = tensor_metadata.read(path).state_dict_metadata
+    return {key: tuple(entry.size) for key, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
+
+
+def _require_same_shape(entry: Any, stored: tuple[int, ...], path: Path) -> None:
     shape = getattr(entry, "global_shape", None)
-    if shape is None or tuple(shape) == tuple(stored.global_shape) or getattr(entry, "allow_shape_mismatch", False):
+    if shape is None or tuple(shape) == stored or getattr(entry, "allow_shape_mismatch", False):
         return
-    raise CheckpointError(f"checkpoint {path} holds {entry.key!r} with shape {tuple(stored.global_shape)}, this model needs "
+    raise CheckpointError(f"checkpoint {path} holds {entry.key!r} with shape {stored}, this model needs "
                           f"{tuple(shape)}: model sizes differ")
 
 
@@ -254,7 +266,7 @@ def _state(modules: list[torch.nn.Module], optimizer: Any, scheduler: Any, *, is
 
 def _load(state: dict[str, Any], path: Path) -> dict[str, Any]:
     try:
-        with parallel_reads():
+        with safe_reads():
             return dist_checkpointing.load(state, str(path))
     except _FAILURES as error:
         raise CheckpointError(f"checkpoint {path} could not be read: {type(error).__name__}: {error}") from error

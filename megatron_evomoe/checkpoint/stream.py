@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_evomoe.checkpoint import integrity
+from megatron_evomoe.checkpoint import integrity, metadata
 from megatron_evomoe.checkpoint.mapped import alone, view_of
 from megatron_evomoe.checkpoint.record import CheckpointError, Record, read, write_tracker
 
@@ -56,9 +56,9 @@ class CheckpointReader:
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
         self.record = read(self.directory)
-        metadata = integrity.read_metadata(self.directory)
-        self._tensors = {k: e for k, e in metadata.state_dict_metadata.items() if isinstance(e, TensorStorageMetadata)}
-        self._places: dict[MetadataIndex, _StorageInfo] = metadata.storage_data
+        found = metadata.read(self.directory)
+        self._tensors = {k: e for k, e in found.state_dict_metadata.items() if isinstance(e, TensorStorageMetadata)}
+        self._places: dict[MetadataIndex, _StorageInfo] = found.storage_data
         self.shapes = {k: tuple(e.size) for k, e in self._tensors.items()}
         self.dtypes = {k: e.properties.dtype for k, e in self._tensors.items()}
 
@@ -195,8 +195,8 @@ class CheckpointWriter:
         for key, entry in self._tensors.items():
             assert sum(c.sizes.numel() for c in entry.chunks) == entry.size.numel(), f"the chunks of {key} do not cover it"
         pending = self._pending
-        metadata = Metadata(dict(self._tensors), None, self._places, StorageMeta(), "1.0.0")
-        (pending / ".metadata").write_bytes(pickle.dumps(metadata))
+        layout = Metadata(dict(self._tensors), None, self._places, StorageMeta(), "1.0.0")
+        (pending / metadata.FILE_NAME).write_bytes(pickle.dumps(layout, protocol=4))
         (pending / "metadata.json").write_text(json.dumps(_FORMAT))
         torch.save({}, pending / "common.pt")
         (pending / "run_config.yaml").write_text(self._yaml)

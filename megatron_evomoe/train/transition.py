@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
 
 from megatron_evomoe.checkpoint import find, store
 from megatron_evomoe.checkpoint.record import CheckpointError, Record
@@ -82,7 +81,7 @@ def _may_be_left(source: Record, stage: StageConfig) -> re.Pattern[str]:
 def _under_stored_names(states: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
     """The norm before an FFN has one name in layers designated as mixtures and another elsewhere; a checkpoint may come from a run
     (or an import) that designated others. Each norm is read under the name it was stored by."""
-    stored = dist_checkpointing.load_tensors_metadata(str(folder))
+    stored = store.tensor_shapes(folder)
 
     def entry_for(entry: Any) -> Any:
         key = getattr(entry, "key", "")

@@ -294,21 +294,10 @@ def same(calm: Path, wild: Path, steps: dict[str, int]) -> None:
 
 
 def tensors(path: Path) -> dict[str, torch.Tensor]:
-    from torch.distributed.checkpoint import FileSystemReader
-    from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
+    from megatron_evomoe.checkpoint.stream import CheckpointReader
 
-    from megatron_evomoe.checkpoint import integrity
-
-    integrity.require_safe(path)
-    found = _load_state_dict_from_keys(storage_reader=FileSystemReader(path))
-    return {k: v for k, v in flatten(found).items() if torch.is_tensor(v) and not k.startswith("rng.")}
-
-
-def flatten(tree: dict, prefix: str = "") -> dict:
-    out = {}
-    for key, value in tree.items():
-        out |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return out
+    reader = CheckpointReader(path)
+    return {key: reader.read(key) for key in reader.shapes if not key.startswith("rng.")}
 
 
 def nothing_lost(out: Path) -> None:

@@ -77,8 +77,10 @@ def saved(campaign: Campaign, stage: str, layout: str) -> dict[str, torch.Tensor
     from megatron.core import dist_checkpointing
 
     from megatron_evomoe.checkpoint import find
+    from megatron_evomoe.checkpoint.reader import safe_reads
 
-    tensors = dist_checkpointing.load_plain_tensors(str(find.resolve(campaign.checkpoint(stage, layout))))
+    with safe_reads():
+        tensors = dist_checkpointing.load_plain_tensors(str(find.resolve(campaign.checkpoint(stage, layout))))
     return {k: v for k, v in tensors.items() if torch.is_tensor(v) and not k.startswith("rng.")}
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_evomoe.checkpoint import integrity
+from megatron_evomoe.checkpoint import contents, integrity
 from megatron_evomoe.checkpoint.record import CheckpointError, Record, read
 from megatron_evomoe.checkpoint.stream import CheckpointReader, CheckpointWriter
 from tests.tiny import VOCAB, tiny_config
@@ -54,7 +54,7 @@ def test_checksums_are_those_of_the_files(tmp_path):
     files = read(path).files
     assert set(files) | {"evomoe.json"} == {p.name for p in path.iterdir()}
     assert integrity.mismatch(path, files) is None
-    integrity.require_safe(path)
+    contents.require_safe(path)
 
 
 @pytest.mark.parametrize("index", [None, 0, 2])
