@@ -159,7 +159,7 @@ def load_training_state(path: Path, *, modules: list[torch.nn.Module], optimizer
     # Under a name the file does not have, so that only tensors are filled in: what the file says of groups is the layout's.
     own = state["shards of the optimizer"] = state.pop("optimizer")
     chunks = {key: state[key] for key in (_chunk_key(i, len(modules)) for i in range(len(modules)))}
-    _require_nothing_left(path, dist_checkpointing.load_tensors_metadata(str(path)), chunks, None)
+    _require_nothing_left(path, tensor_shapes(path), chunks, None)
     loaded = _load(state, path)
     if (steps := loaded["scheduler"].get("num_steps")) != record.step:
         raise CheckpointError(f"checkpoint {path}: its record is of step {record.step}, its schedule of {steps}: not one save's")

@@ -8,6 +8,7 @@ import enum
 import io
 import os
 import pickle
+import re
 import struct
 import sys
 import zlib
@@ -286,6 +287,18 @@ def test_only_the_bytes_that_were_saved_are_read(saved):
     (saved / ".metadata").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"the bytes of \.metadata are not those that were saved"):
         metadata.read(saved)
+
+
+def test_nothing_else_opens_a_checkpoint():
+    """megatron-core loads in one place, inside `safe_reads`; whatever unpickles says that it will not."""
+    package = Path(metadata.__file__).parents[1]
+    sources = {path: path.read_text() for path in package.rglob("*.py")}
+    assert [path.name for path, source in sources.items() if "dist_checkpointing.load(" in source] == ["store.py"]
+    assert sources[package / "checkpoint" / "store.py"].count("dist_checkpointing.load") == 1
+    for path, source in sources.items():
+        assert not re.search(r"pickle\.loads?\(|Unpickler|read_metadata\((?!self)|dcp\.load|checkpoint\.load\(", source), path
+        for call in re.findall(r"torch\.load\((.*)", source):
+            assert "weights_only=True" in call, path
 
 
 def test_common_state_that_never_ends_is_named(saved):
