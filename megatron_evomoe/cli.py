@@ -6,7 +6,6 @@ import argparse
 import logging
 import os
 import sys
-import traceback
 import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn
@@ -101,14 +100,10 @@ def _train_all_or_none(config: RunConfig, stages: list[str] | None) -> int:
     try:
         train(config, stages)
         return 0
-    except alarm.PeerError as error:
+    except alarm.RankFailedError as error:
         return error.status
-    except (Exception, KeyboardInterrupt) as error:
-        failure = alarm.failure_of(error, run_folder(config))
-        if failure.status == 1:
-            traceback.print_exc()
-        print(failure, file=sys.stderr, flush=True)
-        return failure.status
+    except (Exception, KeyboardInterrupt) as error:  # alone in the world
+        return alarm.tell(alarm.failure_of(error, run_folder(config)), error).status
 
 
 def _add_make_shards(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:

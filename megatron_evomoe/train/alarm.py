@@ -13,6 +13,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -25,7 +26,8 @@ from megatron_evomoe.data.errors import DataError
 from megatron_evomoe.observe.heartbeat import CollectiveError, failed_collective
 from megatron_evomoe.train.step import NonFiniteError
 
-_POLL, _GRACE, _PATIENCE = 0.5, 5.0, 10.0
+_POLL, _GRACE = 0.5, 5.0
+_PATIENCE = 5.0  # seconds for the others to hear; less where one of them is dead or silent, as a failed collective says
 USER_ERRORS = (ConfigError, CheckpointError, DataError, NonFiniteError, OSError)
 """Errors whose message says all: no traceback, exit status 2."""
 
@@ -46,8 +48,8 @@ class Failure:
         return f"error: {place}{self.text}"
 
 
-class PeerError(RuntimeError):
-    """Another rank failed and this one ends with it. Its message has been printed."""
+class RankFailedError(RuntimeError):
+    """This rank, or another and this one with it, has failed. The message has been printed."""
 
     def __init__(self, failure: Failure) -> None:
         super().__init__(str(failure))
@@ -70,13 +72,21 @@ def failure_of(error: BaseException, run_dir: Path) -> Failure:
                    status)
 
 
+def tell(failure: Failure, error: BaseException) -> Failure:
+    """Print what this rank met, with the traceback where the message does not say all."""
+    if failure.status == 1:
+        traceback.print_exception(error)
+    print(failure, file=sys.stderr, flush=True)
+    return failure
+
+
 class Alarm:
     """Context of everything that ranks do together. Alone in the world it does nothing.
 
     run_dir: for the message, where the run's checkpoints are.
 
     Raises:
-        PeerError: from the end of the context, in place of a collective that failed because another rank did.
+        RankFailedError: from the end of the context, in place of whatever ended it.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -103,6 +113,9 @@ class Alarm:
         try:
             if self._store.add("alarm/count", 1) == 1:
                 self._store.set("alarm/failure", json.dumps(asdict(self._sounded)))
+                self._heard = self._sounded
+                if self._said.acquire(blocking=False):
+                    tell(self._sounded, error)
         except Exception:  # whoever kept the store is gone, and the others find out by their collectives
             return
 
@@ -113,16 +126,21 @@ class Alarm:
             if error is not None:
                 self.sound(error)
                 self._wait_until_heard()
-                first, mine = self._heard, self._sounded
-                if first is not None and first.rank != self._rank and (first.text == mine.text or mine.status == 3):
-                    self._say(first)
-                    raise PeerError(first) from error
+                raise RankFailedError(self._settle(error)) from error
         finally:
             self._ended.set()
 
+    def _settle(self, error: BaseException) -> Failure:
+        """The failure this rank ends with, printed: the first of all ranks, unless this one met something of its own."""
+        first, mine = self._heard, self._sounded
+        if first is None or (first.text != mine.text and mine.status != 3):
+            return tell(mine, error)
+        self._say(first)
+        return first
+
     def _wait_until_heard(self) -> None:
         """torchrun ends the others as soon as this rank has ended, and the store may be this rank's own."""
-        deadline = time.monotonic() + _PATIENCE
+        deadline = time.monotonic() + (_PATIENCE if self._sounded.status != 3 else 4 * _POLL)
         try:
             while self._store.add("alarm/heard", 0) < self._world and time.monotonic() < deadline:
                 time.sleep(0.05)
