@@ -1,4 +1,4 @@
-"""A save in which any one call, or all from some call on, fails in any way: named truthfully, and the newest good checkpoint stays."""
+"""A save in which one call, or all from some call on, fails in any way: named truthfully, and the newest good checkpoint stays."""
 
 from __future__ import annotations
 
@@ -58,7 +58,8 @@ def counted(calls: Calls, below: Path) -> Iterator[None]:
 
 def error_of(draw: random.Random) -> Callable[[], Exception]:
     code = draw.choice(CODES)
-    return draw.choice([lambda: OSError(code, os.strerror(code)), lambda: MemoryError("injected"), lambda: RuntimeError("injected")])
+    of_disk = OSError(code, os.strerror(code))
+    return draw.choice([lambda: of_disk, lambda: MemoryError("injected"), lambda: RuntimeError("injected")])
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # torch's second writing thread
