@@ -94,3 +94,37 @@ def test_batch_that_does_not_divide():
     config = from_mapping({"train": {"micro_batch_size": 3, "global_batch_size": 8}})
     with pytest.raises(ConfigError, match="not a multiple of micro_batch_size 3 x data parallel 2 = 6"):
         validate(config, 2)
+
+
+@pytest.mark.parametrize("typed", ["007", "123", "1e5", "no", "true", "2024-01-01", "a: b", "[abc", "@x", "%d", "#x", "'q'"])
+def test_text_flags_stay_what_was_typed(typed):
+    flags = parse("--wandb-exp-name", typed, "--save", typed, "--train-data", "[007, no]")
+    config = from_mapping({}, flags)
+    assert (config.log.wandb_exp_name, config.checkpoint.save) == (typed, typed)
+    assert config.data.train_data == ["007", "no"]
+
+
+def test_null_and_nothing_unset_what_may_be_none():
+    raw = {"checkpoint": {"save": "x", "load": "y"}, "moe": {"moe_z_loss_coeff": 0.1}}
+    config = from_mapping(raw, parse("--save", "", "--load", "null", "--moe-z-loss-coeff", "~"))
+    assert (config.checkpoint.save, config.checkpoint.load, config.moe.moe_z_loss_coeff) == (None, None, None)
+
+
+@pytest.mark.parametrize(("argv", "message"), [
+    (["--train-iters", "true"], "train.train_iters = True: must be a whole number"),
+    (["--train-iters", "010"], "train.train_iters = '010'"),
+    (["--bf16", "1"], "train.bf16 = 1: must be true or false"),
+    (["--train-data", "data/x"], "must be a list"),
+    (["--moe-layer-freq", "[0, 1"], "the value of --moe-layer-freq is not valid YAML"),
+    (["--lr", "nan"], "optimizer.lr = 'nan': must be a number"),
+])
+def test_flags_out_of_range_are_refused_by_name(argv, message):
+    with pytest.raises(ConfigError) as error:
+        from_mapping({}, parse(*argv))
+    assert message in str(error.value)
+
+
+def test_only_yes_or_no_flags_stand_alone():
+    assert parse("--bf16") == {"bf16": True}
+    with pytest.raises(SystemExit):
+        parse("--save")
