@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,29 @@ def run_two(home: Path, config: Path, fault: dict[str, Any]) -> tuple[int, list[
         env=environment(CHAOS_TRIGGER=str(trigger), CHAOS_SAVE=str(home / "run")), cwd=ROOT, timeout=PATIENCE, capture_output=True)
     trigger.unlink(missing_ok=True)
     return done.returncode, [next((home / "logs").glob(f"*/attempt_0/{rank}/stderr.log")).read_text() for rank in range(2)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("save_interval", [1, 0])
+def test_folder_deleted_under_a_run_ends_it_with_an_error(tmp_path, tiny_yaml, save_interval):  # noqa: F811
+    """At the next save; at the end, where none comes before."""
+    config = tiny_yaml(tmp_path, stages=[{"name": "warmup", "train_iters": 200}], checkpoint={"save_interval": save_interval})
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        process = subprocess.Popen([sys.executable, "-m", "megatron_evomoe", "train", "--config", str(config)], env=environment(),
+                                   cwd=ROOT, stdout=file, stderr=file)
+    try:
+        deadline = time.monotonic() + PATIENCE
+        metrics = tmp_path / "run" / "metrics.jsonl"
+        while not metrics.exists() or metrics.read_bytes().count(b"\n") < 3:
+            assert time.monotonic() < deadline and process.poll() is None, log.read_text()[-3000:]
+            time.sleep(0.01)
+        (tmp_path / "run").rename(tmp_path / "deleted")
+        shutil.rmtree(tmp_path / "deleted")
+        assert process.wait(timeout=PATIENCE) == 2, log.read_text()[-3000:]
+    finally:
+        process.kill()
+    assert "run was deleted or replaced while the run was writing to it" in log.read_text()
 
 
 def write(files: str, rank: int = 0, code: int = errno.ENOSPC) -> dict[str, Any]:

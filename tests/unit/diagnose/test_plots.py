@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_evomoe.cli import main
 from megatron_evomoe.config import LogConfig
 from megatron_evomoe.diagnose import estimates, figures, plots, store
 from megatron_evomoe.diagnose.routing import LogitSample, ShareCounter
@@ -26,6 +27,17 @@ def test_records_come_back_and_later_ones_replace(tmp_path):
     assert evolve["stage"] == "evolve"
     assert [r["stage"] for r in store.read(tmp_path, "shares")] == ["route", "evolve"]
     assert store.read(tmp_path, "shares", "evolve") == [evolve] and store.read(tmp_path / "none") == []
+
+
+def test_a_run_that_cannot_be_plotted_is_named(tmp_path, capsys):
+    assert main(["plot", "--run", str(tmp_path / "nowhere")]) == 2
+    assert f"error: no run directory {tmp_path / 'nowhere'}" in capsys.readouterr().err
+    (tmp_path / "metrics.jsonl").write_text("damaged\n{}\n")
+    assert main(["plot", "--run", str(tmp_path)]) == 2
+    assert "metrics.jsonl, line 1 is not JSON" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert main(["plot", "--run", str(tmp_path), "--output", str(tmp_path / "file" / "x")]) == 2
+    assert "file/x" in capsys.readouterr().err
 
 
 def test_logits_are_rounded_and_keep_their_shape(tmp_path):
