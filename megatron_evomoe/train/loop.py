@@ -217,7 +217,7 @@ def _source(session: Session, stage: StageConfig, config: RunConfig) -> str | Pa
 
 
 def _check_lineage(session: Session, stage: StageConfig, path: Path, record: Record) -> None:
-    """The checkpoint of a finished stage must have come from the stage of this run that the configuration puts before it.
+    """A checkpoint of this run must have come from the stage that the configuration puts before it.
 
     Raises:
         CheckpointError: it came from another.
@@ -273,6 +273,7 @@ def _has_steps_left(found: Path, config: RunConfig) -> bool:
 
 def _resume(session: Session, found: Path, built: Built, stage: StageConfig, comparison: resume.Comparison) -> Record:
     record = find.record_of(found)
+    _check_lineage(session, stage, found, record)
     check_tokenizer(record, found, session.fingerprint)
     store.load_training_state(found, modules=built.modules, optimizer=built.optimizer, scheduler=built.scheduler, record=record)
     session.logger.rewind(stage.name, record.step)
