@@ -19,6 +19,18 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from megatron_evomoe.config import ConfigError
+from megatron_evomoe.data.tokenizer_check import (
+    check_directory,
+    check_probes,
+    check_spec_was_understood,
+    check_sums,
+    named,
+    parse_sentencepiece,
+    read_file,
+    rules_of_json,
+    sentencepiece_rules,
+    write_sum,
+)
 
 # A ModelProto's field 3 (normalizer_spec) holding add_dummy_prefix (3) = false and remove_extra_whitespaces (4) = false.
 # Protocol buffers merge a message that occurs twice, so appending this overrides those two fields and no other.
@@ -49,7 +61,7 @@ class Tokenizer(Protocol):
         """Text; special tokens give nothing, an id outside the vocabulary gives U+FFFD."""
 
     def fingerprint(self) -> str:
-        """Stable hash of the vocabulary and the special ids."""
+        """Hash of the vocabulary and the special ids, a dot, and a hash of everything else that decides ids and text."""
 
     def special_id(self, piece: str) -> int | None:
         """Id of a special token such as ``<|im_end|>``; None when there is none of that name."""
@@ -66,6 +78,8 @@ def build_tokenizer(path: str | Path | None) -> SentencePieceTokenizer | Hugging
     found = Path(path).expanduser()
     if not found.exists():
         raise ConfigError(f"tokenizer {found} does not exist; give a sentencepiece .model file or a tokenizer directory")
+    with named(found):
+        check_sums(found)
     return HuggingFaceTokenizer(found) if found.is_dir() else SentencePieceTokenizer(found)
 
 
@@ -75,13 +89,14 @@ class SentencePieceTokenizer:
     def __init__(self, path: str | Path) -> None:
         import sentencepiece
 
-        try:
-            proto = Path(path).read_bytes()
-            sp = sentencepiece.SentencePieceProcessor(model_proto=proto + _VERBATIM_WHITESPACE) if proto else None
-        except (OSError, RuntimeError) as error:
-            raise ConfigError(f"tokenizer {path} cannot be read as a sentencepiece model: {error}") from None
-        if sp is None or sp.get_piece_size() == 0:
-            raise ConfigError(f"tokenizer {path} is empty; expected a sentencepiece model")
+        path = Path(path)
+        with named(path):
+            data = read_file(path)
+            proto = parse_sentencepiece(path, data)
+            sp = sentencepiece.SentencePieceProcessor(model_proto=data + _VERBATIM_WHITESPACE)
+            as_published = sentencepiece.SentencePieceProcessor(model_proto=data)
+            self.text_prefix = " " if as_published.encode("a") != sp.encode("a") else ""
+            self._pieces: list[str] = [sp.id_to_piece(i) for i in range(sp.get_piece_size())]
         if sp.eos_id() < 0:
             raise ConfigError(f"tokenizer {path} has no end-of-text token; train it with eos_id set")
         self._sp = sp
@@ -89,13 +104,13 @@ class SentencePieceTokenizer:
         self.bos_id: int | None = sp.bos_id() if sp.bos_id() >= 0 else None
         self.eos_id: int = sp.eos_id()
         self.pad_id: int = next(i for i in (sp.pad_id(), sp.unk_id(), sp.eos_id()) if i >= 0)
-        as_published = sentencepiece.SentencePieceProcessor(model_proto=proto)
-        self.text_prefix = " " if as_published.encode("a") != sp.encode("a") else ""
+        self._rules = sentencepiece_rules(proto)
         # user-defined pieces are matched inside text and decoded as text; those that look like markup must be neither
-        user_defined = {i: sp.id_to_piece(i) for i in range(self.vocab_size) if _is_user_defined(sp, i)}
+        user_defined = {i: piece for i, piece in enumerate(self._pieces) if _is_user_defined(sp, i)}
         self._markup = {i: piece for i, piece in user_defined.items() if _MARKUP.fullmatch(piece)}
         longest_first = sorted(map(re.escape, self._markup.values()), key=len, reverse=True)
         self._breaks = re.compile("|".join(longest_first)) if longest_first else None
+        check_probes(path, self)
 
     def encode(self, text: str) -> list[int]:
         """See `Tokenizer`."""
@@ -110,8 +125,7 @@ class SentencePieceTokenizer:
 
     def fingerprint(self) -> str:
         """See `Tokenizer`."""
-        pieces = [(i, self._sp.id_to_piece(i)) for i in range(self.vocab_size)]
-        return _fingerprint(pieces, self)
+        return _fingerprint(enumerate(self._pieces), self, self._rules)
 
     def special_id(self, piece: str) -> int | None:
         """See `Tokenizer`."""
@@ -134,18 +148,23 @@ class HuggingFaceTokenizer:
             from transformers import AutoTokenizer
         except ImportError:
             raise ConfigError(f"tokenizer {path} is a directory; that needs transformers: pip install transformers") from None
-        try:
+        path = Path(path)
+        with named(path):
+            check_directory(path)
             hf = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False, use_fast=True)
-        except Exception as error:  # it raises half a dozen types for a directory that is no tokenizer
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise ConfigError(f"tokenizer {path} cannot be read by transformers: {reason[0][:300]}") from None
         if not getattr(hf, "is_fast", False):
             raise ConfigError(f"tokenizer {path} has no fast version; save a tokenizer.json into it")
         if hf.eos_token_id is None:
             raise ConfigError(f"tokenizer {path} names no eos_token; set it in its tokenizer_config.json")
-        self._encoder, self._decoder = _verbatim(hf.backend_tokenizer.to_str())
-        as_published = hf.backend_tokenizer.encode("a", add_special_tokens=False).ids
-        self.text_prefix = " " if as_published != self.encode("a") else ""
+        with named(path):
+            check_spec_was_understood(path, hf.backend_tokenizer.to_str())
+            self._encoder, self._decoder = _verbatim(hf.backend_tokenizer.to_str())
+            as_published = hf.backend_tokenizer.encode("a", add_special_tokens=False).ids
+            self.text_prefix = " " if as_published != self.encode("a") else ""
+            self._read_ids(hf)
+        check_probes(path, self)
+
+    def _read_ids(self, hf: Any) -> None:
         vocab = self._decoder.get_vocab(with_added_tokens=True)
         if vocab.get(_IMAGE_PLACEHOLDER) == max(vocab.values()):
             del vocab[_IMAGE_PLACEHOLDER]
@@ -167,7 +186,9 @@ class HuggingFaceTokenizer:
 
     def fingerprint(self) -> str:
         """See `Tokenizer`."""
-        return _fingerprint(sorted((i, piece) for piece, i in self._vocab.items()), self)
+        left_out = {_IMAGE_PLACEHOLDER} - set(self._vocab)
+        return _fingerprint(sorted((i, piece) for piece, i in self._vocab.items()), self,
+                            rules_of_json(self._decoder.to_str(), left_out))
 
     def special_id(self, piece: str) -> int | None:
         """See `Tokenizer`."""
@@ -229,18 +250,23 @@ def _decode_known(ids: Sequence[int], vocab_size: int, decode: Any) -> str:
     return "".join([*out, decode(run) if run else ""])
 
 
-def _fingerprint(pieces: Iterable[tuple[int, str]], tokenizer: Any) -> str:
+def same_tokenizer(recorded: str, found: str) -> bool:
+    """Whether a recorded fingerprint allows this one: none was recorded, or it is equal, or old and of an equal vocabulary."""
+    return recorded in ("", found, found.partition(".")[0])
+
+
+def _fingerprint(pieces: Iterable[tuple[int, str]], tokenizer: Any, rules: str) -> str:
     digest = hashlib.sha256(f"bos {tokenizer.bos_id} eos {tokenizer.eos_id} pad {tokenizer.pad_id}\n".encode())
     for i, piece in pieces:
         digest.update(json.dumps([i, piece]).encode() + b"\n")
-    return digest.hexdigest()
+    return f"{digest.hexdigest()}.{rules[:16]}"
 
 
 def train_sentencepiece(
     lines: Iterable[str], path: str | Path, vocab_size: int, *, user_defined_symbols: Sequence[str] = (),
     model_type: Literal["unigram", "bpe"] = "unigram",
 ) -> Path:
-    """Train a model on `lines` and write it to `path` in one step; same lines, same bytes.
+    """Train a model on `lines` and write it to `path` in one step, its checksum beside it; same lines, same bytes.
 
     Every byte has a piece, so any text can be encoded, and digits stand alone. `vocab_size` is an upper bound: a small corpus
     gives fewer pieces. Symbols that look like markup (``<|im_end|>``) exist by id only and are never found in text.
@@ -261,5 +287,7 @@ def train_sentencepiece(
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     temporary.write_bytes(buffer.getvalue())
+    target.with_name(f"{target.name}.sha256").unlink(missing_ok=True)  # not to stand beside another file, should this be killed
     os.replace(temporary, target)
+    write_sum(target)
     return target

@@ -27,7 +27,7 @@ from megatron_evomoe.checkpoint.record import CheckpointError, Record
 from megatron_evomoe.checkpoint.stream import CheckpointReader
 from megatron_evomoe.config import ConfigError, RunConfig
 from megatron_evomoe.data.conversation import TEMPLATES, end_id, stop_ids
-from megatron_evomoe.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, build_tokenizer
+from megatron_evomoe.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, build_tokenizer, same_tokenizer
 from megatron_evomoe.hf import card, config_out, origin
 from megatron_evomoe.hf.chat import chat_template
 from megatron_evomoe.hf.code.files import source_files
@@ -190,7 +190,7 @@ def _tokenizer(request: Request, record: Record, config: RunConfig) -> tuple[Sen
         raise ConfigError(f"the tokenizer that {request.checkpoint} was trained with "
                           f"({path or 'the checkpoint does not say which'}) is not there; give it with --tokenizer")
     tokenizer = build_tokenizer(path)
-    if record.tokenizer_fingerprint not in ("", tokenizer.fingerprint()):
+    if not same_tokenizer(record.tokenizer_fingerprint, tokenizer.fingerprint()):
         raise ConfigError(f"{path} is not the tokenizer that {request.checkpoint} was trained with; token ids would mean other "
                           "words. Give that one with --tokenizer")
     if tokenizer.vocab_size > (config.language.vocab_size or 0):

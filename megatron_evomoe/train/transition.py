@@ -13,6 +13,7 @@ import torch
 from megatron_evomoe.checkpoint import find, store
 from megatron_evomoe.checkpoint.record import CheckpointError, Record
 from megatron_evomoe.config import RunConfig, StageConfig
+from megatron_evomoe.data.tokenizer import same_tokenizer
 from megatron_evomoe.moe import expert_init
 from megatron_evomoe.train.build import Built
 from megatron_evomoe.train.stages import STARTS_FROM
@@ -107,10 +108,13 @@ def _check_source(source: Record, folder: Path, stage: StageConfig, config: RunC
 
 def check_tokenizer(source: Record, folder: Path, fingerprint: str) -> None:
     """Weights and token ids must belong together. Raises `CheckpointError`."""
-    if "language_model" in source.parts and source.tokenizer_fingerprint not in ("", fingerprint):
-        raise CheckpointError(f"{folder} was trained with another tokenizer (vocabulary {source.vocab_size}, fingerprint "
-                              f"{source.tokenizer_fingerprint[:12]}; this run's is {fingerprint[:12]}); token ids would mean other "
-                              "words. Point --tokenizer at the one it was trained with")
+    if "language_model" in source.parts and not same_tokenizer(source.tokenizer_fingerprint, fingerprint):
+        (theirs, their_rules), (ours, our_rules) = (f.split(".") if "." in f else (f, "") for f in (
+            source.tokenizer_fingerprint, fingerprint))
+        what = (f"fingerprint {theirs[:12]}; this run's is {ours[:12]}" if theirs != ours else
+                f"the same pieces by other rules or scores, {their_rules}; this run's are {our_rules}")
+        raise CheckpointError(f"{folder} was trained with another tokenizer (vocabulary {source.vocab_size}, {what}); token ids "
+                              "would mean other words. Point --tokenizer at the one it was trained with")
 
 
 def _tensors(tree: dict[str, Any]) -> dict[str, torch.Tensor]:

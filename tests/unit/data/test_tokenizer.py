@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
+from megatron_evomoe.checkpoint.record import CheckpointError
 from megatron_evomoe.config import ConfigError
-from megatron_evomoe.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, build_tokenizer, train_sentencepiece
+from megatron_evomoe.data import tokenizer_check
+from megatron_evomoe.data.tokenizer import (
+    HuggingFaceTokenizer,
+    SentencePieceTokenizer,
+    build_tokenizer,
+    same_tokenizer,
+    train_sentencepiece,
+)
+from megatron_evomoe.data.tokenizer_check import write_sum
+from megatron_evomoe.train.transition import check_tokenizer
 
 from . import helpers
 
@@ -59,7 +71,8 @@ def test_fingerprint_follows_the_vocabulary(tokenizer, tokenizers, sp_path, tmp_
 
 def test_training_is_reproducible(tmp_path):
     a, b = (train_sentencepiece(iter(helpers.LINES * 5), tmp_path / f"{n}.model", 400).read_bytes() for n in "ab")
-    assert a == b and sorted(p.name for p in tmp_path.iterdir()) == ["a.model", "b.model"]
+    assert a == b and sorted(p.name for p in tmp_path.iterdir()) == [
+        "a.model", "a.model.sha256", "b.model", "b.model.sha256"]
 
 
 @pytest.mark.parametrize("kind", ["none", "missing", "empty-file", "garbage-file", "empty-dir", "garbage-dir"])
@@ -91,3 +104,73 @@ def test_sentencepiece_needs_no_transformers(sp_path):
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_changed_score_is_another_tokenizer(sp_path, tmp_path):
+    """The vocabulary is the same, the ids of a text are not."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto()
+    proto.ParseFromString(sp_path.read_bytes())
+    good, piece = build_tokenizer(sp_path), next(p for p in proto.pieces if p.type == 1 and len(p.piece) > 3)
+    piece.score -= 100
+    (tmp_path / "changed.model").write_bytes(proto.SerializeToString())
+    changed = build_tokenizer(tmp_path / "changed.model")
+    text = piece.piece.replace("▁", " ")
+    assert changed.encode(text) != good.encode(text)
+    old = good.fingerprint().split(".")[0]
+    assert changed.fingerprint().split(".")[0] == old and changed.fingerprint() != good.fingerprint()
+    assert same_tokenizer(good.fingerprint(), good.fingerprint())
+    assert not same_tokenizer(good.fingerprint(), changed.fingerprint())
+    assert same_tokenizer(old, changed.fingerprint()) and same_tokenizer("", changed.fingerprint())  # as recorded formerly
+    source = SimpleNamespace(parts=["language_model"], tokenizer_fingerprint=good.fingerprint(), vocab_size=good.vocab_size)
+    with pytest.raises(CheckpointError, match="the same pieces by other rules or scores"):
+        check_tokenizer(source, tmp_path, changed.fingerprint())
+
+
+def test_a_checksum_beside_the_file_must_hold(sp_path, tmp_path):
+    path = tmp_path / "copy.model"
+    data = bytearray(sp_path.read_bytes())
+    path.write_bytes(data)
+    write_sum(path)
+    assert build_tokenizer(path).fingerprint() == build_tokenizer(sp_path).fingerprint()
+    data[data.index(b"assistant")] ^= 1  # still a model
+    path.write_bytes(data)
+    with pytest.raises(ConfigError, match=r"copy.model is not the one of .*copy.model.sha256"):
+        build_tokenizer(path)
+    path.with_name("copy.model.sha256").unlink()
+    assert build_tokenizer(path).fingerprint() != build_tokenizer(sp_path).fingerprint()
+
+
+def _without(spec, *path):
+    *parents, key = path
+    for parent in parents:
+        spec = spec[parent]
+    del spec[key]
+
+
+@pytest.mark.parametrize(("name", "change", "message"), [
+    ("tokenizer.json", lambda spec: _without(spec, "normalizer"), "the key .'normalizer'. is missing"),
+    ("tokenizer.json", lambda spec: spec.update(normaliser=None), "unknown key .'normaliser'."),
+    ("tokenizer.json", lambda spec: spec["model"].update(byte_fallbakc=True), "'byte_fallbakc' that the tokenizers library"),
+    ("tokenizer.json", lambda spec: spec["model"]["vocab"].update(one=5, two=5), "each once"),
+    ("tokenizer.json", lambda spec: spec["added_tokens"][0].update(id=17), "an added token|added token"),
+    ("tokenizer.json", lambda spec: spec["added_tokens"][0].update(content="<|im_strat|>"), "an added token|names"),
+    ("tokenizer_config.json", lambda spec: spec.update(eos_token="<|endoftexu|>"), "names eos_token '<.endoftexu.>', which"),
+])
+def test_what_a_library_would_pass_over(tmp_path, name, change, message):
+    folder = helpers.save_hf_tokenizer(tmp_path / "tok", "gpt")
+    spec = json.loads((folder / name).read_text())
+    change(spec)
+    (folder / name).write_text(json.dumps(spec))
+    with pytest.raises(ConfigError, match=message) as error:
+        build_tokenizer(folder)
+    assert str(folder) in str(error.value)
+
+
+def test_files_have_a_largest_size(sp_path, tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenizer_check, "MAX_BYTES", 1000)
+    with pytest.raises(ConfigError, match="at most 1000 are read"):
+        build_tokenizer(sp_path)
+    with pytest.raises(ConfigError, match="at most 1000 are read"):
+        build_tokenizer(helpers.save_hf_tokenizer(tmp_path / "tok", "gpt"))
