@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedBase
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase
 
 from megatron_evomoe.checkpoint import flat_shards
 
@@ -88,6 +88,8 @@ def _overlay(own: Any, tensors: Any) -> Any:
     if isinstance(own, ShardedBase):
         assert tensors is not None
         return tensors
+    if isinstance(own, LocalNonpersistentObject):  # which parameters a group has
+        return own.unwrap()
     if isinstance(own, dict):
         return {k: _overlay(v, tensors.get(k) if isinstance(tensors, dict) else None) for k, v in own.items()}
     if isinstance(own, list) and isinstance(tensors, list) and len(own) == len(tensors):

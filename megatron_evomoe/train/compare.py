@@ -172,6 +172,7 @@ _MEANINGS: dict[tuple[str, str], _Meaning] = {
     ("vision", "feature_select"): lambda c, _: c.vision.feature_select if c.vision.model_type == "clip" else "patch",
     ("moe", "evolution_beta"): lambda c, _: c.moe.evolution_ranges,
     ("moe", "moe_layer_freq"): lambda c, _: c.moe.layer_pattern(c.language.num_layers),
+    ("optimizer", "lr_decay_iters"): lambda c, _: c.optimizer.lr_decay_iters or c.train.train_iters,
     ("parallel", "sequence_parallel"): lambda c, _: (
         c.parallel.tensor_model_parallel_size > 1 if c.parallel.sequence_parallel is None else c.parallel.sequence_parallel),
     ("train", "trainable"): lambda c, kind: sorted({*(c.train.trainable or TRAINS.get(kind, ()))}),

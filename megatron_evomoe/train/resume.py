@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-import yaml
 
 from megatron_evomoe.checkpoint import files, find
 from megatron_evomoe.checkpoint import record as records
 from megatron_evomoe.checkpoint.record import CheckpointError, Record, TrainingData
-from megatron_evomoe.config import RunConfig, StageConfig
+from megatron_evomoe.config import RunConfig, StageConfig, text
 from megatron_evomoe.config.resume import OnResume
 from megatron_evomoe.data import changed
 from megatron_evomoe.parallel.agree import on_all_ranks
@@ -25,7 +24,6 @@ from megatron_evomoe.train.compare import Change, changes, model_changes, show, 
 from megatron_evomoe.train.session import Session, stage_dir
 
 CONFIG_FILE = "run_config.yaml"
-_LARGEST = 1 << 24  # bytes of a configuration
 
 
 @dataclass
@@ -60,19 +58,19 @@ def compare(session: Session, folder: Path, stage: StageConfig, config: RunConfi
     """
     def held() -> Comparison:
         record = records.read(folder)
-        found = _compare(folder, record, stage, config, data)
+        found = _compare(folder, record, stored(folder, record.stage), stage, config, data)
         found.notes += stale(session, record)
         return found
 
     return on_all_ranks(held, (CheckpointError,))
 
 
-def _compare(folder: Path, record: Record, stage: StageConfig, config: RunConfig, data: TrainingData | None) -> Comparison:
+def _compare(folder: Path, record: Record, before: RunConfig | None, stage: StageConfig, config: RunConfig,
+             data: TrainingData | None) -> Comparison:
     if record.kind != stage.kind:
         raise CheckpointError(f"{folder} belongs to a {record.kind!r} stage, {stage.name!r} is {stage.kind!r}; "
                               "choose another --save")
     allowed = config.checkpoint.allow_changed
-    before = stored(folder, record.stage)
     found = Comparison(configured_changes(before, config, stage.kind))
     if before is None:
         found.notes.append(f"{CONFIG_FILE} of the checkpoint has no stage {record.stage!r}, so no configuration could be compared")
@@ -96,8 +94,8 @@ def stored(folder: Path, stage: str | None) -> RunConfig | None:
     """
     path = folder / CONFIG_FILE
     try:
-        raw = yaml.safe_load(files.read(path, _LARGEST))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raw = text.load(files.read(path, text.MAX_BYTES).decode(), str(path))
+    except (OSError, ValueError, RecursionError) as error:  # a ConfigError is a ValueError
         raise CheckpointError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
     return stored_config(raw, stage) if isinstance(raw, dict) else None
 

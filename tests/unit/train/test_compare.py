@@ -93,6 +93,7 @@ def test_what_a_stage_does_not_use_is_said_and_not_refused(kind):
     ({"language": {"rope_scaling_type": "linear"}}, {"language": {"rope_scaling_type": None}}),
     ({"train": {"trainable": ["router", "experts"]}}, {"train": {"trainable": ["experts", "router"]}}),
     ({"train": {"trainable": []}}, {"train": {"trainable": ["router"]}}),
+    ({"optimizer": {"lr_decay_iters": None}}, {"optimizer": {"lr_decay_iters": 10}}),
 ])
 def test_one_meaning_in_two_spellings_is_no_change(one, other):
     assert compare.changes(tiny_config("route", **one), tiny_config("route", **other), "route") == []
@@ -104,6 +105,11 @@ def test_a_preset_equals_its_fields_spelled_out():
     spelled = from_mapping(yaml.safe_load(preset.to_yaml()))
     spelled.preset = None
     assert compare.changes(preset, spelled, "align") == []
+
+
+def test_the_papers_evolution_ranges_are_the_default_of_four_experts():
+    spelled = tiny_config("evolve", moe={"evolution_beta": [[0.9, 0.99], [0.8, 0.89], [0.7, 0.79]]})
+    assert compare.changes(spelled, tiny_config("evolve"), "evolve") == []
 
 
 @pytest.mark.parametrize("kind", STAGE_KINDS)

@@ -1,65 +1,89 @@
-"""The learning rate of a stage's first and last step, and what the log says of it."""
+"""After a resume, rates are those of a run that had the present configuration all along, or those of the checkpoint's schedule."""
 
 from __future__ import annotations
 
-import math
-from types import SimpleNamespace
+import dataclasses
 
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from megatron_evomoe.config import ConfigError
-from megatron_evomoe.train.optimizer import build_scheduler, course
+from megatron_evomoe.checkpoint.record import CheckpointError
+from megatron_evomoe.config import RunConfig
+from megatron_evomoe.train.optimizer import Schedule, build_scheduler
 from tests.tiny import tiny_config
 
-
-def schedule(steps: int, **optimizer):
-    config = tiny_config(optimizer={"lr": 1.0, "lr_decay_style": "cosine", **optimizer}, train={"train_iters": steps})
-    return build_scheduler(SimpleNamespace(param_groups=[{}]), config)
+BASE = tiny_config()
+KEEP = {"use_checkpoint_opt_param_scheduler": True}
 
 
-def rates(steps: int, **optimizer) -> list[float]:
-    """The rate of each update: the scheduler is stepped after it."""
-    scheduler = schedule(steps, **optimizer)
-    found = []
-    for _ in range(steps):
-        found.append(scheduler.optimizer.param_groups[0]["lr"])
-        scheduler.step(increment=1)
+def schedule(config: RunConfig, steps: int = 0) -> Schedule:
+    """The schedule of a run that has done `steps`, over a real optimizer whose groups say what the core's do."""
+    optimizer = torch.optim.AdamW([{"params": [torch.nn.Parameter(torch.zeros(1))], "max_lr": config.optimizer.lr,
+                                    "min_lr": config.optimizer.min_lr}])
+    found = build_scheduler(optimizer, config)  # type: ignore[arg-type]
+    found.step(steps)
     return found
 
 
-def cosine(share: float) -> float:
-    return 0.5 * (1 + math.cos(math.pi * share))
+def state(found: Schedule) -> tuple[float, float]:
+    group = found.optimizer.param_groups[0]
+    return group["lr"], group["weight_decay"]
 
 
-def test_a_warmup_begins_at_0_and_the_last_step_is_one_short_of_min_lr():
-    assert rates(10, lr_warmup_fraction=0.2) == pytest.approx([0, 0.5, 1, *(cosine(i / 8) for i in range(1, 8))])
-    assert rates(4, lr_warmup_fraction=0.0) == pytest.approx([cosine(i / 4) for i in range(4)])
+@st.composite
+def configs(draw) -> RunConfig:
+    lr = draw(st.sampled_from([1e-3, 2e-3, 0.5]))
+    optimizer = dataclasses.replace(
+        BASE.optimizer, lr=lr, min_lr=draw(st.sampled_from([0.0, lr / 10])), weight_decay=draw(st.sampled_from([0.0, 0.1])),
+        lr_decay_style=draw(st.sampled_from(["cosine", "linear", "constant", "inverse-square-root"])),
+        lr_warmup_fraction=draw(st.sampled_from([0.0, 0.1, 0.5])))
+    return dataclasses.replace(BASE, optimizer=optimizer, train=dataclasses.replace(
+        BASE.train, train_iters=draw(st.integers(1, 30))))
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3])
-@pytest.mark.parametrize("warmup", [0.0, 0.03, 1.0])
-def test_the_shortest_stages_take_a_step_above_0(steps, warmup):
-    assert rates(steps, lr_warmup_fraction=warmup)[-1] > 0
+@settings(derandomize=True, deadline=None, max_examples=200)
+@given(configs(), configs(), st.integers(0, 30))
+def test_a_resumed_schedule_is_that_of_a_run_so_configured_from_its_start(old, new, done):
+    resumed, unbroken = schedule(new), schedule(new, done)
+    resumed.load_state_dict(schedule(old, done).state_dict())
+    for _ in range(5):
+        assert state(resumed) == state(unbroken)
+        resumed.step(1)
+        unbroken.step(1)
+    expected = {"max_lr": old.optimizer.lr != new.optimizer.lr, "lr_decay_style":
+                old.optimizer.lr_decay_style != new.optimizer.lr_decay_style,
+                "start_wd": old.optimizer.weight_decay != new.optimizer.weight_decay,
+                "lr_decay_steps": old.train.train_iters != new.train.train_iters}
+    assert {name: name in resumed.changed for name in expected} == expected
+    assert bool(str(resumed)) == bool(resumed.changed)
 
 
-def test_more_lr_decay_iters_end_a_stage_at_a_higher_rate():
-    assert rates(4, lr_decay_iters=8) == pytest.approx([cosine(i / 8) for i in range(4)])
-    assert rates(4, lr_decay_iters=8, lr_warmup_fraction=0.25)[:3] == pytest.approx([0, 0.5, 1]), "a share of lr_decay_iters"
+@settings(derandomize=True, deadline=None, max_examples=200)
+@given(configs(), configs(), st.integers(0, 30))
+def test_the_checkpoints_schedule_goes_on_or_is_refused_where_it_ends_early(old, new, done):
+    new = dataclasses.replace(new, optimizer=dataclasses.replace(new.optimizer, **KEEP))
+    resumed, unbroken = schedule(new), schedule(old, done)
+    if old.train.train_iters < new.train.train_iters and old.optimizer.lr_decay_style != "constant":
+        with pytest.raises(CheckpointError, match=f"schedule ends at step {old.train.train_iters}, and steps"):
+            resumed.load_state_dict(unbroken.state_dict())
+        return
+    resumed.load_state_dict(unbroken.state_dict())
+    for _ in range(5):
+        assert state(resumed) == state(unbroken)
+        resumed.step(1)
+        unbroken.step(1)
 
 
-def test_fewer_lr_decay_iters_stay_at_min_lr():
-    assert rates(6, lr_decay_iters=3, min_lr=0.25)[2:] == pytest.approx([0.25 + 0.75 * cosine(2 / 3), 0.25, 0.25, 0.25])
-
-
-def test_min_lr_is_where_the_decay_ends():
-    assert rates(100, min_lr=0.5)[-1] == pytest.approx(0.5, abs=1e-3)
-    with pytest.raises(ConfigError, match=r"min_lr 2\.0 is above lr 1\.0"):
-        rates(4, min_lr=2.0)
-
-
-def test_the_course_in_words():
-    scheduler = schedule(10, lr_warmup_fraction=0.2)
-    assert course(scheduler, 10) == "lr 0 at step 1, 1 at step 3, 0.0381 at step 10 of 10 (cosine, at min_lr 0 after step 10)"
-    assert scheduler.num_steps == 0, "told, not stepped"
-    constant = schedule(10, lr_decay_style="constant", lr_warmup_fraction=0.0)
-    assert course(constant, 10) == "lr 1 at step 1, 1 at step 10 of 10 (constant)"
+def test_more_steps_are_never_silently_at_rate_zero():
+    old, new = (dataclasses.replace(BASE, train=dataclasses.replace(BASE.train, train_iters=n), optimizer=dataclasses.replace(
+        BASE.optimizer, lr_decay_style="cosine", min_lr=0.0)) for n in (10, 20))
+    resumed = schedule(new)
+    resumed.load_state_dict(schedule(old, 10).state_dict())
+    rates = []
+    for _ in range(10):
+        rates.append(state(resumed)[0])
+        resumed.step(1)
+    assert min(rates) > 0 and rates == sorted(rates, reverse=True)
+    assert "lr_decay_steps 10 → 20" in str(resumed)
