@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 
 from megatron_evomoe.config import ConfigError
 from megatron_evomoe.data.fingerprint import sampled_sum
-from megatron_evomoe.data.shard_members import DEFECTS, MAX_KEY, find_samples, is_image, split_name
+from megatron_evomoe.data.shard_members import DEFECTS, MAX_KEY, find_samples, split_name
 from megatron_evomoe.data.tar import BLOCK, Member, TarError, next_member
 
 logger = logging.getLogger(__name__)
@@ -159,21 +159,20 @@ def _leads(members: Iterable[Member]) -> np.ndarray:
     return np.array([(m.offset - m.start) // BLOCK for m in members], np.uint8)
 
 
-def is_member(header: bytes, found: Range, key: bytes, *kinds: str) -> bool:
-    """Whether `header`, the `found.lead` blocks before a member's bytes, is that of a file of this size and sample.
+def extension_of(header: bytes, found: Range, key: bytes) -> str | None:
+    """The extension of a member by its `header`, the `found.lead` blocks before its bytes.
 
-    Args:
-        kinds: the extensions it may have; none for any image.
+    None where that is no header of a file of this size and sample.
     """
     try:
         member = next_member(lambda at, count: header[at : at + count], 0)
     except TarError:
-        return False
+        return None
     if not isinstance(member, Member) or member.kind != "file" or member[3:] != (found.lead * BLOCK, found.size):
-        return False
+        return None
     own_key, extension = split_name(member.name)
-    right_kind = extension in kinds if kinds else is_image(extension)
-    return right_kind and (own_key == key or (key.startswith(own_key + b"~") and key[len(own_key) + 1 :].isdigit()))
+    is_its = own_key == key or (key.startswith(own_key + b"~") and key[len(own_key) + 1 :].isdigit())
+    return extension if is_its else None
 
 
 def _is_of(tar: Path, index: ShardIndex) -> bool:
@@ -183,7 +182,7 @@ def _is_of(tar: Path, index: ShardIndex) -> bool:
             for i in {0, len(index) // 2, len(index) - 1}:
                 found = index.text_range(i)
                 header = os.pread(file.fileno(), found.lead * BLOCK, found.offset - found.lead * BLOCK)
-                if not is_member(header, found, bytes(index.keys[i]), "json" if index.is_json[i] else "txt"):
+                if extension_of(header, found, bytes(index.keys[i])) != ("json" if index.is_json[i] else "txt"):
                     return False
     except OSError:
         return False

@@ -44,7 +44,7 @@ class Found:
     @property
     def images(self) -> list[Member]:
         """Its images, in numeric order."""
-        return [self.members[e] for e in sorted(filter(is_image, self.members), key=_image_order)]
+        return [self.members[e] for e in sorted(filter(is_image, self.members), key=image_order)]
 
     @property
     def caption(self) -> Member | None:
@@ -145,7 +145,8 @@ def _with_text(samples: Iterator[Found], problems: dict[str, list[str]]) -> Iter
             _note(problems, "no-json", sample.key)
 
 
-def _image_order(extension: str) -> tuple[int, str]:
+def image_order(extension: str) -> tuple[int, str]:
+    """Sorts the images of a sample."""
     number, _, _ = extension.rpartition(".")
     return (int(number) if number else -1), extension
 

@@ -28,8 +28,8 @@ from megatron_evomoe.config import ConfigError
 from megatron_evomoe.data.errors import SampleError
 from megatron_evomoe.data.fingerprint import shard_digest
 from megatron_evomoe.data.record import MAX_RECORD_BYTES, caption_record, has_turns, load_json, load_text, usable_record
-from megatron_evomoe.data.shard_index import Range, index_path, is_member, load_index
-from megatron_evomoe.data.shard_members import DEFECTS
+from megatron_evomoe.data.shard_index import Range, extension_of, index_path, load_index
+from megatron_evomoe.data.shard_members import DEFECTS, image_order, is_image
 from megatron_evomoe.data.tar import BLOCK
 
 logger = logging.getLogger(__name__)
@@ -146,7 +146,11 @@ class ShardDataset:
     def images(self, i: int) -> list[bytes]:
         """The encoded images of sample i. Raises `SampleError` read-error, stale-index."""
         shard, images = self.images_of(i)
-        return [self.image(shard, image) for image in images]
+        found = [self._image(shard, image) for image in images]
+        extensions = [extension for extension, _ in found]
+        if extensions != sorted(extensions, key=image_order):
+            raise self._stale(shard, self._indexes[shard].image_range(images[0]))
+        return [data for _, data in found]
 
     def images_of(self, i: int) -> tuple[int, range]:
         """The shard of sample i, and its images' numbers there."""
@@ -156,11 +160,18 @@ class ShardDataset:
 
     def image(self, shard: int, image: int) -> bytes:
         """One encoded image of a shard, by number. Raises `SampleError` read-error, stale-index."""
+        return self._image(shard, image)[1]
+
+    def _image(self, shard: int, image: int) -> tuple[str, bytes]:
+        """Extension and bytes."""
         index = self._indexes[shard]
         owner, found = int(np.searchsorted(index.first, image, side="right")) - 1, index.image_range(image)
         if found.size > _MAX_IMAGE_BYTES:
             raise SampleError("image-too-large", f"{found.size} bytes; at most {_MAX_IMAGE_BYTES} are read")
-        return self._member(shard, owner, found)
+        extension, data = self._member(shard, owner, found)
+        if not is_image(extension):
+            raise self._stale(shard, found)
+        return extension, data
 
     def num_images(self, shard: int) -> int:
         """How many images a shard has."""
@@ -191,10 +202,13 @@ class ShardDataset:
     def _text(self, shard: int, local: int, found: Range, kind: str) -> bytes:
         if found.size > MAX_RECORD_BYTES:
             raise SampleError("record-too-large", f"KEY.{kind} has {found.size} bytes; at most {MAX_RECORD_BYTES} are read")
-        return self._member(shard, local, found, kind)
+        extension, data = self._member(shard, local, found)
+        if extension != kind:
+            raise self._stale(shard, found)
+        return data
 
-    def _member(self, shard: int, local: int, found: Range, *kinds: str) -> bytes:
-        """Bytes of a member of sample `local` of a shard, once its header, read along with them, is found to be that member's."""
+    def _member(self, shard: int, local: int, found: Range) -> tuple[str, bytes]:
+        """Extension and bytes of a member of sample `local` of a shard; its header, read along with them, must be that member's."""
         path, lead = self.paths[shard], found.lead * BLOCK
         try:
             data = os.pread(self._open(shard), lead + found.size, found.offset - lead)
@@ -202,10 +216,15 @@ class ShardDataset:
             raise SampleError("read-error", f"{path}: {error.strerror or error}") from None
         if len(data) != lead + found.size:
             raise SampleError("read-error", f"{path} ends within the sample; it was cut after its index was built")
-        if not is_member(data[:lead], found, bytes(self._indexes[shard].keys[local]), *kinds):
-            raise SampleError("stale-index", f"{path} was changed and its index was not: at byte {found.offset - lead} is another "
-                                             f"member; delete {index_path(path)}")
-        return data[lead:]
+        extension = extension_of(data[:lead], found, bytes(self._indexes[shard].keys[local]))
+        if extension is None:
+            raise self._stale(shard, found)
+        return extension, data[lead:]
+
+    def _stale(self, shard: int, found: Range) -> SampleError:
+        path = self.paths[shard]
+        return SampleError("stale-index", f"{path} was changed and its index was not: another member is at byte {found.offset}; "
+                                          f"delete {index_path(path)}")
 
     def _open(self, shard: int) -> int:
         if shard in self._files:

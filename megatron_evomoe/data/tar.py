@@ -16,6 +16,7 @@ BLOCK = 512
 MAX_LEAD = 255
 """Blocks of headers before a member's bytes: one, or some more for long names and pax records."""
 _ZEROS = bytes(BLOCK)
+_MOST_PADDING = 42  # blocks: the marker's two, and twice the 20 up to a multiple of which tar, tarfile and webdataset pad
 _EXTENDED, _LONG_NAME, _LONG_LINK, _GLOBAL, _GNU_SPARSE = (b"x", b"X"), b"L", b"K", b"g", b"S"
 _KINDS: dict[bytes, Literal["file", "directory", "sparse", "other"]] = {
     b"0": "file", b"\0": "file", b"7": "file", b"5": "directory", _GNU_SPARSE: "sparse"}
@@ -57,22 +58,23 @@ def members(read: Read, size: int) -> Iterator[Member | str]:
     Raises:
         TarError: a damaged header; what lies behind it cannot be read.
     """
-    at, ended, count = 0, False, 0
+    at, zeros, count = 0, 0, 0
     while at < size:
         found = next_member(read, at)
         if found is None:
-            if not ended or read(at, BLOCK).strip(b"\0"):
-                yield f"truncated: the file ends within a header, after {count} members"
+            yield f"truncated: the file ends within a header or its padding, after {count} members"
             return
         if isinstance(found, _Gap):
-            at, ended = at + BLOCK, True
+            at, zeros = at + BLOCK, zeros + 1
             continue
-        if ended and count:
+        if zeros:
             yield f"concatenated: goes on at byte {found.start}, after blocks of zeros"
         yield found
-        at, ended, count = found.offset + _padded(found.size), False, count + 1
-    if not ended:
+        at, zeros, count = found.offset + _padded(found.size), 0, count + 1
+    if not zeros:
         yield f"truncated: no end-of-archive marker after {count} members"
+    elif zeros > _MOST_PADDING:
+        yield f"truncated: the last {zeros * BLOCK} bytes are zeros, more than an archive is padded with, after {count} members"
 
 
 def next_member(read: Read, start: int) -> Member | _Gap | None:
@@ -92,7 +94,7 @@ def next_member(read: Read, start: int) -> Member | _Gap | None:
             break
         if at - start + _padded(size) > MAX_LEAD * BLOCK:
             raise TarError(f"the header at byte {start} is longer than {MAX_LEAD * BLOCK} bytes")
-        body = read(at, size)
+        body = read(at, _padded(size) if kind == _LONG_NAME else size)  # that name ends at a NUL, wherever its size ends
         if len(body) < size:
             return None
         if kind == _LONG_NAME:
@@ -107,11 +109,11 @@ def next_member(read: Read, start: int) -> Member | _Gap | None:
 
 
 def _member(block: bytes, kind: bytes, name: bytes | None, start: int, at: int, size: int, is_sparse: bool) -> Member:
-    own_name = _name(block)
+    name = _name(block) if name is None else name
     what = "sparse" if is_sparse else _KINDS.get(kind, "other")
-    if kind == b"\0" and own_name.endswith(b"/"):  # v7 had no other way to say directory
+    if kind == b"\0" and name.endswith(b"/"):  # v7 had no other way to say directory
         what = "directory"
-    return Member(own_name if name is None else name, what, start, at, 0 if kind in _WITHOUT_DATA or what == "directory" else size)
+    return Member(name, what, start, at, 0 if kind in _WITHOUT_DATA or what == "directory" else size)
 
 
 def _header(block: bytes, at: int) -> tuple[bytes, int]:
