@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 if TYPE_CHECKING:
     from megatron_evomoe.config import RunConfig
 
+_JOIN_MINUTES = 1
 COMMANDS = ("train", "make-shards", "inspect-data", "plan", "doctor", "plot", "evaluate", "generate")
 
 
@@ -75,7 +76,12 @@ def _train(args: argparse.Namespace) -> int:
     from megatron_evomoe.parallel import backend
 
     warnings.filterwarnings("ignore", module=r"megatron\.core.*|torch\.distributed.*|wandb.*")
-    config = load_config(args.config, flags_from(args))
+    try:
+        config = load_config(args.config, flags_from(args))
+    except Exception as error:
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            _tell_others(error)
+        raise
     backend.prepare()
     import torch.distributed as dist
 
@@ -89,6 +95,24 @@ def _train(args: argparse.Namespace) -> int:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _tell_others(error: Exception) -> None:
+    """A configuration that one node cannot read: the ranks of the others wait for this one to join, so join and say it."""
+    from megatron_evomoe.parallel import backend
+
+    backend.prepare()
+    from megatron_evomoe.train import alarm
+
+    try:
+        backend.init_process_group(_JOIN_MINUTES)
+        with alarm.Alarm(None):
+            raise error
+    except alarm.RankFailedError as told:
+        sys.stdout.flush()
+        os._exit(told.status)
+    except Exception:
+        return  # they did not come either, each with the same error
 
 
 def _train_all_or_none(config: RunConfig, stages: list[str] | None) -> int:

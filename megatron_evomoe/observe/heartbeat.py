@@ -67,6 +67,7 @@ class Heartbeat:
         called = failed_collective(error)
         if called is None:
             return None
+        error = _root(error)
         lines = str(error).strip().splitlines()
         try:
             whom = describe(self._everyone(), time.time(), self._interval)
@@ -137,8 +138,16 @@ def _place(record: dict[str, Any]) -> str:
     return f"phase {record['phase']!r} of stage {record['stage']!r}, step {record['step']}"
 
 
+def _root(error: BaseException) -> BaseException:
+    """What `error` was raised from: a load or a save wraps what it meets."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
 def failed_collective(error: BaseException) -> str | None:
     """The function of torch.distributed that raised `error`, and the function of ours that called it; none for another error."""
+    error = _root(error)
     frames = traceback.extract_tb(error.__traceback__)
     inside = [f for f in frames if "distributed_c10d" in f.filename and f.name != "wrapper"]
     if not inside:

@@ -56,16 +56,17 @@ class RankFailedError(RuntimeError):
         self.status = failure.status
 
 
-def failure_of(error: BaseException, run_dir: Path) -> Failure:
-    """`error` as this rank tells it: in a line, with what stays intact."""
+def failure_of(error: BaseException, run_dir: Path | None) -> Failure:
+    """`error` as this rank tells it: in a line, with what stays intact under `run_dir`, where that is known already."""
     line = " ".join(str(error).split())
-    if isinstance(error, (CollectiveError, dist.DistError)) or failed_collective(error):
+    if isinstance(error, (CollectiveError, dist.DistError)) or failed_collective(error) is not None:
         status = 3  # not the cause, wherever another rank has told one
     else:
         status = 2 if isinstance(error, USER_ERRORS) else 130 if isinstance(error, KeyboardInterrupt) else 1
     if isinstance(error, OSError) or not isinstance(error, (*USER_ERRORS, CollectiveError)):
         line = f"{type(error).__name__}: {line}".removesuffix(": ")
-    if not isinstance(error, (ConfigError, CheckpointError, NonFiniteError)):  # these say it themselves, or met nothing yet
+    says_it_itself = isinstance(error, (ConfigError, CheckpointError, NonFiniteError))
+    if run_dir is not None and not says_it_itself:
         line += f". The checkpoints under {run_dir} stay as they were; the same command goes on from the newest"
     known = dist.is_initialized()
     return Failure(dist.get_rank() if known else 0, dist.get_world_size() if known else 1, socket.gethostname(), os.getpid(), line,
@@ -83,13 +84,13 @@ def tell(failure: Failure, error: BaseException) -> Failure:
 class Alarm:
     """Context of everything that ranks do together. Alone in the world it does nothing.
 
-    run_dir: for the message, where the run's checkpoints are.
+    run_dir: for the message, where the run's checkpoints are; none where that is not known yet.
 
     Raises:
         RankFailedError: from the end of the context, in place of whatever ended it.
     """
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path | None) -> None:
         self._run_dir = run_dir
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
         self._sounded: Failure | None = None

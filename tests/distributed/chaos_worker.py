@@ -17,7 +17,7 @@ from typing import Any
 from megatron_evomoe import cli
 from tests.faults import failing, matching
 
-PLACES = ("open_session", "build_stage", "train_loader", "questions", "take_step", "next_step")
+PLACES = ["open_session", "build_stage", "train_loader", "questions", "take_step", "next_step"]
 
 
 def asked(trigger: Path, kind: str) -> dict[str, Any] | None:
@@ -34,10 +34,13 @@ def add_faults(trigger: Path) -> None:
     from megatron_evomoe.parallel import backend
 
     backend.prepare()
+    import megatron_evomoe.config
+    from megatron_evomoe.checkpoint import store
     from megatron_evomoe.train import loop
 
-    for name in PLACES:
-        setattr(loop, name, with_faults(name, getattr(loop, name), trigger))
+    for module, names in ((loop, PLACES), (store, ["_load"]), (megatron_evomoe.config, ["load_config"])):
+        for name in names:
+            setattr(module, name, with_faults(name, getattr(module, name), trigger))
 
 
 def with_faults(name: str, original: Callable[..., Any], trigger: Path) -> Callable[..., Any]:

@@ -69,6 +69,9 @@ def test_heartbeat_file_follows_the_run_and_a_failed_collective_is_named(tmp_pat
         with pytest.raises((RuntimeError, ValueError)) as caught:
             dist.all_gather([], torch.zeros(2))
         assert heart.explain(caught.value).startswith("all_gather, failed in stage 'warmup' at step 3: ")
+        with pytest.raises(KeyError) as wrapped:
+            raise KeyError("a load wraps what it meets") from caught.value
+        assert heart.explain(wrapped.value) == heart.explain(caught.value)
         assert heart.explain(ValueError("of our own")) is None
     finally:
         heart.close()
