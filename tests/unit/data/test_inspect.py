@@ -13,7 +13,7 @@ from PIL import Image
 from megatron_evomoe.config import ConfigError, load_config
 from megatron_evomoe.data import inspect
 from megatron_evomoe.data.image import ImageProcessor, decode_image
-from megatron_evomoe.data.shards import write_shards
+from megatron_evomoe.data.shards import ShardDataset, write_shards
 from megatron_evomoe.data.tokenizer import build_tokenizer
 from megatron_evomoe.train.session import train_loader
 
@@ -88,7 +88,7 @@ def test_a_runs_configuration_shows_what_the_run_sees(run_yaml, tmp_path, capsys
         stage = config.for_stage(name)
         session = SimpleNamespace(topology=SimpleNamespace(reads_data=True, data_parallel_rank=0, data_parallel_size=1),
                                   tokenizer=build_tokenizer(stage.data.tokenizer))
-        steps = take(train_loader(session, stage, start_position=0, features=None), 2)
+        steps = take(train_loader(session, stage, ShardDataset(stage.data.train_data), start_position=0, features=None), 2)
         batches = [batch for step in steps for batch in step.microbatches][:3]
         places = [text.index(f"{batch['keys'][0]} of ") for batch in batches]
         assert places == sorted(places) and {"align": "<image>⟦There are", "warmup": "ASSISTANT:⟦ There are"}[name] in text
