@@ -20,6 +20,9 @@ TRAINS: dict[str, tuple[str, ...]] = {
 }
 """Stage kind -> parts trained by default (paper, section "Training"); `train.trainable` overrides it."""
 
+HAS_BESIDES: dict[str, tuple[str, ...]] = {"evolve": ("first_expert",), "route": ("experts", "router")}
+"""Stage kind -> parts that only its model has."""
+
 STARTS_FROM: dict[str, tuple[str, ...]] = {
     "align": ("align", "pretrained"),
     "warmup": ("align", "warmup", "dense", "pretrained"),
@@ -57,8 +60,10 @@ def part_of(name: str, stage_kind: str, moe_layers: set[int], first_layer: int) 
 def trained_parts(config: RunConfig, stage_kind: str) -> tuple[str, ...]:
     """The parts that get gradients in this stage. Raises `ConfigError` on parts that the stage has not."""
     parts = tuple(config.train.trainable) or TRAINS[stage_kind]
-    if "experts" in parts and "language" not in parts and stage_kind != "route":
-        raise ConfigError(f"stage kind {stage_kind!r} has no separate experts to train; use 'first_expert' or 'language'")
+    has = {"vision", "projector", "language", *HAS_BESIDES.get(stage_kind, ())}
+    if (absent := [part for part in parts if part not in has]) and "language" not in parts:  # whose FFNs they are elsewhere
+        raise ConfigError(f"trainable names {', '.join(absent)}, which a stage of kind {stage_kind} has not apart; it has "
+                          f"{', '.join(part for part in PARTS if part in has)}")
     return parts
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from megatron_evomoe.config import SECTIONS, ConfigError, RunConfig, add_flags, flags_from, from_mapping, load_config
+from megatron_evomoe.config import SECTIONS, STAGE_KINDS, ConfigError, RunConfig, add_flags, flags_from, from_mapping, load_config
 from megatron_evomoe.config.run import FLAT, STAGE_SECTIONS
 from tests.fuzz.config_values import FILE, SMALL, VALUES
 from tests.tiny import VOCAB, rows, step_of
@@ -284,7 +284,7 @@ TEXT_FIELDS = ("save", "load", "tokenizer", "wandb_exp_name", "tensorboard_dir",
 def test_configuration_flags(tally, tmp_path):
     parser = argparse.ArgumentParser()
     add_flags(parser)
-    for draw in tally.draws(quick=600):
+    for draw in tally.draws(quick=400):
         key = draw.choice([draw.choice(list(FLAT)), draw.choice(TEXT_FIELDS)])
         typed = draw.choice(TEXTS)
         try:
@@ -297,6 +297,16 @@ def test_configuration_flags(tally, tmp_path):
             assert getattr(getattr(config, section), field) == (None if typed in ("", "~", "null") else typed)
         reads_back(config, tmp_path, draw)
         tally.add("right")
+
+
+def _small(draw: random.Random) -> dict[str, Any]:
+    """A small model with some of its values drawn anew."""
+    raw = copy.deepcopy(SMALL)
+    for _ in range(draw.choice([1, 2, 3, 5])):
+        section = draw.choice(list(VALUES))
+        field = draw.choice(list(VALUES[section]))
+        raw.setdefault(section, {})[field] = draw.choice(VALUES[section][field])
+    return raw
 
 
 def _batch(config: RunConfig) -> dict[str, Any]:
@@ -316,12 +326,7 @@ def test_configurations_built(tally):
     from megatron_evomoe.train.step import NonFiniteError, take_step
 
     for draw in tally.draws(quick=80):
-        raw = copy.deepcopy(SMALL)
-        for _ in range(draw.choice([1, 2, 3, 5])):
-            section = draw.choice(list(VALUES))
-            field = draw.choice(list(VALUES[section]))
-            raw.setdefault(section, {})[field] = draw.choice(VALUES[section][field])
-        kind = draw.choice(["align", "warmup", "dense", "evolve", "route"])
+        raw, kind = _small(draw), draw.choice(STAGE_KINDS)
         try:
             config = from_mapping({**raw, "stages": [{"name": kind}]})
             preflight.check_stage(config.for_stage(kind), kind, world_size=1)
@@ -340,6 +345,30 @@ def test_configurations_built(tally):
             except NonFiniteError:
                 tally.add("named")
                 continue
+        tally.add("right")
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_configurations_planned(tally):
+    """Whatever the checks accept, of any size, can be planned."""
+    from megatron_evomoe.plan import report, search
+    from megatron_evomoe.plan.cost import Machine
+
+    sizes = ("hidden_size", "ffn_hidden_size", "num_layers", "vocab_size")
+    for draw in tally.draws(quick=60):
+        raw = _small(draw)
+        if draw.random() < 0.3:
+            raw["language"] |= {draw.choice(sizes): draw.choice([1024, 4096, 2**20, 2**24]), "max_position_embeddings": 2**24}
+        kind = draw.choice(STAGE_KINDS)
+        machine = Machine(nnodes=draw.choice([1, 2, 3]), gpus_per_node=draw.choice([1, 2, 8]))
+        try:
+            config = from_mapping({**raw, "stages": [{"name": kind}]})
+            plan = search.plan_stage(config, config.stages[0], machine)
+        except ConfigError as error:
+            tally.add(named(error))
+            continue
+        assert list(report.lines([plan], machine, 5))
+        assert math.isfinite(sum(estimate.time.total + estimate.total_bytes for estimate in plan.fits))
         tally.add("right")
 
 
