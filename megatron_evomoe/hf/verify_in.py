@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from megatron_evomoe.checkpoint.stream import CheckpointReader
-from megatron_evomoe.config import ConfigError, ParallelConfig, RunConfig
+from megatron_evomoe.config import ConfigError, LanguageConfig, ParallelConfig, RunConfig
 from megatron_evomoe.data.conversation import TEXT, VISION
 from megatron_evomoe.data.image import processor_for
 from megatron_evomoe.hf import sources
@@ -91,6 +91,7 @@ def _compare_models(request: Request, imported: Imported) -> Iterator[Row]:
             got = ours(tokens.masked_fill(types == VISION, 0), types, pixels[: int(whole)])
             size = min(config.language.vocab_size, wanted.shape[-1])  # rows that the import added are new
             yield _row("logits, one image" if whole else "logits, text", got[..., :size], wanted[..., :size])
+            yield _at_long_positions(config, ours, theirs, rows)
         if "vision_model" in parts and "vision_projection" not in parts:
             kind = {"clip": "CLIPVisionModel", "siglip": "SiglipVisionModel"}[config.vision.model_type]
             theirs = _theirs(request, kind, request.vision_model)
@@ -98,15 +99,44 @@ def _compare_models(request: Request, imported: Imported) -> Iterator[Row]:
             yield _row("tower's features", ours.vision_model(normalised), states[:, -config.vision.tokens_per_image :])
 
 
-def _row(what: str, got: torch.Tensor, wanted: torch.Tensor) -> Row:
+def _row(what: str, got: torch.Tensor, wanted: torch.Tensor, limit: float = LOGITS) -> Row:
     error = ((got - wanted).abs().max() / wanted.abs().max()).item()
-    return Row(f"{what}: largest difference", f"{error:.1e}", f"{LOGITS:.0e} of the largest", error <= LOGITS)
+    return Row(f"{what}: largest difference", f"{error:.1e}", f"{limit:.0e} of the largest", error <= limit)
 
 
-def _prompt(config: RunConfig, rows: int, image_token: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+def long_positions(lm: LanguageConfig) -> list[int]:
+    """Places at the start, on both sides of the length the model had before its RoPE was stretched (half of its length, if it was
+    not), and at its end or beyond. Few tokens suffice: what RoPE computes depends on how far apart two of them stand."""
+    before = {"llama3": 8192, "linear": int(lm.max_position_embeddings / lm.rope_scaling_factor)}.get(
+        lm.rope_scaling_type or "", lm.max_position_embeddings // 2)
+    end = max(lm.max_position_embeddings, before + _LENGTH)
+    stretches = (range(8), range(before - 4, before + 4), range(end - 8, end))
+    return sorted({place for stretch in stretches for place in stretch if place >= 0})
+
+
+def _at_long_positions(config: RunConfig, ours: Any, theirs: Any, rows: int) -> Row:
+    """Both models on a text whose tokens stand far apart, by their own rotary tables."""
+    lm = config.language
+    positions = long_positions(lm)
+    tokens = _prompt(config, rows, image_token=None, length=len(positions))[0]
+    # without a mask transformers takes the gaps for the ends of packed texts
+    wanted = theirs(input_ids=tokens, attention_mask=torch.ones_like(tokens), position_ids=torch.tensor([positions])).logits
+    rotary = ours.language_model.rotary_pos_emb
+    hook = rotary.register_forward_hook(lambda module, given, table: torch.cat([module.forward(1, place) for place in positions]))
+    try:
+        got = ours(tokens, torch.full_like(tokens, TEXT), torch.empty(0, 3, *[config.vision.image_size] * 2, dtype=torch.uint8))
+    finally:
+        hook.remove()
+    size = min(lm.vocab_size, wanted.shape[-1])
+    # the core divides positions and transformers frequencies, which rounds angles differently
+    rounding = positions[-1] / lm.rope_scaling_factor * 2**-22 if lm.rope_scaling_type == "linear" else 0.0
+    return _row(f"logits, positions up to {positions[-1]}", got[..., :size], wanted[..., :size], LOGITS + rounding)
+
+
+def _prompt(config: RunConfig, rows: int, image_token: int | None, length: int = _LENGTH) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids and types [1, s] of a text of the source's `rows` tokens, an image within it if there is a token for it."""
     rows = min(rows, config.language.vocab_size)
-    tokens = torch.randint(0, rows, (1, _LENGTH), generator=torch.Generator().manual_seed(2))
+    tokens = torch.randint(0, rows, (1, length), generator=torch.Generator().manual_seed(2))
     if image_token is None:
         return tokens, torch.full_like(tokens, TEXT)
     tokens[tokens == image_token] = (image_token + 1) % rows

@@ -14,6 +14,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import torch
 import yaml
 
 from megatron_evomoe.config import ConfigError, VisionConfig, from_mapping
-from megatron_evomoe.hf import verify_in
+from megatron_evomoe.hf import verify_in, verify_out
 from megatron_evomoe.hf.importing import Request, import_model
 from tests.parity import hf_models
 from tests.parity.hf_models import IMAGE_TOKEN, LANGUAGE, LLAVA, PATCHES, SIDE
@@ -174,7 +175,8 @@ def test_more_ranks_than_groups_are_refused(imported):
 def test_verify_agrees(one_rank, imported, folder, tmp_path, expert_init):
     imported("llava")
     rows = rows_of(Request(model=str(folder / "hf" / "llava"), output=str(tmp_path / "out"), expert_init=expert_init))
-    assert [row.what.split(":")[0] for row in rows] == ["tensors", "logits, one image"] and all(row.good for row in rows)
+    assert [row.what.split(":")[0] for row in rows] == ["tensors", "logits, one image", "logits, positions up to 127"]
+    assert all(row.good for row in rows)
 
 
 def test_verify_of_parts(one_rank, imported, folder, tmp_path):
@@ -182,7 +184,8 @@ def test_verify_of_parts(one_rank, imported, folder, tmp_path):
     hf_models.save(hf_models.tower("siglip"), tmp_path / "tower")
     rows = rows_of(Request(language_model=str(folder / "hf" / "qwen3"), vision_model=str(tmp_path / "tower"),
                            output=str(tmp_path / "out")))
-    assert [row.what.split(":")[0] for row in rows] == ["tensors", "logits, text", "tower's features"]
+    assert [row.what.split(":")[0] for row in rows] == ["tensors", "logits, text", "logits, positions up to 127",
+                                                            "tower's features"]
     assert all(row.good for row in rows)
 
 
@@ -198,9 +201,54 @@ def test_verify_sees_a_changed_source(one_rank, imported, folder, tmp_path):
     weights = load_file(source / "model.safetensors")
     weights["model.layers.1.self_attn.k_proj.weight"][3, 5] += 1.0
     save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
-    tensors, logits = verify_in.compare(request, done)
+    tensors, logits, _ = verify_in.compare(request, done)
     assert not tensors.good and tensors.found.endswith("model.layers.1.self_attn.k_proj.weight")
     assert not logits.good
+
+
+# of a model that was stretched from 1024, and 8192, positions; every number but RoPE's is the same
+STRETCHED = {"linear": ({"rope_type": "linear", "factor": 3.0}, 3072),
+             "llama3": ({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                         "original_max_position_embeddings": 8192}, 65536)}
+
+
+def stretched(kind: str, folder: Path) -> str:
+    rope, length = STRETCHED[kind]
+    config = transformers.LlamaConfig(**{**hf_models.TEXT, "max_position_embeddings": length, "rope_scaling": rope})
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    return str(hf_models.save(hf_models.randomised(model), folder / kind))
+
+
+@pytest.mark.parametrize("kind", STRETCHED)
+def test_verify_looks_where_rope_is_stretched(one_rank, tmp_path, kind):
+    request = Request(language_model=stretched(kind, tmp_path), output=str(tmp_path / "out"))
+    rows = rows_of(request)
+    print(verify_out.table(rows))
+    assert rows[-1].what.startswith(f"logits, positions up to {STRETCHED[kind][1] - 1}") and all(row.good for row in rows)
+
+
+@pytest.mark.parametrize(("kind", "change"), [("linear", {"rope_scaling_factor": 3.05}), ("llama3", {"rope_scaling_factor": 8.5}),
+                                              ("llama3", {"rope_scaling_type": None}), ("linear", {"rotary_base": 10100})])
+def test_verify_sees_another_stretch(one_rank, tmp_path, kind, change):
+    """One that differs little enough is seen at long positions alone."""
+    request = Request(language_model=stretched(kind, tmp_path), output=str(tmp_path / "out"))
+    done = import_model(request)
+    done.config = replace(done.config, language=replace(done.config.language, **change))
+    tensors, short, far = verify_in.compare(request, done)
+    print(verify_out.table([tensors, short, far]))
+    assert tensors.good and not far.good
+    assert short.good == (change == {"rope_scaling_factor": 8.5})
+
+
+def test_verify_of_a_grown_embedding(one_rank, tmp_path):
+    """Old rows are compared with the source's model, new ones with their rule."""
+    from megatron_evomoe.data.tokenizer import train_sentencepiece
+    from tests.unit.data import helpers
+
+    source = hf_models.save(hf_models.llava("llava"), tmp_path / "hf")
+    train_sentencepiece(helpers.LINES * 5, source / "tokenizer.model", 400)
+    rows = rows_of(Request(model=str(source), output=str(tmp_path / "out"), resize_embeddings=True))
+    assert len(rows) == 3 and all(row.good for row in rows)
 
 
 @pytest.mark.parametrize("layout", ["TP 1", "TP 2"])
