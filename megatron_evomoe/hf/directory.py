@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import struct
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -107,8 +108,22 @@ def _check_index(index: Path, tensors: dict[str, Place]) -> None:
 
 
 def _list_pickled(file: Path) -> Iterator[tuple[str, Place]]:
+    _check_sums(file)
     for name, tensor in _load_pickled(file).items():
         yield name, Place(file, tensor.dtype, tuple(tensor.shape))
+
+
+def _check_sums(file: Path) -> None:
+    """Raises `CheckpointError` unless an archive is what its checksums say; torch does not look at them."""
+    try:
+        if not zipfile.is_zipfile(file):
+            return
+        with zipfile.ZipFile(file) as archive:
+            bad = archive.testzip()
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, OSError, ValueError, EOFError, struct.error) as error:
+        bad = str(error) or type(error).__name__
+    if bad:
+        raise CheckpointError(f"{file} is damaged: its checksums disagree with its contents ({bad[:300]}); fetch it again")
 
 
 def _load_pickled(file: Path) -> dict[str, Tensor]:

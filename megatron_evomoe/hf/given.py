@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import reprlib
 from collections.abc import Mapping
 from typing import Any, NoReturn
@@ -48,9 +47,9 @@ class Given:
         return self.size(key) if key in self else None
 
     def number(self, key: str, lowest: float, highest: float) -> float:
-        """A finite number within a range, ends included."""
+        """A number within a finite range, ends included."""
         value = self.raw(key)
-        if type(value) not in (int, float) or not math.isfinite(value) or not lowest <= value <= highest:
+        if type(value) not in (int, float) or not lowest <= value <= highest:
             self.refuse(key, f"it must be a number from {lowest:g} to {highest:g}")
         return float(value)
 

@@ -241,6 +241,16 @@ def test_pickles_of_something_else_are_named(tmp_path, content, message):
         HfDirectory(path)
 
 
+def test_a_flipped_bit_in_an_archive_is_named(tmp_path):
+    """In its pickle, where it would mean other strides, and in its numbers; torch itself sees neither."""
+    path = directory(tmp_path / "m", {"pytorch_model.bin": TENSORS}) / "pytorch_model.bin"
+    data = path.read_bytes()
+    for where in (data.index(b"data.pkl") + 300, data.index(TENSORS["a"].numpy().tobytes()) + 5):
+        path.write_bytes(data[:where] + bytes([data[where] ^ 1]) + data[where + 1 :])
+        with pytest.raises(CheckpointError, match=r"pytorch_model\.bin is damaged: its checksums"):
+            HfDirectory(path.parent)
+
+
 def test_pickles_of_before_archives_are_read(tmp_path):
     path = directory(tmp_path / "m", {})
     torch.save(TENSORS, path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
