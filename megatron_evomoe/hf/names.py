@@ -28,7 +28,8 @@ PARTS = ("vision_model", "vision_projection", "language_model")
 
 Shape = tuple[int, ...]
 _NO_WEIGHT = re.compile(r"^(optimizer|rng)\.|\._extra_state(/|$)")
-_EVOLVING = re.compile(r"\.mlp\.(experts|evolution)\.")
+EVOLVING = re.compile(r"\.mlp\.(experts|evolution)\.")
+"""Keys that an evolving model holds beside the dense one it computes with."""
 _EVOLVING_STATE = re.compile(r"\.mlp\.(linear_fc[12]\.(weight|bias)$|evolution\.)")  # the first expert is there twice
 
 
@@ -146,7 +147,7 @@ class NameMap:
     def __init__(self, config: RunConfig, kind: str, parts: Sequence[str] = PARTS, *, all_experts: bool = False) -> None:
         self.kind, self.parts = kind, tuple(parts)
         evolved = kind == "evolve" and all_experts
-        self._aside = _EVOLVING_STATE if evolved else _EVOLVING if kind == "evolve" else None
+        self._aside = _EVOLVING_STATE if evolved else EVOLVING if kind == "evolve" else None
         makers: dict[str, Callable[[], Iterator[Entry]]] = {
             "vision_model": lambda: _vision(config),
             "vision_projection": lambda: _projector(config),

@@ -22,6 +22,7 @@ from megatron_evomoe.data.image import processor_for
 from megatron_evomoe.data.tokenizer import build_tokenizer
 from megatron_evomoe.hf.core_world import one_rank
 from megatron_evomoe.hf.exporting import DTYPES, Exported
+from megatron_evomoe.hf.names import EVOLVING
 
 LOGITS = 1e-4
 """Largest accepted difference, of the largest logit. Tiny models: 3e-6; sums in another order grow with width and depth."""
@@ -144,7 +145,7 @@ def _loaded(exported: Exported, config: RunConfig) -> Any:
 
     [model] = build_modules(config, "route" if exported.kind == "route" else "dense")
     states, _ = store.load_weights(exported.source, [model.sharded_state_dict(metadata=store.metadata())],
-                                   may_be_fresh=re.compile(r"(?!)"))
+                                   may_be_fresh=re.compile(r"(?!)"), may_be_left=None if exported.kind == "route" else EVOLVING)
     model.load_state_dict({k: v for k, v in states[0].items() if torch.is_tensor(v)}, strict=False)
     with torch.no_grad():
         for parameter in model.parameters():
