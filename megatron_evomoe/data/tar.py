@@ -79,7 +79,7 @@ def members(read: Read, size: int) -> Iterator[Member | str]:
 
 def next_member(read: Read, start: int) -> Member | _Gap | None:
     """The member whose headers begin at byte `start`, a gap where a block of zeros is, None where the file ends before."""
-    at, name, stored, is_sparse = start, None, None, False
+    at, name, stored, is_sparse, seen = start, None, None, False, set()
     while True:
         block = read(at, BLOCK)
         if len(block) < BLOCK:
@@ -92,6 +92,9 @@ def next_member(read: Read, start: int) -> Member | _Gap | None:
         at += BLOCK
         if kind not in (*_EXTENDED, _LONG_NAME, _LONG_LINK, _GLOBAL):
             break
+        if kind in seen:
+            raise TarError(f"the header at byte {start} comes twice for one member")
+        seen.add(kind)
         if at - start + _padded(size) > MAX_LEAD * BLOCK:
             raise TarError(f"the header at byte {start} is longer than {MAX_LEAD * BLOCK} bytes")
         body = read(at, _padded(size) if kind == _LONG_NAME else size)  # that name ends at a NUL, wherever its size ends

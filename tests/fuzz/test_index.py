@@ -45,7 +45,7 @@ def judge(tally, shard, truth):
 def test_index_bytes(tally, shard):
     truth = [content(row) for row in rows(ShardDataset(shard))]
     whole = index_path(shard).read_bytes()
-    for rng in tally.draws(150):
+    for rng in tally.draws(100):
         data, at = bytearray(whole), rng.randrange(len(whole))
         kind = rng.randrange(4)
         if kind == 0:
@@ -65,7 +65,7 @@ def test_forged_index(tally, shard):
     truth = [content(row) for row in rows(ShardDataset(shard))]
     whole = safetensors.numpy.load(index_path(shard).read_bytes())
     names = [name for name in whole if name not in ("stamp", "digest", "problems", "defects")]
-    for rng in tally.draws(150):
+    for rng in tally.draws(100):
         saved = {name: array.copy() for name, array in whole.items()}
         name = rng.choice(names)
         array = saved[name]

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
+from megatron_evomoe.data import make_shards
 from megatron_evomoe.data.batch import Row, prepare_eval
 from megatron_evomoe.data.conversation import IGNORE_INDEX, VISION
 from megatron_evomoe.data.errors import SampleError
 from megatron_evomoe.data.image import ImageProcessor
+from megatron_evomoe.data.record import load_json
 from megatron_evomoe.data.shards import ShardDataset
 from megatron_evomoe.data.tokenizer import Tokenizer
 
-from .samples import TOKENS_PER_IMAGE, picture, rows, tar, tokenizer
+from .samples import TOKENS_PER_IMAGE, picture, reasons, rows, tar, tokenizer
 
 SHOWN = [{"from": "human", "value": "<image>\nWhich digit?"}, {"from": "gpt", "value": "It is seven."}]
 SAID = [{"from": "system", "value": "Be brief."}, {"from": "human", "value": "Which digit?"}, {"from": "gpt", "value": "seven"},
@@ -155,3 +159,32 @@ def test_record_bytes(tally, tmp_path):
         shown.append(record is not RECORDS[1])
     for start in range(0, len(bodies), 50):
         try_all(tally, tmp_path, bodies[start : start + 50], shown[start : start + 50])
+
+
+def test_made_shards(tally, tmp_path):
+    """What make-shards writes is usable; what it does not write is in its report, which can be printed."""
+    pictures, output = tmp_path / "images", tmp_path / "out"
+    pictures.mkdir()
+    (pictures / "a.jpg").write_bytes(picture())
+    (output / make_shards._PROGRESS).mkdir(parents=True)
+    job = make_shards.Job("x.json", "0", str(pictures), 100, 10**6)
+
+    @settings(derandomize=True, deadline=None, max_examples=tally.tries(25), database=None, suppress_health_check=list(HealthCheck))
+    @given(st.lists(records(), min_size=4, max_size=4))
+    def run(drawn):
+        drawn = load_json(json.dumps(drawn).encode())
+        path = output / "shard-000000.tar"
+        path.unlink(missing_ok=True)
+        _, skipped = make_shards.write_shard(drawn, 0, output, job)
+        report = make_shards._report(output, job, len(drawn), 1)
+        make_shards._print(report, output, Console(file=io.StringIO()))
+        assert set(report["skipped_by_reason"]) <= reasons()
+        found = rows(ShardDataset(path)) if path.exists() else []
+        assert len(found) == len(drawn) - skipped
+        for row in found:
+            assert row.problem is None or row.problem[0] == "too-long"
+            tally.add("right")
+        for _ in range(skipped):
+            tally.add("counted")
+
+    run()

@@ -86,9 +86,9 @@ def any_archive(rng: random.Random) -> bytes:
     return out.getvalue()
 
 
-def theirs(data: bytes) -> list[tuple]:
-    """What tarfile finds, up to where it gives up."""
-    found = []
+def theirs(data: bytes) -> tuple[list[tuple], bool]:
+    """What tarfile finds, and whether it gives up."""
+    found: list[tuple] = []
     try:
         with tarfile.open(fileobj=io.BytesIO(data), ignore_zeros=True) as archive:
             while (member := archive.next()) is not None and len(found) < 100:
@@ -96,8 +96,8 @@ def theirs(data: bytes) -> list[tuple]:
                 place = None if kind == "sparse" else (member.offset_data, member.size if kind == "file" else 0)
                 found.append((member.name.rstrip("/").encode(errors="surrogateescape"), kind, place))
     except (tarfile.TarError, ValueError, LookupError, OverflowError, RecursionError, EOFError, OSError):
-        pass
-    return found
+        return found, True
+    return found, False
 
 
 def ours(data: bytes) -> tuple[list[tuple], bool]:
@@ -124,8 +124,10 @@ def mutated(data: bytes, rng: random.Random) -> bytes:
                         (345, 500) if block[257:263] == b"ustar\0" else (0, 100)])  # GNU keeps other things there
     length = field[1] - field[0]
     content = rng.choice([rng.randbytes(length), b"\xff" * length, b"\x80" + b"\xff" * (length - 1), b"\x80" + bytes(length - 1),
-                          b"-1", b"7" * length, b"0000000", b" 12 \0", bytes([rng.choice(b"SxgLK15V7")]) * length])
+                          b"-1", b"7" * length, b"0000000", b" 12 \0", bytes([rng.choice(b"xgLK15V7")]) * length])
     block[field[0] : field[1]] = content[:length].ljust(length, b"\0")
+    if block[156:157] == b"S":  # what tarfile makes of a sparse map that is none depends on its version
+        block[156:157] = b"V"
     changed = bytes(block) if rng.random() < 0.2 else sealed(bytes(block))
     out = data[:at] + changed + data[at + BLOCK :]
     return out[: rng.randrange(len(out))] if rng.random() < 0.2 else out
@@ -134,16 +136,15 @@ def mutated(data: bytes, rng: random.Random) -> bytes:
 def test_tars_against_tarfile(tally):
     for rng in tally.draws(250):
         data = b"".join(any_archive(rng) for _ in range(rng.choice([1, 1, 2, 3])))
-        assert ours(data) == (theirs(data), False)
+        assert ours(data) == theirs(data)
         tally.add("right")
 
 
 def test_damaged_headers_against_tarfile(tally):
     for rng in tally.draws(500):
         data = mutated(any_archive(rng), rng)
-        found, odd = ours(data)
-        expected = theirs(data)
-        if odd:
+        (found, odd), (expected, given_up) = ours(data), theirs(data)
+        if odd or given_up:
             shared = min(len(found), len(expected))
             assert found[:shared] == expected[:shared]
         else:

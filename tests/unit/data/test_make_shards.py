@@ -173,3 +173,41 @@ def test_unusable_json(tmp_path, text, message):
         (tmp_path / "llava.json").write_text(text)
     with pytest.raises(ConfigError, match=message):
         make_shards.run(args_for(tmp_path, "out"))
+
+
+def test_messages_and_records_that_cannot_be_stored(source):
+    folder, _ = source
+    os.mkfifo(folder / "images" / "pipe.jpg")
+
+    def shown(*urls):
+        parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+        return {"messages": [{"role": "user", "content": [*parts, {"type": "text", "text": "?"}]},
+                             {"role": "assistant", "content": "7"}]}
+
+    records = [
+        (None, shown("sub/1.jpg", "sub/2.jpg")), (None, {**shown("https://host/1.jpg"), "images": ["sub/3.jpg"]}),
+        (None, {"image": "sub/4.jpg", "caption": "a digit"}),
+        ("image-url", shown("https://host/1.jpg")), ("image-url", shown("data:image/jpeg;base64,AA")),
+        ("image-url", {"image": "s3://bucket/1.jpg", "conversations": chat()}), ("image-path", shown(None)),
+        ("missing-image", {"image": "pipe.jpg", "conversations": chat()}),
+        ("missing-image", {"image": "a\0", "conversations": chat()}),
+        ("bad-text", {"image": "\udc80.jpg", "conversations": chat()}),
+        ("unread-media", {"video": "a", "conversations": chat("hi")}),
+        ("bad-text", {"id": "\ud800", "conversations": chat("hi")}),
+        ("record-too-large", {"x": "y" * 9_000_000, "conversations": chat("hi")}),
+        ("tool-turn", {"messages": [{"role": "tool", "content": "3"}]}),
+    ]
+    (folder / "llava.json").write_text(json.dumps([record for _, record in records]))
+    assert make_shards.run(args_for(folder, "out")) == 0
+    report = json.loads((folder / "out" / "report.json").read_text())
+    assert [entry["reason"] for entry in report["skipped"]] == [reason for reason, _ in records if reason]
+    dataset = ShardDataset(folder / "out")
+    assert [len(dataset.read(i).images) for i in range(3)] == [2, 1, 1]
+    assert [turn["value"] for turn in dataset.read(0).record["conversations"]] == ["<image><image>?", "7"]
+
+
+def test_a_field_that_comes_twice_is_named(source):
+    folder, _ = source
+    (folder / "llava.json").write_text('[{"image": "a", "image": "b"}]')
+    with pytest.raises(ConfigError, match=r"llava\.json is not valid JSON: the field 'image' comes twice"):
+        make_shards.run(args_for(folder, "out"))

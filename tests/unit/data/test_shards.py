@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -193,3 +194,35 @@ def test_open_files_stay_bounded(tmp_path):
     dataset.close()
     assert open_files_under(tmp_path) == 0
     assert dataset.read(0).key == "000000000"
+
+
+def test_archives_put_together_are_read_whole(tmp_path):
+    parts = [write_tar(tmp_path / f"{i}.part", [(f"{i}.jpg", jpeg(i)), (f"{i}.json", record(i))]).read_bytes() for i in range(3)]
+    path = tmp_path / "a.tar"
+    path.write_bytes(b"".join(parts))
+    dataset = ShardDataset(path)
+    assert [dataset.read(i).record["id"] for i in range(len(dataset))] == [0, 1, 2]
+    assert [dataset.read(i).images for i in range(3)] == [[jpeg(i)] for i in range(3)]
+    assert dataset.problems == {"concatenated": 2}
+    path.write_bytes(parts[0] + bytes(40960))
+    assert ShardDataset(path).problems == {"truncated": 1}
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize(("kind", "reason"), [(tarfile.SYMTYPE, "not-a-file"), (tarfile.LNKTYPE, "not-a-file"),
+                                              (tarfile.FIFOTYPE, "not-a-file"), (tarfile.GNUTYPE_SPARSE, "sparse-member")])
+def test_members_that_are_no_plain_files_take_their_sample_with_them(tmp_path, form, kind, reason):
+    """Without its image the record is a text-only one, and would be trained as such."""
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=form) as archive:
+        for name, data in (("x.json", json.dumps({"conversations": chat("hi")}).encode()), ("y.json", record(1))):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+        link = tarfile.TarInfo("x.jpg")
+        link.type, link.linkname = kind, "y.json" if kind in (tarfile.SYMTYPE, tarfile.LNKTYPE) else ""
+        archive.addfile(link)
+    dataset = ShardDataset(path)
+    with pytest.raises(SampleError, match=reason):
+        dataset.read(0)
+    assert dataset.read(1).record["id"] == 1 and dataset.problems == {reason: 1}
