@@ -142,11 +142,16 @@ class Saver:
         return None
 
 
-def load_training_state(path: Path, *, modules: list[torch.nn.Module], optimizer: Any, scheduler: Any, record: Record) -> None:
+def load_training_state(path: Path, *, modules: list[torch.nn.Module], optimizer: Any, scheduler: Any, record: Record,
+                        is_own: bool = False) -> None:
     """Resume under any layout: model, optimizer (both moments, step, master weights), schedule and RNG. Communicates.
 
     Generators go on where they were under the layout that saved; under another one they start afresh (nothing random but
     fresh weights depends on them).
+
+    Args:
+        is_own: the checkpoint lies in this run's directory. Only then is Transformer Engine given the history of its FP8 scales,
+            a pickle inside a tensor, which it opens without restriction.
 
     Raises:
         CheckpointError: the tensors cannot be read, or are of another step than the record.
@@ -164,11 +169,20 @@ def load_training_state(path: Path, *, modules: list[torch.nn.Module], optimizer
     if (steps := loaded["scheduler"].get("num_steps")) != record.step:
         raise CheckpointError(f"checkpoint {path}: its record is of step {record.step}, its schedule of {steps}: not one save's")
     for i, module in enumerate(modules):
-        module.load_state_dict(loaded[_chunk_key(i, len(modules))], strict=True)
+        own_state = loaded[_chunk_key(i, len(modules))]
+        module.load_state_dict(own_state if is_own else without_history(own_state, path), strict=True)
     optimizer_state.load(optimizer, own, loaded.get("shards of the optimizer", {}), record.step)
     scheduler.load_state_dict(loaded["scheduler"])
     if "rng" in loaded:
         rng.set_state(loaded["rng"])
+
+
+def without_history(state: dict[str, Any], path: Path) -> dict[str, Any]:
+    """A module's state dict in which Transformer Engine's FP8 scales begin anew, which is said where there was a history."""
+    extra = {name: value for name, value in state.items() if "_extra_state" in name and value is not None}
+    if any(not torch.is_tensor(value) or value.numel() for value in extra.values()):
+        log.warning("%s is another run's: the history of FP8 scales is not taken from it and begins anew", path)
+    return {**state, **{name: torch.empty(0, dtype=torch.uint8) for name in extra}}
 
 
 def load_weights(path: Path, states: list[dict[str, Any]], *, may_be_fresh: re.Pattern[str],

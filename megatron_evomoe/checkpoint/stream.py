@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_evomoe.checkpoint import integrity, metadata
+from megatron_evomoe.checkpoint import contents, integrity, metadata
 from megatron_evomoe.checkpoint.mapped import alone, view_of
 from megatron_evomoe.checkpoint.record import CheckpointError, Record, read, write_tracker
 
@@ -113,12 +113,12 @@ def _read_saved(path: Path, offset: int, length: int) -> Tensor:
     """The tensor that torch.save wrote at `offset`; nothing the file names is run. A view of the file where its place allows."""
     with path.open("rb", buffering=0) as file:
         # shape, strides and place, without the data
-        outline = torch.load(_Window(file, offset, length), map_location="meta", weights_only=True)
+        outline = contents.load(_Window(file, offset, length), "meta")
         start = offset + getattr(outline.untyped_storage(), "_checkpoint_offset", 1)
         is_plain = outline.is_contiguous() and outline.untyped_storage().nbytes() == outline.nbytes
         if is_plain and start % _ALIGNMENT == 0 and start + outline.nbytes <= offset + length:
             return view_of(path, start, outline.dtype, outline.shape)
-        return torch.load(_Window(file, offset, length), map_location="cpu", weights_only=True)
+        return contents.load(_Window(file, offset, length))
 
 
 class _Window(io.RawIOBase):

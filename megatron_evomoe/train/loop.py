@@ -275,7 +275,8 @@ def _resume(session: Session, found: Path, built: Built, stage: StageConfig, com
     record = find.record_of(found)
     _check_lineage(session, stage, found, record)
     check_tokenizer(record, found, session.fingerprint)
-    store.load_training_state(found, modules=built.modules, optimizer=built.optimizer, scheduler=built.scheduler, record=record)
+    store.load_training_state(found, modules=built.modules, optimizer=built.optimizer, scheduler=built.scheduler, record=record,
+                              is_own=found.parent.parent == session.run_dir)
     session.logger.rewind(stage.name, record.step)
     if schedule := str(built.scheduler):
         comparison.notes.append(schedule)

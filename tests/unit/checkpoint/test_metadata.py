@@ -11,6 +11,7 @@ import pickle
 import re
 import struct
 import sys
+import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -299,6 +300,40 @@ def test_nothing_else_opens_a_checkpoint():
         assert not re.search(r"pickle\.loads?\(|Unpickler|read_metadata\((?!self)|dcp\.load|checkpoint\.load\(", source), path
         for call in re.findall(r"torch\.load\((.*)", source):
             assert "weights_only=True" in call, path
+
+
+def test_what_megatron_core_allows_is_not_built(saved):
+    """A member of an enumeration is there once in the process: state given to it would outlive the file."""
+    from megatron.core.enums import ModelType
+
+    allowed, member, before = torch.serialization.get_safe_globals(), next(iter(ModelType)), dict(vars(next(iter(ModelType))))
+    harm = (b"\x80\x02c" + f"{ModelType.__module__}\n{ModelType.__qualname__}\n".encode() + b"K" + bytes([member.value])
+            + b"\x85R}X\x04\x00\x00\x00evilK\x01sb.")
+    assert ModelType in allowed
+    buffer = io.BytesIO()
+    torch.save({"a": 1}, buffer)
+    archive, other = zipfile.ZipFile(buffer), io.BytesIO()
+    with zipfile.ZipFile(other, "w") as file:
+        for entry in archive.namelist():
+            file.writestr(entry, harm if entry.endswith("data.pkl") else archive.read(entry))
+    put(saved / "common.pt", other.getvalue())
+    with pytest.raises(CheckpointError, match=r"common\.pt is unsafe or damaged"):
+        contents.require_safe(saved)
+    assert dict(vars(member)) == before and torch.serialization.get_safe_globals() == allowed
+    torch.load(io.BytesIO(other.getvalue()), weights_only=True)  # left alone, torch builds it
+    assert vars(member).pop("evil") == 1
+
+
+def test_another_run_s_history_of_fp8_scales_is_not_opened(caplog):
+    from megatron_evomoe.checkpoint.store import without_history
+
+    harm = torch.frombuffer(bytearray(pickle.dumps(Shell("false"))), dtype=torch.uint8)
+    state = {"a.weight": torch.ones(2), "a._extra_state": harm, "b._extra_state": torch.empty(0, dtype=torch.uint8),
+             "c._extra_state1": io.BytesIO(b"x"), "d._extra_state": None}
+    found = without_history(state, Path("there"))
+    assert found.keys() == state.keys() and found["a.weight"] is state["a.weight"] and found["d._extra_state"] is None
+    assert all(found[f"{name}"].numel() == 0 for name in ("a._extra_state", "b._extra_state", "c._extra_state1"))
+    assert "there is another run's: the history of FP8 scales is not taken" in caplog.text
 
 
 def test_common_state_that_never_ends_is_named(saved):
