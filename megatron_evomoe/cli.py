@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import logging
 import os
 import sys
@@ -27,6 +28,11 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise _UsageError(f"{message}; {self.prog} --help lists the arguments")
 
+    def refuse(self, unknown: list[str]) -> NoReturn:
+        """Arguments that nothing takes."""
+        close = difflib.get_close_matches(unknown[0].split("=")[0], self._option_string_actions, n=1, cutoff=0.6)
+        self.error(f"unrecognized arguments: {' '.join(unknown)}{f' (did you mean {close[0]}?)' if close else ''}")
+
 
 def main(argv: list[str] | None = None) -> int:
     """Parse, run, and turn errors meant for users into one line and exit status 2."""
@@ -37,9 +43,11 @@ def main(argv: list[str] | None = None) -> int:
     for name in COMMANDS:
         sub = commands.add_parser(name, help=_HELP[name], allow_abbrev=False)  # an abbreviation may mean another flag tomorrow
         if name == asked:
-            sub.set_defaults(handler=_ADD[name](sub))
+            sub.set_defaults(handler=_ADD[name](sub), parser=sub)
     try:
-        args = parser.parse_args(argv)
+        args, unknown = parser.parse_known_args(argv)
+        if unknown:
+            args.parser.refuse(unknown)
     except _UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

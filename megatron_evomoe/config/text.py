@@ -74,6 +74,8 @@ def _text_of(path: str | Path) -> str:
             raise ConfigError(f"config file {path} is {kind}; give a plain file")
         with open(path, "rb") as file:
             data = file.read(MAX_BYTES + 1)
+    except ConfigError:
+        raise
     except FileNotFoundError:
         raise ConfigError(f"config file {path} does not exist") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name

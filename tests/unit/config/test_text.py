@@ -167,5 +167,6 @@ def test_only_plain_files_of_moderate_size_are_read(tmp_path):
         ("x" * 5000, "cannot be read"),
         (tmp_path / "large.yaml", "is larger than"),
     ):
-        with pytest.raises(ConfigError, match=message):
+        with pytest.raises(ConfigError, match=message) as error:
             text.read_file(path)
+        assert str(error.value).count("config file") == 1

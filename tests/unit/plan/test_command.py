@@ -68,7 +68,7 @@ def test_errors_are_one_line(run_yaml, capsys, flags, message):
     (["--tflops", "nan"], "argument --tflops: 'nan' is no finite number"),
     (["--top", "1.5"], "argument --top: '1.5' is no whole number"),
     (["--train-iters"], "argument --train-iters: expected one argument"),
-    (["--train-iter", "5"], "unrecognized arguments: --train-iter"),
+    (["--train-iter", "5"], "unrecognized arguments: --train-iter 5 (did you mean --train-iters?)"),
 ])
 def test_arguments_out_of_range_are_refused_by_name(run_yaml, capsys, flags, message):
     assert main(["plan", "--config", run_yaml, "--nnodes", "1", *flags]) == 2
