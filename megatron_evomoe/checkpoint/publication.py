@@ -73,15 +73,17 @@ class Publication:
             self._remove_pending()
             raise
 
-    def agree(self, error: BaseException | None) -> None:
+    def agree(self, met: BaseException | None) -> None:
         """Raise on every rank what any rank met. Communicates."""
         reports: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(reports, (socket.gethostname(), _failures(error), self.is_published))
+        dist.all_gather_object(reports, (socket.gethostname(), _failures(met), self.is_published))
         failures = {rank: text for _, told, _ in reports if told is not None for rank, text in told.items()}
         if any(told is not None for _, told, _ in reports):
             rank = min(failures, default=0)
             what = f"rank {rank} ({reports[rank][0]}): {failures.get(rank, 'a write failed')}"
-            raise self._error(what, is_published=any(published for _, _, published in reports))
+            error = self._error(what, is_published=any(published for _, _, published in reports))
+            error.is_shared = True
+            raise error
 
     def failed(self, error: Exception) -> CheckpointError:
         """What this rank met, for this rank to raise. The others hear of it through the alarm."""

@@ -34,7 +34,12 @@ FileName = Annotated[str, pydantic.StringConstraints(pattern=r"^[A-Za-z0-9_.-]*[
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be used, or could not be written; the message says which and what stays intact."""
+    """A checkpoint that cannot be used, or could not be written; the message says which and what stays intact.
+
+    is_shared: all ranks raise it alike, and the message says which of them met it.
+    """
+
+    is_shared = False
 
 
 class Ancestor(TypedDict):

@@ -42,9 +42,11 @@ class Failure:
     pid: int
     text: str
     status: int
+    is_shared: bool
+    """all ranks have met it alike, and the text says what is to be said of ranks"""
 
     def __str__(self) -> str:
-        place = f"rank {self.rank} of {self.world} ({self.host}, pid {self.pid}): " if self.world > 1 else ""
+        place = "" if self.is_shared else f"rank {self.rank} of {self.world} ({self.host}, pid {self.pid}): "
         return f"error: {place}{self.text}"
 
 
@@ -68,9 +70,9 @@ def failure_of(error: BaseException, run_dir: Path | None) -> Failure:
     says_it_itself = isinstance(error, (ConfigError, CheckpointError, NonFiniteError))
     if run_dir is not None and not says_it_itself:
         line += f". The checkpoints under {run_dir} stay as they were; the same command goes on from the newest"
-    known = dist.is_initialized()
-    return Failure(dist.get_rank() if known else 0, dist.get_world_size() if known else 1, socket.gethostname(), os.getpid(), line,
-                   status)
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    return Failure(rank, world, socket.gethostname(), os.getpid(), line, status,
+                   is_shared=world == 1 or getattr(error, "is_shared", False))
 
 
 def tell(failure: Failure, error: BaseException) -> Failure:

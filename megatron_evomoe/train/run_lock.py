@@ -195,4 +195,6 @@ def _agreed(work: Any) -> None:
             problem = [str(error)]
     dist.broadcast_object_list(problem, src=0)
     if problem[0] is not None:
-        raise CheckpointError(problem[0])
+        shared = CheckpointError(problem[0])
+        shared.is_shared = True
+        raise shared
