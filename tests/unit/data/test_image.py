@@ -161,3 +161,11 @@ def test_limits_are_the_callers():
     with pytest.raises(SampleError) as error:
         decode_image(encoded(Image.new("RGB", (1000, 2)), "PNG"))
     assert error.value.reason == "image-shape"
+
+
+def test_a_jpeg_of_hundreds_of_scans_is_refused():
+    scan = b"\xff\xda\x00\x08\x01\x01\x00\x00\x00\x00"
+    data = jpeg()
+    with pytest.raises(SampleError, match="301 scans; at most 200") as error:
+        decode_image(data[:-2] + scan * 300 + data[-2:])
+    assert error.value.reason == "corrupt-image"
