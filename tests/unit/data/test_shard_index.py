@@ -219,3 +219,23 @@ def test_what_lies_in_its_place(tmp_path, what):
     else:
         place.symlink_to("/dev/zero" if what == "device" else place.name)
     assert len(ShardDataset(path)) == 1
+
+
+@pytest.mark.parametrize("name", ["defects", "content", "images"])
+def test_a_change_that_could_be_true_is_noticed_by_the_digest(tmp_path, built, name):
+    path, = write_shards(samples(6), tmp_path)
+    before = load_index(path)
+    changed = getattr(before, name).copy()
+    changed[1] = changed[1] + 1 if name != "images" else changed[2]
+    count = len(built)
+    rewrite(path, seal=False, **{name: changed})
+    assert (getattr(load_index(path), name) == getattr(before, name)).all() and len(built) == count + 1
+
+
+def test_images_of_a_sample_are_not_exchanged(tmp_path):
+    path, = write_shards(samples(3), tmp_path)  # the third has two
+    images = load_index(path).images.copy()
+    images[[1, 2]] = images[[2, 1]]
+    rewrite(path, images=images)
+    with pytest.raises(SampleError, match="stale-index"):
+        ShardDataset(path).read(2)
