@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,9 +120,13 @@ def _weight_files(path: Path) -> list[str]:
     if not index.is_file():
         return ["model.safetensors"]
     try:
-        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError, OSError) as error:
         raise ModelError(f"{index} is no weight index: {error!r}") from None
+    for name in names:
+        if not isinstance(name, str) or "/" in name or not name.endswith(".safetensors"):
+            raise ModelError(f"{index} names {reprlib.repr(name)} as a file of weights; files are *.safetensors beside the index")
+    return names
 
 
 def load(path: str | Path, dtype: str = "auto", device: str | None = None) -> LoadedModel:

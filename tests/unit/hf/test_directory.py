@@ -14,6 +14,7 @@ import torch
 from megatron_evomoe.checkpoint.record import CheckpointError
 from megatron_evomoe.config import ConfigError
 from megatron_evomoe.hf.directory import HfDirectory
+from megatron_evomoe.hf.loading import ModelError, check_directory
 
 safetensors = pytest.importorskip("safetensors.torch")
 
@@ -144,6 +145,7 @@ def test_the_largest_import_does_not_stay_in_memory(tmp_path):
     del tensors
     script = f"""
 from megatron_evomoe.hf.directory import HfDirectory
+from megatron_evomoe.hf.loading import ModelError, check_directory
 def resident(): return int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) * 1024
 found, before = HfDirectory({str(path)!r}), resident()
 for name in found.tensors: assert found.read(name).sum() == 3_000_000
@@ -208,6 +210,17 @@ def test_an_index_that_lies_is_named(tmp_path, name):
     (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(CheckpointError, match=f"index.json.*{message}"):
         HfDirectory(path)
+
+
+@pytest.mark.parametrize("content", ["{", "[" * 10**5, "[]", '{"weight_map": 3}', *(json.dumps({"weight_map": found}) for found in (
+    [], {"a": 1}, {"a": []}, {"a": "../other/model.safetensors"}, {"a": "/etc/x.safetensors"}, {"a": "pytorch_model.bin"}))])
+def test_a_directory_that_is_to_answer_has_its_files_beside_its_index(tmp_path, content):
+    """Where `evaluate` and `generate` load from, too."""
+    path = directory(tmp_path / "m", {"pytorch_model.bin": TENSORS})
+    directory(tmp_path / "other", {"model.safetensors": TENSORS})
+    (path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ModelError, match=r"index\.json (is no weight index|names)"):
+        check_directory(path)
 
 
 @pytest.mark.parametrize(("text", "message"), [
