@@ -11,8 +11,9 @@ from typing import Any
 from megatron_evomoe.config import ConfigError
 from megatron_evomoe.data.tokenizer import build_tokenizer
 
-_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-          "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json")
+_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer.model.sha256", "tokenizer_config.json", "special_tokens_map.json",
+          "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json")
+_SUMS = "SHA256SUMS"
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,10 @@ def bring(source: Path | None, folder: Path) -> Brought:
     folder.mkdir(parents=True)
     for name in present:
         shutil.copyfile(source / name, folder / name)
+    if (source / _SUMS).is_file():  # of what was copied; it may speak of weights, too
+        lines = (source / _SUMS).read_text(errors="replace").splitlines()
+        kept = [line for line in lines if line.strip().partition(" ")[2].strip().removeprefix("*") in present]
+        (folder / _SUMS).write_text("".join(f"{line}\n" for line in kept))
     ways = {"tokenizer.json": _as_it_is, "vocab.json": _converted, "tokenizer.model": _sentencepiece}
     problems = []
     for name, way in ways.items():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -76,7 +78,22 @@ def test_a_damaged_tokenizer_is_said(fast, tmp_path, content, monkeypatch):
     train_sentencepiece(helpers.LINES * 5, folder / "tokenizer.model", 400)
     brought = bring(folder, tmp_path / "out")
     assert brought.path == "tokenizer.model" and "tokenizer.json cannot be used" in brought.note
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["tokenizer.model"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["tokenizer.model", "tokenizer.model.sha256"]
+
+
+@pytest.mark.parametrize("sums", ["SHA256SUMS", "tokenizer.model.sha256"])
+def test_checksums_come_along_and_must_hold(fast, tmp_path, sums):
+    """Those of the tokenizer's files; weights may be listed beside them."""
+    folder, name = tmp_path / "hf", "tokenizer.json" if sums == "SHA256SUMS" else "tokenizer.model"
+    shutil.copytree(fast, folder) if sums == "SHA256SUMS" else train_sentencepiece(helpers.LINES * 5, folder / name, 400)
+    digest = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    others = f"{'0' * 64}  model.safetensors\n" if sums == "SHA256SUMS" else ""
+    (folder / sums).write_text(f"{others}{digest}  {name}\n")
+    assert bring(folder, tmp_path / "out").path is not None
+    assert (tmp_path / "out" / sums).read_text() == f"{digest}  {name}\n"
+    (folder / sums).write_text(f"{'0' * 64}  {name}\n")
+    brought = bring(folder, tmp_path / "bad")
+    assert brought.path is None and "is not the one of" in brought.note
 
 
 def test_nothing_is_said(tmp_path):
