@@ -212,7 +212,7 @@ def save_images(row: Row, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for i, image in enumerate(row.images):
-        paths.append(folder / f"{row.key.replace('/', '_')}.{i}.png")
+        paths.append(folder / f"{row.key.replace('/', '_')[-60:]}.{i}.png")  # a key may be longer than a file's name
         Image.fromarray(_hwc(image)).save(paths[-1])
     return paths
 
