@@ -91,7 +91,7 @@ class ParallelConfig:
     num_layers_per_virtual_pipeline_stage: Said[Optional[Few]] = None
     """Layers per chunk for the interleaved schedule; none is not interleaved."""
     context_parallel_size: Said[Few] = 1
-    """CP (needs Transformer Engine)."""
+    """CP; only 1 so far."""
     expert_model_parallel_size: Said[Few] = 1
     """EP."""
     expert_tensor_parallel_size: Said[Few] = 1

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch.distributed as dist
 
 from megatron_evomoe.config import ConfigError, RunConfig
-from megatron_evomoe.parallel import backend
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,11 +27,8 @@ def _divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
 
 
-def validate(config: RunConfig, world_size: int, *, on_gpus: bool | None = None) -> None:
+def validate(config: RunConfig, world_size: int) -> None:
     """Refuse degrees that cannot be laid out on `world_size` ranks.
-
-    Args:
-        on_gpus: whether the ranks have a GPU each; by default as here.
 
     Raises:
         ConfigError: names the product and what would fit.
@@ -65,8 +61,9 @@ def validate(config: RunConfig, world_size: int, *, on_gpus: bool | None = None)
     if tp > 1 and p.sequence_parallel is False and any(stage.kind == "route" for stage in config.stages):
         raise ConfigError(f"mixtures under TP {tp} need sequence_parallel (a rule of megatron-core's MoELayer); leave it out, or "
                           "use TP 1")
-    if cp > 1 and not (backend.on_gpu() if on_gpus is None else on_gpus):
-        raise ConfigError(f"context parallel size {cp} needs Transformer Engine's attention on a GPU; use 1 here")
+    if cp > 1:
+        raise ConfigError(f"context_parallel_size {cp} cannot be used: samples are not split over context-parallel ranks yet; use "
+                          "1, and a larger tensor_model_parallel_size for long sequences")
     if p.overlap_param_gather and not p.use_distributed_optimizer:
         raise ConfigError("overlap_param_gather gathers what the distributed optimizer shards, and use_distributed_optimizer is "
                           "false; leave one of the two at its default")

@@ -101,7 +101,7 @@ def check(config: RunConfig, kind: str, world_size: int) -> None:
     """
     from megatron_evomoe.model import precision
 
-    topology.validate(config, world_size, on_gpus=True)
+    topology.validate(config, world_size)
     check_fields(config, kind)  # FP8's widths are of a tensor-parallel rank
     precision.check_sequence(config)
     p = config.parallel

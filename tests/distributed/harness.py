@@ -41,6 +41,18 @@ class Layout:
     """communicate gradients and weights during the backward and the forward pass, in many small buckets"""
 
     @property
+    def replicas(self) -> int:
+        """Data-parallel size."""
+        return self.world // (self.tp * self.pp)
+
+    def takes(self, options: dict[str, Any]) -> bool:
+        """Whether eight rows a step can be laid out so, and the optimizer has what the layout overlaps."""
+        rows = options.get("train", {}).get("micro_batch_size", 2)
+        microbatches, rest = divmod(ROWS, rows * self.replicas)
+        shards = options.get("parallel", {}).get("use_distributed_optimizer", True)
+        return not rest and (self.layers_per_chunk is None or microbatches % self.pp == 0) and (shards or not self.overlap)
+
+    @property
     def flags(self) -> dict[str, Any]:
         """The `parallel` section."""
         return {"tensor_model_parallel_size": self.tp, "pipeline_model_parallel_size": self.pp,
@@ -62,8 +74,20 @@ LAYOUTS = {
     "TP 2 x EP 2": Layout(world=4, tp=2, ep=2),
     "PP 2 x EP 2": Layout(world=4, pp=2, ep=2),
     "TP 2 x PP 2": Layout(world=4, tp=2, pp=2),
-    "PP 2, 2 chunks x DP 2, overlapped": Layout(world=4, pp=2, layers_per_chunk=1, overlap=True),
 }
+"""Every stage and option under each."""
+
+COMBINED = {
+    "PP 4": Layout(world=4, pp=4),
+    "TP 4": Layout(world=4, tp=4),
+    "ETP 2": Layout(world=2, etp=2),
+    "DP 2 x EP 2, overlapped": Layout(world=4, ep=2, overlap=True),
+    "PP 2, 2 chunks x EP 2": Layout(world=4, pp=2, layers_per_chunk=1, ep=2),
+    "PP 2, 2 chunks x DP 2, overlapped": Layout(world=4, pp=2, layers_per_chunk=1, overlap=True),
+    "TP 2 x EP 2 x ETP 2": Layout(world=4, tp=2, ep=2, etp=2),
+    "TP 2 x PP 2 x EP 2": Layout(world=8, tp=2, pp=2, ep=2),
+}
+"""Some stages and options under each: tests/distributed/test_layouts.py says which."""
 
 
 @dataclass(kw_only=True)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from tests.distributed.campaign import STAGES, STEPS, Campaign, deviation
-from tests.distributed.harness import LAYOUTS
+from tests.distributed.harness import COMBINED, LAYOUTS
 
 METRICS = 1e-5
 METRICS_OF_OPTIONS = 5e-5
@@ -33,19 +33,30 @@ OPTIONS: dict[str, dict[str, Any]] = {
     if recompute != "no recompute" or not distributed
 } | {f"{size} rows a microbatch": {"train": {"micro_batch_size": size}} for size in (1, 4)}
 
+EXPERTS: dict[str, dict[str, Any]] = {
+    "as they are": {},
+    "two of 8, capacity 0.6": {"moe": {"num_experts": 8, "moe_router_topk": 2, "moe_expert_capacity_factor": 0.6},
+                               "optimizer": {"lr": 1e-4}},
+    "two of 8, capacity 0.6, full recompute, one row": {
+        "moe": {"num_experts": 8, "moe_router_topk": 2, "moe_expert_capacity_factor": 0.6},
+        "train": {"recompute_granularity": "full", "micro_batch_size": 1}, "optimizer": {"lr": 1e-4}},
+}
+TRAINED = [(stage, layout) for stage in STAGES if stage != "route, capacity" for layout in WIDE] + [
+    ("route, capacity", layout) for layout in ("TP 2", "TP 2 x ETP 2", "TP 2 x EP 2", "TP 2 x EP 2 x ETP 2",
+                                               "PP 2, 2 chunks x DP 2, overlapped")]
+
 
 @pytest.fixture(scope="session")
 def campaign(tmp_path_factory) -> Campaign:
     """All stages under all layouts with default options, and every stage's state moved from and to one rank."""
     found = Campaign(tmp_path_factory.mktemp("campaign"))
     found.run_references(list(STAGES))
-    found.run_layouts(list(STAGES), WIDE)
+    found.run_pairs(TRAINED)
     found.run_resumes(RESUMED, [("one rank", layout) for layout in WIDE] + [(layout, "one rank") for layout in WIDE])
     return found
 
 
-@pytest.mark.parametrize("layout", WIDE)
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(("stage", "layout"), TRAINED)
 def test_layout_agrees_with_one_rank(campaign, stage, layout):
     """Loss, gradient norm, learning rate, token counts, shares by modality and auxiliary losses of each step."""
     assert deviation(campaign.unbroken(stage)[:STEPS], campaign.trained[stage, layout]) < METRICS
@@ -59,8 +70,7 @@ def test_state_moves_from_and_to_one_rank(campaign, stage, layout):
         assert deviation(campaign.unbroken(stage)[STEPS:], campaign.resumed[(stage, *pair)]) < METRICS, pair
 
 
-@pytest.mark.parametrize("layout", WIDE)
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(("stage", "layout"), TRAINED)
 def test_checkpoints_hold_the_same_tensors(campaign, one_rank, stage, layout):
     """Names, shapes and values of weights, evolved experts and both moments, after three steps."""
     wanted, got = saved(campaign, stage, "one rank"), saved(campaign, stage, layout)
@@ -89,8 +99,7 @@ def saved(campaign: Campaign, stage: str, layout: str) -> dict[str, torch.Tensor
 def test_options_agree_with_one_rank(tmp_path, option, row):
     """The same with recompute, without the distributed optimizer, and with other microbatches."""
     found = Campaign(tmp_path, OPTIONS[option])
-    rows = OPTIONS[option].get("train", {}).get("micro_batch_size", 2)
-    layouts = [name for name in WIDE if not (rows == 4 and name == "EP 4")]  # four replicas of four rows are no batch of eight
+    layouts = [name for name in WIDE if LAYOUTS[name].takes(OPTIONS[option])]
     found.run_references(MATRIX)
     found.run_layouts(MATRIX, layouts)
     report(row, option, {(stage, layout): deviation(found.unbroken(stage)[:STEPS], found.trained[stage, layout])
@@ -104,6 +113,25 @@ def test_state_moves_between_any_two_layouts(campaign, source, row):
     campaign.run_resumes(RESUMED, pairs)
     report(row, f"{source} →", {(stage, to): deviation(campaign.unbroken(stage)[STEPS:], campaign.resumed[stage, source, to])
                                 for stage, (_, to) in itertools.product(RESUMED, pairs)})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experts", EXPERTS)
+def test_combined_layouts_agree_with_one_rank(tmp_path, experts, row):
+    """Degrees together, for what depends on how tokens lie on ranks; state moved to them and from them."""
+    found = Campaign(tmp_path, EXPERTS[experts])
+    stages = ["warmup", *RESUMED[1:]] if experts == "as they are" else RESUMED[2:]
+    layouts = [name for name in COMBINED if COMBINED[name].takes(EXPERTS[experts])]
+    found.run_references(stages)
+    found.run_layouts(stages, layouts)
+    deviations = {(stage, layout): deviation(found.unbroken(stage)[:STEPS], found.trained[stage, layout])
+                  for stage, layout in itertools.product(stages, layouts)}
+    if experts == "as they are":
+        pairs = [("one rank", layout) for layout in layouts] + [(layout, "one rank") for layout in layouts]
+        found.run_resumes(["route, experts too"], pairs)
+        deviations |= {("moved", f"{source} to {to}"): deviation(found.unbroken(stage)[STEPS:], steps)
+                       for (stage, source, to), steps in found.resumed.items()}
+    report(row, f"combined, {experts}", deviations)
 
 
 def report(row: Callable[[str], None], what: str, deviations: dict[tuple[str, str], float]) -> None:
