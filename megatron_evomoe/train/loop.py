@@ -39,7 +39,7 @@ from megatron_evomoe.train.session import (
 from megatron_evomoe.train.step import take_step
 from megatron_evomoe.train.stop import StopRequests
 from megatron_evomoe.train.training_set import training_set
-from megatron_evomoe.train.transition import check_tokenizer, start_from
+from megatron_evomoe.train.transition import start_from
 
 log = logging.getLogger(__name__)
 
@@ -171,7 +171,7 @@ def _begin(session: Session, built: Built, stage: StageConfig, config: RunConfig
     lineage: list[records.Ancestor] = []
     if source_path is not None:
         source_path = find.resolve(source_path)
-        comparison = resume.compare_source(source_path, find.record_of(source_path), stage, config)
+        comparison = resume.compare_source(source_path, find.record_of(source_path), stage, config, session.fingerprint)
         source, fresh = start_from(source_path, built, config, stage, fingerprint=session.fingerprint)
         lineage = [*source.lineage, {"stage": source.stage, "kind": source.kind, "step": source.step, "path": str(source_path),
                                      "run_id": source.run_id}]
@@ -274,7 +274,6 @@ def _has_steps_left(found: Path, config: RunConfig) -> bool:
 def _resume(session: Session, found: Path, built: Built, stage: StageConfig, comparison: resume.Comparison) -> Record:
     record = find.record_of(found)
     _check_lineage(session, stage, found, record)
-    check_tokenizer(record, found, session.fingerprint)
     store.load_training_state(found, modules=built.modules, optimizer=built.optimizer, scheduler=built.scheduler, record=record,
                               is_own=found.parent.parent == session.run_dir)
     session.logger.rewind(stage.name, record.step)

@@ -22,6 +22,7 @@ from megatron_evomoe.data import changed
 from megatron_evomoe.parallel.agree import on_all_ranks
 from megatron_evomoe.train.compare import Change, changes, model_changes, show, stored_config
 from megatron_evomoe.train.session import Session, stage_dir
+from megatron_evomoe.train.transition import check_tokenizer
 
 CONFIG_FILE = "run_config.yaml"
 
@@ -53,11 +54,12 @@ def compare(session: Session, folder: Path, stage: StageConfig, config: RunConfi
         data: what it would train on; none where no step is left.
 
     Raises:
-        CheckpointError: on every rank: it belongs to another kind of stage, something that must equal differs and is not
-            allowed, or more steps are done than `train_iters`.
+        CheckpointError: on every rank: it was trained with another tokenizer, belongs to another kind of stage, something that
+            must equal differs and is not allowed, or more steps are done than `train_iters`.
     """
     def held() -> Comparison:
         record = records.read(folder)
+        check_tokenizer(record, folder, session.fingerprint)  # first: another tokenizer has another vocabulary size, too
         found = _compare(folder, record, stored(folder, record.stage), stage, config, data)
         found.notes += stale(session, record)
         return found
@@ -132,13 +134,14 @@ def _compare_data(folder: Path, record: Record, data: TrainingData, config: RunC
     return found
 
 
-def compare_source(folder: Path, source: Record, stage: StageConfig, config: RunConfig) -> Comparison:
+def compare_source(folder: Path, source: Record, stage: StageConfig, config: RunConfig, fingerprint: str) -> Comparison:
     """Hold the model in `folder`, from which `stage` is to begin, against the present one. Communicates.
 
     Raises:
         CheckpointError: on every rank: it is another model, though tensors may have the same shapes, and that is not allowed.
     """
     def held() -> Comparison:
+        check_tokenizer(source, folder, fingerprint)  # first, as in `compare`
         before = stored(folder, source.stage) or stored(folder, None)  # imported weights have no stages
         if before is None:
             return Comparison(notes=[f"{CONFIG_FILE} of {folder} is empty, so no model could be compared"])
