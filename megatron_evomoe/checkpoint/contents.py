@@ -60,10 +60,10 @@ def no_more_than_torchs() -> Iterator[None]:
         torch.serialization.add_safe_globals(added)
 
 
-def load(file: BinaryIO, map_location: str = "cpu") -> Any:
+def load(file: BinaryIO | Path, map_location: str = "cpu", *, mmap: bool = False) -> Any:
     """torch.load that runs nothing. Raises whatever torch meets in damaged bytes."""
     with no_more_than_torchs():
-        return torch.load(file, map_location=map_location, weights_only=True)
+        return torch.load(file, map_location=map_location, weights_only=True, mmap=mmap)
 
 
 def require_safe(directory: Path) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_evomoe.checkpoint import contents
 from megatron_evomoe.checkpoint.record import CheckpointError
 from megatron_evomoe.config import ConfigError
 from megatron_evomoe.hf.safetensors_in import DTYPES, Place, Reader, read_header, unique
@@ -130,7 +131,7 @@ def _load_pickled(file: Path) -> dict[str, Tensor]:
     """A ``pytorch_model*.bin``, opened without running what it may name."""
     try:
         # files of before torch 1.6 are no archives, and only an archive can be mapped
-        loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        loaded = contents.load(file, mmap=zipfile.is_zipfile(file))
     except Exception as error:  # a damaged or malicious pickle can raise anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{file} is unsafe or damaged ({reason[:300]}); nothing was loaded. Ask its author for "
