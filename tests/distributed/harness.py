@@ -114,9 +114,9 @@ class Job:
 def configuration(job: Job) -> dict[str, Any]:
     """Four layers, the second and fourth mixtures; α large enough for its gradient to matter."""
     raw: dict[str, Any] = {
-        "language": {"num_layers": 4, "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 8, "num_query_groups": 4,
+        "language": {"num_layers": 4, "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 4, "num_query_groups": 2,
                      "vocab_size": VOCAB, "init_method_std": 0.1},
-        "vision": {"image_size": 16, "patch_size": 8, "hidden_size": 16, "num_layers": 2, "num_attention_heads": 4,
+        "vision": {"image_size": 16, "patch_size": 8, "hidden_size": 16, "num_layers": 2, "num_attention_heads": 2,
                    "ffn_hidden_size": 32, "init_method_std": 0.1},
         "moe": {"dtr_hidden_size": 4, "dtr_rank": 4, "moe_aux_loss_coeff": 0.02},
         "data": {"seq_length": 64},

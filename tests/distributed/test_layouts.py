@@ -33,6 +33,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     if recompute != "no recompute" or not distributed
 } | {f"{size} rows a microbatch": {"train": {"micro_batch_size": size}} for size in (1, 4)}
 
+HEADS = {"language": {"num_attention_heads": 8, "num_query_groups": 4}, "vision": {"num_attention_heads": 4}}  # TP 4 can split them
 EXPERTS: dict[str, dict[str, Any]] = {
     "as they are": {},
     "two of 8, capacity 0.6": {"moe": {"num_experts": 8, "moe_router_topk": 2, "moe_expert_capacity_factor": 0.6},
@@ -119,7 +120,7 @@ def test_state_moves_between_any_two_layouts(campaign, source, row):
 @pytest.mark.parametrize("experts", EXPERTS)
 def test_combined_layouts_agree_with_one_rank(tmp_path, experts, row):
     """Degrees together, for what depends on how tokens lie on ranks; state moved to them and from them."""
-    found = Campaign(tmp_path, EXPERTS[experts])
+    found = Campaign(tmp_path, HEADS | EXPERTS[experts])
     stages = ["warmup", *RESUMED[1:]] if experts == "as they are" else RESUMED[2:]
     layouts = [name for name in COMBINED if COMBINED[name].takes(EXPERTS[experts])]
     found.run_references(stages)
