@@ -31,13 +31,13 @@ from tests.integration.test_stages import steady
 
 # many short stages: a transition is never far
 STAGES = [{"name": "align", "train_iters": 8},
-          *({"name": f"warmup {i}", "kind": "warmup", "train_iters": 70} for i in range(1, 9)),
-          {"name": "evolve", "train_iters": 70},
-          *({"name": f"route {i}", "kind": "route", "train_iters": 70} for i in range(1, 10))]
+          *({"name": f"warmup {i}", "kind": "warmup", "train_iters": 50} for i in range(1, 9)),
+          {"name": "evolve", "train_iters": 50},
+          *({"name": f"route {i}", "kind": "route", "train_iters": 50} for i in range(1, 10))]
 QUICK = [{"name": "align", "train_iters": 2}, *({"name": name, "train_iters": 8} for name in ("warmup", "evolve", "route"))]
 QUICK_FAULTS = ["SIGUSR1 to a rank", "NaN gradient on a rank", "full disk at metadata.json", "SIGKILL of torchrun",
                 "SIGKILL of a rank, torchrun restarts", "hung rank"]
-PATIENCE = 120.0
+PATIENCE, WHOLE_RUN = 120.0, 900.0  # seconds, for what a fault brings about and for all steps
 ENOUGH = 84  # faults: four of each kind
 
 
@@ -84,9 +84,9 @@ class Job:
                 continue
         self.process.wait()
 
-    def ended(self) -> int:
+    def ended(self, patience: float = PATIENCE) -> int:
         """Wait for the job to end by itself."""
-        return self.process.wait(timeout=PATIENCE)
+        return self.process.wait(timeout=patience)
 
     def steps(self) -> int:
         file = self.out / "metrics.jsonl"
@@ -338,7 +338,7 @@ def disturbed(tmp_path, digits, tiny_yaml, disk, order, *, seed, stages) -> Coun
     calm = tiny_yaml(tmp_path / "calm", **common)
     job = Job(calm, tmp_path / "calm" / "run", tmp_path / "never")
     job.start()
-    assert job.ended() == 0, job.text()[-3000:]
+    assert job.ended(WHOLE_RUN) == 0, job.text()[-3000:]
 
     home = tmp_path / "wild"
     home.mkdir()
@@ -361,7 +361,7 @@ def disturbed(tmp_path, digits, tiny_yaml, disk, order, *, seed, stages) -> Coun
         if job.process.poll() is not None:
             assert job.launches < len(order) + 20, job.text()[-3000:]
             job.start()
-        job.ended()
+        job.ended(WHOLE_RUN)
     same(tmp_path / "calm" / "run", out, steps)
     nothing_lost(out)
     return injected
