@@ -31,9 +31,9 @@ from tests.integration.test_stages import steady
 
 # many short stages: a transition is never far
 STAGES = [{"name": "align", "train_iters": 8},
-          *({"name": f"warmup {i}", "kind": "warmup", "train_iters": 50} for i in range(1, 9)),
-          {"name": "evolve", "train_iters": 50},
-          *({"name": f"route {i}", "kind": "route", "train_iters": 50} for i in range(1, 10))]
+          *({"name": f"warmup {i}", "kind": "warmup", "train_iters": 80} for i in range(1, 9)),
+          {"name": "evolve", "train_iters": 80},
+          *({"name": f"route {i}", "kind": "route", "train_iters": 80} for i in range(1, 10))]
 QUICK = [{"name": "align", "train_iters": 2}, *({"name": name, "train_iters": 8} for name in ("warmup", "evolve", "route"))]
 QUICK_FAULTS = ["SIGUSR1 to a rank", "NaN gradient on a rank", "full disk at metadata.json", "SIGKILL of torchrun",
                 "SIGKILL of a rank, torchrun restarts", "hung rank"]
