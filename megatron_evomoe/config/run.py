@@ -102,7 +102,7 @@ SECTIONS: dict[str, type] = {
 
 
 def flat_name(section: str, name: str) -> str:
-    """What flags and stages call a field."""
+    """The name by which flags and stages address a section's field."""
     return f"vision_{name}" if section == "vision" else name
 
 

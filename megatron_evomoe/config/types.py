@@ -56,7 +56,7 @@ Int = Annotated[int, Strict()]
 Count = Annotated[Int, Field(ge=0, le=_LARGEST)]
 PositiveCount = Annotated[Int, Field(ge=1, le=_LARGEST)]
 Size = Annotated[Int, Field(ge=1, le=2**24)]
-"""Of a tensor, in elements, along one axis."""
+"""The size of a tensor along one axis, in elements."""
 ZeroOrOne = Annotated[Int, Field(ge=0, le=1)]
 Few = Annotated[Int, Field(ge=1, le=4096)]
 """Layers, experts, ranks."""
@@ -71,7 +71,7 @@ Epsilon = Annotated[Float, Field(ge=1e-37, lt=1)]
 """Not 0 in fp32."""
 Deviation = Annotated[Float, Field(gt=0, le=100)]
 Rate = Annotated[Float, Field(ge=0, le=1000)]
-"""Of learning, or of a weight's decay."""
+"""A learning rate, or the rate of weight decay."""
 Coefficient = Annotated[Float, Field(ge=0, le=1e6)]
 Factor = Annotated[Float, Field(gt=0, le=1e6)]
 Minutes = Annotated[Float, Field(ge=0.001, le=525_600)]

@@ -200,7 +200,7 @@ def write_shard(records: list[Any], shard: int, output: Path, job: Job) -> tuple
 
 
 def _identity(record: Any) -> str | int | None:
-    """What a record calls itself, for the report."""
+    """The record's own `id`, shortened where it would not fit a line of the report."""
     found = record.get("id") if isinstance(record, dict) else None
     is_plain = found is None or isinstance(found, int) or (isinstance(found, str) and found.isprintable() and len(found) <= 200)
     return found if is_plain else short(found)

@@ -75,5 +75,5 @@ class Given:
         return value
 
     def refuse(self, key: str, why: str) -> NoReturn:
-        """As the function."""
+        """Refuse the value of `key`, as the function `refuse` does with a value that it is given."""
         refuse(self.kind, key, self.raw(key), why)

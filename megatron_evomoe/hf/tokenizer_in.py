@@ -71,7 +71,7 @@ def _sentencepiece(source: Path, folder: Path) -> Brought:
 
 
 def _converted(source: Path, folder: Path) -> Brought:
-    """By transformers' own conversion, which writes a ``tokenizer.json``."""
+    """Let transformers convert vocab.json and merges.txt; its conversion writes a ``tokenizer.json``."""
     if not _has_transformers():
         raise ConfigError("transformers makes a tokenizer.json of vocab.json and merges.txt: pip install 'megatron_evomoe[hf]'")
     from transformers import AutoTokenizer

@@ -34,7 +34,7 @@ USER_ERRORS = (ConfigError, CheckpointError, DataError, NonFiniteError, OSError)
 
 @dataclass(frozen=True)
 class Failure:
-    """What a rank died of."""
+    """The error that ended a rank, as all ranks print it."""
 
     rank: int
     world: int

@@ -41,7 +41,7 @@ class Comparison:
         return "; ".join([", ".join(map(str, self.changes)), *self.notes]) if self.changes else "; ".join(self.notes)
 
     def fields(self) -> dict[str, Any]:
-        """For an event."""
+        """The same as fields of an entry in `events.jsonl`."""
         found: dict[str, Any] = {"changed": {c.flag: [c.before, c.now] for c in self.changes}}
         return {**found, "notes": self.notes} if self.notes else found
 

@@ -87,7 +87,7 @@ def any_archive(rng: random.Random) -> bytes:
 
 
 def theirs(data: bytes) -> tuple[list[tuple], bool]:
-    """What tarfile finds, and whether it gives up."""
+    """The members that tarfile finds, and whether it gives up before the end."""
     found: list[tuple] = []
     try:
         with tarfile.open(fileobj=io.BytesIO(data), ignore_zeros=True) as archive:

@@ -24,7 +24,7 @@ class EvoMoeImageProcessor(_Base):
     """Pads to a square (`do_pad`) or crops, resizes and normalises, after `as_rgb`. Arrays and tensors are taken as they are."""
 
     def preprocess(self, images: Any, *args: Any, **kwargs: Any) -> Any:
-        """As LLaVA's."""
+        """LLaVA's preprocessing, of pictures that `as_rgb` has made RGB."""
         return super().preprocess(self.fetch_images(images), *args, **kwargs)
 
     def fetch_images(self, images: Any) -> Any:
