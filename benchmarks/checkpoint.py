@@ -2,8 +2,9 @@
 
     python benchmarks/checkpoint.py [--hidden 1024] [--layers 6] [--rounds 3] [--folder DIR] [--output FILE]
 
-One rank, stage `warmup` with Adam's moments. Rounds alternate; medians and their ratio are printed as Markdown. Peak memory is
-the process's high-water mark above what it held before, children included in "with writers" (megatron-core forks them).
+One rank, stage `warmup` with Adam's moments. Rounds alternate; medians and their ratio are printed as
+Markdown. Peak memory is the process's high-water mark above what it held before, children included in "with
+writers" (megatron-core forks them).
 """
 
 from __future__ import annotations
@@ -39,10 +40,19 @@ def build(args: argparse.Namespace) -> Any:
     from megatron_evomoe.parallel import topology
     from megatron_evomoe.train.build import build_stage
 
-    config = from_mapping({
-        "language": {"num_layers": args.layers, "hidden_size": args.hidden, "ffn_hidden_size": 4 * args.hidden,
-                     "num_attention_heads": args.hidden // 64, "vocab_size": 32000},
-        "train": {"train_iters": 10}, "stages": [{"name": "warmup"}]})
+    config = from_mapping(
+        {
+            "language": {
+                "num_layers": args.layers,
+                "hidden_size": args.hidden,
+                "ffn_hidden_size": 4 * args.hidden,
+                "num_attention_heads": args.hidden // 64,
+                "vocab_size": 32000,
+            },
+            "train": {"train_iters": 10},
+            "stages": [{"name": "warmup"}],
+        }
+    )
     topology.initialize(config)
     topology.seed_everything(1)
     built = build_stage(config, config.stages[0])
@@ -97,18 +107,28 @@ def measure(action: Callable[[], Any]) -> tuple[float, float]:
 def markdown(report: dict[str, Any]) -> str:
     """The table of a report, made from nothing else."""
     seconds, size = report["seconds"], report["bytes"]
-    rows = [[name, f"{s:.2f}", f"{size / 1e9 / s:.2f}", f"{report['peak_bytes'][name] / size:.2f}"] for name, s in seconds.items()]
+    rows = [
+        [name, f"{s:.2f}", f"{size / 1e9 / s:.2f}", f"{report['peak_bytes'][name] / size:.2f}"]
+        for name, s in seconds.items()
+    ]
     c = report["circumstances"]
-    return "\n".join([
-        f"{report['tensors']} tensors, {size / 1e9:.2f} GB; torch {c['versions']['torch']}; "
-        f"medians of {c['rounds']} rounds after one", "",
-        shared.table(["", "seconds", "GB/s", "peak memory / bytes written"], rows),
-        f"\nsave / torch.save: {seconds['save'] / seconds['torch.save']:.2f}; load / torch.load: "
-        f"{seconds['load, checksums verified'] / seconds['torch.load']:.2f}", ""])
+    return "\n".join(
+        [
+            f"{report['tensors']} tensors, {size / 1e9:.2f} GB; torch {c['versions']['torch']}; "
+            f"medians of {c['rounds']} rounds after one",
+            "",
+            shared.table(["", "seconds", "GB/s", "peak memory / bytes written"], rows),
+            f"\nsave / torch.save: {seconds['save'] / seconds['torch.save']:.2f}; load / torch.load: "
+            f"{seconds['load, checksums verified'] / seconds['torch.load']:.2f}",
+            "",
+        ]
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=3)
@@ -124,8 +144,16 @@ def main() -> None:
 
     built = build(args)
     folder = Path(tempfile.mkdtemp(dir=args.folder))
-    record = Record(stage="warmup", kind="warmup", step=1, position=1, finished=False, layout=rng.layout(), vocab_size=32000,
-                    tokenizer_fingerprint="")
+    record = Record(
+        stage="warmup",
+        kind="warmup",
+        step=1,
+        position=1,
+        finished=False,
+        layout=rng.layout(),
+        vocab_size=32000,
+        tokenizer_fingerprint="",
+    )
     parts = {"modules": built.modules, "optimizer": built.optimizer, "scheduler": built.scheduler}
     plain = list(tensors_of(store._state(**parts, is_loading=False)))
     size = sum(t.numel() * t.element_size() for t in plain)
@@ -138,10 +166,14 @@ def main() -> None:
         (folder / "plain.new").replace(folder / "plain.pt")
 
     actions: dict[str, Callable[[], Any]] = {
-        "save": lambda: store.Saver(CheckpointConfig(keep=1)).save(folder / "ours", **parts, record=record, config_yaml=""),
+        "save": lambda: store.Saver(CheckpointConfig(keep=1)).save(
+            folder / "ours", **parts, record=record, config_yaml=""
+        ),
         "torch.save": plain_save,
         "load, checksums verified": load,
-        "torch.load": lambda: [a.copy_(b) for a, b in zip(plain, torch.load(folder / "plain.pt"), strict=True)],
+        "torch.load": lambda: [
+            a.copy_(b) for a, b in zip(plain, torch.load(folder / "plain.pt"), strict=True)
+        ],
     }
     with torch.no_grad():
         found: dict[str, list[tuple[float, float]]] = {name: [] for name in actions}
@@ -149,10 +181,17 @@ def main() -> None:
             for name, action in actions.items():
                 found[name].append(measure(action))
     shutil.rmtree(folder)
-    median = {name: [statistics.median(column) for column in zip(*values[1:], strict=True)] for name, values in found.items()}
-    report = {"circumstances": shared.circumstances(rounds=args.rounds), "tensors": len(plain), "bytes": size,
-              "seconds": {name: seconds for name, (seconds, _) in median.items()},
-              "peak_bytes": {name: memory for name, (_, memory) in median.items()}}
+    median = {
+        name: [statistics.median(column) for column in zip(*values[1:], strict=True)]
+        for name, values in found.items()
+    }
+    report = {
+        "circumstances": shared.circumstances(rounds=args.rounds),
+        "tensors": len(plain),
+        "bytes": size,
+        "seconds": {name: seconds for name, (seconds, _) in median.items()},
+        "peak_bytes": {name: memory for name, (_, memory) in median.items()},
+    }
     print(markdown(report))
     if args.output:
         args.output.write_text(json.dumps(report, indent=1) + "\n")

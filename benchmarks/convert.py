@@ -1,10 +1,11 @@
-"""What a conversion costs beside a plain copy of the same bytes, in the same run: time, and peak memory of its process.
+"""What a conversion costs beside a plain copy of the same bytes, in the same run: time, and peak memory of
+its process.
 
     python benchmarks/convert.py [--gigabytes 4] [--rounds 3] [--folder DIR]
 
-A synthetic LLaVA in bfloat16, imported, and exported again. Rounds alternate; medians are printed as Markdown. Peak memory is
-VmHWM of the converting process, interpreter and libraries included; their import is left out of the time. Needs three times
-the size on the disk.
+A synthetic LLaVA in bfloat16, imported, and exported again. Rounds alternate; medians are printed as
+Markdown. Peak memory is VmHWM of the converting process, interpreter and libraries included; their import is
+left out of the time. Needs three times the size on the disk.
 """
 
 from __future__ import annotations
@@ -47,10 +48,24 @@ print(json.dumps({"seconds": time.perf_counter() - start, "peak": int(status["Vm
 """
 _CONFIG = {
     "model_type": "llava",
-    "text_config": {"model_type": "llama", "vocab_size": 64000, "hidden_size": 2048, "intermediate_size": 8192,
-                    "num_attention_heads": 16, "num_key_value_heads": 16, "max_position_embeddings": 2048},
-    "vision_config": {"model_type": "clip_vision_model", "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4,
-                      "num_attention_heads": 4, "image_size": 64, "patch_size": 16},
+    "text_config": {
+        "model_type": "llama",
+        "vocab_size": 64000,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "max_position_embeddings": 2048,
+    },
+    "vision_config": {
+        "model_type": "clip_vision_model",
+        "hidden_size": 256,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "image_size": 64,
+        "patch_size": 16,
+    },
 }
 
 
@@ -90,10 +105,17 @@ def synthetic(folder: Path, gigabytes: float) -> int:
 
 
 def convert(tool: str, *arguments: str) -> dict[str, float]:
-    """Run a tool in a process of its own; its time without that of importing libraries, and its peak memory."""
+    """Run a tool in a process of its own; its time without that of importing libraries, and its peak
+    memory.
+    """
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", _WRAPPER, str(ROOT / "tools" / tool), *arguments], capture_output=True, text=True,
-                          env=env, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", _WRAPPER, str(ROOT / "tools" / tool), *arguments],
+        capture_output=True,
+        text=True,
+        env=env,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -126,29 +148,55 @@ def measure(run: Callable[[Path], dict[str, float]], output: Path, rounds: int) 
 def benchmark(folder: Path, gigabytes: float, rounds: int) -> tuple[dict[str, Measured], int]:
     """Both directions, and the bytes of the largest tensor."""
     largest = synthetic(folder / "hf", gigabytes)
-    tokenizer = train_sentencepiece(["USER: <image>\nWhich? ASSISTANT: This."] * 20, folder / "tokenizer.model", 300)
-    found = {"import": measure(lambda out: convert("convert_from_hf.py", str(folder / "hf"), "--output", str(out)),
-                               folder / "imported", rounds)}
+    tokenizer = train_sentencepiece(
+        ["USER: <image>\nWhich? ASSISTANT: This."] * 20, folder / "tokenizer.model", 300
+    )
+    found = {
+        "import": measure(
+            lambda out: convert("convert_from_hf.py", str(folder / "hf"), "--output", str(out)),
+            folder / "imported",
+            rounds,
+        )
+    }
     shutil.rmtree(folder / "hf")
     found["export"] = measure(
-        lambda out: convert("convert_to_hf.py", str(folder / "imported"), "--output", str(out), "--tokenizer", str(tokenizer),
-                            "--dtype", "bfloat16"), folder / "exported", rounds)
+        lambda out: convert(
+            "convert_to_hf.py",
+            str(folder / "imported"),
+            "--output",
+            str(out),
+            "--tokenizer",
+            str(tokenizer),
+            "--dtype",
+            "bfloat16",
+        ),
+        folder / "exported",
+        rounds,
+    )
     return found, largest
 
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--gigabytes", type=float, default=4.0)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", help="where to work (a temporary folder)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         found, largest = benchmark(Path(folder), args.gigabytes, args.rounds)
-    print("| direction | size | seconds | copying | speed | peak memory | allowed |\n|---|---|---|---|---|---|---|")
+    print(
+        "| direction | size | seconds | copying | speed | peak memory | allowed "
+        "|\n|---|---|---|---|---|---|---|"
+    )
     for name, m in found.items():
-        print(f"| {name} | {m.bytes / 1e9:.2f} GB | {statistics.median(m.seconds):.1f} | {statistics.median(m.copying):.1f} "
-              f"| {m.speed:.2f}x | {m.peak / 1e6:.0f} MB | {(3 * largest + 500e6) / 1e6:.0f} MB |")
+        print(
+            f"| {name} | {m.bytes / 1e9:.2f} GB | {statistics.median(m.seconds):.1f} | "
+            f"{statistics.median(m.copying):.1f} "
+            f"| {m.speed:.2f}x | {m.peak / 1e6:.0f} MB | {(3 * largest + 500e6) / 1e6:.0f} MB |"
+        )
 
 
 if __name__ == "__main__":

@@ -2,11 +2,12 @@
 
     python benchmarks/evolution.py [--tokens 1024] [--json evolution.json]
 
-Times ``EvolvingMLP.evolve()`` for every rule, and the forward and backward it is added to: of the evolving layer (attention
-frozen, FFN trained) and of the frozen dense layer beside it, since the paper evolves every second layer. Embeddings,
-vision tower, loss and the optimizer's own step are left out of the denominator, so the shares are upper bounds. On a CPU
-T tokens are timed and the time per token taken as constant (the second figure, at half as many, shows how true that
-is); attention over longer sequences would make the share smaller.
+Times ``EvolvingMLP.evolve()`` for every rule, and the forward and backward it is added to: of the evolving
+layer (attention frozen, FFN trained) and of the frozen dense layer beside it, since the paper evolves every
+second layer. Embeddings, vision tower, loss and the optimizer's own step are left out of the denominator, so
+the shares are upper bounds. On a CPU T tokens are timed and the time per token taken as constant (the second
+figure, at half as many, shows how true that is); attention over longer sequences would make the share
+smaller.
 
 Prints Markdown; ``--json`` writes the numbers as well.
 """
@@ -36,7 +37,9 @@ from megatron_evomoe.parallel import backend  # noqa: E402
 TOKENS_FULL = 64 * 2048 // 8
 """The paper's stage II on 8 GPUs: 64 samples of at most 2048 tokens a step, 8 samples per GPU."""
 TOKENS_USUAL = 64 * 800 // 8
-"""The same at about 800 tokens a sample (576 of an image and a short dialogue), a deliberately low guess for LLaVA-mix-665k."""
+"""The same at about 800 tokens a sample (576 of an image and a short dialogue), a deliberately low guess for
+LLaVA-mix-665k.
+"""
 
 
 def build(args: argparse.Namespace, evolves: bool, rule: str = "delta") -> Any:
@@ -50,10 +53,22 @@ def build(args: argparse.Namespace, evolves: bool, rule: str = "delta") -> Any:
 
     dtype = torch.bfloat16 if backend.on_gpu() else torch.float32
     config = TransformerConfig(
-        num_layers=1, hidden_size=args.hidden, ffn_hidden_size=args.ffn, num_attention_heads=args.hidden // 128,
-        gated_linear_unit=True, activation_func=torch.nn.functional.silu, add_bias_linear=False, normalization="LayerNorm",
-        hidden_dropout=0.0, attention_dropout=0.0, params_dtype=dtype, bf16=dtype == torch.bfloat16,
-        use_cpu_initialization=not backend.on_gpu(), perform_initialization=False, gradient_accumulation_fusion=False)
+        num_layers=1,
+        hidden_size=args.hidden,
+        ffn_hidden_size=args.ffn,
+        num_attention_heads=args.hidden // 128,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        normalization="LayerNorm",
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        use_cpu_initialization=not backend.on_gpu(),
+        perform_initialization=False,
+        gradient_accumulation_fusion=False,
+    )
     spec = get_gpt_layer_local_spec()
     if evolves:
         spec.submodules.mlp = evolving_mlp_spec(spec.submodules.mlp, MoEConfig(evolution_rule=rule))
@@ -82,7 +97,9 @@ def seconds(work: Callable[[], Any], repeats: int) -> float:
 
 
 def step_seconds(layer: Any, tokens: int, hidden: int, repeats: int) -> float:
-    """Forward and backward of one layer over one sequence of `tokens`; the input needs a gradient, as in a stack."""
+    """Forward and backward of one layer over one sequence of `tokens`; the input needs a gradient, as in a
+    stack.
+    """
     dtype = next(layer.parameters()).dtype
     x = torch.randn(tokens, 1, hidden, device=backend.device(), dtype=dtype, requires_grad=True)
     mask = torch.ones(1, 1, tokens, tokens, device=backend.device()).tril() < 0.5
@@ -120,22 +137,43 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     for tokens in (args.tokens // 2, args.tokens):
         per_token[str(tokens)] = {
             name: step_seconds(layer, tokens, args.hidden, args.repeats) / tokens
-            for name, layer in (("evolving layer", evolving), ("dense layer", dense))}
-    return {"environment": environment(), "hidden": args.hidden, "ffn": args.ffn, "tokens_timed": args.tokens,
-            "seconds_per_token": per_token, "evolve_seconds": evolve_seconds(args)}
+            for name, layer in (("evolving layer", evolving), ("dense layer", dense))
+        }
+    return {
+        "environment": environment(),
+        "hidden": args.hidden,
+        "ffn": args.ffn,
+        "tokens_timed": args.tokens,
+        "seconds_per_token": per_token,
+        "evolve_seconds": evolve_seconds(args),
+    }
 
 
 def environment() -> dict[str, Any]:
     def out(*command: str) -> str:
-        return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False).stdout.strip()
+        return subprocess.run(
+            command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False
+        ).stdout.strip()
 
-    model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                  if line.startswith("model name")), platform.processor())
-    return {"device": torch.cuda.get_device_name() if backend.on_gpu() else model, "threads": torch.get_num_threads(),
-            "load": [round(x, 1) for x in os.getloadavg()], "python": platform.python_version(), "torch": torch.__version__,
-            "megatron-core": version("megatron-core"), "commit": out("git", "rev-parse", "--short", "HEAD")
-            + ("+" if out("git", "status", "--porcelain", "megatron_evomoe/moe") else ""),
-            "command": "python benchmarks/" + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])}
+    model = next(
+        (
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        platform.processor(),
+    )
+    return {
+        "device": torch.cuda.get_device_name() if backend.on_gpu() else model,
+        "threads": torch.get_num_threads(),
+        "load": [round(x, 1) for x in os.getloadavg()],
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "megatron-core": version("megatron-core"),
+        "commit": out("git", "rev-parse", "--short", "HEAD")
+        + ("+" if out("git", "status", "--porcelain", "megatron_evomoe/moe") else ""),
+        "command": "python benchmarks/" + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
 
 
 def report(result: dict[str, Any]) -> str:
@@ -144,21 +182,32 @@ def report(result: dict[str, Any]) -> str:
     pair = per_token[str(result["tokens_timed"])]
     env = result["environment"]
     unit = "wall time" if backend.on_gpu() else "CPU seconds of all threads"
-    lines = [f"{env['device']}, {env['threads']} threads, load {env['load'][0]}; torch {env['torch']}, megatron-core "
-             f"{env['megatron-core']}, Python {env['python']}; commit {env['commit']}; `{env['command']}`", "",
-             f"In {unit}. C = {result['hidden']}, FFN {result['ffn']} (gated); forward + backward of an evolving and a dense "
-             "layer: " + ", ".join(f"{1e3 * s:.3f} ms/token at T = {t}" for t, s in per_token.items()), "",
-             "| rule | experts kept | evolve() | share at 16384 tokens/rank | share at 6400 | share at the T timed |",
-             "|---|---|---|---|---|---|"]
+    lines = [
+        f"{env['device']}, {env['threads']} threads, load {env['load'][0]}; torch {env['torch']}, "
+        "megatron-core "
+        f"{env['megatron-core']}, Python {env['python']}; commit {env['commit']}; `{env['command']}`",
+        "",
+        f"In {unit}. C = {result['hidden']}, FFN {result['ffn']} (gated); forward + backward of an evolving "
+        "and a dense "
+        "layer: " + ", ".join(f"{1e3 * s:.3f} ms/token at T = {t}" for t, s in per_token.items()),
+        "",
+        "| rule | experts kept | evolve() | share at 16384 tokens/rank | share at 6400 | share at the T "
+        "timed |",
+        "|---|---|---|---|---|---|",
+    ]
     for rule, kept in result["evolve_seconds"].items():
         for n, s in kept.items():
-            shares = [f"{100 * s / (pair * t):.2f} %" for t in (TOKENS_FULL, TOKENS_USUAL, result["tokens_timed"])]
+            shares = [
+                f"{100 * s / (pair * t):.2f} %" for t in (TOKENS_FULL, TOKENS_USUAL, result["tokens_timed"])
+            ]
             lines.append(f"| {rule} | {n} | {1e3 * s:.1f} ms | " + " | ".join(shares) + " |")
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--hidden", type=int, default=2048, help="width C")
     parser.add_argument("--ffn", type=int, default=5504, help="width of the FFN")
     parser.add_argument("--tokens", type=int, default=1024, help="tokens of the timed step")

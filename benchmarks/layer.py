@@ -1,13 +1,15 @@
-"""One MoE layer as a run builds it (router, dispatch, experts), forward and backward: what DTR adds to the linear router.
+"""One MoE layer as a run builds it (router, dispatch, experts), forward and backward: what DTR adds to the
+linear router.
 
     python benchmarks/layer.py                              # GPU: bf16, 4k and 16k tokens; CPU: fp32, 1k
     python benchmarks/layer.py --train router experts --models 1.8b 7b --output layer.json
-    python benchmarks/layer.py --tiny                       # a layer of a few kilobytes: shows that the script works
+    python benchmarks/layer.py --tiny  # a layer of a few kilobytes: shows that the script works
 
-Half of the tokens, at random, are image tokens. `--train router` is the stage `route`: experts frozen, gradients for the router and
-the hidden states. All routers share one set of experts and run in turn, in every round; times are medians, peak memory is that
-above weights and inputs, gradients included, and kept memory what the graph holds between forward and backward. FLOP, counted by
-router_work.py, say what a router would add if all products ran equally fast.
+Half of the tokens, at random, are image tokens. `--train router` is the stage `route`: experts frozen,
+gradients for the router and the hidden states. All routers share one set of experts and run in turn, in every
+round; times are medians, peak memory is that above weights and inputs, gradients included, and kept memory
+what the graph holds between forward and backward. FLOP, counted by router_work.py, say what a router would
+add if all products ran equally fast.
 """
 
 from __future__ import annotations
@@ -45,15 +47,28 @@ REACH = {"seconds": 0.03, "peak_bytes": 0.05}
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=["1.8b", "7b"], default=["1.8b"], help="whose widths the layer has")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--models", nargs="+", choices=["1.8b", "7b"], default=["1.8b"], help="whose widths the layer has"
+    )
     parser.add_argument("--tokens", type=int, nargs="+", metavar="T")
-    parser.add_argument("--train", nargs="+", choices=["router", "experts"], default=["router"],
-                        help="the router alone, or router and experts")
-    parser.add_argument("--precision", choices=list(measure.DTYPES), default="bf16" if backend.on_gpu() else "fp32")
+    parser.add_argument(
+        "--train",
+        nargs="+",
+        choices=["router", "experts"],
+        default=["router"],
+        help="the router alone, or router and experts",
+    )
+    parser.add_argument(
+        "--precision", choices=list(measure.DTYPES), default="bf16" if backend.on_gpu() else "fp32"
+    )
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
-    parser.add_argument("--tiny", action="store_true", help="a tiny layer, 64 tokens, one round: plumbing only")
+    parser.add_argument(
+        "--tiny", action="store_true", help="a tiny layer, 64 tokens, one round: plumbing only"
+    )
     parser.add_argument("--output", type=Path, help="write figures and circumstances as JSON")
     args = parser.parse_args()
     args.tokens = args.tokens or ([4096, 16384] if backend.on_gpu() else [1024])
@@ -69,8 +84,16 @@ def run_config(args: argparse.Namespace, model: str, router: dict[str, str]) -> 
 
     moe = {**router, "moe_grouped_gemm": have_transformer_engine()}
     seq_length = 64 if args.tiny else 2048  # of no effect on one layer
-    return shapes.model_config(model, 2, tiny=args.tiny, seq_length=seq_length, micro_batch=1, microbatches=1, moe=moe,
-                               train={"bf16": args.precision == "bf16"}).for_stage("route")
+    return shapes.model_config(
+        model,
+        2,
+        tiny=args.tiny,
+        seq_length=seq_length,
+        micro_batch=1,
+        microbatches=1,
+        moe=moe,
+        train={"bf16": args.precision == "bf16"},
+    ).for_stage("route")
 
 
 def build_layer(config: Any) -> torch.nn.Module:
@@ -122,15 +145,23 @@ class Subject:
     def busiest_share(self) -> float:
         """Share of the tokens that the expert with the most gets."""
         seen: list[Tensor] = []
-        self.layer.router.observer = lambda number, types, logits, probs, routing_map: seen.append(routing_map.float().mean(0))
+        self.layer.router.observer = lambda number, types, logits, probs, routing_map: seen.append(
+            routing_map.float().mean(0)
+        )
         with torch.no_grad():
             self.forward()
         self.layer.router.observer = None
         return float(seen[0].max())
 
 
-def measure_layers(args: argparse.Namespace, layers: dict[str, torch.nn.Module], model: str, tokens: int, train: str,
-                   skipped: dict[str, str]) -> list[dict[str, Any]]:
+def measure_layers(
+    args: argparse.Namespace,
+    layers: dict[str, torch.nn.Module],
+    model: str,
+    tokens: int,
+    train: str,
+    skipped: dict[str, str],
+) -> list[dict[str, Any]]:
     """One row per router."""
     layers["linear"].experts.requires_grad_(train == "experts")
     options = dict(device=backend.device(), dtype=measure.DTYPES[args.precision])
@@ -145,32 +176,51 @@ def measure_layers(args: argparse.Namespace, layers: dict[str, torch.nn.Module],
     rows = []
     for name in runs:
         forget()
-        rows.append({"model": model, "T": tokens, "C": hidden.shape[2], "train": train, "router": name,
-                     "flop": flop(name, layers[name], tokens, train),
-                     **figures(subjects[name], seconds[name], [*leaves, types])})
+        rows.append(
+            {
+                "model": model,
+                "T": tokens,
+                "C": hidden.shape[2],
+                "train": train,
+                "router": name,
+                "flop": flop(name, layers[name], tokens, train),
+                **figures(subjects[name], seconds[name], [*leaves, types]),
+            }
+        )
     return rows
 
 
 def figures(subject: Subject, seconds: list[float], own: list[Tensor]) -> dict[str, Any]:
     """What is measured, in seconds and bytes; `own` are all weights and inputs."""
     return {
-        "seconds": statistics.median(seconds), "seconds_range": [min(seconds), max(seconds)],
-        "peak_bytes": measure.peak_bytes(subject.run, on_cpu=True), "kept_bytes": measure.kept_bytes(subject.forward, own),
-        "weight_bytes": sum(p.nbytes for p in subject.layer.parameters()), "busiest_share": subject.busiest_share(),
-    }  # fmt: skip
+        "seconds": statistics.median(seconds),
+        "seconds_range": [min(seconds), max(seconds)],
+        "peak_bytes": measure.peak_bytes(subject.run, on_cpu=True),
+        "kept_bytes": measure.kept_bytes(subject.forward, own),
+        "weight_bytes": sum(p.nbytes for p in subject.layer.parameters()),
+        "busiest_share": subject.busiest_share(),
+    }
 
 
 def flop(router: str, layer: torch.nn.Module, tokens: int, train: str) -> int:
     """Of the products in router and experts; none is dropped."""
     core, moe = layer.config, layer.router.moe
-    shape = router_work.Shape(T=tokens, C=core.hidden_size, h=moe.dtr_hidden_size, r=moe.dtr_rank, N=core.num_moe_experts,
-                              ffn=core.moe_ffn_hidden_size)
+    shape = router_work.Shape(
+        T=tokens,
+        C=core.hidden_size,
+        h=moe.dtr_hidden_size,
+        r=moe.dtr_rank,
+        N=core.num_moe_experts,
+        ffn=core.moe_ffn_hidden_size,
+    )
     frozen = router_work.flop("ffn", shape) * core.moe_router_topk
     return router_work.flop(FORMS[router], shape) + (frozen * 3 // 2 if train == "experts" else frozen)
 
 
 def add_ratios(rows: list[dict[str, Any]]) -> None:
-    """What a router adds to the linear one's layer, as a share of that; whether both shares are within `REACH`."""
+    """What a router adds to the linear one's layer, as a share of that; whether both shares are within
+    `REACH`.
+    """
     linear = {(r["model"], r["T"], r["train"]): r for r in rows if r["router"] == "linear"}
     for r in rows:
         base = linear.get((r["model"], r["T"], r["train"]), {})
@@ -178,28 +228,70 @@ def add_ratios(rows: list[dict[str, Any]]) -> None:
             to_linear = measure.ratio(r[figure], base.get(figure))
             r[f"added_{figure}"] = None if to_linear is None else to_linear - 1
         added = {figure: r[f"added_{figure}"] for figure in REACH}
-        r["within_reach"] = None if None in added.values() else all(added[figure] <= most for figure, most in REACH.items())
+        r["within_reach"] = (
+            None if None in added.values() else all(added[figure] <= most for figure, most in REACH.items())
+        )
 
 
 def markdown(report: dict[str, Any]) -> str:
     """The table of a report, made from nothing else."""
-    header = ["widths of", "T", "C", "trained", "router", "ms", "added, %", "FLOP added, %", "peak MiB", "added, %",
-              "kept MiB", "added, %", "weights MiB", "busiest expert, %", "reach"]
+    header = [
+        "widths of",
+        "T",
+        "C",
+        "trained",
+        "router",
+        "ms",
+        "added, %",
+        "FLOP added, %",
+        "peak MiB",
+        "added, %",
+        "kept MiB",
+        "added, %",
+        "weights MiB",
+        "busiest expert, %",
+        "reach",
+    ]
     words = {None: "–", True: "within", False: "**not within**"}
     rows = []
     for r in report["rows"]:
-        numbers = [(r["seconds"], ".4g", 1e3), (r["added_seconds"], "+.1f", 100), (r["added_flop"], "+.1f", 100),
-                   (r["peak_bytes"], ".1f", 2**-20), (r["added_peak_bytes"], "+.1f", 100), (r["kept_bytes"], ".1f", 2**-20),
-                   (r["added_kept_bytes"], "+.1f", 100), (r["weight_bytes"], ".1f", 2**-20), (r["busiest_share"], ".1f", 100)]
-        rows.append([r["model"], str(r["T"]), str(r["C"]), r["train"], r["router"], *(measure.shown(*number) for number in numbers),
-                     "–" if r["router"] == "linear" else words[r["within_reach"]]])
+        numbers = [
+            (r["seconds"], ".4g", 1e3),
+            (r["added_seconds"], "+.1f", 100),
+            (r["added_flop"], "+.1f", 100),
+            (r["peak_bytes"], ".1f", 2**-20),
+            (r["added_peak_bytes"], "+.1f", 100),
+            (r["kept_bytes"], ".1f", 2**-20),
+            (r["added_kept_bytes"], "+.1f", 100),
+            (r["weight_bytes"], ".1f", 2**-20),
+            (r["busiest_share"], ".1f", 100),
+        ]
+        rows.append(
+            [
+                r["model"],
+                str(r["T"]),
+                str(r["C"]),
+                r["train"],
+                r["router"],
+                *(measure.shown(*number) for number in numbers),
+                "–" if r["router"] == "linear" else words[r["within_reach"]],
+            ]
+        )
     c = report["circumstances"]
     tiny = " **A tiny layer: these figures mean nothing.**" if c["tiny"] else ""
     notes = [f"\n{name} is left out: {reason}." for name, reason in report["skipped"].items()]
-    return "\n".join([
-        f"One MoE layer, forward and backward, {c['precision']}, on {c['device']}, commit {c['commit']}. Added: against the layer "
-        f"with a linear router; reach: time {100 * REACH['seconds']:+.0f} %, peak {100 * REACH['peak_bytes']:+.0f} %.{tiny}",
-        "", measure.table(header, rows), *notes, ""])
+    return "\n".join(
+        [
+            f"One MoE layer, forward and backward, {c['precision']}, on {c['device']}, commit {c['commit']}. "
+            "Added: against the layer "
+            f"with a linear router; reach: time {100 * REACH['seconds']:+.0f} %, peak "
+            f"{100 * REACH['peak_bytes']:+.0f} %.{tiny}",
+            "",
+            measure.table(header, rows),
+            *notes,
+            "",
+        ]
+    )
 
 
 def main() -> None:
@@ -219,7 +311,12 @@ def main() -> None:
             gc.collect()
     add_ratios(rows)
     options = {name: getattr(args, name) for name in ("tiny", "precision", "rounds", "threads")}
-    report = {"circumstances": measure.circumstances(**options), "reach": REACH, "skipped": skipped, "rows": rows}
+    report = {
+        "circumstances": measure.circumstances(**options),
+        "reach": REACH,
+        "skipped": skipped,
+        "rows": rows,
+    }
     print(markdown(report))
     if args.output:
         args.output.write_text(json.dumps(report, indent=1) + "\n")

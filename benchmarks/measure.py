@@ -49,7 +49,9 @@ def device_name() -> str:
 def data_sheet_tflops(precision: str) -> float | None:
     """The device's peak by its name; none for a device or precision that is not in the list."""
     name = device_name()
-    return next((peaks.get(precision) for key, peaks in DATA_SHEET_TFLOPS.items() if ON_GPU and key in name), None)
+    return next(
+        (peaks.get(precision) for key, peaks in DATA_SHEET_TFLOPS.items() if ON_GPU and key in name), None
+    )
 
 
 def circumstances(**more: Any) -> dict[str, Any]:
@@ -76,9 +78,15 @@ def _version(package: str) -> str | None:
         return None
 
 
-def alternate(actions: dict[str, Callable[[], Any]], rounds: int, *, prepare: Callable[[], Any] = lambda: None,
-              clock: Clock = time.perf_counter) -> dict[str, list[float]]:
-    """Seconds of each action in each of `rounds` rounds; within a round all run once, so that a busy machine slows all alike.
+def alternate(
+    actions: dict[str, Callable[[], Any]],
+    rounds: int,
+    *,
+    prepare: Callable[[], Any] = lambda: None,
+    clock: Clock = time.perf_counter,
+) -> dict[str, list[float]]:
+    """Seconds of each action in each of `rounds` rounds; within a round all run once, so that a busy machine
+    slows all alike.
 
     `prepare` runs before every action and is not timed.
     """
@@ -95,7 +103,9 @@ def alternate(actions: dict[str, Callable[[], Any]], rounds: int, *, prepare: Ca
 
 
 def working(actions: dict[str, Callable[[], Any]], skipped: dict[str, str]) -> dict[str, Callable[[], Any]]:
-    """Those that run; their first two times, which compile, are not measured. The others join `skipped` with what they raised."""
+    """Those that run; their first two times, which compile, are not measured. The others join `skipped` with
+    what they raised.
+    """
     found = {}
     for name, action in actions.items():
         try:
@@ -121,7 +131,9 @@ def allocated() -> int:
 
 
 def peak_bytes(action: Callable[[], Any], *, on_cpu: bool = False) -> int | None:
-    """The most that `action` allocates above what is there when it starts; on a CPU none, or with `on_cpu` the profiler's count."""
+    """The most that `action` allocates above what is there when it starts; on a CPU none, or with `on_cpu`
+    the profiler's count.
+    """
     if not ON_GPU:
         return _profiled_peak_bytes(action) if on_cpu else None
     torch.cuda.reset_peak_memory_stats()
@@ -132,7 +144,9 @@ def peak_bytes(action: Callable[[], Any], *, on_cpu: bool = False) -> int | None
 
 def _profiled_peak_bytes(action: Callable[[], Any]) -> int:
     gc.collect()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         action()
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
@@ -143,7 +157,9 @@ def _profiled_peak_bytes(action: Callable[[], Any]) -> int:
 
 
 def kept_bytes(forward: Callable[[], Any], own: Iterable[Tensor]) -> int:
-    """What the graph holds between forward and backward beside `own` (inputs and weights): what every layer adds."""
+    """What the graph holds between forward and backward beside `own` (inputs and weights): what every layer
+    adds.
+    """
     saved: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
@@ -157,11 +173,14 @@ def kept_bytes(forward: Callable[[], Any], own: Iterable[Tensor]) -> int:
     return sum(size for pointer, size in saved.items() if pointer not in known)
 
 
-def gemm_tflops(precision: str, size: int | None = None, rounds: int = 20, clock: Clock = time.perf_counter) -> float | None:
-    """What one square matrix product reaches here, in TFLOP/s: the ceiling of a model made of them. No TF32 in fp32.
+def gemm_tflops(
+    precision: str, size: int | None = None, rounds: int = 20, clock: Clock = time.perf_counter
+) -> float | None:
+    """What one square matrix product reaches here, in TFLOP/s: the ceiling of a model made of them. No TF32
+    in fp32.
 
-    Random numbers, since zeros switch fewer transistors and run faster; three sets in turn. None for FP8 where torch or the device
-    has no product of it.
+    Random numbers, since zeros switch fewer transistors and run faster; three sets in turn. None for FP8
+    where torch or the device has no product of it.
     """
     size = size or (8192 if ON_GPU else 1024)
     try:
@@ -175,7 +194,9 @@ def gemm_tflops(precision: str, size: int | None = None, rounds: int = 20, clock
 
 def _product(precision: str, size: int) -> Callable[[], Any]:
     device = "cuda" if ON_GPU else "cpu"
-    a, b = (torch.randn(size, size, device=device, dtype=DTYPES.get(precision, torch.bfloat16)) for _ in range(2))
+    a, b = (
+        torch.randn(size, size, device=device, dtype=DTYPES.get(precision, torch.bfloat16)) for _ in range(2)
+    )
     if precision in DTYPES:
         return lambda: a @ b
     if not ON_GPU:
@@ -185,7 +206,9 @@ def _product(precision: str, size: int) -> Callable[[], Any]:
 
 
 def copy_gbytes(size: int | None = None, rounds: int = 20, clock: Clock = time.perf_counter) -> float:
-    """GB/s, read and written together, of copying `size` bytes in the device's memory; three sets in turn, larger than caches."""
+    """GB/s, read and written together, of copying `size` bytes in the device's memory; three sets in turn,
+    larger than caches.
+    """
     size, device = size or (2**30 if ON_GPU else 2**27), "cuda" if ON_GPU else "cpu"
     pairs = [(torch.empty(size // 4, device=device), torch.randn(size // 4, device=device)) for _ in range(3)]
     copies = [lambda to=to, source=source: to.copy_(source) for to, source in pairs]
@@ -199,9 +222,14 @@ def _median_in_turn(actions: Sequence[Callable[[], Any]], rounds: int, clock: Cl
     return statistics.median(itertools.chain(*found.values()))
 
 
-def ceilings(precisions: Sequence[str], clock: Clock = time.perf_counter) -> dict[str, dict[str, float | None]]:
+def ceilings(
+    precisions: Sequence[str], clock: Clock = time.perf_counter
+) -> dict[str, dict[str, float | None]]:
     """Per precision the measured matrix product and the data sheet, in TFLOP/s."""
-    return {p: {"gemm_tflops": gemm_tflops(p, clock=clock), "data_sheet_tflops": data_sheet_tflops(p)} for p in precisions}
+    return {
+        p: {"gemm_tflops": gemm_tflops(p, clock=clock), "data_sheet_tflops": data_sheet_tflops(p)}
+        for p in precisions
+    }
 
 
 def ratio(a: float | None, b: float | None) -> float | None:

@@ -1,12 +1,14 @@
-"""Our training step against a peer's: the same model, stage and batch written from transformers' modules (peer_model.py).
+"""Our training step against a peer's: the same model, stage and batch written from transformers' modules
+(peer_model.py).
 
     python benchmarks/peer.py --output peer.json
-    python benchmarks/peer.py --train router              # as `route`; by default router and experts, MoE-LLaVA's third stage
+    python benchmarks/peer.py --train router  # as `route`; default: router and experts, as MoE-LLaVA
     python benchmarks/peer.py --tiny
 
-Both start from the same weights and first take --loss-steps steps whose losses must agree to --tolerance. Then each takes
-one optimizer step in turn, in every round: the peer with both ways to dispatch, eager and compiled. Like DeepSpeed, and like us,
-the peer keeps fp32 copies of the bf16 weights that it trains: without them most updates are rounded away, and losses differ.
+Both start from the same weights and first take --loss-steps steps whose losses must agree to --tolerance.
+Then each takes one optimizer step in turn, in every round: the peer with both ways to dispatch, eager and
+compiled. Like DeepSpeed, and like us, the peer keeps fp32 copies of the bf16 weights that it trains: without
+them most updates are rounded away, and losses differ.
 """
 
 from __future__ import annotations
@@ -35,8 +37,12 @@ TRAINED = {"experts": ("experts", "router"), "router": ("router",)}
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train", choices=list(TRAINED), default="experts", help="experts and router, or the router alone")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--train", choices=list(TRAINED), default="experts", help="experts and router, or the router alone"
+    )
     parser.add_argument("--layers", type=int, default=8, help="of the Qwen-1.8B-shaped model")
     parser.add_argument("--seq-length", type=int, default=2048)
     parser.add_argument("--micro-batch", type=int, default=4)
@@ -45,7 +51,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--loss-steps", type=int, default=5)
     parser.add_argument("--tolerance", type=float, default=0.01, help="largest relative difference of losses")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--tiny", action="store_true", help="a tiny model and batch, one round: plumbing only")
+    parser.add_argument(
+        "--tiny", action="store_true", help="a tiny model and batch, one round: plumbing only"
+    )
     parser.add_argument("--output", type=Path, help="write figures and circumstances as JSON")
     args = parser.parse_args()
     if args.tiny:
@@ -60,12 +68,21 @@ def run_config(args: argparse.Namespace) -> Any:
     from megatron_evomoe.model.transformer_config import resolve_transformer_impl
 
     config = shapes.model_config(
-        "1.8b", args.layers, tiny=args.tiny, seq_length=args.seq_length, micro_batch=args.micro_batch,
+        "1.8b",
+        args.layers,
+        tiny=args.tiny,
+        seq_length=args.seq_length,
+        micro_batch=args.micro_batch,
         microbatches=args.microbatches,
         moe={"router": "linear", "moe_router_topk": 2, "router_gate": "straight_through"},
-        language={"num_layers": args.layers, "add_qkv_bias": True, "tie_word_embeddings": False,
-                  **({"vocab_size": 256} if args.tiny else {})},
-        train={"bf16": args.precision == "bf16", "trainable": list(TRAINED[args.train])})
+        language={
+            "num_layers": args.layers,
+            "add_qkv_bias": True,
+            "tie_word_embeddings": False,
+            **({"vocab_size": 256} if args.tiny else {}),
+        },
+        train={"bf16": args.precision == "bf16", "trainable": list(TRAINED[args.train])},
+    )
     config.moe.moe_grouped_gemm = resolve_transformer_impl(config) == "transformer_engine"
     return config.for_stage("route")
 
@@ -78,15 +95,23 @@ class PeerTraining:
         self.parameters = peer.train_parts(trained)
         self.masters = [p.detach().float().clone() for p in self.parameters]
         o = config.optimizer
-        self.optimizer = torch.optim.AdamW(self.masters, lr=o.lr, betas=(o.adam_beta1, o.adam_beta2), eps=o.adam_eps,
-                                           weight_decay=0.0, fused=backend.on_gpu())
+        self.optimizer = torch.optim.AdamW(
+            self.masters,
+            lr=o.lr,
+            betas=(o.adam_beta1, o.adam_beta2),
+            eps=o.adam_eps,
+            weight_decay=0.0,
+            fused=backend.on_gpu(),
+        )
 
     def take_step(self, forward: Callable[..., Any], dispatch: str) -> float:
         """Forward and backward over the microbatches, clip, update; the mean loss."""
         self.peer.use(dispatch)
         m, losses = len(self.step.tokens), []
         for i in range(m):
-            loss = forward(self.step.tokens[i], self.step.token_types[i], self.step.pixel_values[i], self.step.labels[i])
+            loss = forward(
+                self.step.tokens[i], self.step.token_types[i], self.step.pixel_values[i], self.step.labels[i]
+            )
             ((loss + self.peer.balance()) / m).backward()
             losses.append(loss.detach())
         self._update()
@@ -101,12 +126,18 @@ class PeerTraining:
         torch._foreach_copy_(self.parameters, self.masters)
 
 
-def build_peer(config: Any, trained: tuple[str, ...], ours: Any, step: Any) -> tuple[dict[str, Run], dict[str, str]]:
-    """Name -> one optimizer step, all on one model that starts from our weights; and what does not work here, with the reason."""
+def build_peer(
+    config: Any, trained: tuple[str, ...], ours: Any, step: Any
+) -> tuple[dict[str, Run], dict[str, str]]:
+    """Name -> one optimizer step, all on one model that starts from our weights; and what does not work here,
+    with the reason.
+    """
     import peer_model
 
     peer = peer_model.Peer(config).to(backend.device())
-    for parameter in peer.parameters() if config.train.bf16 else ():  # and no buffer: RoPE's frequencies need fp32
+    for parameter in (
+        peer.parameters() if config.train.bf16 else ()
+    ):  # and no buffer: RoPE's frequencies need fp32
         parameter.data = parameter.data.bfloat16()
     peer_model.load(peer, ours, config)
     training = PeerTraining(peer, trained, config, step)
@@ -114,23 +145,40 @@ def build_peer(config: Any, trained: tuple[str, ...], ours: Any, step: Any) -> t
     if not backend.on_gpu():
         return eager, {f"{name}, compiled": "only on a GPU" for name in eager}
     fast = torch.compile(peer)
-    return eager | {f"{name}, compiled": functools.partial(training.take_step, fast, name) for name in eager}, {}
+    return eager | {
+        f"{name}, compiled": functools.partial(training.take_step, fast, name) for name in eager
+    }, {}
 
 
 def markdown(report: dict[str, Any]) -> str:
     """The table of a report, made from nothing else."""
     c, seconds = report["circumstances"], report["seconds"]
-    fastest = min((name for name in seconds if name != "ours"), key=lambda name: seconds[name], default="none")
-    rows = [[name, f"{1e3 * s:.1f}", f"{report['tokens'] / s:.0f}", f"{s / seconds['ours']:.2f}"] for name, s in seconds.items()]
+    fastest = min(
+        (name for name in seconds if name != "ours"), key=lambda name: seconds[name], default="none"
+    )
+    rows = [
+        [name, f"{1e3 * s:.1f}", f"{report['tokens'] / s:.0f}", f"{s / seconds['ours']:.2f}"]
+        for name, s in seconds.items()
+    ]
     tiny = " **Tiny models: these figures mean nothing.**" if c["tiny"] else ""
-    where = f"{c['layers']} layers, {c['trained']} trained, {c['precision']}, on {c['device']}, commit {c['commit']}"
+    where = (
+        f"{c['layers']} layers, {c['trained']} trained, {c['precision']}, on {c['device']}, commit "
+        f"{c['commit']}"
+    )
     notes = [f"\n{name} is left out: {reason}." for name, reason in report["skipped"].items()]
-    return "\n".join([
-        f"One optimizer step of ours and of a peer made of transformers' modules: {where}.{tiny}", "",
-        measure.table(["", "ms", "tokens/s", "time ÷ ours"], rows),
-        f"\nFastest peer: {fastest}. Losses of {len(report['losses']['ours'])} steps from the same weights differ by at most "
-        f"{report['loss_difference']:.1e} (relative), {'within' if report['equal_loss'] else 'NOT WITHIN'} {c['tolerance']:g}.",
-        *notes, ""])
+    return "\n".join(
+        [
+            f"One optimizer step of ours and of a peer made of transformers' modules: {where}.{tiny}",
+            "",
+            measure.table(["", "ms", "tokens/s", "time ÷ ours"], rows),
+            f"\nFastest peer: {fastest}. Losses of {len(report['losses']['ours'])} steps from the same "
+            "weights differ by at most "
+            f"{report['loss_difference']:.1e} (relative), "
+            f"{'within' if report['equal_loss'] else 'NOT WITHIN'} {c['tolerance']:g}.",
+            *notes,
+            "",
+        ]
+    )
 
 
 def main() -> None:
@@ -150,18 +198,32 @@ def main() -> None:
     step = shapes.random_step(config)
     run_ours = ours(config, "route", step, built)
     steps, skipped = build_peer(config, TRAINED[args.train], built["route"].modules[0], step)
-    losses = {"ours": [run_ours() for _ in range(args.loss_steps)], "peer": [steps["loop"]() for _ in range(args.loss_steps)]}
+    losses = {
+        "ours": [run_ours() for _ in range(args.loss_steps)],
+        "peer": [steps["loop"]() for _ in range(args.loss_steps)],
+    }
     difference = max(abs(a / b - 1) for a, b in zip(losses["peer"], losses["ours"], strict=True))
     seconds = measure.alternate({"ours": run_ours, **measure.working(steps, skipped)}, args.rounds)
     report = {
         "circumstances": measure.circumstances(
-            tiny=args.tiny, rounds=args.rounds, layers=args.layers, precision=args.precision,
-            trained=" and ".join(TRAINED[args.train]), tolerance=args.tolerance, seq_length=args.seq_length,
-            micro_batch=args.micro_batch, microbatches=args.microbatches),
-        "tokens": step.tokens.numel(), "seconds": {name: statistics.median(values) for name, values in seconds.items()},
+            tiny=args.tiny,
+            rounds=args.rounds,
+            layers=args.layers,
+            precision=args.precision,
+            trained=" and ".join(TRAINED[args.train]),
+            tolerance=args.tolerance,
+            seq_length=args.seq_length,
+            micro_batch=args.micro_batch,
+            microbatches=args.microbatches,
+        ),
+        "tokens": step.tokens.numel(),
+        "seconds": {name: statistics.median(values) for name, values in seconds.items()},
         "seconds_range": {name: [min(values), max(values)] for name, values in seconds.items()},
-        "losses": losses, "loss_difference": difference, "equal_loss": difference <= args.tolerance, "skipped": skipped,
-    }  # fmt: skip
+        "losses": losses,
+        "loss_difference": difference,
+        "equal_loss": difference <= args.tolerance,
+        "skipped": skipped,
+    }
     print(markdown(report))
     if args.output:
         args.output.write_text(json.dumps(report, indent=1) + "\n")

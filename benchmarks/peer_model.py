@@ -1,8 +1,10 @@
-"""A LLaVA with top-2 experts written from transformers' modules, the way MoE-LLaVA writes it: what a user could pick instead.
+"""A LLaVA with top-2 experts written from transformers' modules, the way MoE-LLaVA writes it: what a user
+could pick instead.
 
-CLIP, two linear maps and Qwen2 are transformers' own with SDPA; every k-th FFN becomes a linear router and experts of its kind.
-They get their tokens by a loop, or by DeepSpeed's products with one-hot dispatch and combine tensors. No token is dropped: the
-latter's capacity is that of the fullest expert. DeepSpeed's noise in the second choice is left out, so that losses can be compared.
+CLIP, two linear maps and Qwen2 are transformers' own with SDPA; every k-th FFN becomes a linear router and
+experts of its kind. They get their tokens by a loop, or by DeepSpeed's products with one-hot dispatch and
+combine tensors. No token is dropped: the latter's capacity is that of the fullest expert. DeepSpeed's noise
+in the second choice is left out, so that losses can be compared.
 
 T tokens · C width · N experts · K capacity.
 """
@@ -33,7 +35,9 @@ def by_loop(x_TC: Tensor, weights_T2: Tensor, chosen_T2: Tensor, experts: nn.Mod
 
 
 def by_einsum(x_TC: Tensor, weights_T2: Tensor, chosen_T2: Tensor, experts: nn.ModuleList) -> Tensor:
-    """Tokens to [N, K, C] and back by dense products with one-hot tensors [T, N, K]; first choices take their places first."""
+    """Tokens to [N, K, C] and back by dense products with one-hot tensors [T, N, K]; first choices take their
+    places first.
+    """
     T, N = len(x_TC), len(experts)
     mask_2TN = F.one_hot(chosen_T2.t(), N)
     places = (mask_2TN.reshape(2 * T, N).cumsum(0) - 1).view(2, T, N)
@@ -52,7 +56,9 @@ DISPATCH: dict[str, Callable[..., Tensor]] = {"loop": by_loop, "einsum": by_eins
 
 
 class TopTwo(nn.Module):
-    """Two experts per token, weighted by their renormalised probabilities; keeps its load-balancing loss in `balance`."""
+    """Two experts per token, weighted by their renormalised probabilities; keeps its load-balancing loss in
+    `balance`.
+    """
 
     def __init__(self, width: int, experts: list[nn.Module]) -> None:
         super().__init__()
@@ -80,9 +86,13 @@ class Peer(nn.Module):
         self.normalize = processor_for(config).normalize
         self.vision_tower = _tower(config)
         C, Cv = config.language.hidden_size, config.vision.hidden_size
-        self.multi_modal_projector = nn.ModuleDict({"linear_1": nn.Linear(Cv, C), "linear_2": nn.Linear(C, C)})
+        self.multi_modal_projector = nn.ModuleDict(
+            {"linear_1": nn.Linear(Cv, C), "linear_2": nn.Linear(C, C)}
+        )
         self.language_model = _decoder(config)
-        self.mixtures = [layer.mlp for layer in self.language_model.model.layers if isinstance(layer.mlp, TopTwo)]
+        self.mixtures = [
+            layer.mlp for layer in self.language_model.model.layers if isinstance(layer.mlp, TopTwo)
+        ]
 
     def forward(self, tokens: Tensor, types: Tensor, pixels: Tensor, labels: Tensor) -> Tensor:
         """Mean loss over what is supervised; `balance` is to be added to it."""
@@ -115,20 +125,37 @@ class Peer(nn.Module):
 
 def _tower(config: RunConfig) -> nn.Module:
     v = config.vision
-    return CLIPVisionModel(CLIPVisionConfig(
-        hidden_size=v.hidden_size, intermediate_size=v.ffn_hidden_size, num_hidden_layers=v.num_layers_used,
-        num_attention_heads=v.num_attention_heads, image_size=v.image_size, patch_size=v.patch_size, layer_norm_eps=v.norm_epsilon,
-        attn_implementation="sdpa"))
+    return CLIPVisionModel(
+        CLIPVisionConfig(
+            hidden_size=v.hidden_size,
+            intermediate_size=v.ffn_hidden_size,
+            num_hidden_layers=v.num_layers_used,
+            num_attention_heads=v.num_attention_heads,
+            image_size=v.image_size,
+            patch_size=v.patch_size,
+            layer_norm_eps=v.norm_epsilon,
+            attn_implementation="sdpa",
+        )
+    )
 
 
 def _decoder(config: RunConfig) -> nn.Module:
     lm = config.language
-    model = Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=lm.vocab_size, hidden_size=lm.hidden_size, intermediate_size=lm.ffn_hidden_size,
-        num_hidden_layers=lm.num_layers, num_attention_heads=lm.num_attention_heads,
-        num_key_value_heads=lm.num_query_groups or lm.num_attention_heads, max_position_embeddings=lm.max_position_embeddings,
-        rms_norm_eps=lm.norm_epsilon, tie_word_embeddings=lm.tie_word_embeddings, rope_theta=float(lm.rotary_base),
-        attn_implementation="sdpa"))
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=lm.vocab_size,
+            hidden_size=lm.hidden_size,
+            intermediate_size=lm.ffn_hidden_size,
+            num_hidden_layers=lm.num_layers,
+            num_attention_heads=lm.num_attention_heads,
+            num_key_value_heads=lm.num_query_groups or lm.num_attention_heads,
+            max_position_embeddings=lm.max_position_embeddings,
+            rms_norm_eps=lm.norm_epsilon,
+            tie_word_embeddings=lm.tie_word_embeddings,
+            rope_theta=float(lm.rotary_base),
+            attn_implementation="sdpa",
+        )
+    )
     for i, layer in enumerate(model.model.layers):
         if config.moe.is_moe_layer(i):
             experts = [type(layer.mlp)(model.config) for _ in range(config.moe.num_experts)]
@@ -142,19 +169,30 @@ def load(peer: Peer, ours: nn.Module, config: RunConfig) -> None:
     named: dict[str, Tensor] = {}
     for entry in NameMap(config, "route").entries:
         named |= entry.to_hf(_core_tensor(entry, weights).detach())
-    if not any(".vision_model." in name for name in peer.state_dict()):  # transformers 5 dropped a level of names
-        named = {name.replace("vision_tower.vision_model.", "vision_tower."): value for name, value in named.items()}
+    if not any(
+        ".vision_model." in name for name in peer.state_dict()
+    ):  # transformers 5 dropped a level of names
+        named = {
+            name.replace("vision_tower.vision_model.", "vision_tower."): value
+            for name, value in named.items()
+        }
     result = peer.load_state_dict(named, strict=False)
-    missing = [name for name in result.missing_keys if "post_layernorm" not in name]  # CLIP's, after the features
+    missing = [
+        name for name in result.missing_keys if "post_layernorm" not in name
+    ]  # CLIP's, after the features
     if missing or result.unexpected_keys:
         raise ValueError(f"weights do not fit: {missing} are missing, {result.unexpected_keys} are too many")
 
 
 def _core_tensor(entry: Entry, weights: Mapping[str, Any]) -> Tensor:
-    """By its name in the module: experts lie apart or in a grouped product, norms apart or in the linear layer after them."""
+    """By its name in the module: experts lie apart or in a grouped product, norms apart or in the linear
+    layer after them.
+    """
     apart = entry.core.replace(".self_attention.linear_qkv.layer_norm_", ".input_layernorm.")
     names = [entry.core, apart, apart.replace(".mlp.linear_fc1.layer_norm_", ".pre_mlp_layernorm.")]
     if entry.expert is not None:
-        names += [entry.core.replace(".experts.experts.", f".experts.local_experts.{entry.expert}."),
-                  f"{entry.core.replace('.experts.experts.', '.experts.')}{entry.expert}"]
+        names += [
+            entry.core.replace(".experts.experts.", f".experts.local_experts.{entry.expert}."),
+            f"{entry.core.replace('.experts.experts.', '.experts.')}{entry.expert}",
+        ]
     return next(weights[name] for name in names if name in weights)

@@ -1,13 +1,15 @@
-"""Time, memory and work of one router layer, forward and backward, beside one frozen expert FFN of the same width.
+"""Time, memory and work of one router layer, forward and backward, beside one frozen expert FFN of the same
+width.
 
     python benchmarks/router.py                                   # the main case: T=1024, C=2048, h=r=16
     python benchmarks/router.py --tokens 512 2048 --rank 8 16 32 --output router.json
     python benchmarks/router.py --dtype bf16 --tokens 4096 16384
 
-Runs on the GPU where there is one (CUDA_VISIBLE_DEVICES= hides it). Every combination of --tokens, --width, --hidden and --rank is
-measured. In each round all subjects run once, in turn, so that a busy machine slows all alike; times are medians over rounds. Peak
-memory is that above inputs and weights, gradients included; kept memory is what the graph holds between forward and backward. What
-each must multiply and move (router_work.py) over its time is set against a matrix product and a copy measured before.
+Runs on the GPU where there is one (CUDA_VISIBLE_DEVICES= hides it). Every combination of --tokens, --width,
+--hidden and --rank is measured. In each round all subjects run once, in turn, so that a busy machine slows
+all alike; times are medians over rounds. Peak memory is that above inputs and weights, gradients included;
+kept memory is what the graph holds between forward and backward. What each must multiply and move
+(router_work.py) over its time is set against a matrix product and a copy measured before.
 """
 
 from __future__ import annotations
@@ -41,9 +43,11 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 SUBJECTS = {
     "linear": "one linear map, in fp32",
     "naive": "DTR as its equations read, Θ built for every token (naive_dtr_logits)",
-    "naive-tuned": "the same with b2 folded into W2 and batched GEMMs: the fastest way found that still builds Θ",
+    "naive-tuned": "the same with b2 folded into W2 and batched GEMMs: the fastest way found that still "
+    "builds Θ",
     "autograd": "DTR factored, gather and projection left to autograd",
-    "masked": "DTR factored, both hypernetworks on every token, as trained on a GPU (dtr_logits(gather=False))",
+    "masked": "DTR factored, both hypernetworks on every token, as trained on a GPU "
+    "(dtr_logits(gather=False))",
     "factored": "DTR factored, its own hypernetwork on every token, as trained on a CPU (dtr_logits)",
     "fused": "DTR on Triton kernels (dtr_triton.dtr_logits); on a GPU only",
     "ffn": "one frozen SwiGLU expert, backward to its input only",
@@ -51,21 +55,32 @@ SUBJECTS = {
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dtype", choices=list(measure.DTYPES), default="fp32",
-                        help="type of tokens and weights; all but `fused` and `ffn` compute in fp32")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=list(measure.DTYPES),
+        default="fp32",
+        help="type of tokens and weights; all but `fused` and `ffn` compute in fp32",
+    )
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024], metavar="T")
     parser.add_argument("--width", type=int, nargs="+", default=[2048], metavar="C")
     parser.add_argument("--hidden", type=int, nargs="+", default=[16], metavar="h")
     parser.add_argument("--rank", type=int, nargs="+", default=[16], metavar="r")
     parser.add_argument("--experts", type=int, default=4, metavar="N")
     parser.add_argument("--ffn", type=int, default=5504, help="inner width of the expert, for every C")
-    parser.add_argument("--vision-share", type=float, default=0.5, help="share of image tokens, scattered at random")
+    parser.add_argument(
+        "--vision-share", type=float, default=0.5, help="share of image tokens, scattered at random"
+    )
     parser.add_argument("--subjects", nargs="+", choices=list(SUBJECTS), default=list(SUBJECTS))
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument(
-        "--clock", choices=list(CLOCKS), default="wall", help="cpu: this process's CPU time, for a busy machine; with --threads 1"
+        "--clock",
+        choices=list(CLOCKS),
+        default="wall",
+        help="cpu: this process's CPU time, for a busy machine; with --threads 1",
     )
     parser.add_argument("--output", type=Path, help="write figures and circumstances as JSON")
     return parser.parse_args()
@@ -114,7 +129,9 @@ def naive_tuned_logits(z_TC: Tensor, is_vision_T: Tensor, weights: dtr.DtrWeight
     return torch.empty_like(logits).index_copy(0, torch.cat(indices), logits)
 
 
-def make_subjects(args: argparse.Namespace, s: Shape) -> tuple[dict[str, Callable[[], Tensor]], list[Tensor], list[Tensor]]:
+def make_subjects(
+    args: argparse.Namespace, s: Shape
+) -> tuple[dict[str, Callable[[], Tensor]], list[Tensor], list[Tensor]]:
     """Name -> forward, all tensors that gather gradients, and those that do not."""
     torch.manual_seed(0)
     options = dict(device=DEVICE, dtype=measure.DTYPES[args.dtype])
@@ -124,7 +141,9 @@ def make_subjects(args: argparse.Namespace, s: Shape) -> tuple[dict[str, Callabl
 
     def hyper() -> dtr.HyperWeights:
         K = s.h + 1
-        return dtr.HyperWeights(parameter(s.h, s.C), parameter(s.h), parameter(K, 2 * s.r, s.C), parameter(K, s.r, s.C))
+        return dtr.HyperWeights(
+            parameter(s.h, s.C), parameter(s.h), parameter(K, 2 * s.r, s.C), parameter(K, s.r, s.C)
+        )
 
     weights = dtr.DtrWeights(hyper(), hyper(), parameter(s.N, s.C))
     dtr.init_dtr(weights, phi_std=0.02)
@@ -141,7 +160,11 @@ def make_subjects(args: argparse.Namespace, s: Shape) -> tuple[dict[str, Callabl
         "fused": lambda: fused_logits(z, is_vision, weights),
         "ffn": lambda: F.linear(dtr._swiglu(F.linear(z, fc1)), fc2),
     }
-    return {name: forwards[name] for name in args.subjects}, [z, gate, *weights.text, *weights.vision, weights.phi_NC], [fc1, fc2]
+    return (
+        {name: forwards[name] for name in args.subjects},
+        [z, gate, *weights.text, *weights.vision, weights.phi_NC],
+        [fc1, fc2],
+    )
 
 
 def run_once(forward: Callable[[], Tensor]) -> None:
@@ -154,7 +177,9 @@ def measure_shape(args: argparse.Namespace, s: Shape, skipped: dict[str, str]) -
     """One row per subject that works; the others join `skipped`."""
     forwards, leaves, frozen = make_subjects(args, s)
     forget, failed = functools.partial(measure.forget_gradients, leaves), {}
-    runs = measure.working({name: functools.partial(run_once, forward) for name, forward in forwards.items()}, failed)
+    runs = measure.working(
+        {name: functools.partial(run_once, forward) for name, forward in forwards.items()}, failed
+    )
     skipped.update({f"{name} at T = {s.T}, C = {s.C}": reason for name, reason in failed.items()})
     seconds = measure.alternate(runs, args.rounds, prepare=forget, clock=CLOCKS[args.clock])
     rows = []
@@ -176,7 +201,9 @@ def row_of(subject: str, s: Shape, dtype: str, seconds: list[float]) -> dict[str
 
 
 def add_ratios(rows: list[dict[str, Any]], ceilings: dict[str, Any]) -> None:
-    """Speeds and their shares of the ceilings, which of these is nearer, and times against `naive` and `ffn`."""
+    """Speeds and their shares of the ceilings, which of these is nearer, and times against `naive` and
+    `ffn`.
+    """
     found = {(r["T"], r["C"], r["h"], r["r"], r["subject"]): r["seconds"] for r in rows}
     for r in rows:
         r["flop_per_s"], r["bytes_per_s"] = r["flop"] / r["seconds"], r["bytes"] / r["seconds"]
@@ -184,27 +211,64 @@ def add_ratios(rows: list[dict[str, Any]], ceilings: dict[str, Any]) -> None:
         r["bytes_share"] = r["bytes_per_s"] / 1e9 / ceilings["copy_gbytes"]
         r["bound"] = f"{r['precision']} product" if r["flop_share"] > r["bytes_share"] else "copy"
         naive, ffn = (found.get((r["T"], r["C"], r["h"], r["r"], name)) for name in ("naive", "ffn"))
-        r["naive_to_this"], r["this_to_ffn"] = measure.ratio(naive, r["seconds"]), measure.ratio(r["seconds"], ffn)
+        r["naive_to_this"], r["this_to_ffn"] = (
+            measure.ratio(naive, r["seconds"]),
+            measure.ratio(r["seconds"], ffn),
+        )
 
 
 def markdown(report: dict[str, Any]) -> str:
     """The table of a report, made from nothing else."""
     c, ceilings = report["circumstances"], report["ceilings"]
-    products = ", ".join(f"{p} {measure.shown(v['gemm_tflops'], '.3g')} TFLOP/s" for p, v in ceilings["products"].items())
-    header = ["T, C, h, r", "", "ms", "peak MiB", "kept MiB", "GFLOP", "TFLOP/s", "% of product", "MB", "GB/s", "% of copy",
-              "bound by", "naive ÷ it", "÷ ffn, %"]
+    products = ", ".join(
+        f"{p} {measure.shown(v['gemm_tflops'], '.3g')} TFLOP/s" for p, v in ceilings["products"].items()
+    )
+    header = [
+        "T, C, h, r",
+        "",
+        "ms",
+        "peak MiB",
+        "kept MiB",
+        "GFLOP",
+        "TFLOP/s",
+        "% of product",
+        "MB",
+        "GB/s",
+        "% of copy",
+        "bound by",
+        "naive ÷ it",
+        "÷ ffn, %",
+    ]
     rows = []
     for r in report["rows"]:
-        numbers = [(r["seconds"], ".4g", 1e3), (r["peak_bytes"], ".0f", 2**-20), (r["kept_bytes"], ".0f", 2**-20),
-                   (r["flop"], ".4g", 1e-9), (r["flop_per_s"], ".3g", 1e-12), (r["flop_share"], ".1f", 100),
-                   (r["bytes"], ".4g", 1e-6), (r["bytes_per_s"], ".3g", 1e-9), (r["bytes_share"], ".1f", 100)]
+        numbers = [
+            (r["seconds"], ".4g", 1e3),
+            (r["peak_bytes"], ".0f", 2**-20),
+            (r["kept_bytes"], ".0f", 2**-20),
+            (r["flop"], ".4g", 1e-9),
+            (r["flop_per_s"], ".3g", 1e-12),
+            (r["flop_share"], ".1f", 100),
+            (r["bytes"], ".4g", 1e-6),
+            (r["bytes_per_s"], ".3g", 1e-9),
+            (r["bytes_share"], ".1f", 100),
+        ]
         ratios = measure.shown(r["naive_to_this"], ".1f"), measure.shown(r["this_to_ffn"], ".1f", 100)
         sizes = ", ".join(str(r[key]) for key in "TChr")
-        rows.append([sizes, r["subject"], *(measure.shown(*number) for number in numbers), r["bound"], *ratios])
+        rows.append(
+            [sizes, r["subject"], *(measure.shown(*number) for number in numbers), r["bound"], *ratios]
+        )
     notes = [f"\n{name} is left out: {reason}." for name, reason in report["skipped"].items()]
-    return "\n".join([
-        f"One router layer, forward and backward, {c['dtype']}, on {c['device']}, commit {c['commit']}; {c['clock']} time. "
-        f"Ceilings: products {products}; copy {ceilings['copy_gbytes']:.3g} GB/s.", "", measure.table(header, rows), *notes, ""])
+    return "\n".join(
+        [
+            f"One router layer, forward and backward, {c['dtype']}, on {c['device']}, commit {c['commit']}; "
+            f"{c['clock']} time. "
+            f"Ceilings: products {products}; copy {ceilings['copy_gbytes']:.3g} GB/s.",
+            "",
+            measure.table(header, rows),
+            *notes,
+            "",
+        ]
+    )
 
 
 def main() -> None:
@@ -213,15 +277,26 @@ def main() -> None:
     skipped = {name: reason for name in args.subjects if (reason := missing(name))}
     args.subjects = [name for name in args.subjects if name not in skipped]
     clock = CLOCKS[args.clock]
-    ceilings = {"products": measure.ceilings(list(measure.DTYPES), clock), "copy_gbytes": measure.copy_gbytes(clock=clock)}
+    ceilings = {
+        "products": measure.ceilings(list(measure.DTYPES), clock),
+        "copy_gbytes": measure.copy_gbytes(clock=clock),
+    }
     rows = []
     for T, C, h, r in itertools.product(args.tokens, args.width, args.hidden, args.rank):
         rows += measure_shape(args, Shape(T=T, C=C, h=h, r=r, N=args.experts, ffn=args.ffn), skipped)
         gc.collect()
     add_ratios(rows, ceilings)
-    options = {name: getattr(args, name) for name in ("dtype", "clock", "threads", "rounds", "experts", "ffn", "vision_share")}
-    report = {"circumstances": measure.circumstances(**options), "ceilings": ceilings, "skipped": skipped,
-              "subjects": {name: SUBJECTS[name] for name in args.subjects}, "rows": rows}
+    options = {
+        name: getattr(args, name)
+        for name in ("dtype", "clock", "threads", "rounds", "experts", "ffn", "vision_share")
+    }
+    report = {
+        "circumstances": measure.circumstances(**options),
+        "ceilings": ceilings,
+        "skipped": skipped,
+        "subjects": {name: SUBJECTS[name] for name in args.subjects},
+        "rows": rows,
+    }
     print(markdown(report))
     if args.output:
         args.output.write_text(json.dumps(report, indent=1) + "\n")

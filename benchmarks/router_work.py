@@ -1,12 +1,14 @@
-"""What one router layer multiplies and moves, forward and backward, counted from its formulas: what `router.py` divides by seconds.
+"""What one router layer multiplies and moves, forward and backward, counted from its formulas: what
+`router.py` divides by seconds.
 
-**FLOP** are 2 per multiplication and addition of matrix products, as each form does them: forms that take more work for the same
-logits count more. Element-wise operations, a few per number, are left out.
+**FLOP** are 2 per multiplication and addition of matrix products, as each form does them: forms that take
+more work for the same logits count more. Element-wise operations, a few per number, are left out.
 
-**Bytes** are compulsory traffic, a floor that no schedule of the same form falls below while caches hold nothing from one pass to
-the next. Forward and backward each read tokens and weights once; logits and the gradients of tokens and weights are written once,
-the logits' gradient is read once. What one pass leaves for the other could be computed again, so it counts nothing. Forms that
-build Θ write it once, read it in both passes, and write and read its gradient.
+**Bytes** are compulsory traffic, a floor that no schedule of the same form falls below while caches hold
+nothing from one pass to the next. Forward and backward each read tokens and weights once; logits and the
+gradients of tokens and weights are written once, the logits' gradient is read once. What one pass leaves for
+the other could be computed again, so it counts nothing. Forms that build Θ write it once, read it in both
+passes, and write and read its gradient.
 
 Shapes as in `megatron_evomoe/moe/dtr.py`: T tokens · C width · h, r inner sizes · K = h + 1 · N experts.
 """
@@ -40,12 +42,16 @@ class Shape:
 
 
 def precision(subject: str, dtype: str) -> str:
-    """In what the products of a subject are computed, given tokens and weights in `dtype`: whose ceiling is its own."""
+    """In what the products of a subject are computed, given tokens and weights in `dtype`: whose ceiling is
+    its own.
+    """
     return dtype if subject in ("fused", "ffn") or (subject == "masked" and ON_GPU) else "fp32"
 
 
 def flop(subject: str, s: Shape) -> int:
-    """Forward and backward. Every product has two in the backward, but those with frozen weights, which have one."""
+    """Forward and backward. Every product has two in the backward, but those with frozen weights, which have
+    one.
+    """
     passes = 2 if subject == "ffn" else 3
     return 2 * passes * _forward_products(subject, s)
 
@@ -54,7 +60,10 @@ def _forward_products(subject: str, s: Shape) -> int:
     """Multiplications."""
     K, theta = s.h + 1, 3 * s.r * s.C
     project = s.T * s.projected * s.C
-    mix, up = s.T * K * (2 * s.r + s.N), s.T * K * s.r * s.N  # of each token's eu: sums over k, and s·(φ·Θ_up)
+    mix, up = (
+        s.T * K * (2 * s.r + s.N),
+        s.T * K * s.r * s.N,
+    )  # of each token's eu: sums over k, and s·(φ·Θ_up)
     folded = 2 * K * s.r * s.C * s.N  # φ·Θ_up of both modalities
     return {
         "linear": s.T * s.C * s.N,

@@ -21,20 +21,37 @@ MODELS = {"1.8b": "qwen-1.8b", "7b": "openchat-7b"}
 
 STAGES = ("align", "warmup", "evolve", "route")
 USABLE = 0.85
-"""Share of the device's memory that models are cut to fit: the rest is for the allocator and for what is there for a moment."""
+"""Share of the device's memory that models are cut to fit: the rest is for the allocator and for what is
+there for a moment.
+"""
 
 
-def model_config(model: str, layers: int, *, tiny: bool, seq_length: int, micro_batch: int, microbatches: int,
-                 precision: str = "bf16", **sections: Any) -> RunConfig:
-    """A run of the four stages; `tiny` takes the smallest preset whatever the model's name. `sections` go over the rest."""
+def model_config(
+    model: str,
+    layers: int,
+    *,
+    tiny: bool,
+    seq_length: int,
+    micro_batch: int,
+    microbatches: int,
+    precision: str = "bf16",
+    **sections: Any,
+) -> RunConfig:
+    """A run of the four stages; `tiny` takes the smallest preset whatever the model's name. `sections` go
+    over the rest.
+    """
     raw: dict[str, Any] = {
         "preset": "tiny" if tiny else MODELS[model],
         "language": {"num_layers": layers, **({"vocab_size": 256} if tiny else {})},
         "moe": {},
         "data": {"seq_length": seq_length},
         "optimizer": {"lr": 1e-4, "lr_decay_style": "constant", "lr_warmup_fraction": 0.0},
-        "train": {"bf16": True, "micro_batch_size": micro_batch, "global_batch_size": micro_batch * microbatches,
-                  "train_iters": 1000},
+        "train": {
+            "bf16": True,
+            "micro_batch_size": micro_batch,
+            "global_batch_size": micro_batch * microbatches,
+            "train_iters": 1000,
+        },
         "gpu": {"fp8_format": "hybrid"} if precision == "fp8" else {},
         "stages": [{"name": kind} for kind in STAGES],
     }
@@ -44,7 +61,9 @@ def model_config(model: str, layers: int, *, tiny: bool, seq_length: int, micro_
 
 
 def random_step(config: RunConfig) -> Step:
-    """One optimizer step of full sequences: an image, then text whose second half is supervised; no padding."""
+    """One optimizer step of full sequences: an image, then text whose second half is supervised; no
+    padding.
+    """
     generator = torch.Generator().manual_seed(0)
     b, s = config.train.micro_batch_size, config.data.seq_length
     m, images = config.train.global_batch_size // b, config.vision.tokens_per_image
@@ -53,9 +72,16 @@ def random_step(config: RunConfig) -> Step:
     labels[..., : images + (s - images) // 2] = IGNORE_INDEX
     types = torch.full((m, b, s), TEXT)
     types[..., 1 : 1 + images] = VISION
-    pixels = torch.randint(0, 256, (m, b, 3, *(config.vision.image_size,) * 2), dtype=torch.uint8, generator=generator)
+    pixels = torch.randint(
+        0, 256, (m, b, 3, *(config.vision.image_size,) * 2), dtype=torch.uint8, generator=generator
+    )
     where = backend.device()
-    return Step(tokens=tokens.to(where), labels=labels.to(where), token_types=types.to(where), pixel_values=list(pixels.to(where)))
+    return Step(
+        tokens=tokens.to(where),
+        labels=labels.to(where),
+        token_types=types.to(where),
+        pixel_values=list(pixels.to(where)),
+    )
 
 
 def planned_bytes(config: RunConfig, kind: str) -> int:
@@ -64,11 +90,14 @@ def planned_bytes(config: RunConfig, kind: str) -> int:
 
 
 def layers_that_fit(model: str, memory: float, precisions: Sequence[str], **options: Any) -> int:
-    """The most layers, in steps of two, of which a bare model in bf16, one model per precision and one model's activations fit side
-    by side in every stage."""
+    """The most layers, in steps of two, of which a bare model in bf16, one model per precision and one
+    model's activations fit side by side in every stage.
+    """
     layers = LANGUAGE_PRESETS[MODELS[model]]["num_layers"]
     while layers > 2:
-        configs = [model_config(model, layers, tiny=False, precision=p, **options) for p in ("bf16", *precisions)]
+        configs = [
+            model_config(model, layers, tiny=False, precision=p, **options) for p in ("bf16", *precisions)
+        ]
         if all(_side_by_side(configs, kind) <= USABLE * memory for kind in STAGES):
             break
         layers -= 2

@@ -1,11 +1,13 @@
-"""Training steps of every stage on one GPU: tokens/s, TFLOP/s, MFU, memory, and what a stage adds to megatron-core's bare GPT.
+"""Training steps of every stage on one GPU: tokens/s, TFLOP/s, MFU, memory, and what a stage adds to
+megatron-core's bare GPT.
 
     python benchmarks/step.py --output step.json
     python benchmarks/step.py --models 7b --layers 8 --stages warmup route --precisions bf16
-    python benchmarks/step.py --tiny                      # a model of a few kilobytes, on a CPU too: shows that the script works
+    python benchmarks/step.py --tiny  # a model of a few kilobytes, on a CPU too: shows that the script works
 
-Models have the published widths; layers are cut until bare model, bf16 and FP8 fit the device side by side, by `plan`'s figures, or
-to --layers. In each round all of them take one optimizer step in turn; figures are medians. docs/performance.md has the formulas.
+Models have the published widths; layers are cut until bare model, bf16 and FP8 fit the device side by side,
+by `plan`'s figures, or to --layers. In each round all of them take one optimizer step in turn; figures are
+medians. docs/performance.md has the formulas.
 """
 
 from __future__ import annotations
@@ -30,21 +32,35 @@ from megatron_evomoe.parallel import backend  # noqa: E402
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--models", nargs="+", choices=["1.8b", "7b"], default=["1.8b", "7b"])
-    parser.add_argument("--stages", nargs="+", choices=["align", "warmup", "evolve", "route"],
-                        default=["align", "warmup", "evolve", "route"])
+    parser.add_argument(
+        "--stages",
+        nargs="+",
+        choices=["align", "warmup", "evolve", "route"],
+        default=["align", "warmup", "evolve", "route"],
+    )
     parser.add_argument("--precisions", nargs="+", choices=["bf16", "fp8"], default=["bf16", "fp8"])
     parser.add_argument("--layers", type=int, help="of every model; by default as many as fit")
     parser.add_argument("--seq-length", type=int, default=2048)
     parser.add_argument("--micro-batch", type=int, default=4)
     parser.add_argument("--microbatches", type=int, default=4, help="per optimizer step")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--tiny", action="store_true", help="a tiny model and batch, one round: plumbing only")
+    parser.add_argument(
+        "--tiny", action="store_true", help="a tiny model and batch, one round: plumbing only"
+    )
     parser.add_argument("--output", type=Path, help="write figures and circumstances as JSON")
     args = parser.parse_args()
     if args.tiny:
-        args.layers, args.seq_length, args.micro_batch, args.microbatches, args.rounds = args.layers or 2, 64, 2, 2, 1
+        args.layers, args.seq_length, args.micro_batch, args.microbatches, args.rounds = (
+            args.layers or 2,
+            64,
+            2,
+            2,
+            1,
+        )
     return args
 
 
@@ -113,7 +129,9 @@ def images_alone(built: Any, step: Any) -> Callable[[], None]:
     return run
 
 
-def measure_stage(args: argparse.Namespace, model: str, kind: str, layers: int, precisions: list[str]) -> list[dict[str, Any]]:
+def measure_stage(
+    args: argparse.Namespace, model: str, kind: str, layers: int, precisions: list[str]
+) -> list[dict[str, Any]]:
     """One row per precision."""
     import bare
     import shapes
@@ -122,9 +140,16 @@ def measure_stage(args: argparse.Namespace, model: str, kind: str, layers: int, 
     from megatron_evomoe.train.report import forget_auxiliary_losses
 
     forget_auxiliary_losses()  # the core's record is as long as the last model was deep
-    options = dict(tiny=args.tiny, seq_length=args.seq_length, micro_batch=args.micro_batch, microbatches=args.microbatches,
-                   moe={"moe_grouped_gemm": have_transformer_engine()})
-    configs = {p: shapes.model_config(model, layers, precision=p, **options).for_stage(kind) for p in precisions}
+    options = dict(
+        tiny=args.tiny,
+        seq_length=args.seq_length,
+        micro_batch=args.micro_batch,
+        microbatches=args.microbatches,
+        moe={"moe_grouped_gemm": have_transformer_engine()},
+    )
+    configs = {
+        p: shapes.model_config(model, layers, precision=p, **options).for_stage(kind) for p in precisions
+    }
     plain = shapes.model_config(model, layers, **options).for_stage(kind)
     step = shapes.random_step(plain)
     topology.seed_everything(plain.train.seed)
@@ -138,11 +163,22 @@ def measure_stage(args: argparse.Namespace, model: str, kind: str, layers: int, 
     seconds = measure.alternate(actions, args.rounds)
     losses = {name: (subject.first_loss, subject.run()) for name, subject in subjects.items()}
     peaks = {name: subject.peak_bytes() for name, subject in subjects.items()}
-    return [row_of(model, kind, layers, config, precision, seconds, losses, peaks) for precision, config in configs.items()]
+    return [
+        row_of(model, kind, layers, config, precision, seconds, losses, peaks)
+        for precision, config in configs.items()
+    ]
 
 
-def row_of(model: str, kind: str, layers: int, config: Any, precision: str, seconds: dict[str, list[float]],
-           losses: dict[str, tuple[float, float]], peaks: dict[str, int | None]) -> dict[str, Any]:
+def row_of(
+    model: str,
+    kind: str,
+    layers: int,
+    config: Any,
+    precision: str,
+    seconds: dict[str, list[float]],
+    losses: dict[str, tuple[float, float]],
+    peaks: dict[str, int | None],
+) -> dict[str, Any]:
     """All figures of one stage and precision, in bytes, seconds and FLOP."""
     import shapes
 
@@ -153,14 +189,26 @@ def row_of(model: str, kind: str, layers: int, config: Any, precision: str, seco
     tokens, work = config.train.global_batch_size * config.data.seq_length, m * sum(flops(config, kind, 0))
     own = median[precision]
     return {
-        "model": model, "stage": kind, "precision": precision, "layers": layers, "tokens": tokens, "flop": work,
-        "seconds": own, "seconds_range": [min(seconds[precision]), max(seconds[precision])],
-        "tokens_per_s": tokens / own, "tflops": work / own / 1e12,
-        "bare_seconds": median["bare"], "images_seconds": median["images"],
-        "overhead": own / median["bare"] - 1, "overhead_without_images": (own - median["images"]) / median["bare"] - 1,
-        "peak_bytes": peaks[precision], "planned_bytes": shapes.planned_bytes(config, kind), "bare_peak_bytes": peaks["bare"],
-        "losses": losses[precision], "bare_losses": losses["bare"],
-    }  # fmt: skip
+        "model": model,
+        "stage": kind,
+        "precision": precision,
+        "layers": layers,
+        "tokens": tokens,
+        "flop": work,
+        "seconds": own,
+        "seconds_range": [min(seconds[precision]), max(seconds[precision])],
+        "tokens_per_s": tokens / own,
+        "tflops": work / own / 1e12,
+        "bare_seconds": median["bare"],
+        "images_seconds": median["images"],
+        "overhead": own / median["bare"] - 1,
+        "overhead_without_images": (own - median["images"]) / median["bare"] - 1,
+        "peak_bytes": peaks[precision],
+        "planned_bytes": shapes.planned_bytes(config, kind),
+        "bare_peak_bytes": peaks["bare"],
+        "losses": losses[precision],
+        "bare_losses": losses["bare"],
+    }
 
 
 def add_ratios(rows: list[dict[str, Any]], ceilings: dict[str, dict[str, float | None]]) -> None:
@@ -176,15 +224,43 @@ def add_ratios(rows: list[dict[str, Any]], ceilings: dict[str, dict[str, float |
 
 def markdown(report: dict[str, Any]) -> str:
     """The table of a report, made from nothing else."""
-    header = ["model (layers)", "stage", "", "tokens/s", "TFLOP/s", "MFU, GEMM", "MFU, data sheet", "÷ bf16", "÷ warmup",
-              "overhead", "without images", "peak GiB", "÷ plan"]
+    header = [
+        "model (layers)",
+        "stage",
+        "",
+        "tokens/s",
+        "TFLOP/s",
+        "MFU, GEMM",
+        "MFU, data sheet",
+        "÷ bf16",
+        "÷ warmup",
+        "overhead",
+        "without images",
+        "peak GiB",
+        "÷ plan",
+    ]
     rows = []
     for r in report["rows"]:
-        numbers = [(r["tokens_per_s"], ".0f", 1), (r["tflops"], ".4g", 1), (r["mfu_gemm"], ".1f", 100),
-                   (r["mfu_data_sheet"], ".1f", 100), (r["to_bf16"], ".2f", 1), (r["to_warmup"], ".2f", 1),
-                   (r["overhead"], "+.1f", 100), (r["overhead_without_images"], "+.1f", 100),
-                   (r["peak_bytes"], ".2f", 2**-30), (r["memory_to_plan"], ".2f", 1)]
-        rows.append([f"{r['model']} ({r['layers']})", r["stage"], r["precision"], *(measure.shown(*number) for number in numbers)])
+        numbers = [
+            (r["tokens_per_s"], ".0f", 1),
+            (r["tflops"], ".4g", 1),
+            (r["mfu_gemm"], ".1f", 100),
+            (r["mfu_data_sheet"], ".1f", 100),
+            (r["to_bf16"], ".2f", 1),
+            (r["to_warmup"], ".2f", 1),
+            (r["overhead"], "+.1f", 100),
+            (r["overhead_without_images"], "+.1f", 100),
+            (r["peak_bytes"], ".2f", 2**-30),
+            (r["memory_to_plan"], ".2f", 1),
+        ]
+        rows.append(
+            [
+                f"{r['model']} ({r['layers']})",
+                r["stage"],
+                r["precision"],
+                *(measure.shown(*number) for number in numbers),
+            ]
+        )
     notes = [f"\n{name} is left out: {reason}." for name, reason in report["skipped"].items()]
     return "\n".join([title(report), "", measure.table(header, rows), *notes, ""])
 
@@ -192,11 +268,16 @@ def markdown(report: dict[str, Any]) -> str:
 def title(report: dict[str, Any]) -> str:
     """What was measured where."""
     c = report["circumstances"]
-    peaks = ", ".join(f"{p} {measure.shown(v['gemm_tflops'], '.4g')} (data sheet: {measure.shown(v['data_sheet_tflops'], '.4g')})"
-                      for p, v in report["ceilings"].items())
+    peaks = ", ".join(
+        f"{p} {measure.shown(v['gemm_tflops'], '.4g')} (data sheet: "
+        f"{measure.shown(v['data_sheet_tflops'], '.4g')})"
+        for p, v in report["ceilings"].items()
+    )
     tiny = " **Tiny models: these figures mean nothing.**" if c["tiny"] else ""
-    return (f"Training steps on {c['device']}, commit {c['commit']}; layers in brackets; MFU and overhead in %; "
-            f"TFLOP/s of a matrix product: {peaks}.{tiny}")
+    return (
+        f"Training steps on {c['device']}, commit {c['commit']}; layers in brackets; MFU and overhead in %; "
+        f"TFLOP/s of a matrix product: {peaks}.{tiny}"
+    )
 
 
 def main() -> None:
@@ -213,7 +294,9 @@ def main() -> None:
     if not precisions:
         sys.exit(f"nothing to measure: fp8 needs more than is here ({missing})")
     options = dict(seq_length=args.seq_length, micro_batch=args.micro_batch, microbatches=args.microbatches)
-    topology.initialize(shapes.model_config("1.8b", 2, tiny=True, seq_length=64, micro_batch=1, microbatches=1))
+    topology.initialize(
+        shapes.model_config("1.8b", 2, tiny=True, seq_length=64, micro_batch=1, microbatches=1)
+    )
     ceilings, rows = measure.ceilings(precisions), []
     for model in args.models:
         memory = torch.cuda.get_device_properties(0).total_memory if backend.on_gpu() else 0.0
@@ -225,8 +308,12 @@ def main() -> None:
                 skipped[f"{model}, {layers} layers, {kind}"] = str(error).split("\n")[0]
             gc.collect()
     add_ratios(rows, ceilings)
-    report = {"circumstances": measure.circumstances(tiny=args.tiny, rounds=args.rounds, **options), "ceilings": ceilings,
-              "skipped": skipped, "rows": rows}
+    report = {
+        "circumstances": measure.circumstances(tiny=args.tiny, rounds=args.rounds, **options),
+        "ceilings": ceilings,
+        "skipped": skipped,
+        "rows": rows,
+    }
     print(markdown(report))
     if args.output:
         args.output.write_text(json.dumps(report, indent=1) + "\n")

@@ -1,6 +1,7 @@
-"""The results of `gpu.sh` in one JSON file and one Markdown file made from it; the exit status says whether all steps ended well.
+"""The results of `gpu.sh` in one JSON file and one Markdown file made from it; the exit status says whether
+all steps ended well.
 
-    python benchmarks/summary.py FOLDER [--tiny]
+python benchmarks/summary.py FOLDER [--tiny]
 """
 
 from __future__ import annotations
@@ -35,12 +36,28 @@ def collect(folder: Path) -> dict[str, Any]:
     """What the steps left in `folder`."""
     with (folder / "steps.tsv").open() as file:
         rows = list(csv.reader(file, delimiter="\t"))
-    steps = [{"name": name, "status": int(status), "seconds": int(seconds), "command": command,
-              "last_line": _last_line(folder, name)} for name, status, seconds, command in rows]
-    reports = {name: json.loads((folder / f"{name}.json").read_text()) for name in TABLES if (folder / f"{name}.json").exists()}
+    steps = [
+        {
+            "name": name,
+            "status": int(status),
+            "seconds": int(seconds),
+            "command": command,
+            "last_line": _last_line(folder, name),
+        }
+        for name, status, seconds, command in rows
+    ]
+    reports = {
+        name: json.loads((folder / f"{name}.json").read_text())
+        for name in TABLES
+        if (folder / f"{name}.json").exists()
+    }
     command = " ".join(["bash benchmarks/gpu.sh", *sys.argv[2:]])
-    report = {"circumstances": {**measure.circumstances(), "command": command}, "steps": steps,
-              "tests": _tests(folder / "tests.xml"), **reports}
+    report = {
+        "circumstances": {**measure.circumstances(), "command": command},
+        "steps": steps,
+        "tests": _tests(folder / "tests.xml"),
+        **reports,
+    }
     # results are to be read elsewhere, where this machine's paths mean nothing
     return json.loads(json.dumps(report).replace(str(folder), "$OUT").replace(sys.executable, "python"))
 
@@ -56,23 +73,42 @@ def _tests(path: Path) -> dict[str, Any] | None:
         return None
     suite = ET.parse(path).getroot().find("testsuite")
     reasons = {element.get("message", "") for element in suite.iter("skipped")}
-    return {**{key: int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped")}, "skip_reasons": sorted(reasons)}
+    return {
+        **{key: int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped")},
+        "skip_reasons": sorted(reasons),
+    }
 
 
 def markdown(report: dict[str, Any]) -> str:
     """All tables of a report, made from nothing else."""
     c = report["circumstances"]
     versions = ", ".join(f"{name} {version}" for name, version in c["versions"].items() if version)
-    steps = [[s["name"], "ok" if s["status"] == 0 else f"**failed ({s['status']})**: {s['last_line']}", str(s["seconds"])]
-             for s in report["steps"]]
-    parts = [f"# {c['device']}", f"Commit {c['commit']}, Python {c['python']}, {versions}. Made by `{c['command']}`.",
-             measure.table(["step", "", "s"], steps)]
+    steps = [
+        [
+            s["name"],
+            "ok" if s["status"] == 0 else f"**failed ({s['status']})**: {s['last_line']}",
+            str(s["seconds"]),
+        ]
+        for s in report["steps"]
+    ]
+    parts = [
+        f"# {c['device']}",
+        f"Commit {c['commit']}, Python {c['python']}, {versions}. Made by `{c['command']}`.",
+        measure.table(["step", "", "s"], steps),
+    ]
     if tests := report["tests"]:
-        parts.append(f"Tests: {tests['tests']}, of which {tests['failures'] + tests['errors']} failed and {tests['skipped']} were "
-                     f"skipped. {' '.join(tests['skip_reasons'])}")
+        parts.append(
+            f"Tests: {tests['tests']}, of which {tests['failures'] + tests['errors']} failed and "
+            f"{tests['skipped']} were "
+            f"skipped. {' '.join(tests['skip_reasons'])}"
+        )
     for name, table in TABLES.items():
         if name in report:
-            parts += [f"## {name}", f"`{report[name]['circumstances']['command']}`", table(report[name]).strip()]
+            parts += [
+                f"## {name}",
+                f"`{report[name]['circumstances']['command']}`",
+                table(report[name]).strip(),
+            ]
     return "\n\n".join(parts) + "\n"
 
 

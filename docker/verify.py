@@ -1,4 +1,5 @@
-"""Was anything of the image replaced, and does its Transformer Engine suit the megatron-core that was installed?
+"""Was anything of the image replaced, and does its Transformer Engine suit the megatron-core that was
+installed?
 
 python3 docker/verify.py PRESENT, where PRESENT is `pip list --format=freeze` of before.
 """
@@ -18,14 +19,27 @@ def problems(present: list[str]) -> list[str]:
     for line in present:
         name, _, before = line.partition("==")
         if (now := _version(name)) != before:
-            found.append(f"{name} was {before} and is {now}; install what needs another version into an image of its own")
+            found.append(
+                f"{name} was {before} and is {now}; install what needs another version into an image of its "
+                "own"
+            )
     engine = _version("transformer-engine") or _version("transformer_engine")
     for wanted in metadata.requires("megatron-core") or []:
         requirement = Requirement(wanted)
-        if requirement.name == "transformer-engine" and engine and not requirement.specifier.contains(engine, prereleases=True):
-            found.append(f"megatron-core {_version('megatron-core')} takes transformer-engine {requirement.specifier}, the image "
-                         f"has {engine}; build with another BASE or MEGATRON_CORE")
-    print(f"transformer-engine {engine or 'missing'}, megatron-core {_version('megatron-core')}, torch {_version('torch')}")
+        if (
+            requirement.name == "transformer-engine"
+            and engine
+            and not requirement.specifier.contains(engine, prereleases=True)
+        ):
+            found.append(
+                f"megatron-core {_version('megatron-core')} takes transformer-engine "
+                f"{requirement.specifier}, the image "
+                f"has {engine}; build with another BASE or MEGATRON_CORE"
+            )
+    print(
+        f"transformer-engine {engine or 'missing'}, megatron-core {_version('megatron-core')}, torch "
+        f"{_version('torch')}"
+    )
     return found
 
 

@@ -1,4 +1,6 @@
-"""Numbers on the command line: types for argparse that refuse what lies outside a range, by the argument's name."""
+"""Numbers on the command line: types for argparse that refuse what lies outside a range, by the argument's
+name.
+"""
 
 from __future__ import annotations
 

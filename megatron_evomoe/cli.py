@@ -1,4 +1,6 @@
-"""``python -m megatron_evomoe COMMAND``. Each command imports what it needs, so that the light ones start at once."""
+"""``python -m megatron_evomoe COMMAND``. Each command imports what it needs, so that the light ones start at
+once.
+"""
 
 from __future__ import annotations
 
@@ -30,18 +32,26 @@ class _Parser(argparse.ArgumentParser):
 
     def refuse(self, unknown: list[str]) -> NoReturn:
         """Arguments that nothing takes."""
-        close = difflib.get_close_matches(unknown[0].split("=")[0], self._option_string_actions, n=1, cutoff=0.6)
-        self.error(f"unrecognized arguments: {' '.join(unknown)}{f' (did you mean {close[0]}?)' if close else ''}")
+        close = difflib.get_close_matches(
+            unknown[0].split("=")[0], self._option_string_actions, n=1, cutoff=0.6
+        )
+        self.error(
+            f"unrecognized arguments: {' '.join(unknown)}{f' (did you mean {close[0]}?)' if close else ''}"
+        )
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parse, run, and turn errors meant for users into one line and exit status 2."""
     parser = _Parser(prog="python -m megatron_evomoe", description="EvoMoE on megatron-core.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{" + ",".join(COMMANDS) + "}", parser_class=_Parser)
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="{" + ",".join(COMMANDS) + "}", parser_class=_Parser
+    )
     argv = sys.argv[1:] if argv is None else argv
     asked = argv[0] if argv else ""
     for name in COMMANDS:
-        sub = commands.add_parser(name, help=_HELP[name], allow_abbrev=False)  # an abbreviation may mean another flag tomorrow
+        sub = commands.add_parser(
+            name, help=_HELP[name], allow_abbrev=False
+        )  # an abbreviation may mean another flag tomorrow
         if name == asked:
             sub.set_defaults(handler=_ADD[name](sub), parser=sub)
     try:
@@ -106,7 +116,9 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _tell_others(error: Exception) -> None:
-    """A configuration that one node cannot read: the ranks of the others wait for this one to join, so join and say it."""
+    """A configuration that one node cannot read: the ranks of the others wait for this one to join, so join
+    and say it.
+    """
     from megatron_evomoe.parallel import backend
 
     backend.prepare()

@@ -10,9 +10,20 @@ import shutil
 from pathlib import Path
 
 REQUIRED = {
-    "torch": "torch", "megatron-core": "megatron.core", "sentencepiece": "sentencepiece", "tokenizers": "tokenizers",
-    "webdataset": "webdataset", "simplejpeg": "simplejpeg", "pillow": "PIL", "psutil": "psutil", "pydantic": "pydantic",
-    "pyyaml": "yaml", "rich": "rich", "matplotlib": "matplotlib", "tensorboard": "tensorboard", "wandb": "wandb",
+    "torch": "torch",
+    "megatron-core": "megatron.core",
+    "sentencepiece": "sentencepiece",
+    "tokenizers": "tokenizers",
+    "webdataset": "webdataset",
+    "simplejpeg": "simplejpeg",
+    "pillow": "PIL",
+    "psutil": "psutil",
+    "pydantic": "pydantic",
+    "pyyaml": "yaml",
+    "rich": "rich",
+    "matplotlib": "matplotlib",
+    "tensorboard": "tensorboard",
+    "wandb": "wandb",
 }
 SUPPORTED_CORE = ((0, 16, 1), (0, 20))
 
@@ -22,7 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the report; 1 when something required is missing or broken, so that it can serve as a health check."""
+    """Print the report; 1 when something required is missing or broken, so that it can serve as a health
+    check.
+    """
     problems: list[str] = []
     rows = [("Python", platform.python_version()), ("system", f"{platform.system()} {platform.machine()}")]
     for package, module in REQUIRED.items():
@@ -47,12 +60,16 @@ def _version(package: str, module: str, problems: list[str]) -> str:
     if package == "megatron-core":
         parts = tuple(int(p) for p in version.split(".")[:3] if p.isdigit())
         if not SUPPORTED_CORE[0] <= parts < SUPPORTED_CORE[1]:
-            problems.append(f"megatron-core {version} is not supported; remedy: pip install 'megatron-core>=0.16.1,<0.20'")
+            problems.append(
+                f"megatron-core {version} is not supported; remedy: pip install 'megatron-core>=0.16.1,<0.20'"
+            )
         return version  # importing it here would need the CPU adaptations first
     try:
         importlib.import_module(module)
     except Exception as error:
-        problems.append(f"{package} {version} does not import ({error}); remedy: pip install --force-reinstall {package}")
+        problems.append(
+            f"{package} {version} does not import ({error}); remedy: pip install --force-reinstall {package}"
+        )
     return version
 
 
@@ -69,8 +86,11 @@ def _devices(problems: list[str]) -> list[tuple[str, str]]:
         p = torch.cuda.get_device_properties(i)
         rows.append((f"GPU {i}", f"{p.name}, {p.total_memory / 2**30:.0f} GiB, sm_{p.major}{p.minor}"))
     te = _optional("transformer_engine", "pip install 'megatron_evomoe[gpu]'; local layers run until then")
-    apex = _optional("apex", "NVIDIA's, built from source (PyPI's apex is another package); weight gradients are not fused until "
-                             "then")
+    apex = _optional(
+        "apex",
+        "NVIDIA's, built from source (PyPI's apex is another package); weight gradients are not fused until "
+        "then",
+    )
     return [*rows, ("Transformer Engine", te), ("apex", apex)]
 
 

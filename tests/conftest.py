@@ -10,7 +10,9 @@ import torch
 from megatron_evomoe.parallel import backend
 
 if not backend.on_gpu():
-    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is first imported, which megatron-core does below
+    os.environ["TRITON_INTERPRET"] = (
+        "1"  # Triton reads it when it is first imported, which megatron-core does below
+    )
 backend.prepare()
 torch.set_num_threads(1)
 
@@ -20,7 +22,9 @@ ROWS = pytest.StashKey[list[str]]()
 
 @pytest.fixture(scope="session")
 def row(pytestconfig):
-    """Call it with a line of a table that the run shows at its end, whatever it does with the tests' output."""
+    """Call it with a line of a table that the run shows at its end, whatever it does with the tests'
+    output.
+    """
     return pytestconfig.stash.setdefault(ROWS, []).append
 
 
@@ -47,7 +51,9 @@ def one_rank():
 
 @pytest.fixture(autouse=True)
 def clean_core():
-    """Forget what megatron-core keeps per process of its auxiliary losses: a test that trained would leave its scale behind."""
+    """Forget what megatron-core keeps per process of its auxiliary losses: a test that trained would leave
+    its scale behind.
+    """
     from megatron.core.transformer.moe import moe_utils
 
     from megatron_evomoe.train.report import forget_auxiliary_losses

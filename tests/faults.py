@@ -1,4 +1,6 @@
-"""Files that cannot be written: a full disk or a broken one, at a file of one's choice, without a mount and without root."""
+"""Files that cannot be written: a full disk or a broken one, at a file of one's choice, without a mount and
+without root.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,9 @@ def matching(pattern: str, code: int = errno.ENOSPC) -> Callable[[str], int]:
 
 @contextlib.contextmanager
 def failing(fault: Callable[[str], int], below: Path) -> Iterator[None]:
-    """Inside, a write of this process and its forks to a file below `below` fails with the error number that `fault` gives for the
-    file's name at that moment, 0 for none. The file is made all the same, as on a disk that has just become full.
+    """Inside, a write of this process and its forks to a file below `below` fails with the error number that
+    `fault` gives for the file's name at that moment, 0 for none. The file is made all the same, as on a disk
+    that has just become full.
     """
     opened, file_io, below = builtins.open, io.FileIO, below.absolute()
 
@@ -32,10 +35,15 @@ def failing(fault: Callable[[str], int], below: Path) -> Iterator[None]:
             return super().write(data)
 
     def chosen(file: Any, mode: str) -> bool:
-        return (isinstance(file, (str, os.PathLike)) and not set(mode).isdisjoint("wax+")
-                and below in Path(os.fspath(file)).absolute().parents)
+        return (
+            isinstance(file, (str, os.PathLike))
+            and not set(mode).isdisjoint("wax+")
+            and below in Path(os.fspath(file)).absolute().parents
+        )
 
-    def open_failing(file: Any, mode: str = "r", buffering: int = -1, encoding: str | None = None, *rest: Any, **more: Any) -> Any:
+    def open_failing(
+        file: Any, mode: str = "r", buffering: int = -1, encoding: str | None = None, *rest: Any, **more: Any
+    ) -> Any:
         if not chosen(file, mode):
             return opened(file, mode, buffering, encoding, *rest, **more)
         raw = Failing(file, mode.replace("b", "").replace("t", ""))

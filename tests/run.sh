@@ -31,6 +31,7 @@ if [ "$MODE" = "--versions" ]; then
 fi
 source examples/setup_venv.sh
 "$PYTHON" -m ruff check .
+"$PYTHON" -m ruff format --check .
 if [ "$MODE" = "--full" ]; then
     exec "$PYTHON" -m pytest "$@"
 fi

@@ -17,9 +17,21 @@ IMAGE_TOKENS = 4
 def tiny_config(kind: str = "warmup", **sections: Any) -> RunConfig:
     """Two layers (the second a mixture), 32 wide; one stage of `kind`. `sections` are merged over that."""
     raw: dict[str, Any] = {
-        "language": {"num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 2, "vocab_size": VOCAB},
-        "vision": {"image_size": 16, "patch_size": 8, "hidden_size": 16, "num_layers": 2, "num_attention_heads": 2,
-                   "ffn_hidden_size": 32},
+        "language": {
+            "num_layers": 2,
+            "hidden_size": 32,
+            "ffn_hidden_size": 48,
+            "num_attention_heads": 2,
+            "vocab_size": VOCAB,
+        },
+        "vision": {
+            "image_size": 16,
+            "patch_size": 8,
+            "hidden_size": 16,
+            "num_layers": 2,
+            "num_attention_heads": 2,
+            "ffn_hidden_size": 32,
+        },
         "moe": {"dtr_hidden_size": 4, "dtr_rank": 4},
         "data": {"seq_length": 64},
         "optimizer": {"lr": 1e-2, "lr_decay_style": "constant", "lr_warmup_fraction": 0.0},
@@ -31,8 +43,12 @@ def tiny_config(kind: str = "warmup", **sections: Any) -> RunConfig:
     return from_mapping(raw)
 
 
-def rows(images_per_row: list[int], *, seed: int = 0, length: int = 24, answer: tuple[int, ...] = (3,)) -> dict[str, Any]:
-    """One microbatch: each row has its images first, then text, then padding; the last `answer[i]` text tokens are supervised."""
+def rows(
+    images_per_row: list[int], *, seed: int = 0, length: int = 24, answer: tuple[int, ...] = (3,)
+) -> dict[str, Any]:
+    """One microbatch: each row has its images first, then text, then padding; the last `answer[i]` text
+    tokens are supervised.
+    """
     g = torch.Generator().manual_seed(seed)
     b = len(images_per_row)
     tokens = torch.randint(4, VOCAB, (b, length), generator=g)
@@ -45,8 +61,13 @@ def rows(images_per_row: list[int], *, seed: int = 0, length: int = 24, answer: 
         supervised = answer[i % len(answer)]
         labels[i, end - supervised : end] = torch.randint(4, VOCAB, (supervised,), generator=g)
     pixels = torch.randint(0, 256, (sum(images_per_row), 3, 16, 16), generator=g, dtype=torch.uint8)
-    return {"tokens": tokens, "labels": labels, "token_types": types, "pixel_values": pixels,
-            "keys": [f"sample-{seed}-{i}" for i in range(b)]}
+    return {
+        "tokens": tokens,
+        "labels": labels,
+        "token_types": types,
+        "pixel_values": pixels,
+        "keys": [f"sample-{seed}-{i}" for i in range(b)],
+    }
 
 
 def step_of(*microbatches: dict[str, Any]) -> Step:

@@ -1,7 +1,8 @@
-"""A Hugging Face model to a checkpoint that ``train --load`` takes under any layout. docs/huggingface.md, section "In".
+"""A Hugging Face model to a checkpoint that ``train --load`` takes under any layout. docs/huggingface.md,
+section "In".
 
-    python tools/convert_from_hf.py LLAVA --output imported
-    python tools/convert_from_hf.py --language-model LM --vision-model TOWER --output imported
+python tools/convert_from_hf.py LLAVA --output imported
+python tools/convert_from_hf.py --language-model LM --vision-model TOWER --output imported
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from megatron_evomoe.hf import convert_in
 
 def main() -> int:
     """Parse the command line and run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     convert_in.add_arguments(parser)
     args = parser.parse_args()
     try:

@@ -1,7 +1,7 @@
 """A checkpoint of any stage to a Hugging Face directory. docs/huggingface.md, section "Out".
 
-    python tools/convert_to_hf.py runs/quickstart/route --output exported --verify
-    python tools/convert_to_hf.py runs/quickstart/evolve --dense --output exported-dense
+python tools/convert_to_hf.py runs/quickstart/route --output exported --verify
+python tools/convert_to_hf.py runs/quickstart/evolve --dense --output exported-dense
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from megatron_evomoe.hf import convert_out
 
 def main() -> int:
     """Parse the command line and run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     convert_out.add_arguments(parser)
     try:
         return convert_out.run(parser.parse_args())

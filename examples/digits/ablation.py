@@ -38,21 +38,48 @@ def stages(steps: int, warmup: int) -> list[dict[str, Any]]:
         {"name": "warmup", "train_iters": warmup, "lr": 1.5e-3},
         {"name": "dense", "load": "warmup", "train_iters": 2 * steps},
     ]
-    out += [{"name": f"replicate + {router}", "router": router, "expert_init": "replicate", **tuned} for router in ROUTERS]
+    out += [
+        {"name": f"replicate + {router}", "router": router, "expert_init": "replicate", **tuned}
+        for router in ROUTERS
+    ]
     for rule in RULES:
-        out.append({"name": f"evolve {rule}", "kind": "evolve", "load": "warmup", "evolution_rule": rule, "train_iters": steps})
-        out += [{"name": f"{rule} + {router}", "kind": "route", "load": f"evolve {rule}", "router": router, "train_iters": steps}
-                for router in ROUTERS]
+        out.append(
+            {
+                "name": f"evolve {rule}",
+                "kind": "evolve",
+                "load": "warmup",
+                "evolution_rule": rule,
+                "train_iters": steps,
+            }
+        )
+        out += [
+            {
+                "name": f"{rule} + {router}",
+                "kind": "route",
+                "load": f"evolve {rule}",
+                "router": router,
+                "train_iters": steps,
+            }
+            for router in ROUTERS
+        ]
     return out
 
 
 def configuration(args: argparse.Namespace, seed: int) -> dict[str, Any]:
     """One seed's run."""
     run = yaml.safe_load((HERE / "quickstart.yaml").read_text())
-    run["data"] |= {"tokenizer": str(args.data / "tokenizer.model"), "train_data": [str(args.data / "instruct")],
-                    "eval_data": [str(args.data / "heldout")]}
+    run["data"] |= {
+        "tokenizer": str(args.data / "tokenizer.model"),
+        "train_data": [str(args.data / "instruct")],
+        "eval_data": [str(args.data / "heldout")],
+    }
     run["parallel"] = {"use_distributed_optimizer": False}
-    run["train"] |= {"seed": seed, "micro_batch_size": args.batch, "global_batch_size": args.batch, "eval_shuffles": 4}
+    run["train"] |= {
+        "seed": seed,
+        "micro_batch_size": args.batch,
+        "global_batch_size": args.batch,
+        "eval_shuffles": 4,
+    }
     run["checkpoint"] = {"save": str(args.output / f"seed{seed}"), "pretrained_checkpoint": str(args.tower)}
     run["log"] = {"log_interval": 100}
     run["stages"] = stages(args.steps, args.warmup)
@@ -69,9 +96,18 @@ def train(args: argparse.Namespace) -> None:
             folder = args.output / f"seed{seed}"
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "ablation.yaml").write_text(yaml.safe_dump(configuration(args, seed), sort_keys=False))
-            command = [sys.executable, "-m", "megatron_evomoe", "train", "--config", str(folder / "ablation.yaml")]
+            command = [
+                sys.executable,
+                "-m",
+                "megatron_evomoe",
+                "train",
+                "--config",
+                str(folder / "ablation.yaml"),
+            ]
             with open(folder / "log.txt", "a") as log:
-                job = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                job = subprocess.Popen(
+                    command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"}
+                )
                 running.append((seed, job))
         seed, job = running.pop(0)
         if job.wait():
@@ -105,8 +141,18 @@ def read_seed(folder: Path) -> dict[str, dict[str, float]]:
 def report(args: argparse.Namespace) -> str:
     """The table, mean ± standard deviation over the seeds on disk."""
     seeds = [read_seed(p) for p in sorted(args.output.glob("seed*")) if (p / "diagnostics.jsonl").exists()]
-    names = [s["name"] for s in stages(1, 1) if s["name"] != "align" and all(s["name"] in seed for seed in seeds)]
-    columns = {"accuracy": 1, "single": 1, "grid": 1, "text": 1, "shuffle drop": 2, "similarity": 4, "divergence": 4}
+    names = [
+        s["name"] for s in stages(1, 1) if s["name"] != "align" and all(s["name"] in seed for seed in seeds)
+    ]
+    columns = {
+        "accuracy": 1,
+        "single": 1,
+        "grid": 1,
+        "text": 1,
+        "shuffle drop": 2,
+        "similarity": 4,
+        "divergence": 4,
+    }
     lines = ["| experts and router | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for name in names:
         cells = []
@@ -119,7 +165,9 @@ def report(args: argparse.Namespace) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--data", type=Path, help="what build_data.py wrote")
     parser.add_argument("--tower", type=Path, help="what pretrain_tower.py wrote")

@@ -2,14 +2,14 @@
 
     python examples/digits/build_data.py --output DIR
 
-1797 scans of 8 x 8 grey levels (UCI, Alpaydin and Kaynak) become pictures of one digit or of a 2 x 2 grid, with
-questions of several kinds; text-only arithmetic is mixed in. Scans are split before anything is composed of them, so
-no scan in a held-out picture was ever seen in training. Writes
+1797 scans of 8 x 8 grey levels (UCI, Alpaydin and Kaynak) become pictures of one digit or of a 2 x 2 grid,
+with questions of several kinds; text-only arithmetic is mixed in. Scans are split before anything is composed
+of them, so no scan in a held-out picture was ever seen in training. Writes
 
-    DIR/captions DIR/instruct          training shards for `align` and for the other stages
-    DIR/heldout                        held-out shards; each sample's `kind` is for the report, the model never sees it
-    DIR/tower.npz                      labelled training pictures for the stand-in vision tower (pretrain_tower.py)
-    DIR/tokenizer.model                sentencepiece, trained on the training texts
+    DIR/captions DIR/instruct  training shards for `align` and for the other stages
+    DIR/heldout                held-out shards; a sample's `kind` is for the report, the model never sees it
+    DIR/tower.npz              labelled training pictures for the stand-in vision tower (pretrain_tower.py)
+    DIR/tokenizer.model        sentencepiece, trained on the training texts
 """
 
 from __future__ import annotations
@@ -73,7 +73,10 @@ class Composer:
         values = self.rng.choice(10, size=3, replace=False).tolist()
         first, second = sorted(self.rng.choice(4, size=2, replace=False).tolist())
         others = iter(values[1:])
-        return self.grid([values[0] if i in (first, second) else next(others) for i in range(4)]), (first, second)
+        return self.grid([values[0] if i in (first, second) else next(others) for i in range(4)]), (
+            first,
+            second,
+        )
 
 
 Turn = tuple[str, str, str]
@@ -137,12 +140,17 @@ Sample = tuple[dict[str, Any], list[bytes]]
 
 
 def instruct(composer: Composer, count: int) -> Iterator[Sample]:
-    """Training samples: 3/8 single, 1/2 grids (all their questions in one conversation, in any order), 1/8 text only."""
+    """Training samples: 3/8 single, 1/2 grids (all their questions in one conversation, in any order), 1/8
+    text only.
+    """
     for i in range(count):
         turns, picture = _draw(composer, i % 8)
         order = composer.rng.permutation(len(turns))
         shuffled = [turns[j] for j in order]
-        yield {"conversations": conversation(shuffled, with_image=picture is not None)}, [png(picture)] if picture else []
+        yield (
+            {"conversations": conversation(shuffled, with_image=picture is not None)},
+            [png(picture)] if picture else [],
+        )
 
 
 def heldout(composer: Composer, count: int) -> Iterator[Sample]:
@@ -173,38 +181,60 @@ def captions(composer: Composer, count: int) -> Iterator[Sample]:
 
 
 def labelled_grids(composer: Composer, count: int) -> dict[str, np.ndarray]:
-    """Grids and what each cell shows, to pretrain the tower on: uint8 [count, 32, 32] and int64 [count, 4]."""
+    """Grids and what each cell shows, to pretrain the tower on: uint8 [count, 32, 32] and int64 [count,
+    4].
+    """
     drawn = [composer.grid(composer.rng.integers(10, size=4).tolist()) for _ in range(count)]
     return {"pixels": np.stack([p.pixels for p in drawn]), "labels": np.array([p.digits for p in drawn])}
 
 
-def build(output: Path, seed: int, instruct_samples: int, caption_samples: int, heldout_samples: int,
-          tower_pictures: int) -> None:
+def build(
+    output: Path,
+    seed: int,
+    instruct_samples: int,
+    caption_samples: int,
+    heldout_samples: int,
+    tower_pictures: int,
+) -> None:
     """Write everything under `output`."""
     scans, labels = load_digits(return_X_y=True)
     scans = np.round(scans.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
     order = np.random.default_rng(seed).permutation(len(scans))
     cut = round(len(scans) * TEST_SHARE)
-    test, train = (Composer(scans[part], labels[part], seed + i) for i, part in enumerate((order[:cut], order[cut:]), start=1))
+    test, train = (
+        Composer(scans[part], labels[part], seed + i)
+        for i, part in enumerate((order[:cut], order[cut:]), start=1)
+    )
     output.mkdir(parents=True, exist_ok=True)
     training = list(instruct(train, instruct_samples))
     described = list(captions(train, caption_samples))
     lines = [turn["value"] for record, _ in described for turn in record["conversations"]]
-    for record, _ in training[:2000]:  # as the v1 template lays them out, so that its words become pieces of their own
+    for record, _ in training[
+        :2000
+    ]:  # as the v1 template lays them out, so that its words become pieces of their own
         turns = [turn["value"] for turn in record["conversations"][1:]]
         lines += [f"USER: {q} ASSISTANT: {a}" for q, a in zip(turns[::2], turns[1::2], strict=True)]
-    train_sentencepiece((line.replace("<image>\n", "") for line in lines), output / "tokenizer.model", vocab_size=400,
-                        model_type="bpe")  # whole words become pieces
+    train_sentencepiece(
+        (line.replace("<image>\n", "") for line in lines),
+        output / "tokenizer.model",
+        vocab_size=400,
+        model_type="bpe",
+    )  # whole words become pieces
     write_shards(training, output / "instruct", samples_per_shard=2000)
     write_shards(described, output / "captions", samples_per_shard=2000)
     write_shards(heldout(test, heldout_samples), output / "heldout", samples_per_shard=2000)
     np.savez_compressed(output / "tower.npz", **labelled_grids(train, tower_pictures))
-    print(f"{len(order) - cut} training scans, {cut} held-out scans; {instruct_samples} conversations, {caption_samples} captions, "
-          f"{heldout_samples} held-out questions in {output}")
+    print(
+        f"{len(order) - cut} training scans, {cut} held-out scans; {instruct_samples} conversations, "
+        f"{caption_samples} captions, "
+        f"{heldout_samples} held-out questions in {output}"
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--instruct-samples", type=int, default=12000)
@@ -212,7 +242,14 @@ def main() -> None:
     parser.add_argument("--heldout-samples", type=int, default=2400)
     parser.add_argument("--tower-pictures", type=int, default=6000)
     args = parser.parse_args()
-    build(args.output, args.seed, args.instruct_samples, args.caption_samples, args.heldout_samples, args.tower_pictures)
+    build(
+        args.output,
+        args.seed,
+        args.instruct_samples,
+        args.caption_samples,
+        args.heldout_samples,
+        args.tower_pictures,
+    )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
-"""Pretrain the small vision tower that stands for CLIP in the quickstart, and save it as a checkpoint to start from.
+"""Pretrain the small vision tower that stands for CLIP in the quickstart, and save it as a checkpoint to
+start from.
 
-    python examples/digits/pretrain_tower.py --config examples/digits/quickstart.yaml --data DIR/tower.npz --output DIR
+    python examples/digits/pretrain_tower.py --config examples/digits/quickstart.yaml --data DIR/tower.npz
+    --output DIR
 
-The tower (megatron-core's ViT, the one the model uses) learns to name the digit in each quarter of a grid of *training*
-scans, once from that quarter's patches and once from the average of all patches, so that a patch says what it shows and
-where, as CLIP's do. The heads are thrown away. Nothing here sees a held-out scan or a question.
+The tower (megatron-core's ViT, the one the model uses) learns to name the digit in each quarter of a grid of
+*training* scans, once from that quarter's patches and once from the average of all patches, so that a patch
+says what it shows and where, as CLIP's do. The heads are thrown away. Nothing here sees a held-out scan or a
+question.
 """
 
 from __future__ import annotations
@@ -24,7 +27,9 @@ CELLS = 2  # per side
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
@@ -49,17 +54,32 @@ def main() -> None:
     tower = build_vision_model(config)
     head = Heads(config.vision.hidden_size)
     data = np.load(args.data)
-    pixels = processor_for(config).normalize(torch.from_numpy(data["pixels"]).unsqueeze(1).expand(-1, 3, -1, -1))
+    pixels = processor_for(config).normalize(
+        torch.from_numpy(data["pixels"]).unsqueeze(1).expand(-1, 3, -1, -1)
+    )
     accuracy = pretrain(tower, head, pixels, torch.from_numpy(data["labels"]), args)
-    record = Record(stage="tower", kind="pretrained", step=args.steps, position=0, finished=True, layout=rng.layout(), vocab_size=0,
-                    tokenizer_fingerprint="", parts=["vision_model"])
-    path = store.Saver(config.checkpoint).save_weights(args.output, {"vision_model": tower}, record, config.to_yaml())
+    record = Record(
+        stage="tower",
+        kind="pretrained",
+        step=args.steps,
+        position=0,
+        finished=True,
+        layout=rng.layout(),
+        vocab_size=0,
+        tokenizer_fingerprint="",
+        parts=["vision_model"],
+    )
+    path = store.Saver(config.checkpoint).save_weights(
+        args.output, {"vision_model": tower}, record, config.to_yaml()
+    )
     print(f"tower: {100 * accuracy:.1f} % of the digits of its last 50 batches named; saved to {path}")
     torch.distributed.destroy_process_group()
 
 
 class Heads(torch.nn.Module):
-    """Digit logits [n, 4, 10] from patch features [n, p, C]: by each quarter's average, and by the whole picture's."""
+    """Digit logits [n, 4, 10] from patch features [n, p, C]: by each quarter's average, and by the whole
+    picture's.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -69,8 +89,13 @@ class Heads(torch.nn.Module):
         return self.local(by_cell(features)), self.whole(features.mean(1)).unflatten(1, (CELLS**2, 10))
 
 
-def pretrain(tower: torch.nn.Module, head: torch.nn.Module, pixels: torch.Tensor, labels: torch.Tensor,
-             args: argparse.Namespace) -> float:
+def pretrain(
+    tower: torch.nn.Module,
+    head: torch.nn.Module,
+    pixels: torch.Tensor,
+    labels: torch.Tensor,
+    args: argparse.Namespace,
+) -> float:
     """Train tower and head; returns training accuracy over the last batches."""
     optimizer = torch.optim.AdamW([*tower.parameters(), *head.parameters()], lr=args.lr, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps, pct_start=0.1)
@@ -86,8 +111,12 @@ def pretrain(tower: torch.nn.Module, head: torch.nn.Module, pixels: torch.Tensor
         schedule.step()
         right.append((whole.argmax(-1) == wanted).float().mean().item())
         if step % 200 == 0:
-            print(f"[tower {step}/{args.steps}] loss {loss.item():.3f} | digits named {100 * np.mean(right[-50:]):.1f} % | "
-                  f"{time.perf_counter() - started:.0f} s", flush=True)
+            print(
+                f"[tower {step}/{args.steps}] loss {loss.item():.3f} | digits named "
+                f"{100 * np.mean(right[-50:]):.1f} % | "
+                f"{time.perf_counter() - started:.0f} s",
+                flush=True,
+            )
     return float(np.mean(right[-50:]))
 
 

@@ -1,4 +1,6 @@
-"""What a checkpoint holds beside tensors: `common.pt`, and objects inside tensor files. Always opened with `weights_only`."""
+"""What a checkpoint holds beside tensors: `common.pt`, and objects inside tensor files. Always opened with
+`weights_only`.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,10 @@ def read_common(directory: Path) -> dict[str, Any]:
     content = integrity.read_verified(directory, COMMON, read_unchecked(directory).files, _LARGEST)
     found = _opened(content, f"checkpoint {directory}: {COMMON}")
     if not isinstance(found, dict):
-        raise CheckpointError(f"checkpoint {directory}: {COMMON} holds a {type(found).__name__}, no dictionary; nothing was loaded")
+        raise CheckpointError(
+            f"checkpoint {directory}: {COMMON} holds a {type(found).__name__}, no dictionary; nothing was "
+            "loaded"
+        )
     return found
 
 
@@ -50,8 +55,10 @@ def read_object(directory: Path, key: str, place: _StorageInfo) -> Any:
 
 @contextlib.contextmanager
 def no_more_than_torchs() -> Iterator[None]:
-    """Inside, `weights_only` builds what torch itself allows. megatron-core adds classes, members of enumerations among them, of
-    which there is one for the whole process, so that state given to it would stay."""
+    """Inside, `weights_only` builds what torch itself allows. megatron-core adds classes, members of
+    enumerations among them, of which there is one for the whole process, so that state given to it would
+    stay.
+    """
     added = torch.serialization.get_safe_globals()
     torch.serialization.clear_safe_globals()
     try:
@@ -67,7 +74,9 @@ def load(file: BinaryIO | Path, map_location: str = "cpu", *, mmap: bool = False
 
 
 def require_safe(directory: Path) -> None:
-    """Raise `CheckpointError` if anything in a checkpoint that is no tensor is damaged, or more than plain values."""
+    """Raise `CheckpointError` if anything in a checkpoint that is no tensor is damaged, or more than plain
+    values.
+    """
     found = metadata.read(directory)
     for key, entry in found.state_dict_metadata.items():
         if isinstance(entry, BytesStorageMetadata):
@@ -82,12 +91,16 @@ def _opened(content: bytes, name: str) -> Any:
         _require_tree(found, 16 * len(content))
     except Exception as error:  # damaged bytes can raise anything
         reason = (str(error).strip().splitlines() or [""])[0]
-        raise CheckpointError(f"{name} is unsafe or damaged ({type(error).__name__}: {reason}); nothing was loaded") from None
+        raise CheckpointError(
+            f"{name} is unsafe or damaged ({type(error).__name__}: {reason}); nothing was loaded"
+        ) from None
     return found
 
 
 def _require_tree(found: Any, visits: int) -> None:
-    """Whoever walks through it must come to an end: no container within itself, nor one in too many places."""
+    """Whoever walks through it must come to an end: no container within itself, nor one in too many
+    places.
+    """
     waiting = [found]
     while waiting:
         value = waiting.pop()

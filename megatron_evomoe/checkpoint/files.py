@@ -1,5 +1,6 @@
-"""A checkpoint's files. Opening what lies in its folder: regular files alone, never through a link, never waiting for a pipe.
-Writing the small ones: whole on the disk, or an error with the file's name."""
+"""A checkpoint's files. Opening what lies in its folder: regular files alone, never through a link, never
+waiting for a pipe. Writing the small ones: whole on the disk, or an error with the file's name.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +12,14 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-_KINDS = {stat.S_IFDIR: "a directory", stat.S_IFLNK: "a symbolic link", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket",
-          stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
+_KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFLNK: "a symbolic link",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 
 
 def kind_of(mode: int) -> str:

@@ -1,6 +1,7 @@
-"""Which checkpoint to take: the newest that is whole, checked by all ranks together before any tensor is read.
+"""Which checkpoint to take: the newest that is whole, checked by all ranks together before any tensor is
+read.
 
-    SAVE/latest_checkpointed_iteration.txt          for people and other tools; the search looks at the folders themselves
+    SAVE/latest_checkpointed_iteration.txt  for people and other tools; the search looks at the folders
     SAVE/iter_0000500/…
 """
 
@@ -30,15 +31,23 @@ class Owner:
     def why_not(self, path: Path, record: Record) -> str | None:
         """In words, why `path` is not this owner's, or none if it is. A record of format 1 names no run."""
         if record.stage != self.stage:
-            return f"checkpoint {path} is one of stage {record.stage!r}, and lies in the folder of stage {self.stage!r}"
+            return (
+                f"checkpoint {path} is one of stage {record.stage!r}, and lies in the folder of stage "
+                f"{self.stage!r}"
+            )
         if self.run_id and record.run_id and record.run_id != self.run_id:
-            return f"checkpoint {path} is one of run {record.run_id}, and lies in the directory of run {self.run_id}"
+            return (
+                f"checkpoint {path} is one of run {record.run_id}, and lies in the directory of run "
+                f"{self.run_id}"
+            )
         return None
 
     def require(self, path: Path, record: Record) -> None:
         """Raise `CheckpointError` if `path` is another's."""
         if problem := self.why_not(path, record):
-            raise CheckpointError(f"{problem}; move it away, or name it in `load:` to start from it on purpose")
+            raise CheckpointError(
+                f"{problem}; move it away, or name it in `load:` to start from it on purpose"
+            )
 
 
 def candidates(directory: Path) -> list[Path]:
@@ -48,7 +57,9 @@ def candidates(directory: Path) -> list[Path]:
 
 
 def latest(directory: Path, owner: Owner | None = None) -> Path | None:
-    """The newest checkpoint whose files are all there (and that is `owner`'s), or none if there is none. Reads no tensor."""
+    """The newest checkpoint whose files are all there (and that is `owner`'s), or none if there is none.
+    Reads no tensor.
+    """
     for path in candidates(directory):
         try:
             record = read(path)
@@ -61,16 +72,20 @@ def latest(directory: Path, owner: Owner | None = None) -> Path | None:
 
 
 def newest_good(directory: Path, step: int | None = None, owner: Owner | None = None) -> Path | None:
-    """The newest checkpoint that is byte for byte what was saved, names no code and is `owner`'s (or the one of `step`).
-    Communicates.
+    """The newest checkpoint that is byte for byte what was saved, names no code and is `owner`'s (or the one
+    of `step`). Communicates.
 
-    Every rank reads its part of the files. A checkpoint that fails is named on rank 0's log, and the one before it is tried.
+    Every rank reads its part of the files. A checkpoint that fails is named on rank 0's log, and the one
+    before it is tried.
 
     Raises:
-        CheckpointError: on every rank, if there are checkpoints and none is good, or the one of `step` is not.
+        CheckpointError: on every rank, if there are checkpoints and none is good, or the one of `step` is
+            not.
     """
     names = [[p.name for p in candidates(directory)] if step is None else [name_of(step)]]
-    dist.broadcast_object_list(names, src=0)  # one listing for all: a shared file system may show ranks different ones
+    dist.broadcast_object_list(
+        names, src=0
+    )  # one listing for all: a shared file system may show ranks different ones
     problem = None
     for name in names[0]:
         problem = why_bad(directory / name, owner)
@@ -79,13 +94,16 @@ def newest_good(directory: Path, step: int | None = None, owner: Owner | None = 
         if dist.get_rank() == 0:
             log.warning("%s; falling back to the checkpoint before it", problem)
     if problem is not None:
-        raise CheckpointError(problem if len(names[0]) == 1 else f"no good checkpoint under {directory}; the oldest: {problem}")
+        raise CheckpointError(
+            problem if len(names[0]) == 1 else f"no good checkpoint under {directory}; the oldest: {problem}"
+        )
     return None
 
 
 def why_bad(path: Path, owner: Owner | None = None) -> str | None:
-    """What is wrong with a checkpoint, or none: record, files, checksums, unsafe pickles, another's than `owner`'s.
-    Communicates; all ranks hear the same."""
+    """What is wrong with a checkpoint, or none: record, files, checksums, unsafe pickles, another's than
+    `owner`'s. Communicates; all ranks hear the same.
+    """
     files: list[dict[str, list[int]] | str] = [{}]
     if dist.get_rank() == 0:
         try:
@@ -112,8 +130,8 @@ def why_bad(path: Path, owner: Owner | None = None) -> str | None:
 
 
 def resolve(path: str | Path, owner: Owner | None = None) -> Path:
-    """A good checkpoint from what a user gives: an `iter_…` folder, or a directory whose newest good one (of `owner`'s) is meant.
-    Communicates.
+    """A good checkpoint from what a user gives: an `iter_…` folder, or a directory whose newest good one (of
+    `owner`'s) is meant. Communicates.
 
     Raises:
         CheckpointError: the folder named is bad, or there is none under the directory.

@@ -1,9 +1,10 @@
 """A DistributedOptimizer's state as it lies in memory, under the names and shapes of the model's parameters.
 
-Each rank owns ranges of flattened parameters. megatron-core's resharding format first gathers all of it on every replica:
-host memory and traffic grow with the model, not with the shard. But a range of a row-major array is a few boxes (a row's
-end, whole rows, a row's beginning), and a checkpoint may hold any boxes: so each rank writes its own, where they are, and
-reads whatever boxes it needs under another layout. Keys and shapes on disk are those of the core's `fully_reshardable`.
+Each rank owns ranges of flattened parameters. megatron-core's resharding format first gathers all of it on
+every replica: host memory and traffic grow with the model, not with the shard. But a range of a row-major
+array is a few boxes (a row's end, whole rows, a row's beginning), and a checkpoint may hold any boxes: so
+each rank writes its own, where they are, and reads whatever boxes it needs under another layout. Keys and
+shapes on disk are those of the core's `fully_reshardable`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ _STATE = ("param", "exp_avg", "exp_avg_sq")
 
 
 def sharded(part: Any, model: dict[str, Any]) -> dict[int, dict[str, list[ShardedTensor]]]:
-    """The shards of `part` (a DistributedOptimizer with its moments allocated) that this rank owns: views, no copies.
+    """The shards of `part` (a DistributedOptimizer with its moments allocated) that this rank owns: views, no
+    copies.
 
     Args:
         model: the model's sharded state dict, whose leaves hold the parameters themselves.
@@ -32,18 +34,32 @@ def sharded(part: Any, model: dict[str, Any]) -> dict[int, dict[str, list[Sharde
     Raises:
         ValueError: a parameter is not in `model`.
     """
-    entries, _ = extract_matching_values(model, lambda leaf: isinstance(leaf, (ShardedTensor, ShardedTensorFactory)))
+    entries, _ = extract_matching_values(
+        model, lambda leaf: isinstance(leaf, (ShardedTensor, ShardedTensorFactory))
+    )
     by_parameter = {entry.data: entry for entry in nested_values(entries)}
     found: dict[int, dict[str, list[ShardedTensor]]] = {}
     for parameter, (start, stop) in owned_ranges(part):
         if parameter not in by_parameter:
-            raise ValueError(f"a trained parameter of shape {tuple(parameter.shape)} is not in the model's sharded state dict")
+            raise ValueError(
+                f"a trained parameter of shape {tuple(parameter.shape)} is not in the model's sharded state "
+                "dict"
+            )
         state = part._get_main_param_and_optimizer_states(parameter)
         places = list(_places(by_parameter[parameter], start, stop))
         found[len(found)] = {
-            name: [_box(place, state[name].detach(), start, f"optimizer.state.{name}.", part.distributed_optimizer_instance_id)
-                   for place in places]
-            for name in _STATE}
+            name: [
+                _box(
+                    place,
+                    state[name].detach(),
+                    start,
+                    f"optimizer.state.{name}.",
+                    part.distributed_optimizer_instance_id,
+                )
+                for place in places
+            ]
+            for name in _STATE
+        }
     return found
 
 
@@ -56,8 +72,11 @@ def owned_ranges(part: Any) -> Iterator[tuple[torch.nn.Parameter, tuple[int, int
                     yield parameter, (ranges["param"].start, ranges["param"].end)
 
 
-def boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], int]]:
-    """Split elements [start, stop) of a row-major array of `shape` into boxes: (offset, shape, first element) of each.
+def boxes(
+    shape: tuple[int, ...], start: int, stop: int
+) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], int]]:
+    """Split elements [start, stop) of a row-major array of `shape` into boxes: (offset, shape, first element)
+    of each.
 
     At most 2·d − 1 for d dimensions, in memory order, each contiguous.
     """
@@ -77,24 +96,44 @@ def boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[tuple
     yield from _in_row(shape, last, last * row, stop)
 
 
-def _in_row(shape: tuple[int, ...], index: int, start: int, stop: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], int]]:
+def _in_row(
+    shape: tuple[int, ...], index: int, start: int, stop: int
+) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], int]]:
     base = index * math.prod(shape[1:])
     for offset, size, first in boxes(shape[1:], start - base, stop - base):
         yield (index, *offset), (1, *size), first + base
 
 
-def _places(entry: ShardedTensor | ShardedTensorFactory, start: int, stop: int) -> Iterator[tuple[ShardedTensor, int]]:
-    """Where elements [start, stop) of a flattened local parameter lie: shards without data, and the first element of each."""
+def _places(
+    entry: ShardedTensor | ShardedTensorFactory, start: int, stop: int
+) -> Iterator[tuple[ShardedTensor, int]]:
+    """Where elements [start, stop) of a flattened local parameter lie: shards without data, and the first
+    element of each.
+    """
     # on the meta device, so that a factory's views tell where they begin and nothing is computed
     index = torch.empty(entry.data.shape, dtype=torch.float32, device="meta")
     for whole in _tensors_of(entry, index):
         assert whole.data.is_contiguous(), f"{whole.key}: parts of a parameter must be contiguous"
         begin = whole.data.storage_offset()
         ahead = whole.prepend_axis_num
-        for offset, size, first in boxes(tuple(whole.data.shape), max(start - begin, 0), min(stop - begin, whole.data.numel())):
-            place = (*whole.global_offset[:ahead], *(a + b for a, b in zip(whole.global_offset[ahead:], offset, strict=True)))
-            yield replace(whole, data=None, local_shape=(*(1,) * ahead, *size), global_offset=place, prepend_axis_num=0,
-                          axis_fragmentations=None), first + begin
+        for offset, size, first in boxes(
+            tuple(whole.data.shape), max(start - begin, 0), min(stop - begin, whole.data.numel())
+        ):
+            place = (
+                *whole.global_offset[:ahead],
+                *(a + b for a, b in zip(whole.global_offset[ahead:], offset, strict=True)),
+            )
+            yield (
+                replace(
+                    whole,
+                    data=None,
+                    local_shape=(*(1,) * ahead, *size),
+                    global_offset=place,
+                    prepend_axis_num=0,
+                    axis_fragmentations=None,
+                ),
+                first + begin,
+            )
 
 
 def _tensors_of(entry: ShardedTensor | ShardedTensorFactory, data: torch.Tensor) -> list[ShardedTensor]:
@@ -103,9 +142,18 @@ def _tensors_of(entry: ShardedTensor | ShardedTensorFactory, data: torch.Tensor)
     return list(nested_values(replace(entry, data=data).build()))
 
 
-def _box(place: tuple[ShardedTensor, int], flat: torch.Tensor, start: int, prefix: str, instance: int) -> ShardedTensor:
+def _box(
+    place: tuple[ShardedTensor, int], flat: torch.Tensor, start: int, prefix: str, instance: int
+) -> ShardedTensor:
     """`place` with its data, out of `flat`, whose first element is element `start` of the parameter."""
     shard, first = place
     data = flat[first - start : first - start + math.prod(shard.local_shape)].view(shard.local_shape)
-    # replicas over the data-parallel group own different ranges; the other two coordinates are the parameter's
-    return replace(shard, key=prefix + shard.key, data=data, dtype=data.dtype, replica_id=(*shard.replica_id[:2], instance))
+    # replicas over the data-parallel group own different ranges; the other two coordinates are the
+    # parameter's
+    return replace(
+        shard,
+        key=prefix + shard.key,
+        data=data,
+        dtype=data.dtype,
+        replica_id=(*shard.replica_id[:2], instance),
+    )

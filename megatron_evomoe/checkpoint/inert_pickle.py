@@ -1,9 +1,10 @@
-"""A pickle read as data: nothing is imported, called, or given state; what would be an object is a note of what was asked for.
+"""A pickle read as data: nothing is imported, called, or given state; what would be an object is a note of
+what was asked for.
 
-Python's own unpickler asks which *names* a file may use and then does with them whatever the file says, so that a name that is
-harmless alone (a class, `getattr`) is a tool. Here a name never becomes the thing it names. The instructions understood are those
-with which pickle protocols 4 and 5 write plain objects; a file with any other is refused. Memory and time grow with the file's
-length.
+Python's own unpickler asks which *names* a file may use and then does with them whatever the file says, so
+that a name that is harmless alone (a class, `getattr`) is a tool. Here a name never becomes the thing it
+names. The instructions understood are those with which pickle protocols 4 and 5 write plain objects; a file
+with any other is refused. Memory and time grow with the file's length.
 """
 
 from __future__ import annotations
@@ -57,7 +58,9 @@ _MARK = object()
 class _Reader:
     """One pass over the bytes."""
 
-    def __init__(self, content: bytes, is_name: Callable[[Name], bool], is_call: Callable[[Call], bool]) -> None:
+    def __init__(
+        self, content: bytes, is_name: Callable[[Name], bool], is_call: Callable[[Call], bool]
+    ) -> None:
         self.content, self.at, self.is_name, self.is_call = content, 0, is_name, is_call
         self.stack: list[Any] = []
         self.memo: list[Any] = []
@@ -72,7 +75,10 @@ class _Reader:
                 self.at += 1
                 step = steps[code]
                 if step is None:
-                    raise PickleError(f"it uses instruction {bytes([code])!r} at byte {self.at - 1}, which no checkpoint needs")
+                    raise PickleError(
+                        f"it uses instruction {bytes([code])!r} at byte {self.at - 1}, which no checkpoint "
+                        "needs"
+                    )
                 step(self)
         except (IndexError, struct.error):
             raise PickleError(f"it ends or goes wrong at byte {self.at}") from None
@@ -104,7 +110,10 @@ class _Reader:
     def frame(self) -> None:
         """Says how far to read ahead, no more; one that leads past the end is a lie."""
         if (length := self.number(_U8)) > len(self.content) - self.at:
-            raise PickleError(f"it claims a frame of {length} bytes at byte {self.at}, and has {len(self.content) - self.at}")
+            raise PickleError(
+                f"it claims a frame of {length} bytes at byte {self.at}, and has "
+                f"{len(self.content) - self.at}"
+            )
 
     def push(self, value: Any) -> None:
         self.stack.append(value)
@@ -112,8 +121,10 @@ class _Reader:
     def pop(self, *kinds: type) -> Any:
         value = self.stack.pop()
         if value is _MARK or (kinds and type(value) not in kinds):
-            raise PickleError(f"it takes {_in_words(value)} for {' or '.join(k.__name__ for k in kinds) or 'a value'} "
-                              f"at byte {self.at - 1}")
+            raise PickleError(
+                f"it takes {_in_words(value)} for {' or '.join(k.__name__ for k in kinds) or 'a value'} "
+                f"at byte {self.at - 1}"
+            )
         return value
 
     def top(self, kind: type) -> Any:
@@ -142,7 +153,9 @@ class _Reader:
         self.push(self.memo[self.number(form)])
 
     def items(self, count: int | None) -> None:
-        self.push(tuple(self.pop() for _ in range(count))[::-1] if count is not None else tuple(self.since_mark()))
+        self.push(
+            tuple(self.pop() for _ in range(count))[::-1] if count is not None else tuple(self.since_mark())
+        )
 
     def append(self, values: list[Any]) -> None:
         self.top(list).extend(values)
@@ -180,7 +193,9 @@ class _Reader:
 def _in_words(value: Any) -> str:
     if isinstance(value, (Instance, Call)):
         return f"an object of {value.kind if isinstance(value, Instance) else value.what}"
-    return str(value) if isinstance(value, Name) else "a mark" if value is _MARK else f"a {type(value).__name__}"
+    return (
+        str(value) if isinstance(value, Name) else "a mark" if value is _MARK else f"a {type(value).__name__}"
+    )
 
 
 _U1, _U2, _I4, _U4, _U8, _F8 = (struct.Struct(form) for form in ("<B", "<H", "<i", "<I", "<Q", ">d"))
@@ -222,9 +237,11 @@ _STEPS = [_INSTRUCTIONS.get(bytes([code])) for code in range(256)]
 
 
 def read(content: bytes, is_name: Callable[[Name], bool], is_call: Callable[[Call], bool]) -> Any:
-    """What a pickle says, as None, bool, int, float, str, list, tuple, `Pairs`, `Name`, `Call` and `Instance`.
+    """What a pickle says, as None, bool, int, float, str, list, tuple, `Pairs`, `Name`, `Call` and
+    `Instance`.
 
-    Lists and pairs may contain themselves, and one value may be in many places: whoever walks through it sets the limits.
+    Lists and pairs may contain themselves, and one value may be in many places: whoever walks through it sets
+    the limits.
 
     Args:
         is_name: whether the file may have a name.

@@ -1,4 +1,6 @@
-"""Is a checkpoint what was saved? Checksums of every file, taken while it is written and compared before it is read."""
+"""Is a checkpoint what was saved? Checksums of every file, taken while it is written and compared before it
+is read.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ _CACHED = 1 << 18  # bytes; fits a core's second-level cache
 
 
 def checksum(path: Path) -> int:
-    """CRC-32 of a file's bytes: finds every single flipped byte, at the speed of the disk rather than of a hash."""
+    """CRC-32 of a file's bytes: finds every single flipped byte, at the speed of the disk rather than of a
+    hash.
+    """
     value, block = 0, memoryview(bytearray(_CACHED))
     with files.open_regular(path) as file:
         while count := file.readinto(block):
@@ -36,7 +40,9 @@ class SummedFile(io.BufferedWriter):
         self.crc = 0
 
     def write(self, data: Any) -> int:
-        """As `io.BufferedWriter.write`. In blocks, so that the writing finds in the cache what the checksum has just read."""
+        """As `io.BufferedWriter.write`. In blocks, so that the writing finds in the cache what the checksum
+        has just read.
+        """
         view = memoryview(data)
         for start in range(0, len(view), _CACHED):
             block = view[start : start + _CACHED]
@@ -62,16 +68,26 @@ def no_checksums_of_torch() -> Iterator[None]:
 
 
 def mismatch(directory: Path, saved: dict[str, list[int]]) -> str | None:
-    """The first of `saved` (name -> [bytes, CRC-32]) that is not what was saved, in words; none when all are."""
+    """The first of `saved` (name -> [bytes, CRC-32]) that is not what was saved, in words; none when all
+    are.
+    """
     with ThreadPoolExecutor(_THREADS) as threads:
-        return next(filter(None, threads.map(lambda entry: _mismatch(directory / entry[0], *entry[1]), saved.items())), None)
+        return next(
+            filter(
+                None, threads.map(lambda entry: _mismatch(directory / entry[0], *entry[1]), saved.items())
+            ),
+            None,
+        )
 
 
 def _mismatch(path: Path, size: int, crc: int) -> str | None:
     try:
         if path.lstat().st_size == size and checksum(path) == crc:
             return None
-        return f"checkpoint {path.parent} is damaged: the bytes of {path.name} are not those that were saved (checksum differs)"
+        return (
+            f"checkpoint {path.parent} is damaged: the bytes of {path.name} are not those that were "
+            "saved (checksum differs)"
+        )
     except OSError as error:
         return f"checkpoint {path.parent} cannot be read: {path.name}: {error}"
 
@@ -87,5 +103,7 @@ def read_verified(directory: Path, name: str, saved: dict[str, list[int]], limit
     except OSError as error:
         raise CheckpointError(f"checkpoint {directory} cannot be read: {name}: {error}") from None
     if [len(content), zlib.crc32(content)] != saved.get(name):
-        raise CheckpointError(f"checkpoint {directory} is damaged: the bytes of {name} are not those that were saved")
+        raise CheckpointError(
+            f"checkpoint {directory} is damaged: the bytes of {name} are not those that were saved"
+        )
     return content

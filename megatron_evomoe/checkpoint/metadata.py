@@ -1,7 +1,8 @@
 """`.metadata`, which says where each tensor's chunks lie: read as data, checked, and built anew.
 
-torch and megatron-core unpickle it, which runs whatever it says. Here it is read once, by `inert_pickle`; torch's objects are made
-from what it says, field by field, and only these are used. What neither needs for loading (the saver's plans) is left out.
+torch and megatron-core unpickle it, which runs whatever it says. Here it is read once, by `inert_pickle`;
+torch's objects are made from what it says, field by field, and only these are used. What neither needs for
+loading (the saver's plans) is left out.
 """
 
 from __future__ import annotations
@@ -37,24 +38,36 @@ _LARGEST = 1 << 31  # bytes
 _MOST = (1 << 63) - 1  # elements, bytes
 _AXES = 64
 _MODULES = {module.__name__: module for module in (torch_metadata, planner, filesystem)}
-_DTYPES = {str(value).removeprefix("torch."): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
-_SIZE, _LAYOUT, _GETATTR = Name("torch", "Size"), Name("torch.serialization", "_get_layout"), Name("builtins", "getattr")
+_DTYPES = {
+    str(value).removeprefix("torch."): value
+    for value in vars(torch).values()
+    if isinstance(value, torch.dtype)
+}
+_SIZE, _LAYOUT, _GETATTR = (
+    Name("torch", "Size"),
+    Name("torch.serialization", "_get_layout"),
+    Name("builtins", "getattr"),
+)
 
 
 def read(directory: Path) -> Metadata:
     """What `.metadata` of a checkpoint says, as torch's own objects, without running anything of it.
 
-    The bytes that are read are those that the record has the checksum of, and every place they name lies in one of its files.
+    The bytes that are read are those that the record has the checksum of, and every place they name lies in
+    one of its files.
 
     Raises:
-        CheckpointError: the file is missing, damaged, not the saved one, or says anything but where tensors lie.
+        CheckpointError: the file is missing, damaged, not the saved one, or says anything but where tensors
+            lie.
     """
     record = read_unchecked(directory)
     content = integrity.read_verified(directory, FILE_NAME, record.files, _LARGEST)
     try:
         return parse(content, {name: size for name, (size, _) in record.files.items()})
     except ValueError as error:
-        raise CheckpointError(f"checkpoint {directory}: {FILE_NAME} is unsafe or damaged ({error}); nothing was loaded") from None
+        raise CheckpointError(
+            f"checkpoint {directory}: {FILE_NAME} is unsafe or damaged ({error}); nothing was loaded"
+        ) from None
 
 
 def parse(content: bytes, sizes: dict[str, int]) -> Metadata:
@@ -70,7 +83,9 @@ def parse(content: bytes, sizes: dict[str, int]) -> Metadata:
 
 
 def _is_known(name: Name) -> bool:
-    """Whether checkpoint metadata may name it: sizes, dtypes, and the records and enumerations of torch's three modules."""
+    """Whether checkpoint metadata may name it: sizes, dtypes, and the records and enumerations of torch's
+    three modules.
+    """
     if name in (_SIZE, _LAYOUT, _GETATTR) or (name.module == "torch" and name.name in _DTYPES):
         return True
     found = _class_of(name)
@@ -78,7 +93,9 @@ def _is_known(name: Name) -> bool:
 
 
 def _is_known_call(call: Call) -> bool:
-    """A size, the strided layout, or a member of an enumeration: by value, or by `getattr` as Python 3.11.0 to 3.11.3 write it."""
+    """A size, the strided layout, or a member of an enumeration: by value, or by `getattr` as Python 3.11.0
+    to 3.11.3 write it.
+    """
     what, args = call.what, call.args
     if what == _SIZE:
         return len(args) == 1 and type(args[0]) in (tuple, list)
@@ -102,14 +119,17 @@ def _member(call: Call) -> enum.Enum | None:
 
 
 def _class_of(name: Name) -> type | None:
-    """A class that one of torch's three modules defines itself. What a module merely imports is not its own."""
+    """A class that one of torch's three modules defines itself. What a module merely imports is not its
+    own.
+    """
     found = vars(_MODULES[name.module]).get(name.name) if name.module in _MODULES else None
     return found if isinstance(found, type) and found.__module__ == name.module else None
 
 
 class _Builder:
-    """Makes torch's objects from inert ones. Every value is looked at, `visits` in all (what torch writes takes one for seven
-    bytes): what is shared again and again in the file must not become large here."""
+    """Makes torch's objects from inert ones. Every value is looked at, `visits` in all (what torch writes
+    takes one for seven bytes): what is shared again and again in the file must not become large here.
+    """
 
     def __init__(self, sizes: dict[str, int], visits: int) -> None:
         self.sizes, self.left = sizes, visits
@@ -122,7 +142,9 @@ class _Builder:
             for index, size in _needed(key, entry):
                 if index not in places or places[index].length < size:
                     raise ValueError(f"{key!r} has no place, or too small a one")
-        if len(places) != sum(len(entry.chunks) if isinstance(entry, TensorStorageMetadata) else 1 for entry in stored.values()):
+        if len(places) != sum(
+            len(entry.chunks) if isinstance(entry, TensorStorageMetadata) else 1 for entry in stored.values()
+        ):
             raise ValueError("it has places for tensors that it does not have")
         version = fields.get("version")
         return Metadata(stored, None, places, StorageMeta(), None if version is None else self.key(version))
@@ -142,28 +164,48 @@ class _Builder:
     def chunk(self, found: Any, whole: torch.Size) -> ChunkStorageMetadata:
         fields = self.fields(found, ChunkStorageMetadata)
         offsets, sizes = self.size(fields.get("offsets")), self.size(fields.get("sizes"))
-        if not len(offsets) == len(sizes) == len(whole) or any(a + b > c for a, b, c in zip(offsets, sizes, whole, strict=True)):
-            raise ValueError(f"a chunk of shape {tuple(sizes)} at {tuple(offsets)} does not lie in its tensor of {tuple(whole)}")
+        if not len(offsets) == len(sizes) == len(whole) or any(
+            a + b > c for a, b, c in zip(offsets, sizes, whole, strict=True)
+        ):
+            raise ValueError(
+                f"a chunk of shape {tuple(sizes)} at {tuple(offsets)} does not lie in its tensor of "
+                f"{tuple(whole)}"
+            )
         return ChunkStorageMetadata(offsets, sizes)
 
     def properties(self, found: Any) -> TensorProperties:
         self.visit()
-        if type(found) is not Instance or found.kind != _name_of(TensorProperties) or type(found.state) is not tuple:
+        if (
+            type(found) is not Instance
+            or found.kind != _name_of(TensorProperties)
+            or type(found.state) is not tuple
+        ):
             raise ValueError("a tensor's properties are missing")
-        dtype, layout, requires_grad, memory_format, pin_memory = found.state if len(found.state) == 5 else [None] * 5
+        dtype, layout, requires_grad, memory_format, pin_memory = (
+            found.state if len(found.state) == 5 else [None] * 5
+        )
         if type(dtype) is not Name or dtype.module != "torch" or dtype.name not in _DTYPES:
             raise ValueError("a tensor's dtype is missing")
-        is_plain = (type(layout) is Call and layout.what == _LAYOUT and type(memory_format) is Call
-                    and _member(memory_format) is torch_metadata._MEM_FORMAT_ENCODING.TORCH_CONTIGUOUS_FORMAT)
+        is_plain = (
+            type(layout) is Call
+            and layout.what == _LAYOUT
+            and type(memory_format) is Call
+            and _member(memory_format) is torch_metadata._MEM_FORMAT_ENCODING.TORCH_CONTIGUOUS_FORMAT
+        )
         if not is_plain or type(requires_grad) is not bool or type(pin_memory) is not bool:
             raise ValueError("a tensor is not strided and contiguous")
-        return TensorProperties(_DTYPES[dtype.name], torch.strided, requires_grad, torch.contiguous_format, pin_memory)
+        return TensorProperties(
+            _DTYPES[dtype.name], torch.strided, requires_grad, torch.contiguous_format, pin_memory
+        )
 
     def index(self, found: Any) -> MetadataIndex:
         fields = self.fields(found, MetadataIndex)
         offset, hint = fields.get("offset"), fields.get("index")
-        return MetadataIndex(self.key(fields.get("fqn")), None if offset is None else self.size(offset),
-                             None if hint is None else self.count(hint))
+        return MetadataIndex(
+            self.key(fields.get("fqn")),
+            None if offset is None else self.size(offset),
+            None if hint is None else self.count(hint),
+        )
 
     def place(self, found: Any) -> _StorageInfo:
         fields = self.fields(found, _StorageInfo)
@@ -172,7 +214,9 @@ class _Builder:
         if not name.endswith(".distcp") or name not in self.sizes:
             raise ValueError(f"it points into {name!r}, which is no file of tensors in the record")
         if offset + length > self.sizes[name]:
-            raise ValueError(f"it points to bytes {offset} to {offset + length} of {name}, which has {self.sizes[name]}")
+            raise ValueError(
+                f"it points to bytes {offset} to {offset + length} of {name}, which has {self.sizes[name]}"
+            )
         if fields.get("transform_descriptors"):
             raise ValueError("it has tensors that were transformed")
         return _StorageInfo(name, offset, length)
@@ -206,7 +250,9 @@ class _Builder:
             raise ValueError(f"a {kind.__name__} is missing")
         return dict(self.entries(found.state, self.key, lambda value: value))
 
-    def entries(self, found: Any, key: Callable[[Any], Any], value: Callable[[Any], Any]) -> Iterator[tuple[Any, Any]]:
+    def entries(
+        self, found: Any, key: Callable[[Any], Any], value: Callable[[Any], Any]
+    ) -> Iterator[tuple[Any, Any]]:
         """The pairs of a dictionary whose keys differ."""
         if type(found) is not Pairs:
             raise ValueError("a dictionary is missing")
@@ -228,7 +274,9 @@ def _name_of(kind: type) -> Name:
     return Name(kind.__module__, kind.__qualname__)
 
 
-def _needed(key: str, entry: TensorStorageMetadata | BytesStorageMetadata) -> Iterator[tuple[MetadataIndex, int]]:
+def _needed(
+    key: str, entry: TensorStorageMetadata | BytesStorageMetadata
+) -> Iterator[tuple[MetadataIndex, int]]:
     """The places that an entry needs, and how many bytes each has at least."""
     if isinstance(entry, BytesStorageMetadata):
         yield MetadataIndex(key), 0

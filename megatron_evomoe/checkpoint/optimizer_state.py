@@ -1,8 +1,9 @@
 """The optimizer in a checkpoint: moments and master weights as sharded tensors, and everything else rebuilt.
 
-megatron-core chains one optimizer for dense and one for expert parameters where EP > 1, and writes their parameter groups
-into the common file in that shape, which no other EP size can read. Groups hold nothing but the configuration and the step, so a
-resume takes them from the optimizer at hand and the step from the schedule.
+megatron-core chains one optimizer for dense and one for expert parameters where EP > 1, and writes their
+parameter groups into the common file in that shape, which no other EP size can read. Groups hold nothing but
+the configuration and the step, so a resume takes them from the optimizer at hand and the step from the
+schedule.
 """
 
 from __future__ import annotations
@@ -17,17 +18,24 @@ from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, S
 from megatron_evomoe.checkpoint import flat_shards
 
 
-def sharded(optimizer: Any, model: dict[str, Any], step: int, *, is_loading: bool, metadata: dict[str, Any]) -> dict[Any, Any]:
+def sharded(
+    optimizer: Any, model: dict[str, Any], step: int, *, is_loading: bool, metadata: dict[str, Any]
+) -> dict[Any, Any]:
     """The optimizer's sharded state dict, in megatron-core's structure.
 
     Args:
-        model: the model's own, nested by chunk where there are several: chunks count layers from 0 each, so names collide.
+        model: the model's own, nested by chunk where there are several: chunks count layers from 0 each, so
+            names collide.
         step: optimizer steps done.
         metadata: how state dicts are sharded; a DistributedOptimizer's is always `fully_reshardable`.
     """
     parts = _parts(optimizer)
-    states = [_distributed(part, model, step) if _is_distributed(part)
-              else part.sharded_state_dict(model, is_loading=is_loading, metadata=dict(metadata)) for part in parts]
+    states = [
+        _distributed(part, model, step)
+        if _is_distributed(part)
+        else part.sharded_state_dict(model, is_loading=is_loading, metadata=dict(metadata))
+        for part in parts
+    ]
     return states[0] if len(states) == 1 else dict(enumerate(states))
 
 
@@ -39,7 +47,9 @@ def allocate(optimizer: Any) -> None:
 
 
 def load(optimizer: Any, own: dict[Any, Any], tensors: dict[Any, Any], step: int) -> None:
-    """Take `tensors`, read for the shards that `own` (from `sharded`) asked for, and `step`; all else is as in `own`."""
+    """Take `tensors`, read for the shards that `own` (from `sharded`) asked for, and `step`; all else is as
+    in `own`.
+    """
     state = _overlay(own, tensors)
     parts = _parts(optimizer)
     for i, part in enumerate(parts):
@@ -60,7 +70,11 @@ def _is_distributed(part: Any) -> bool:
 def _distributed(part: Any, model: dict[str, Any], step: int) -> dict[str, Any]:
     with _step_of_empty_shard(part, step):
         common = part.state_dict()
-    return {**common, "param_state": flat_shards.sharded(part, model), "param_state_sharding_type": "fully_reshardable"}
+    return {
+        **common,
+        "param_state": flat_shards.sharded(part, model),
+        "param_state_sharding_type": "fully_reshardable",
+    }
 
 
 def _set_step(part: Any, step: int) -> None:
@@ -78,7 +92,8 @@ def _load_plain(part: Any, state: dict[str, Any], step: int) -> None:
     inner["state"]["common_step"] = torch.tensor(float(step))
     part.load_state_dict(state)
     for own in part.optimizer.state.values():
-        # torch's Adam now shares one step tensor among all parameters, and would add 1 to it once per parameter
+        # torch's Adam now shares one step tensor among all parameters, and would add 1 to it once per
+        # parameter
         if torch.is_tensor(own.get("step")):
             own["step"] = own["step"].clone()
 
@@ -99,7 +114,9 @@ def _overlay(own: Any, tensors: Any) -> Any:
 
 @contextlib.contextmanager
 def _step_of_empty_shard(part: Any, step: int) -> Iterator[None]:
-    """Where torch's Adam has no parameter in this rank's shard it knows no step, and DistributedOptimizer asserts that it does."""
+    """Where torch's Adam has no parameter in this rank's shard it knows no step, and DistributedOptimizer
+    asserts that it does.
+    """
     adam, is_empty = part.optimizer, not part.optimizer.state
     if is_empty:
         adam.state["empty shard"] = {"step": torch.tensor(float(step))}

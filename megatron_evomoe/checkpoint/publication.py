@@ -1,7 +1,8 @@
 """One save on its way to becoming a checkpoint: what rank 0 does alone, between agreements of all ranks.
 
-So no rank waits for one that has failed: torch's writer tells every rank of any rank's failure, what rank 0 writes alone it writes
-between two agreements, and what neither covers is told through the job's key-value store (train/alarm.py).
+So no rank waits for one that has failed: torch's writer tells every rank of any rank's failure, what rank 0
+writes alone it writes between two agreements, and what neither covers is told through the job's key-value
+store (train/alarm.py).
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ class Publication:
 
     def prepare(self, state: dict[str, Any], check_folder: Callable[[], None]) -> None:
         """A folder of its own, and room on the disk. Communicates."""
-        # A background writer may outlive a killed job; what it still writes must not mix with a new attempt at the step.
+        # A background writer may outlive a killed job; what it still writes must not mix with a new attempt
+        # at the step.
         attempt = [f"{os.getpid():x}{time.time_ns():x}"]
         dist.broadcast_object_list(attempt, src=0)
         self.attempt = attempt[0]
@@ -92,14 +94,19 @@ class Publication:
 
     def _error(self, what: str, *, is_published: bool) -> CheckpointError:
         if is_published:
-            return CheckpointError(f"{self.final} is published and whole, but what follows failed: {what}. "
-                                   f"{records.TRACKER} may name an older checkpoint, and older ones may be left")
+            return CheckpointError(
+                f"{self.final} is published and whole, but what follows failed: {what}. "
+                f"{records.TRACKER} may name an older checkpoint, and older ones may be left"
+            )
         self._remove_pending()
-        return CheckpointError(f"saving {self.final} failed: {what}. Nothing was published; {_last(self.directory)} stays "
-                               "the newest")
+        return CheckpointError(
+            f"saving {self.final} failed: {what}. Nothing was published; {_last(self.directory)} stays "
+            "the newest"
+        )
 
     def conclude(self, error: BaseException | None, sums: dict[str, list[int]] | None = None) -> None:
-        """Checksums, record, the new name, the tracker: in this order, so that a kill at any point leaves the last good one.
+        """Checksums, record, the new name, the tracker: in this order, so that a kill at any point leaves the
+        last good one.
 
         `sums`: of the tensors' files this rank wrote; none reads them back.
         """
@@ -120,7 +127,9 @@ class Publication:
         self.agree(error)
 
     def _sum_own_files(self) -> dict[str, list[int]]:
-        """Size and checksum of the tensors' files that this rank wrote, read back while they are still cached."""
+        """Size and checksum of the tensors' files that this rank wrote, read back while they are still
+        cached.
+        """
         return {p.name: _entry(p) for p in self.pending.glob(f"__{dist.get_rank()}_*.distcp")}
 
     def _publish(self, sums: dict[str, list[int]]) -> None:
@@ -151,7 +160,9 @@ class Publication:
 
 
 def _failures(error: BaseException | None) -> dict[int, str] | None:
-    """Rank -> what it met; empty where another rank knows (torch's CheckpointException has details on rank 0 only)."""
+    """Rank -> what it met; empty where another rank knows (torch's CheckpointException has details on rank 0
+    only).
+    """
     if error is None:
         return None
     if isinstance(error, CheckpointException):
@@ -175,8 +186,11 @@ def _require_free_space(directory: Path, state: dict[str, Any], free_here: int) 
     dist.broadcast_object_list(free, src=0)
     needed = int(sum(sizes) * _FREE_SPACE_MARGIN)
     if needed > free[0]:
-        raise CheckpointError(f"saving to {directory} needs about {needed / 2**20:.1f} MiB and {free[0] / 2**20:.1f} MiB are free. "
-                              f"Nothing was written; {_last(directory)} stays the newest. Free some space and resume")
+        raise CheckpointError(
+            f"saving to {directory} needs about {needed / 2**20:.1f} MiB and {free[0] / 2**20:.1f} MiB are "
+            "free. "
+            f"Nothing was written; {_last(directory)} stays the newest. Free some space and resume"
+        )
 
 
 def _main_replicas(tree: Any) -> list[torch.Tensor]:

@@ -1,7 +1,9 @@
-"""How megatron-core and torch read a checkpoint here: through readers that run nothing, and files side by side.
+"""How megatron-core and torch read a checkpoint here: through readers that run nothing, and files side by
+side.
 
-Left alone, they unpickle `.metadata` and the objects inside tensor files without restriction, leave `common.pt` to torch's default
-(which an environment variable changes), and read one file after the other, on one core.
+Left alone, they unpickle `.metadata` and the objects inside tensor files without restriction, leave
+`common.pt` to torch's default (which an environment variable changes), and read one file after the other, on
+one core.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ _THREADS = 2  # a saving rank writes that many files
 
 
 class SafeReader(FileSystemReader):
-    """Torch's reader with a thread for each of a few files; `.metadata` is read once, and nothing of the checkpoint is run."""
+    """Torch's reader with a thread for each of a few files; `.metadata` is read once, and nothing of the
+    checkpoint is run.
+    """
 
     def __init__(self, path: str | Path) -> None:
         super().__init__(path)
@@ -61,7 +65,9 @@ class SafeReader(FileSystemReader):
                 by_file[self.storage_data[item.storage_index].relative_path].append(item)
         read = super().read_data
         with ThreadPoolExecutor(_THREADS) as threads:
-            for done in [threads.submit(read, replace(plan, items=items), planner) for items in by_file.values()]:
+            for done in [
+                threads.submit(read, replace(plan, items=items), planner) for items in by_file.values()
+            ]:
                 done.result()
         finished: Future[None] = Future()
         finished.set_result(None)
@@ -69,7 +75,9 @@ class SafeReader(FileSystemReader):
 
     def _made_anew(self, item: ReadItem) -> io.BytesIO:
         """An object as we save it: torch's planner opens what it is given without restriction."""
-        value = contents.read_object(self._folder, item.storage_index.fqn, self.storage_data[item.storage_index])
+        value = contents.read_object(
+            self._folder, item.storage_index.fqn, self.storage_data[item.storage_index]
+        )
         content = io.BytesIO()
         torch.save(value, content)
         content.seek(0)
@@ -78,13 +86,22 @@ class SafeReader(FileSystemReader):
 
 @contextlib.contextmanager
 def safe_reads() -> Iterator[None]:
-    """Inside, megatron-core loads through `SafeReader` and `contents.read_common`; it has no arguments for that."""
+    """Inside, megatron-core loads through `SafeReader` and `contents.read_common`; it has no arguments for
+    that.
+    """
     ours: list[tuple[Any, str, Any]] = [
         (core, "_get_filesystem_reader", lambda directory, *args, **kwargs: SafeReader(directory)),
-        (serialization, "_get_filesystem_reader", lambda directory, *args, **kwargs: SafeReader(directory)),  # 0.19
+        (
+            serialization,
+            "_get_filesystem_reader",
+            lambda directory, *args, **kwargs: SafeReader(directory),
+        ),  # 0.19
         (serialization, "load_common", lambda directory: contents.read_common(Path(directory))),  # 0.19
-        (getattr(core_common, "TorchCommonLoadStrategy", None), "load_common",
-         lambda strategy, directory: contents.read_common(Path(directory))),  # 0.16
+        (
+            getattr(core_common, "TorchCommonLoadStrategy", None),
+            "load_common",
+            lambda strategy, directory: contents.read_common(Path(directory)),
+        ),  # 0.16
     ]
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in ours if hasattr(owner, name)]
     try:

@@ -1,5 +1,6 @@
-"""What a checkpoint says about itself in plain JSON, beside megatron-core's tensors: readable by people, safe to load, and with a
-digest of itself, so that what is read is what was written."""
+"""What a checkpoint says about itself in plain JSON, beside megatron-core's tensors: readable by people, safe
+to load, and with a digest of itself, so that what is read is what was written.
+"""
 
 from __future__ import annotations
 
@@ -30,11 +31,14 @@ _DIGEST = "digest"
 log = logging.getLogger(__name__)
 
 Count = Annotated[int, pydantic.Field(ge=0, lt=1 << 63)]
-FileName = Annotated[str, pydantic.StringConstraints(pattern=r"^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", max_length=255)]
+FileName = Annotated[
+    str, pydantic.StringConstraints(pattern=r"^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", max_length=255)
+]
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be used, or could not be written; the message says which and what stays intact.
+    """A checkpoint that cannot be used, or could not be written; the message says which and what stays
+    intact.
 
     is_shared: all ranks raise it alike, and the message says which of them met it.
     """
@@ -101,7 +105,9 @@ class Record:
     """Experts per mixture layer, 0 for a dense stage."""
     data: TrainingData | None = None
     """What it was trained on; none for imported weights and in records of earlier versions."""
-    files: dict[FileName, Annotated[list[Count], pydantic.Field(min_length=2, max_length=2)]] = field(default_factory=dict)
+    files: dict[FileName, Annotated[list[Count], pydantic.Field(min_length=2, max_length=2)]] = field(
+        default_factory=dict
+    )
     """File name -> [bytes, CRC-32]: every file in the folder but the record itself."""
     format: Count = FORMAT
 
@@ -124,35 +130,49 @@ _ADAPTER = pydantic.TypeAdapter(Record)
 
 
 def read(directory: Path) -> Record:
-    """Read and check a checkpoint's record; its step and the folder's name, its list and the folder's files must agree.
+    """Read and check a checkpoint's record; its step and the folder's name, its list and the folder's files
+    must agree.
 
     Raises:
-        CheckpointError: as `read_unchecked`; the folder is called otherwise; a file is missing, of another size, no regular
-            file, or not in the record.
+        CheckpointError: as `read_unchecked`; the folder is called otherwise; a file is missing, of another
+            size, no regular file, or not in the record.
     """
     record = read_unchecked(directory)
     if directory.name != name_of(record.step):
-        raise CheckpointError(f"checkpoint {directory} holds step {record.step}, whose folder is called {name_of(record.step)}: it "
-                              "was renamed or its record is another's. Give it its own name again")
+        raise CheckpointError(
+            f"checkpoint {directory} holds step {record.step}, whose folder is called "
+            f"{name_of(record.step)}: it "
+            "was renamed or its record is another's. Give it its own name again"
+        )
     try:
         found = {entry.name: entry.stat(follow_symlinks=False) for entry in os.scandir(directory)}
     except OSError as error:
         raise CheckpointError(f"checkpoint {directory} cannot be read: {error}") from None
     for name, (size, _) in record.files.items():
         if name not in found:
-            raise CheckpointError(f"checkpoint {directory} is damaged: {name} is missing, {size} bytes were saved")
+            raise CheckpointError(
+                f"checkpoint {directory} is damaged: {name} is missing, {size} bytes were saved"
+            )
         if not stat.S_ISREG(found[name].st_mode):
-            raise CheckpointError(f"checkpoint {directory} is damaged: {name} is {files.kind_of(found[name].st_mode)}, not a "
-                                  "regular file; put the file itself there")
+            raise CheckpointError(
+                f"checkpoint {directory} is damaged: {name} is {files.kind_of(found[name].st_mode)}, not a "
+                "regular file; put the file itself there"
+            )
         if (actual := found[name].st_size) != size:
-            raise CheckpointError(f"checkpoint {directory} is damaged: {name} has {actual} bytes, {size} bytes were saved")
+            raise CheckpointError(
+                f"checkpoint {directory} is damaged: {name} has {actual} bytes, {size} bytes were saved"
+            )
     if strangers := sorted(found.keys() - record.files.keys() - {FILE_NAME}):
-        raise CheckpointError(f"checkpoint {directory} holds {strangers[0]!r}, which its record does not list; move it elsewhere")
+        raise CheckpointError(
+            f"checkpoint {directory} holds {strangers[0]!r}, which its record does not list; move it "
+            "elsewhere"
+        )
     return record
 
 
 def read_unchecked(directory: Path) -> Record:
-    """The record alone, whatever became of the files it lists. A record of format 1 is said to be unprotected, once.
+    """The record alone, whatever became of the files it lists. A record of format 1 is said to be
+    unprotected, once.
 
     Raises:
         CheckpointError: no record, a damaged one, or one of another format.
@@ -161,8 +181,9 @@ def read_unchecked(directory: Path) -> Record:
     try:
         content = files.read(path, _LARGEST)
     except FileNotFoundError:
-        raise CheckpointError(f"{directory} is no complete checkpoint: {FILE_NAME} is missing "
-                              "(interrupted while saving?)") from None
+        raise CheckpointError(
+            f"{directory} is no complete checkpoint: {FILE_NAME} is missing (interrupted while saving?)"
+        ) from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged or cannot be read: {error}") from None
     record = parse(content, path)
@@ -186,7 +207,9 @@ def parse(content: bytes, path: Path) -> Record:
         _check_files(record)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
-        raise CheckpointError(f"{path} is damaged: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        raise CheckpointError(
+            f"{path} is damaged: {'.'.join(map(str, first['loc']))}: {first['msg']}"
+        ) from None
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from None
     return record
@@ -208,7 +231,9 @@ def _check_protection(data: dict[str, Any]) -> None:
     """Take the digest out of `data` and compare. Raises `ValueError`."""
     digest, version = data.pop(_DIGEST, None), data.get("format")
     if type(version) is int and version > FORMAT:
-        raise ValueError(f"its format is {version}, this version of megatron_evomoe reads {_UNPROTECTED} and {FORMAT}")
+        raise ValueError(
+            f"its format is {version}, this version of megatron_evomoe reads {_UNPROTECTED} and {FORMAT}"
+        )
     is_older = version == _UNPROTECTED and digest is None and "run_id" not in data
     if not is_older and (version != FORMAT or digest != _digest_of(data)):
         raise ValueError(f"its content is not what was written (format {version!r}, digest differs)")
@@ -241,5 +266,9 @@ def _no_number(name: str) -> Any:
 
 @functools.cache
 def _say_unprotected(path: Path) -> None:
-    log.warning("%s is of format %d, from before records had a digest: it is read unprotected, a change to it would not be noticed",
-                path, _UNPROTECTED)
+    log.warning(
+        "%s is of format %d, from before records had a digest: it is read unprotected, a change to it would "
+        "not be noticed",
+        path,
+        _UNPROTECTED,
+    )

@@ -1,4 +1,5 @@
-"""Which run a checkpoint belongs to: an id that the run's directory keeps, and that every checkpoint of the run carries.
+"""Which run a checkpoint belongs to: an id that the run's directory keeps, and that every checkpoint of the
+run carries.
 
     SAVE/run.json          {"run_id": "…"}
 
@@ -25,11 +26,12 @@ _LARGEST = 1 << 16  # bytes
 def of_run(run_dir: Path) -> str:
     """The id of the run in `run_dir`, made now if it has none yet. Communicates.
 
-    A directory with checkpoints and without the file (it was lost, or left behind when stages were copied) takes the id that
-    they carry.
+    A directory with checkpoints and without the file (it was lost, or left behind when stages were copied)
+    takes the id that they carry.
 
     Raises:
-        CheckpointError: on every rank: the file is damaged or cannot be written, or is missing over checkpoints of several runs.
+        CheckpointError: on every rank: the file is damaged or cannot be written, or is missing over
+            checkpoints of several runs.
     """
     return on_all_ranks(lambda: read(run_dir) or _begin(run_dir), (CheckpointError,))
 
@@ -57,17 +59,22 @@ def read(run_dir: Path) -> str | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {error}); delete it, and the id is taken from the run's "
-                              "checkpoints") from None
+        raise CheckpointError(
+            f"{path} is damaged ({type(error).__name__}: {error}); delete it, and the id is taken from the "
+            "run's "
+            "checkpoints"
+        ) from None
     return run_id
 
 
 def _begin(run_dir: Path) -> str:
     carried = _carried(run_dir)
     if len(carried) > 1:
-        raise CheckpointError(f"{run_dir} has no {FILE_NAME} and holds checkpoints of several runs: "
-                              + ", ".join(f"{path} of {run_id}" for run_id, path in carried.items())
-                              + f'; move all but one away, or write {{"run_id": "…"}} of the right one to {run_dir / FILE_NAME}')
+        raise CheckpointError(
+            f"{run_dir} has no {FILE_NAME} and holds checkpoints of several runs: "
+            + ", ".join(f"{path} of {run_id}" for run_id, path in carried.items())
+            + f'; move all but one away, or write {{"run_id": "…"}} of the right one to {run_dir / FILE_NAME}'
+        )
     run_id = next(iter(carried), uuid.uuid4().hex)
     pending = run_dir / f"{FILE_NAME}.new"
     try:

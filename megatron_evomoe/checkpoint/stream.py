@@ -1,7 +1,8 @@
 """Read and write `torch_dist` checkpoints tensor by tensor: no process group, no GPU, no megatron-core.
 
-What `store.py` does for a running model, this does for a converter: memory holds one tensor, whatever the model's size. The files
-are those of torch.distributed.checkpoint, so megatron-core loads them under any layout.
+What `store.py` does for a running model, this does for a converter: memory holds one tensor, whatever the
+model's size. The files are those of torch.distributed.checkpoint, so megatron-core loads them under any
+layout.
 
     SAVE/latest_checkpointed_iteration.txt          written last
     SAVE/iter_0000000/__0_0.distcp .metadata common.pt metadata.json run_config.yaml evomoe.json
@@ -38,7 +39,12 @@ from megatron_evomoe.checkpoint.record import CheckpointError, Record, read, wri
 
 _DATA_FILE = "__0_0.distcp"
 _ALIGNMENT = 64  # bytes; torch's own within an archive, and what its kernels may count on
-_FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
+_FORMAT = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
 
 
 class CheckpointReader:
@@ -57,13 +63,16 @@ class CheckpointReader:
         self.directory = Path(directory)
         self.record = read(self.directory)
         found = metadata.read(self.directory)
-        self._tensors = {k: e for k, e in found.state_dict_metadata.items() if isinstance(e, TensorStorageMetadata)}
+        self._tensors = {
+            k: e for k, e in found.state_dict_metadata.items() if isinstance(e, TensorStorageMetadata)
+        }
         self._places: dict[MetadataIndex, _StorageInfo] = found.storage_data
         self.shapes = {k: tuple(e.size) for k, e in self._tensors.items()}
         self.dtypes = {k: e.properties.dtype for k, e in self._tensors.items()}
 
     def read(self, key: str, index: int | None = None) -> Tensor:
-        """One global tensor, or element `index` of its leading axis (one expert); reads no chunk that has no part in it.
+        """One global tensor, or element `index` of its leading axis (one expert); reads no chunk that has no
+        part in it.
 
         Raises:
             CheckpointError: there is no such tensor, or its chunks are damaged or do not cover it.
@@ -72,13 +81,19 @@ class CheckpointReader:
             raise CheckpointError(f"checkpoint {self.directory} has no tensor {key!r}")
         shape, chunks = self.shapes[key], self._tensors[key].chunks
         first, count = (0, shape[0] if shape else 1) if index is None else (index, 1)
-        wanted = [c for c in chunks if not shape or (c.offsets[0] < first + count and first < c.offsets[0] + c.sizes[0])]
+        wanted = [
+            c
+            for c in chunks
+            if not shape or (c.offsets[0] < first + count and first < c.offsets[0] + c.sizes[0])
+        ]
         pieces = [(c, self._chunk(key, c)) for c in wanted]
-        if len(pieces) == 1 and tuple(pieces[0][0].sizes) == (count, *shape[1:])[:len(shape)]:
+        if len(pieces) == 1 and tuple(pieces[0][0].sizes) == (count, *shape[1:])[: len(shape)]:
             return pieces[0][1] if index is None else pieces[0][1][0]
         whole = torch.empty((count, *shape[1:]), dtype=self.dtypes[key])
         if sum(_overlap(c, first, count) for c, _ in pieces) != whole.numel():
-            raise CheckpointError(f"checkpoint {self.directory}: the chunks of {key!r} do not cover its shape {shape}")
+            raise CheckpointError(
+                f"checkpoint {self.directory}: the chunks of {key!r} do not cover its shape {shape}"
+            )
         while pieces:  # each is let go once it is copied
             chunk, piece = pieces.pop()
             start, stop = max(chunk.offsets[0], first), min(chunk.offsets[0] + chunk.sizes[0], first + count)
@@ -96,11 +111,15 @@ class CheckpointReader:
                 raise KeyError(f"no place for the chunk at {tuple(chunk.offsets)}")
             tensor = _read_saved(path, place.offset, place.length)
         except Exception as error:  # a damaged archive can raise anything
-            raise CheckpointError(f"checkpoint {self.directory}: {key!r} in {path.name} is unsafe or damaged "
-                                  f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})") from None
+            raise CheckpointError(
+                f"checkpoint {self.directory}: {key!r} in {path.name} is unsafe or damaged "
+                f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+            ) from None
         if tensor.shape != chunk.sizes or tensor.dtype != self.dtypes[key]:
-            raise CheckpointError(f"checkpoint {self.directory}: {key!r} holds a {tensor.dtype} of shape {tuple(tensor.shape)} "
-                                  f"where .metadata says {self.dtypes[key]} and {tuple(chunk.sizes)}")
+            raise CheckpointError(
+                f"checkpoint {self.directory}: {key!r} holds a {tensor.dtype} of shape {tuple(tensor.shape)} "
+                f"where .metadata says {self.dtypes[key]} and {tuple(chunk.sizes)}"
+            )
         return tensor
 
 
@@ -110,7 +129,9 @@ def _overlap(chunk: ChunkStorageMetadata, first: int, count: int) -> int:
 
 
 def _read_saved(path: Path, offset: int, length: int) -> Tensor:
-    """The tensor that torch.save wrote at `offset`; nothing the file names is run. A view of the file where its place allows."""
+    """The tensor that torch.save wrote at `offset`; nothing the file names is run. A view of the file where
+    its place allows.
+    """
     with path.open("rb", buffering=0) as file:
         # shape, strides and place, without the data
         outline = contents.load(_Window(file, offset, length), "meta")
@@ -148,7 +169,8 @@ class _Window(io.RawIOBase):
 
 
 class CheckpointWriter:
-    """Writes one checkpoint of weights; a context manager that publishes it on leaving, or removes it if an error does.
+    """Writes one checkpoint of weights; a context manager that publishes it on leaving, or removes it if an
+    error does.
 
     Args:
         directory: gets ``iter_{step}`` and the tracker file.
@@ -168,11 +190,17 @@ class CheckpointWriter:
         self._file = integrity.SummedFile(self._pending / _DATA_FILE)
         return self
 
-    def put(self, key: str, tensor: Tensor, *, shape: Sequence[int] | None = None, offset: Sequence[int] = ()) -> None:
-        """Write a tensor, or with `shape` (the global one) the chunk of it that lies at `offset` (zeros left out at the end)."""
+    def put(
+        self, key: str, tensor: Tensor, *, shape: Sequence[int] | None = None, offset: Sequence[int] = ()
+    ) -> None:
+        """Write a tensor, or with `shape` (the global one) the chunk of it that lies at `offset` (zeros left
+        out at the end).
+        """
         shape = torch.Size(tensor.shape if shape is None else shape)
         offset = torch.Size((*offset, *[0] * (len(shape) - len(offset))))
-        entry = self._tensors.setdefault(key, TensorStorageMetadata(TensorProperties(dtype=tensor.dtype), shape, []))
+        entry = self._tensors.setdefault(
+            key, TensorStorageMetadata(TensorProperties(dtype=tensor.dtype), shape, [])
+        )
         assert entry.size == shape and entry.properties.dtype == tensor.dtype, f"chunks of {key} disagree"
         entry.chunks.append(ChunkStorageMetadata(offset, tensor.shape))
         self._file.write(bytes(-self._file.tell() % _ALIGNMENT))  # so that the data can be used where it lies
@@ -193,14 +221,20 @@ class CheckpointWriter:
     def _publish(self) -> None:
         """Everything beside the tensors, checksums, the new name, the tracker: in this order."""
         for key, entry in self._tensors.items():
-            assert sum(c.sizes.numel() for c in entry.chunks) == entry.size.numel(), f"the chunks of {key} do not cover it"
+            assert sum(c.sizes.numel() for c in entry.chunks) == entry.size.numel(), (
+                f"the chunks of {key} do not cover it"
+            )
         pending = self._pending
         layout = Metadata(dict(self._tensors), None, self._places, StorageMeta(), "1.0.0")
         (pending / metadata.FILE_NAME).write_bytes(pickle.dumps(layout, protocol=4))
         (pending / "metadata.json").write_text(json.dumps(_FORMAT))
         torch.save({}, pending / "common.pt")
         (pending / "run_config.yaml").write_text(self._yaml)
-        sums = {p.name: [p.stat().st_size, integrity.checksum(p)] for p in pending.iterdir() if p.name != _DATA_FILE}
+        sums = {
+            p.name: [p.stat().st_size, integrity.checksum(p)]
+            for p in pending.iterdir()
+            if p.name != _DATA_FILE
+        }
         files = {_DATA_FILE: [(pending / _DATA_FILE).stat().st_size, self._file.crc], **sums}
         replace(self._record, files=files).write(pending)
         os.replace(pending, self.path)

@@ -1,8 +1,10 @@
-"""Writing a checkpoint's tensors from the training process itself, with checksums taken on the way to the disk; or behind it.
+"""Writing a checkpoint's tensors from the training process itself, with checksums taken on the way to the
+disk; or behind it.
 
-megatron-core's writer forks a process per file, starts an interpreter for their results, and holds a copy of every tensor that is
-a view into a larger buffer until all is written. A save that training waits for needs none of that: here torch's own writer
-threads write each tensor from where it lies. The files are the same `torch_dist` format. docs/checkpoints.md has what it is worth.
+megatron-core's writer forks a process per file, starts an interpreter for their results, and holds a copy of
+every tensor that is a view into a larger buffer until all is written. A save that training waits for needs
+none of that: here torch's own writer threads write each tensor from where it lies. The files are the same
+`torch_dist` format. docs/checkpoints.md has what it is worth.
 """
 
 from __future__ import annotations
@@ -35,10 +37,11 @@ from megatron_evomoe.parallel import backend
 
 
 def split(state: dict[str, Any], content: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
-    """What all ranks write of `state`, and `common.pt`, which rank 0 writes alone (empty elsewhere). Communicates.
+    """What all ranks write of `state`, and `common.pt`, which rank 0 writes alone (empty elsewhere).
+    Communicates.
 
-    The core's own `save` writes that file in between, on rank 0; if that fails, the others wait in a collective already. From 0.19
-    on the core makes it an object among the tensors, and reads both.
+    The core's own `save` writes that file in between, on rank 0; if that fails, the others wait in a
+    collective already. From 0.19 on the core makes it an object among the tensors, and reads both.
 
     Args:
         content: what the checkpoint says of how it is sharded.
@@ -77,7 +80,8 @@ class _Writer(FileSystemWriter):
     """Torch's writer over a `_SummingFileSystem`."""
 
     def __init__(self, path: Path) -> None:
-        # on CUDA one thread: torch then copies from the device ahead of the writing, which it does not do with several
+        # on CUDA one thread: torch then copies from the device ahead of the writing, which it does not do
+        # with several
         super().__init__(path, thread_count=1 if backend.on_gpu() else 2)
         self.fs = _SummingFileSystem()
 
@@ -106,7 +110,8 @@ class _Planner(MCoreSavePlanner):
 
 
 class SummingStrategy(TorchDistSaveShardedStrategy):
-    """megatron-core's `torch_dist`, written as this module's docstring says. For saves that training waits for.
+    """megatron-core's `torch_dist`, written as this module's docstring says. For saves that training waits
+    for.
 
     Attributes:
         sums: after `save`: name -> [bytes, CRC-32] of the files this rank wrote.
@@ -122,7 +127,9 @@ class SummingStrategy(TorchDistSaveShardedStrategy):
         Raises:
             CheckpointException, OSError: some rank could not write.
         """
-        state, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
+        state, _, _ = _replace_state_dict_keys_with_sharded_keys(
+            sharded_state_dict, self.keep_only_main_replica
+        )
         writer = _Writer(checkpoint_dir)
         with integrity.no_checksums_of_torch():
             dcp.save(mcore_to_pyt_state_dict(state, False), storage_writer=writer, planner=_Planner())
@@ -130,7 +137,8 @@ class SummingStrategy(TorchDistSaveShardedStrategy):
 
 
 class BackgroundStrategy(TorchDistSaveShardedStrategy):
-    """megatron-core's own writer, which forks. What rank 0 meets in writing `.metadata` is kept, not raised amid collectives.
+    """megatron-core's own writer, which forks. What rank 0 meets in writing `.metadata` is kept, not raised
+    amid collectives.
 
     Attributes:
         failure: what rank 0 met when the request was finalized.

@@ -1,9 +1,10 @@
 """What a run is made of: one keyword-only dataclass per concern, and the way from YAML and flags to them.
 
-A YAML file has one mapping per section (``language:``, ``vision:``, ``moe:``, ``data:`` …) and a list of ``stages:``.
-Every field is also a command-line flag in Megatron's spelling: ``optimizer.clip_grad`` is ``--clip-grad``; the vision
-tower's are prefixed (``--vision-hidden-size``). Flags win over the file. A stage may override any flat field of the
-sections `STAGE_SECTIONS`, so each stage says only what is special about it.
+A YAML file has one mapping per section (``language:``, ``vision:``, ``moe:``, ``data:`` …) and a list of
+``stages:``. Every field is also a command-line flag in Megatron's spelling: ``optimizer.clip_grad`` is
+``--clip-grad``; the vision tower's are prefixed (``--vision-hidden-size``). Flags win over the file. A stage
+may override any flat field of the sections `STAGE_SECTIONS`, so each stage says only what is special about
+it.
 """
 
 from megatron_evomoe.config.errors import ConfigError
@@ -22,7 +23,24 @@ from megatron_evomoe.config.training import (
 )
 
 __all__ = [
-    "MODEL_SECTIONS", "SECTIONS", "STAGE_KINDS", "CheckpointConfig", "ConfigError", "DataConfig", "GpuConfig", "LanguageConfig",
-    "LogConfig", "MoEConfig", "OptimizerConfig", "ParallelConfig", "RunConfig", "StageConfig", "TrainConfig", "VisionConfig",
-    "add_flags", "flags_from", "from_mapping", "load_config",
+    "MODEL_SECTIONS",
+    "SECTIONS",
+    "STAGE_KINDS",
+    "CheckpointConfig",
+    "ConfigError",
+    "DataConfig",
+    "GpuConfig",
+    "LanguageConfig",
+    "LogConfig",
+    "MoEConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "RunConfig",
+    "StageConfig",
+    "TrainConfig",
+    "VisionConfig",
+    "add_flags",
+    "flags_from",
+    "from_mapping",
+    "load_config",
 ]

@@ -11,20 +11,31 @@ from megatron_evomoe.config.run import FLAT, SECTIONS
 from megatron_evomoe.config.types import from_flag, takes_only_bool
 
 # Megatron's own spelling of these two
-_ALIASES = {name: (f"--{name.replace('_', '-').replace('opt-param', 'opt_param')}",)
-            for name in ("override_opt_param_scheduler", "use_checkpoint_opt_param_scheduler")}
+_ALIASES = {
+    name: (f"--{name.replace('_', '-').replace('opt-param', 'opt_param')}",)
+    for name in ("override_opt_param_scheduler", "use_checkpoint_opt_param_scheduler")
+}
 
 
 def add_flags(parser: Any) -> None:
     """One flag per field, with the field's own words as help. Values stay text until `flags_from`."""
     for key, (section, name) in FLAT.items():
         alone = {"nargs": "?", "const": "true"} if takes_only_bool(SECTIONS[section], name) else {}
-        parser.add_argument(f"--{key.replace('_', '-')}", *_ALIASES.get(key, ()), dest=f"cfg_{key}", metavar="VALUE", default=None,
-                            help=_field_docs(SECTIONS[section]).get(name), **alone)
+        parser.add_argument(
+            f"--{key.replace('_', '-')}",
+            *_ALIASES.get(key, ()),
+            dest=f"cfg_{key}",
+            metavar="VALUE",
+            default=None,
+            help=_field_docs(SECTIONS[section]).get(name),
+            **alone,
+        )
 
 
 def flags_from(args: Any) -> dict[str, Any]:
-    """The flags that were given, as flat names to values. Raises `ConfigError` for text that cannot be read."""
+    """The flags that were given, as flat names to values. Raises `ConfigError` for text that cannot be
+    read.
+    """
     given = {k[4:]: v for k, v in vars(args).items() if k.startswith("cfg_") and v is not None}
     return {key: _value(key, text) for key, text in given.items()}
 

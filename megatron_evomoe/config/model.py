@@ -1,4 +1,6 @@
-"""What the model is: decoder, image encoder, experts and router. `Fixed` and `Said` are classes of config/resume.py."""
+"""What the model is: decoder, image encoder, experts and router. `Fixed` and `Said` are classes of
+config/resume.py.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +72,9 @@ class LanguageConfig:
     rotary_percent: Fixed[PositiveShare] = 1.0
     """Share of each head that is rotated."""
     rope_scaling_type: Fixed[Optional[Literal["linear", "llama3"]]] = None
-    """How RoPE is stretched to longer sequences: `linear` divides all positions, `llama3` only low frequencies; none does not."""
+    """How RoPE is stretched to longer sequences: `linear` divides all positions, `llama3` only low
+    frequencies; none does not.
+    """
     rope_scaling_factor: Fixed[Annotated[Float, Field(ge=1, le=1e6)]] = 1.0
     """By how much."""
     window_size: Fixed[Optional[Size]] = None
@@ -78,7 +82,9 @@ class LanguageConfig:
     tie_word_embeddings: Fixed[Bool] = True
     """One matrix for input and output embeddings."""
     init_method_std: Fixed[Deviation] = 0.02
-    """Standard deviation of fresh weights, projector included (Megatron's default; small widths learn faster from more)."""
+    """Standard deviation of fresh weights, projector included (Megatron's default; small widths learn faster
+    from more).
+    """
 
 
 @dataclass(kw_only=True)
@@ -102,7 +108,9 @@ class VisionConfig:
     norm_epsilon: Fixed[Epsilon] = 1e-5
     """Epsilon inside the norms."""
     feature_layer: Fixed[Annotated[Int, Field(ge=-4096, le=4096)]] = -2
-    """Which hidden state is the feature: −1 the last layer's, −2 the one before (LLaVA's mm_vision_select_layer)."""
+    """Which hidden state is the feature: −1 the last layer's, −2 the one before (LLaVA's
+    mm_vision_select_layer).
+    """
     feature_select: Fixed[Literal["patch", "cls_patch"]] = "patch"
     """`patch` drops the class token, `cls_patch` keeps it (LLaVA's names; SigLIP has none to drop)."""
     init_method_std: Fixed[Deviation] = 0.02
@@ -127,13 +135,17 @@ class MoEConfig:
     num_experts: Fixed[Few] = 4
     """Experts per MoE layer, N."""
     moe_layer_freq: Fixed[Few | list[ZeroOrOne]] = 2
-    """k: every k-th layer is MoE, counted so that layers 1, 1+k, … (from 0) are; or a list of 0/1, one per layer."""
+    """k: every k-th layer is MoE, counted so that layers 1, 1+k, … (from 0) are; or a list of 0/1, one per
+    layer.
+    """
     moe_router_topk: Fixed[Few] = 1
     """Experts per token, K."""
     router: Fixed[Literal["linear", "modality-linear", "dtr"]] = "dtr"
     """One linear map, one per modality, or the paper's hypernetworks."""
     dtr_hidden_size: Fixed[Size] = 16
-    """h, the hypernetwork's inner width (the paper gives none; h·r of order 10³ fits its parameter counts)."""
+    """h, the hypernetwork's inner width (the paper gives none; h·r of order 10³ fits its parameter
+    counts).
+    """
     dtr_rank: Fixed[Size] = 16
     """r, width of the generated router."""
     dtr_init_std: Fixed[Deviation] = 0.02
@@ -141,7 +153,9 @@ class MoEConfig:
     dtr_activation: Fixed[Literal["none", "gelu", "silu"]] = "none"
     """Activation between the two maps of a hypernetwork; the paper's Eq. 5 has none."""
     dtr_kernel: Said[Literal["auto", "torch", "triton"]] = "auto"
-    """What computes the DTR: `torch`, or `triton` kernels on a GPU. `auto` is torch until a GPU has shown which is faster."""
+    """What computes the DTR: `torch`, or `triton` kernels on a GPU. `auto` is torch until a GPU has shown
+    which is faster.
+    """
     router_gate: Fixed[Literal["prob", "straight_through"]] = "straight_through"
     """What scales an expert's output: its probability, or 1 with the probability's gradient."""
     moe_aux_loss_coeff: Said[Coefficient] = 0.001
@@ -149,27 +163,33 @@ class MoEConfig:
     moe_z_loss_coeff: Said[Optional[Coefficient]] = None
     """Coefficient of the router z-loss; none leaves it out."""
     moe_expert_capacity_factor: Fixed[Optional[Factor]] = None
-    """In training, tokens beyond this multiple of an even share of the microbatch are dropped; none drops nothing."""
+    """In training, tokens beyond this multiple of an even share of the microbatch are dropped; none drops
+    nothing.
+    """
     moe_token_dispatcher_type: Said[Literal["alltoall", "allgather", "flex"]] = "alltoall"
     """megatron-core's token dispatcher."""
     moe_grouped_gemm: Said[Bool] = False
     """Grouped expert GEMMs (needs Transformer Engine)."""
     expert_init: Fixed[Literal["evolve", "replicate", "noise"]] = "evolve"
-    """Where the experts of a routed stage come from when it starts from a dense checkpoint. `evolve` expects an evolved one."""
+    """Where the experts of a routed stage come from when it starts from a dense checkpoint. `evolve` expects
+    an evolved one.
+    """
     expert_init_noise: Fixed[Coefficient] = 0.01
     """For `noise`: standard deviation, in units of each weight matrix's own."""
     evolution_rule: Fixed[Text] = "delta"
     """How experts 2…N follow expert 1: delta, ema, printed, or a rule of your own (docs/stages.md)."""
     evolution_beta: Fixed[Optional[list[Range]]] = None
-    """[low, high) of β for experts 2…N, one pair each; none means the paper's for N = 4, interpolated for others
-    (docs/stages.md)."""
+    """[low, high) of β for experts 2…N, one pair each; none means the paper's for N = 4, interpolated for
+    others (docs/stages.md).
+    """
 
     @property
     def evolution_ranges(self) -> list[tuple[float, float]]:
-        """[low, high) of β for experts 2…N: `evolution_beta`, or else [0.7, 1) cut into N − 1 pieces, highest first.
+        """[low, high) of β for experts 2…N: `evolution_beta`, or else [0.7, 1) cut into N − 1 pieces, highest
+        first.
 
-        Each range is the lower 90 % of a piece, so that ranges do not touch. N = 4 gives the paper's [0.9, 0.99], [0.8, 0.89]
-        and [0.7, 0.79] exactly.
+        Each range is the lower 90 % of a piece, so that ranges do not touch. N = 4 gives the paper's [0.9,
+        0.99], [0.8, 0.89] and [0.7, 0.79] exactly.
         """
         if self.evolution_beta is not None:
             return self.evolution_beta

@@ -10,7 +10,15 @@ from typing import Any
 from megatron_evomoe.config import text
 from megatron_evomoe.config.check import check
 from megatron_evomoe.config.errors import ConfigError
-from megatron_evomoe.config.run import FLAT, MODEL_SECTIONS, SECTIONS, STAGE_KINDS, STAGE_SECTIONS, RunConfig, StageConfig
+from megatron_evomoe.config.run import (
+    FLAT,
+    MODEL_SECTIONS,
+    SECTIONS,
+    STAGE_KINDS,
+    STAGE_SECTIONS,
+    RunConfig,
+    StageConfig,
+)
 from megatron_evomoe.config.types import nearest, shown, validated
 from megatron_evomoe.presets import PRESETS
 
@@ -21,8 +29,8 @@ def load_config(path: str | Path | None, flags: dict[str, Any] | None = None) ->
     """Read a YAML file (config/text.py), put `flags` (flat names) over it, and check the result.
 
     Raises:
-        ConfigError: the file cannot be read or is no mapping, a key is unknown (names the nearest), a value has the wrong
-            type or lies outside its range, or fields contradict each other.
+        ConfigError: the file cannot be read or is no mapping, a key is unknown (names the nearest), a value
+            has the wrong type or lies outside its range, or fields contradict each other.
     """
     return from_mapping(_sections_of(path) if path is not None else {}, flags)
 
@@ -30,12 +38,16 @@ def load_config(path: str | Path | None, flags: dict[str, Any] | None = None) ->
 def _sections_of(path: str | Path) -> dict[str, Any]:
     raw = text.read_file(path)
     if raw is not None and not isinstance(raw, dict):
-        raise ConfigError(f"config file {path} holds a {type(raw).__name__}; a mapping of sections is expected")
+        raise ConfigError(
+            f"config file {path} holds a {type(raw).__name__}; a mapping of sections is expected"
+        )
     return raw or {}
 
 
 def from_mapping(raw: dict[str, Any], flags: dict[str, Any] | None = None) -> RunConfig:
-    """Sections (and `preset`, `stages`) plus flat flags to a checked `RunConfig`. Raises `ConfigError` as `load_config` does."""
+    """Sections (and `preset`, `stages`) plus flat flags to a checked `RunConfig`. Raises `ConfigError` as
+    `load_config` does.
+    """
     if not isinstance(raw, dict):
         raise ConfigError(f"a configuration must be a mapping of sections, got {shown(raw)}")
     _refuse_unknown(raw, {*SECTIONS, "preset", "stages"}, "section")
@@ -45,7 +57,9 @@ def from_mapping(raw: dict[str, Any], flags: dict[str, Any] | None = None) -> Ru
     if preset is not None:
         for section, values in _preset(preset).items():
             layers[section].update(values)
-        preset = preset if preset in PRESETS else None  # a file may be gone when this configuration is read again
+        preset = (
+            preset if preset in PRESETS else None
+        )  # a file may be gone when this configuration is read again
     for section in SECTIONS:
         layers[section].update(_section(section, raw.get(section)))
     _refuse_unknown(flags, FLAT, "flag")
@@ -68,7 +82,9 @@ def _section(section: str, values: Any, where: str = "") -> dict[str, Any]:
     """The fields given for a section; nothing at all gives none."""
     if values is not None and not isinstance(values, dict):
         raise ConfigError(f"section {section!r}{where} must be a mapping of fields, got {shown(values)}")
-    _refuse_unknown(values or {}, [f.name for f in fields(SECTIONS[section])], f"key in section {section!r}{where}:")
+    _refuse_unknown(
+        values or {}, [f.name for f in fields(SECTIONS[section])], f"key in section {section!r}{where}:"
+    )
     return values or {}
 
 
@@ -79,7 +95,10 @@ def _preset(name: Any) -> dict[str, dict[str, Any]]:
     if name in PRESETS:
         return PRESETS[name]
     if not name.endswith((".yaml", ".yml")):
-        raise ConfigError(f"unknown preset {shown(name)}{nearest(name, PRESETS)}; known: {', '.join(PRESETS)}, or a YAML file")
+        raise ConfigError(
+            f"unknown preset {shown(name)}{nearest(name, PRESETS)}; known: {', '.join(PRESETS)}, or a YAML "
+            "file"
+        )
     raw = _sections_of(name)
     _refuse_unknown(raw, MODEL_SECTIONS, f"section in the preset file {name}:")
     return {section: _section(section, values, f" of {name}") for section, values in raw.items()}
@@ -93,9 +112,13 @@ def _stages(entries: Any) -> list[StageConfig]:
     if entries is not None and not isinstance(entries, list):
         raise ConfigError(f"stages must be a list, [{{name: align, …}}, …], got {shown(entries)}")
     if len(entries or []) > _MOST_STAGES:
-        raise ConfigError(f"stages lists {len(entries)} stages, and at most {_MOST_STAGES} are read; make it several runs")
+        raise ConfigError(
+            f"stages lists {len(entries)} stages, and at most {_MOST_STAGES} are read; make it several runs"
+        )
     stages = [_build_stage(entry) for entry in entries or []]
-    for name, times in Counter(stage.name.lower() for stage in stages).items():  # some file systems take Align for align
+    for name, times in Counter(
+        stage.name.lower() for stage in stages
+    ).items():  # some file systems take Align for align
         if times > 1:
             raise ConfigError(f"stage names must be unique, and {name!r} is there {times} times")
     return stages
@@ -109,7 +132,10 @@ def _build_stage(entry: Any) -> StageConfig:
     load = validated(StageConfig, "load", entry.pop("load", None), f"stage {name!r}: load")
     kind = entry.pop("kind", name)
     if kind not in STAGE_KINDS:
-        raise ConfigError(f"stage {name!r} has kind {shown(kind)}{nearest(kind, STAGE_KINDS)}; known: {', '.join(STAGE_KINDS)}")
+        raise ConfigError(
+            f"stage {name!r} has kind {shown(kind)}{nearest(kind, STAGE_KINDS)}; known: "
+            f"{', '.join(STAGE_KINDS)}"
+        )
     allowed = [key for key, (section, _) in FLAT.items() if section in STAGE_SECTIONS]
     _refuse_unknown(entry, allowed, f"key in stage {name!r}:")
     overrides = {key: coerce(*FLAT[key], value, f"stage {name!r}: ") for key, value in entry.items()}

@@ -45,8 +45,9 @@ class RunConfig:
     """Everything one run needs. Build it with `load_config` or `from_mapping`."""
 
     preset: Optional[str] = None
-    """Named model shape, or a YAML file of `language`, `vision` and `moe` (as the importer writes); its values come before the
-    file's own."""
+    """Named model shape, or a YAML file of `language`, `vision` and `moe` (as the importer writes); its
+    values come before the file's own.
+    """
     language: LanguageConfig = field(default_factory=LanguageConfig)
     vision: VisionConfig = field(default_factory=VisionConfig)
     moe: MoEConfig = field(default_factory=MoEConfig)
@@ -63,7 +64,9 @@ class RunConfig:
         """A copy with stage `name`'s overrides applied and checked."""
         stage = next((s for s in self.stages if s.name == name), None)
         if stage is None:
-            raise ConfigError(f"no stage {name!r}; this run has {', '.join(s.name for s in self.stages) or 'none'}")
+            raise ConfigError(
+                f"no stage {name!r}; this run has {', '.join(s.name for s in self.stages) or 'none'}"
+            )
         config = replace(self)
         for key, value in stage.overrides.items():
             section, field_name = FLAT[key]
@@ -78,7 +81,8 @@ class RunConfig:
         """Plain data that `from_mapping` takes back."""
         out = dataclasses.asdict(self)
         out["stages"] = [
-            {"name": s.name, "kind": s.kind, **({"load": s.load} if s.load else {}), **s.overrides} for s in self.stages
+            {"name": s.name, "kind": s.kind, **({"load": s.load} if s.load else {}), **s.overrides}
+            for s in self.stages
         ]
         return _plain(out)
 

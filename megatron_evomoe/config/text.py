@@ -1,8 +1,9 @@
 """YAML as configurations use it: mappings, lists and scalars, each key once, and bounded in every direction.
 
-Scalars are read as YAML 1.2 reads them, because YAML 1.1 is silently surprising: there ``010`` is 8, ``1:30`` is 90, ``2024-01-01``
-is no text, and ``1e-5`` is no number. Here ``1e-5`` is a number, and the other three are text, which no number's field takes.
-(``yes``, ``no``, ``on`` and ``off`` still mean true and false.) `dump` quotes whatever either version would not read as text.
+Scalars are read as YAML 1.2 reads them, because YAML 1.1 is silently surprising: there ``010`` is 8, ``1:30``
+is 90, ``2024-01-01`` is no text, and ``1e-5`` is no number. Here ``1e-5`` is a number, and the other three
+are text, which no number's field takes. (``yes``, ``no``, ``on`` and ``off`` still mean true and false.)
+`dump` quotes whatever either version would not read as text.
 """
 
 from __future__ import annotations
@@ -22,13 +23,18 @@ MAX_VALUES = 100_000
 MAX_DEPTH = 16
 
 _VARIABLE = re.compile(r"\$\{(?P<name>[A-Za-z_]\w*)(?::-(?P<default>[^}\n]*))?\}")
-_OPEN, _CLOSE = "\ue000", "\ue001"  # around the number of a variable while YAML is read; from Unicode's private area
+_OPEN, _CLOSE = (
+    "\ue000",
+    "\ue001",
+)  # around the number of a variable while YAML is read; from Unicode's private area
 _PLACE = re.compile(f"{_OPEN}([0-9]+){_CLOSE}")
 
 _BOOL = re.compile(r"yes|Yes|YES|no|No|NO|true|True|TRUE|false|False|FALSE|on|On|ON|off|Off|OFF")
 _INT = re.compile(r"(?=.{1,40}$)[-+]?(?:0|[1-9][0-9]*(?:_[0-9]+)*)")
-_FLOAT = re.compile(r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|\.[0-9]+(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+"
-                    r"|\.(?:inf|Inf|INF))|\.(?:nan|NaN|NAN)")
+_FLOAT = re.compile(
+    r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|\.[0-9]+(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+"
+    r"|\.(?:inf|Inf|INF))|\.(?:nan|NaN|NAN)"
+)
 _NULL = re.compile(r"~|null|Null|NULL|")
 
 
@@ -38,7 +44,8 @@ def read_file(path: str | Path) -> Any:
     A variable's value is one scalar, or a part of one: it never adds keys, lists or comments to the file.
 
     Raises:
-        ConfigError: the file cannot be read, is no UTF-8, too large, or not of the kind that this module reads.
+        ConfigError: the file cannot be read, is no UTF-8, too large, or not of the kind that this module
+            reads.
     """
     return load(_text_of(path), f"config file {path}", variables=True)
 
@@ -62,7 +69,9 @@ def load(text: str, source: str, *, variables: bool = False, scalars_are_text: b
 
 
 def dump(data: Any) -> str:
-    """YAML text from which `read_file` makes `data` again (unless texts in it hold ``${``, which `types.Text` refuses)."""
+    """YAML text from which `read_file` makes `data` again (unless texts in it hold ``${``, which `types.Text`
+    refuses).
+    """
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False)
 
 
@@ -81,7 +90,10 @@ def _text_of(path: str | Path) -> str:
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise ConfigError(f"config file {str(path)[:200]!r} cannot be read: {error}") from None
     if len(data) > MAX_BYTES:
-        raise ConfigError(f"config file {path} is larger than {MAX_BYTES} bytes; name data by folders, globs or brace ranges")
+        raise ConfigError(
+            f"config file {path} is larger than {MAX_BYTES} bytes; name data by folders, globs or brace "
+            "ranges"
+        )
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -89,7 +101,9 @@ def _text_of(path: str | Path) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses tags, keys that are there twice or are no text, values without end, and nesting beyond `MAX_DEPTH`."""
+    """Refuses tags, keys that are there twice or are no text, values without end, and nesting beyond
+    `MAX_DEPTH`.
+    """
 
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
     source = ""
@@ -98,7 +112,9 @@ class _Loader(yaml.SafeLoader):
         super().__init__(text)
         self.variables: list[re.Match[str]] = []
         self._depth = 0
-        self._extent: dict[int, tuple[int, int]] = {}  # of a finished node: values, and levels below it; aliases written out
+        self._extent: dict[
+            int, tuple[int, int]
+        ] = {}  # of a finished node: values, and levels below it; aliases written out
 
     def _refuse(self, node: Any, what: str) -> None:
         raise ConfigError(f"{self.source}, line {node.start_mark.line + 1}: {what}")
@@ -126,13 +142,18 @@ class _Loader(yaml.SafeLoader):
         values = 1 + sum(v for v, _ in extents)
         levels = 1 + max((below for _, below in extents), default=0)
         if values > MAX_VALUES or levels > MAX_DEPTH:
-            self._refuse(node, f"with its aliases written out, this is more than {MAX_VALUES} values or {MAX_DEPTH} levels")
+            self._refuse(
+                node,
+                f"with its aliases written out, this is more than {MAX_VALUES} values or {MAX_DEPTH} levels",
+            )
         self._extent[id(node)] = values, levels
 
     def compose_scalar_node(self, anchor: Any) -> Any:
         node = super().compose_scalar_node(anchor)
         if self.variables and _OPEN in node.value:
-            node.value = _PLACE.sub(lambda place: self._value_of(self.variables[int(place[1])], node), node.value)
+            node.value = _PLACE.sub(
+                lambda place: self._value_of(self.variables[int(place[1])], node), node.value
+            )
             if node.style is None:
                 node.value = node.value.strip()
                 node.tag = self.resolve(yaml.ScalarNode, node.value, (True, False))
@@ -149,9 +170,15 @@ class _Loader(yaml.SafeLoader):
         lines: dict[str, int] = {}
         for key, _ in node.value:
             if key.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"):
-                self._refuse(key, f"the key {str(key.value)[:80]!r} is no text; keys are names of sections and fields")
+                self._refuse(
+                    key, f"the key {str(key.value)[:80]!r} is no text; keys are names of sections and fields"
+                )
             if key.value in lines:
-                self._refuse(key, f"{key.value[:80]!r} is there twice in one mapping (before on line {lines[key.value]}); keep one")
+                self._refuse(
+                    key,
+                    f"{key.value[:80]!r} is there twice in one mapping (before on line {lines[key.value]}); "
+                    "keep one",
+                )
             lines[key.value] = key.start_mark.line + 1
         return node
 
@@ -169,8 +196,13 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
-for _name, _pattern, _first in (("bool", _BOOL, "yYnNtTfFoO"), ("int", _INT, "-+0123456789"), ("float", _FLOAT, "-+0123456789."),
-                                ("null", _NULL, ["~", "n", "N", ""]), ("merge", re.compile("<<"), "<")):
+for _name, _pattern, _first in (
+    ("bool", _BOOL, "yYnNtTfFoO"),
+    ("int", _INT, "-+0123456789"),
+    ("float", _FLOAT, "-+0123456789."),
+    ("null", _NULL, ["~", "n", "N", ""]),
+    ("merge", re.compile("<<"), "<"),
+):
     _whole = re.compile(f"(?:{_pattern.pattern})$")
     for _class in (_Loader, _Dumper):
         _class.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", _whole, list(_first))

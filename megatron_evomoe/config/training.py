@@ -1,7 +1,8 @@
 """How it is trained: data, layout, optimizer, loop, kernels, checkpoints, logs.
 
-`Fixed`, `Said` and `Free` say what a resume does where the value differs from the checkpoint's (config/resume.py). Paths are
-`Said`, never `Fixed`: the same samples may lie elsewhere today; what a path leads to is compared by fingerprints.
+`Fixed`, `Said` and `Free` say what a resume does where the value differs from the checkpoint's
+(config/resume.py). Paths are `Said`, never `Fixed`: the same samples may lie elsewhere today; what a path
+leads to is compared by fingerprints.
 """
 
 from __future__ import annotations
@@ -61,13 +62,19 @@ class DataConfig:
     pad_to_seq_length: Said[Bool] = False
     """Pad every batch to `seq_length`; otherwise to the longest of the step (less work, shapes vary)."""
     long_samples: Fixed[Literal["skip", "truncate"]] = "skip"
-    """A sample longer than `seq_length` is counted and skipped, or cut at the end (refused when it would cut the whole answer)."""
+    """A sample longer than `seq_length` is counted and skipped, or cut at the end (refused when it would cut
+    the whole answer).
+    """
     image_aspect_ratio: Fixed[Literal["pad", "square"]] = "pad"
-    """`pad` pads to a square with the mean colour, `square` resizes and crops as CLIP does (LLaVA's names)."""
+    """`pad` pads to a square with the mean colour, `square` resizes and crops as CLIP does (LLaVA's
+    names).
+    """
     max_image_pixels: Fixed[PositiveCount] = 50_000_000
     """Larger images are refused from their header, before decoding."""
     cache_vision_features: Said[Bool] = False
-    """Run a frozen vision tower over each training image once, keep its features as files, and train from those (docs/data.md)."""
+    """Run a frozen vision tower over each training image once, keep its features as files, and train from
+    those (docs/data.md).
+    """
     feature_cache_dir: Free[Optional[Text]] = None
     """Where those files are; none means SAVE/vision_features."""
     num_workers: Free[Annotated[Int, Field(ge=0, le=512)]] = 2
@@ -75,7 +82,9 @@ class DataConfig:
     prefetch_factor: Free[Annotated[Int, Field(ge=1, le=1024)]] = 4
     """Batches each worker keeps ready."""
     max_bad_sample_rate: Free[Share] = 0.01
-    """Training stops when a larger share of the samples read (at least 100) was unusable; too long ones are not among them."""
+    """Training stops when a larger share of the samples read (at least 100) was unusable; too long ones are
+    not among them.
+    """
     max_long_sample_rate: Free[Share] = 0.5
     """Training stops when a larger share of the samples read (at least 100) was left out for its length."""
 
@@ -119,8 +128,9 @@ class OptimizerConfig:
     lr_decay_style: Said[Literal["cosine", "linear", "constant", "inverse-square-root"]] = "cosine"
     """Shape of the decay."""
     lr_decay_iters: Said[Optional[PositiveCount]] = None
-    """Step at which the rate would arrive at `min_lr`; none means `train_iters`. More ends the stage at a higher rate, fewer
-    stays at `min_lr` from there (docs/stages.md)."""
+    """Step at which the rate would arrive at `min_lr`; none means `train_iters`. More ends the stage at a
+    higher rate, fewer stays at `min_lr` from there (docs/stages.md).
+    """
     lr_warmup_fraction: Said[Share] = 0.03
     """Share of those steps over which the rate rises from 0."""
     weight_decay: Said[Rate] = 0.0
@@ -134,9 +144,13 @@ class OptimizerConfig:
     clip_grad: Said[Coefficient] = 1.0
     """Largest global gradient norm; 0 never clips."""
     override_opt_param_scheduler: Free[Bool] = False
-    """On a resume the schedule follows the configuration, whatever the checkpoint's was: the default, said on purpose."""
+    """On a resume the schedule follows the configuration, whatever the checkpoint's was: the default, said on
+    purpose.
+    """
     use_checkpoint_opt_param_scheduler: Free[Bool] = False
-    """On a resume the checkpoint's schedule goes on, whatever the configuration says of it; refused where it would end early."""
+    """On a resume the checkpoint's schedule goes on, whatever the configuration says of it; refused where it
+    would end early.
+    """
 
 
 @dataclass(kw_only=True)
@@ -192,9 +206,13 @@ class GpuConfig:
     """FP8 and fused kernels: Transformer Engine on a GPU only (docs/gpu.md)."""
 
     fp8_format: Said[Optional[Literal["e4m3", "hybrid"]]] = None
-    """Linear layers of the decoder in FP8: `hybrid` has e4m3 forward and e5m2 gradients, `e4m3` both; none is bf16."""
+    """Linear layers of the decoder in FP8: `hybrid` has e4m3 forward and e5m2 gradients, `e4m3` both; none is
+    bf16.
+    """
     fp8_recipe: Said[Literal["delayed", "tensorwise", "blockwise", "mxfp8"]] = "delayed"
-    """How FP8 numbers are scaled: by earlier steps' largest, by the tensor's own, or by blocks (`mxfp8`: Blackwell)."""
+    """How FP8 numbers are scaled: by earlier steps' largest, by the tensor's own, or by blocks (`mxfp8`:
+    Blackwell).
+    """
     fp8_margin: Said[Annotated[Int, Field(ge=0, le=64)]] = 0
     """For `delayed`: powers of two left above the largest number seen."""
     fp8_amax_history_len: Said[Annotated[Int, Field(ge=1, le=65536)]] = 1
@@ -208,7 +226,9 @@ class GpuConfig:
     num_layers_at_end_in_bf16: Said[Count] = 1
     """How many of the last, with `first_last_layers_bf16`."""
     moe_router_padding_for_fp8: Said[Bool] = False
-    """Send experts some more tokens, of weight 0, up to what FP8 needs, in place of padding each expert's input."""
+    """Send experts some more tokens, of weight 0, up to what FP8 needs, in place of padding each expert's
+    input.
+    """
     apply_rope_fusion: Said[Optional[Bool]] = None
     """RoPE in one kernel; none means: with Transformer Engine."""
     moe_permute_fusion: Said[Optional[Bool]] = None
@@ -232,16 +252,21 @@ class CheckpointConfig:
     pretrained_checkpoint: Said[Optional[Text]] = None
     """Where the first stage takes its weights from; parts it lacks start fresh and are named."""
     load: Free[Optional[Text]] = None
-    """Where to look for what `save` has not: a run's directory (its stages' checkpoints are resumed), or weights for the
-    first stage."""
+    """Where to look for what `save` has not: a run's directory (its stages' checkpoints are resumed), or
+    weights for the first stage.
+    """
     async_save: Free[Bool] = False
     """Write checkpoints in the background; a checkpoint counts once all of it is on disk."""
     ckpt_step: Free[Optional[Count]] = None
     """Resume from this step rather than the newest."""
     allow_changed: Free[Names] = field(default_factory=list)
-    """Fields that may differ from the checkpoint's although they must equal, by their flags' names: ``seed,rotary_base``."""
+    """Fields that may differ from the checkpoint's although they must equal, by their flags' names:
+    ``seed,rotary_base``.
+    """
     allow_changed_data: Free[Bool] = False
-    """Go on where the training samples are others than the checkpoint's; the log says which repeat and which are left out."""
+    """Go on where the training samples are others than the checkpoint's; the log says which repeat and which
+    are left out.
+    """
 
 
 @dataclass(kw_only=True)

@@ -1,7 +1,8 @@
 """The types of fields, ranges included, and how a value that does not fit is told.
 
-Nothing is converted silently: true is no number, 1.0 is no whole number, 7 is no text. The one exception: text in exponent
-notation (``"1e-5"``) is a number, because YAML 1.1, and what other programs write with it, takes ``1e-5`` for text.
+Nothing is converted silently: true is no number, 1.0 is no whole number, 7 is no text. The one exception:
+text in exponent notation (``"1e-5"``) is a number, because YAML 1.1, and what other programs write with it,
+takes ``1e-5`` for text.
 """
 
 from __future__ import annotations
@@ -33,13 +34,23 @@ def _plain_text(value: str) -> str:
     if any(ord(c) < 32 or 127 <= ord(c) < 160 or 0xD800 <= ord(c) < 0xE000 for c in value):
         raise ValueError("must not hold control characters")
     if "${" in value:
-        raise ValueError("must not hold ${; a variable is written ${NAME} or ${NAME:-default}, in the configuration file")
+        raise ValueError(
+            "must not hold ${; a variable is written ${NAME} or ${NAME:-default}, in the configuration file"
+        )
     return value
 
 
 def _stage_name(value: str) -> str:
-    if re.search(r'[/\\:*?"<>|]', value) or value[0] in ".-~" or value != value.strip() or len(value.encode()) > 100:
-        raise ValueError('names a folder: at most 100 bytes, none of / \\ : * ? " < > |, not . - ~ first, no blank at an end')
+    if (
+        re.search(r'[/\\:*?"<>|]', value)
+        or value[0] in ".-~"
+        or value != value.strip()
+        or len(value.encode()) > 100
+    ):
+        raise ValueError(
+            'names a folder: at most 100 bytes, none of / \\ : * ? " < > |, not . - ~ first, no blank at an '
+            "end"
+        )
     if value.lower() in ("profile", "vision_features"):
         raise ValueError("is the name of another folder of a run; choose another name")
     return value
@@ -98,8 +109,8 @@ def validated(section: type, field: str, value: Any, name: str) -> Any:
 def from_flag(section: type, field: str, given: str) -> Any:
     """What a flag's text means for a field of that type.
 
-    Text stays what was typed, and so do the items of a list of texts (``[a, b]``); everything else is read as in a file.
-    ``null``, ``~`` and nothing at all (``--load ""``) mean none where the field may be none.
+    Text stays what was typed, and so do the items of a list of texts (``[a, b]``); everything else is read as
+    in a file. ``null``, ``~`` and nothing at all (``--load ""``) mean none where the field may be none.
     """
     kinds = _kinds(_hints(section)[field])
     if type(None) in kinds and given in ("", "~", "null"):
@@ -107,7 +118,9 @@ def from_flag(section: type, field: str, given: str) -> Any:
     if str in kinds:
         return given
     source = f"the value of --{field.replace('_', '-')}"
-    items = typing.get_args(next((kind for kind in kinds if typing.get_origin(kind) is list), None)) or (None,)
+    items = typing.get_args(next((kind for kind in kinds if typing.get_origin(kind) is list), None)) or (
+        None,
+    )
     return text.load(given, source, scalars_are_text=str in _kinds(items[0]))
 
 
@@ -127,7 +140,9 @@ def shown(value: Any) -> str:
 
 def nearest(word: Any, known: Iterable[str]) -> str:
     """`` (did you mean 'x'?)``, or nothing."""
-    close = difflib.get_close_matches(word[:100], list(known), n=1, cutoff=0.4) if isinstance(word, str) else []
+    close = (
+        difflib.get_close_matches(word[:100], list(known), n=1, cutoff=0.4) if isinstance(word, str) else []
+    )
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
@@ -152,14 +167,24 @@ def _kinds(hint: Any) -> set[Any]:
 
 
 _RULES = {
-    "int_type": "must be a whole number", "int_from_float": "must be a whole number", "float_type": "must be a number",
-    "bool_type": "must be true or false", "string_type": "must be text; put it in quotes",
+    "int_type": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_type": "must be a number",
+    "bool_type": "must be true or false",
+    "string_type": "must be text; put it in quotes",
     "string_unicode": "must be valid Unicode",
-    "list_type": "must be a list, [a, b]", "tuple_type": "must be a pair, [low, high]", "finite_number": "must be finite",
-    "string_too_short": "must not be empty", "missing": "must be a pair, [low, high]", "too_long": "must be a pair, [low, high]",
-    "greater_than_equal": "must be at least {ge}", "greater_than": "must be more than {gt}",
-    "less_than_equal": "must be at most {le}", "less_than": "must be less than {lt}",
-    "string_too_long": "must be at most {max_length} characters long", "literal_error": "must be one of {expected}",
+    "list_type": "must be a list, [a, b]",
+    "tuple_type": "must be a pair, [low, high]",
+    "finite_number": "must be finite",
+    "string_too_short": "must not be empty",
+    "missing": "must be a pair, [low, high]",
+    "too_long": "must be a pair, [low, high]",
+    "greater_than_equal": "must be at least {ge}",
+    "greater_than": "must be more than {gt}",
+    "less_than_equal": "must be at most {le}",
+    "less_than": "must be less than {lt}",
+    "string_too_long": "must be at most {max_length} characters long",
+    "literal_error": "must be one of {expected}",
     "value_error": "{error}",
 }
 
@@ -171,11 +196,17 @@ def _rule(errors: list[Any], value: Any) -> str:
         rule = _RULES.get(error["type"], error["msg"]).format(**error.get("ctx", {}))
         item = next((part + 1 for part in error["loc"] if isinstance(part, int)), None)
         where = f"item {item} " if item is not None else ""
-        hint = nearest(error["input"], re.findall(r"'([^']+)'", rule)) if error["type"] == "literal_error" else ""
+        hint = (
+            nearest(error["input"], re.findall(r"'([^']+)'", rule))
+            if error["type"] == "literal_error"
+            else ""
+        )
         told[f"{where}{rule}{hint}"] = None
     return ", or ".join(told)
 
 
 def _default(section: type, field: str) -> str:
     default = next(f.default for f in dataclasses.fields(section) if f.name == field)
-    return "" if default is dataclasses.MISSING else f"; the default is {text.dump(default).split(chr(10))[0]}"
+    return (
+        "" if default is dataclasses.MISSING else f"; the default is {text.dump(default).split(chr(10))[0]}"
+    )

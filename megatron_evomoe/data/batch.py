@@ -41,14 +41,18 @@ class MicroBatch(TypedDict):
     token_types: torch.Tensor
     """int64 [b, s] of TEXT, VISION, PADDING."""
     pixel_values: torch.Tensor
-    """uint8 [n, 3, S, S], in order of occurrence row by row; n may be 0. Features [n, t, C] where they come from a cache."""
+    """uint8 [n, 3, S, S], in order of occurrence row by row; n may be 0. Features [n, t, C] where they come
+    from a cache.
+    """
     keys: list[str]
     """b sample keys, those of unusable samples too."""
 
 
 @dataclass
 class Row:
-    """One slot of a microbatch, as a worker hands it over. `sample` is None when it cannot be used; `problem` says why."""
+    """One slot of a microbatch, as a worker hands it over. `sample` is None when it cannot be used; `problem`
+    says why.
+    """
 
     key: str
     shard: str
@@ -84,11 +88,29 @@ class Preparer:
     """where images come from as features, none being decoded"""
 
     @classmethod
-    def from_config(cls, dataset: ShardDataset, tokenizer: Tokenizer, processor: ImageProcessor, data: DataConfig, *,
-                    template: str, tokens_per_image: int, features: FeatureCache | None = None) -> Preparer:
+    def from_config(
+        cls,
+        dataset: ShardDataset,
+        tokenizer: Tokenizer,
+        processor: ImageProcessor,
+        data: DataConfig,
+        *,
+        template: str,
+        tokens_per_image: int,
+        features: FeatureCache | None = None,
+    ) -> Preparer:
         """Limits and policies from the data section."""
-        return cls(dataset, tokenizer, processor, template, tokens_per_image, seq_length=data.seq_length,
-                   long_samples=data.long_samples, max_image_pixels=data.max_image_pixels, features=features)
+        return cls(
+            dataset,
+            tokenizer,
+            processor,
+            template,
+            tokens_per_image,
+            seq_length=data.seq_length,
+            long_samples=data.long_samples,
+            max_image_pixels=data.max_image_pixels,
+            features=features,
+        )
 
     def row(self, i: int) -> Row:
         """Sample i; one that is no good becomes an empty row that says why."""
@@ -107,10 +129,18 @@ class Preparer:
         return stack_images(images, self.processor.size)
 
     def _encode(self, i: int) -> tuple[EncodedSample, int]:
-        """The text, and how many of its images are left. First, for a sample that is refused for it needs no decoding."""
+        """The text, and how many of its images are left. First, for a sample that is refused for it needs no
+        decoding.
+        """
         record, total = self.dataset.record(i), len(self.dataset.images_of(i)[1])
-        sample = encode(record["conversations"], total, self.tokenizer, self.template, self.tokens_per_image,
-                        max_length=self.seq_length)
+        sample = encode(
+            record["conversations"],
+            total,
+            self.tokenizer,
+            self.template,
+            self.tokens_per_image,
+            max_length=self.seq_length,
+        )
         kept = total
         if len(sample.tokens) > self.seq_length:
             if self.long_samples == "skip":
@@ -123,7 +153,10 @@ class Preparer:
     def _images(self, i: int, count: int) -> list[torch.Tensor]:
         if self.features is not None:
             return self.features.read(i, count)
-        return [self.processor(decode_image(data, self.max_image_pixels)) for data in self.dataset.images(i)[:count]]
+        return [
+            self.processor(decode_image(data, self.max_image_pixels))
+            for data in self.dataset.images(i)[:count]
+        ]
 
 
 def truncate(sample: EncodedSample, seq_length: int, tokens_per_image: int) -> tuple[EncodedSample, int]:
@@ -141,12 +174,17 @@ def truncate(sample: EncodedSample, seq_length: int, tokens_per_image: int) -> t
         end -= partial
     cut = EncodedSample(sample.tokens[:end], sample.labels[:end], sample.token_types[:end])
     if not cut.num_supervised:
-        raise SampleError("too-long", f"{len(sample.tokens)} tokens, and cutting to seq_length {seq_length} leaves no answer")
+        raise SampleError(
+            "too-long",
+            f"{len(sample.tokens)} tokens, and cutting to seq_length {seq_length} leaves no answer",
+        )
     return cut, kept
 
 
 def collate(rows: Sequence[Row], pixels: torch.Tensor, length: int, pad_id: int) -> MicroBatch:
-    """Rows to tensors of `length` positions; `pixels` are the rows' images, uint8 [n, 3, S, S] or features [n, t, C]."""
+    """Rows to tensors of `length` positions; `pixels` are the rows' images, uint8 [n, 3, S, S] or features
+    [n, t, C].
+    """
     shape = (len(rows), length)
     tokens = torch.full(shape, pad_id, dtype=torch.int64)
     labels = torch.full(shape, IGNORE_INDEX, dtype=torch.int64)
@@ -157,7 +195,9 @@ def collate(rows: Sequence[Row], pixels: torch.Tensor, length: int, pad_id: int)
             tokens[i, :n] = torch.tensor(row.sample.tokens)
             labels[i, :n] = torch.tensor(row.sample.labels)
             types[i, :n] = torch.tensor(row.sample.token_types)
-    return MicroBatch(tokens=tokens, labels=labels, token_types=types, pixel_values=pixels, keys=[row.key for row in rows])
+    return MicroBatch(
+        tokens=tokens, labels=labels, token_types=types, pixel_values=pixels, keys=[row.key for row in rows]
+    )
 
 
 def stack_images(images: Sequence[torch.Tensor], size: int) -> torch.Tensor:
@@ -166,8 +206,14 @@ def stack_images(images: Sequence[torch.Tensor], size: int) -> torch.Tensor:
 
 
 def prepare_eval(
-    raw: RawSample, tokenizer: Tokenizer, processor: ImageProcessor, template: str, tokens_per_image: int,
-    *, max_image_pixels: int = 50_000_000, max_length: int | None = None,
+    raw: RawSample,
+    tokenizer: Tokenizer,
+    processor: ImageProcessor,
+    template: str,
+    tokens_per_image: int,
+    *,
+    max_image_pixels: int = 50_000_000,
+    max_length: int | None = None,
 ) -> list[EvalSample]:
     """One `EvalSample` per human/gpt pair, with the turns before it as context.
 
@@ -181,7 +227,9 @@ def prepare_eval(
     turns = parse_turns(raw.record.get("conversations"), len(raw.images))
     if max_length is not None:
         check_length(turns, max_length)
-    pixels = stack_images([processor(decode_image(data, max_image_pixels)) for data in raw.images], processor.size)
+    pixels = stack_images(
+        [processor(decode_image(data, max_image_pixels)) for data in raw.images], processor.size
+    )
     metadata = {key: value for key, value in raw.record.items() if key != "conversations"}
     samples: list[EvalSample] = []
     for end, turn in enumerate(turns):
@@ -191,9 +239,17 @@ def prepare_eval(
         seen = sum(t.text.count(IMAGE_TOKEN) for t in turns[:end] if t.role == "human")
         prompt = encode_prompt(context, seen, tokenizer, template, tokens_per_image)
         if max_length is not None and len(prompt.tokens) > max_length:
-            raise SampleError("too-long", f"a prompt of {len(prompt.tokens)} tokens, seq_length is {max_length}")
-        samples.append(EvalSample(prompt, turn.text, pixels[:seen], {**metadata, "key": raw.key, "shard": raw.shard,
-                                                                     "turn": len(samples)}))
+            raise SampleError(
+                "too-long", f"a prompt of {len(prompt.tokens)} tokens, seq_length is {max_length}"
+            )
+        samples.append(
+            EvalSample(
+                prompt,
+                turn.text,
+                pixels[:seen],
+                {**metadata, "key": raw.key, "shard": raw.shard, "turn": len(samples)},
+            )
+        )
     if not samples:
         raise SampleError("no-conversation", "no gpt turn, so nothing to compare with")
     return samples

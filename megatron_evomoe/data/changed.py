@@ -1,4 +1,6 @@
-"""Training data that is other than what a checkpoint was trained on: in what, and what going on with it would mean."""
+"""Training data that is other than what a checkpoint was trained on: in what, and what going on with it would
+mean.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +15,14 @@ Shard = tuple[str, int, str]
 """File name, samples, digest: an entry of `ShardDataset.contents`."""
 
 _NAMED = 3  # shards a message names
-_COUNTED = 50_000_000  # samples up to which repeated and lost ones are counted: the orders of 10^8 take 2 GB and half a minute
+# samples up to which repeated and lost ones are counted: the orders of 10^8 take 2 GB and half a minute
+_COUNTED = 50_000_000
 
 
 def differences(before: Sequence[Shard], now: Sequence[Shard]) -> list[str]:
-    """What differs, in words, shard by shard; nothing where both hold the same samples in the same order, whatever files are
-    called."""
+    """What differs, in words, shard by shard; nothing where both hold the same samples in the same order,
+    whatever files are called.
+    """
     if [s[2] for s in before] == [s[2] for s in now]:
         return []
     gone, new = _less(before, now), _less(now, before)
@@ -51,14 +55,24 @@ def _less(some: Sequence[Shard], others: Sequence[Shard]) -> list[Shard]:
     return left
 
 
-def meaning(before: Sequence[Shard], before_seed: int, now: Sequence[Shard], now_seed: int, position: int) -> str:
-    """What it means to go on at `position` in another order, in words: which samples of the epoch repeat, which are left out."""
+def meaning(
+    before: Sequence[Shard], before_seed: int, now: Sequence[Shard], now_seed: int, position: int
+) -> str:
+    """What it means to go on at `position` in another order, in words: which samples of the epoch repeat,
+    which are left out.
+    """
     old = SampleOrder(sum(count for _, count, _ in before), before_seed)
     new = SampleOrder(sum(count for _, count, _ in now), now_seed)
-    where = (f"position {position} lies in epoch {old.epoch(position)} of {old.num_samples} samples before, in epoch "
-             f"{new.epoch(position)} of {new.num_samples} now")
+    where = (
+        f"position {position} lies in epoch {old.epoch(position)} of {old.num_samples} samples before, in "
+        "epoch "
+        f"{new.epoch(position)} of {new.num_samples} now"
+    )
     if max(old.num_samples, new.num_samples) > _COUNTED:
-        return f"{where}; from there the order is another, so samples of this epoch repeat and others are left out of it"
+        return (
+            f"{where}; from there the order is another, so samples of this epoch repeat and others are "
+            "left out of it"
+        )
     numbers = _numbers(before, now)
     order = numbers[old.permutation(old.epoch(position))]
     seen, unseen = np.split(order, [position % old.num_samples])
@@ -66,8 +80,11 @@ def meaning(before: Sequence[Shard], before_seed: int, now: Sequence[Shard], now
     repeat = np.isin(coming, seen).sum()
     lost = (~np.isin(unseen[unseen >= 0], coming)).sum()
     unknown = new.num_samples - (numbers >= 0).sum()
-    return (f"{where}; of the samples in shards that are the same, {repeat} shown in this epoch come again before it ends, and "
-            f"{lost} not shown yet are left out of it; {unknown} samples lie in shards that are not the same")
+    return (
+        f"{where}; of the samples in shards that are the same, {repeat} shown in this epoch come again "
+        "before it ends, and "
+        f"{lost} not shown yet are left out of it; {unknown} samples lie in shards that are not the same"
+    )
 
 
 def _numbers(before: Sequence[Shard], now: Sequence[Shard]) -> np.ndarray:

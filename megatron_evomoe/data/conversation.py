@@ -1,14 +1,16 @@
 """LLaVA conversations to token ids, token types and labels.
 
-A conversation is laid out as *segments*, each known to be prompt or answer before anything is encoded, and the label mask
-follows from that. Nothing is ever searched for in decoded text (LLaVA #1166, #1706, #1710: masks that went wrong silently).
-The prompt for generation is the same list of segments cut before an answer, so it is a prefix of the training sequence.
+A conversation is laid out as *segments*, each known to be prompt or answer before anything is encoded, and
+the label mask follows from that. Nothing is ever searched for in decoded text (LLaVA #1166, #1706, #1710:
+masks that went wrong silently). The prompt for generation is the same list of segments cut before an answer,
+so it is a prefix of the training sequence.
 
 Layouts follow LLaVA and MoE-LLaVA; [] is supervised, END the template's end-of-turn token:
 
-    plain              <image> [caption \\n END]                  what the human says beside the image is dropped
-    v1 phi stablelm    SYSTEM USER: q ASSISTANT:[ a END]USER: …   they differ in END only
-    qwen               <|im_start|>system\\nSYSTEM<|im_end|>\\n<|im_start|>user\\nq<|im_end|>\\n<|im_start|>assistant\\n[a END]
+    plain              <image> [caption \\n END]       what the human says beside the image is dropped
+    v1 phi stablelm    SYSTEM USER: q ASSISTANT:[ a END]USER: …       they differ in END only
+    qwen               <|im_start|>system\\nSYSTEM<|im_end|>\\n<|im_start|>user\\nq<|im_end|>\\n
+                       <|im_start|>assistant\\n[a END]                 on one line
 """
 
 from __future__ import annotations
@@ -26,11 +28,29 @@ from megatron_evomoe.data.tokenizer import Tokenizer
 IGNORE_INDEX = -100
 TEXT, VISION, PADDING = 0, 1, 2
 
-_VICUNA = ("A chat between a curious user and an artificial intelligence assistant. "
-           "The assistant gives helpful, detailed, and polite answers to the user's questions.")
-_TOOL_ROLES = frozenset(["tool", "tools", "tool_call", "tool_calls", "tool_response", "tool_result", "function", "function_call",
-                         "function_response", "observation", "ipython", "environment"])
-_MAX_CHARACTERS = 64  # a position; the longest pieces of vocabularies in use are shorter, runs of spaces aside
+_VICUNA = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+_TOOL_ROLES = frozenset(
+    [
+        "tool",
+        "tools",
+        "tool_call",
+        "tool_calls",
+        "tool_response",
+        "tool_result",
+        "function",
+        "function_call",
+        "function_response",
+        "observation",
+        "ipython",
+        "environment",
+    ]
+)
+_MAX_CHARACTERS = (
+    64  # a position; the longest pieces of vocabularies in use are shorter, runs of spaces aside
+)
 _ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "system": "system"}
 
 
@@ -38,8 +58,8 @@ _ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "
 class EncodedSample:
     """One sequence of s positions.
 
-    `tokens[i]` is the input id (pad_id where an image feature goes), `labels[i]` the id to predict at i, that is tokens[i+1]
-    where that is part of an answer, else -100; `token_types[i]` is TEXT or VISION.
+    `tokens[i]` is the input id (pad_id where an image feature goes), `labels[i]` the id to predict at i, that
+    is tokens[i+1] where that is part of an answer, else -100; `token_types[i]` is TEXT or VISION.
     """
 
     tokens: list[int]
@@ -68,8 +88,12 @@ TEMPLATES: dict[str, Template] = {
     "v1": Template(style="roles", system=_VICUNA, end="</s>"),
     "phi": Template(style="roles", system=_VICUNA, end="<|endoftext|>"),
     "stablelm": Template(style="roles", system=_VICUNA, end="<|endoftext|>"),
-    "qwen": Template(style="chatml", system="You are a helpful assistant.", end="<|im_end|>",
-                     markup=("<|im_start|>", "<|im_end|>")),
+    "qwen": Template(
+        style="chatml",
+        system="You are a helpful assistant.",
+        end="<|im_end|>",
+        markup=("<|im_start|>", "<|im_end|>"),
+    ),
 }
 
 
@@ -94,15 +118,18 @@ class Piece:
 def parse_turns(conversations: Any, num_images: int | None = None) -> list[Turn]:
     """Check a LLaVA ``conversations`` list and bring it to [system,] human, gpt, human, gpt … [, human].
 
-    As in LLaVA, a gpt turn before the first human one is dropped, and a single ``<image>`` at either end of a turn moves to
-    its front, on a line of its own. Any other number or place stays as written. ``num_images=None`` skips the count.
+    As in LLaVA, a gpt turn before the first human one is dropped, and a single ``<image>`` at either end of a
+    turn moves to its front, on a line of its own. Any other number or place stays as written.
+    ``num_images=None`` skips the count.
 
     Raises:
-        SampleError: no-conversation, bad-turn (not a role and a text), tool-turn, bad-text, media-placeholder, turn-order,
-            empty-answer, image-count.
+        SampleError: no-conversation, bad-turn (not a role and a text), tool-turn, bad-text,
+            media-placeholder, turn-order, empty-answer, image-count.
     """
     if not isinstance(conversations, list) or not conversations:
-        raise SampleError("no-conversation", f"conversations is {short(conversations)}; a list of turns is expected")
+        raise SampleError(
+            "no-conversation", f"conversations is {short(conversations)}; a list of turns is expected"
+        )
     turns = [_parse_turn(turn) for turn in conversations]
     system = [turns.pop(0)] if turns[0].role == "system" else []
     if turns and turns[0].role == "gpt":
@@ -116,7 +143,9 @@ def parse_turns(conversations: Any, num_images: int | None = None) -> list[Turn]
             raise SampleError("empty-answer", f"gpt turn {i} is empty")
     found = sum(turn.text.count(IMAGE_TOKEN) for turn in turns if turn.role == "human")
     if num_images is not None and found != num_images:
-        raise SampleError("image-count", f"{found} {IMAGE_TOKEN} in the text, {num_images} images in the sample")
+        raise SampleError(
+            "image-count", f"{found} {IMAGE_TOKEN} in the text, {num_images} images in the sample"
+        )
     return system + turns
 
 
@@ -125,11 +154,17 @@ def _parse_turn(turn: Any) -> Turn:
     if isinstance(name, str) and name.lower() in _TOOL_ROLES:
         raise SampleError("tool-turn", f"a turn of {short(name)}; conversations with tools are not read")
     if not isinstance(name, str) or name not in _ROLES or not isinstance(text, str):
-        raise SampleError("bad-turn", f'{short(turn)} is no {{"from": "human"|"gpt"|"system", "value": text}}')
+        raise SampleError(
+            "bad-turn", f'{short(turn)} is no {{"from": "human"|"gpt"|"system", "value": text}}'
+        )
     _check_text(text)
     role, text = _ROLES[name], text.strip()
     check_placeholders(text, role)
-    if role == "human" and text.count(IMAGE_TOKEN) == 1 and (text.startswith(IMAGE_TOKEN) or text.endswith(IMAGE_TOKEN)):
+    if (
+        role == "human"
+        and text.count(IMAGE_TOKEN) == 1
+        and (text.startswith(IMAGE_TOKEN) or text.endswith(IMAGE_TOKEN))
+    ):
         text = f"{IMAGE_TOKEN}\n{text.replace(IMAGE_TOKEN, '').strip()}".strip()
     return Turn(role, text)  # type: ignore[arg-type]
 
@@ -140,7 +175,9 @@ def _check_text(text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise SampleError("bad-text", f"{text[error.start]!r} in {short(text)} is half of a character") from None
+        raise SampleError(
+            "bad-text", f"{text[error.start]!r} in {short(text)} is half of a character"
+        ) from None
 
 
 def check_length(turns: Sequence[Turn], length: int) -> None:
@@ -150,18 +187,29 @@ def check_length(turns: Sequence[Turn], length: int) -> None:
     """
     answers, characters = sum(turn.role == "gpt" for turn in turns), sum(len(turn.text) for turn in turns)
     if answers > length or characters > _MAX_CHARACTERS * length:
-        raise SampleError("too-long", f"{characters} characters and {answers} answers cannot be told in seq_length {length}")
+        raise SampleError(
+            "too-long", f"{characters} characters and {answers} answers cannot be told in seq_length {length}"
+        )
 
 
-def encode(conversations: Any, num_images: int, tokenizer: Tokenizer, template: str, tokens_per_image: int, *,
-           max_length: int | None = None) -> EncodedSample:
+def encode(
+    conversations: Any,
+    num_images: int,
+    tokenizer: Tokenizer,
+    template: str,
+    tokens_per_image: int,
+    *,
+    max_length: int | None = None,
+) -> EncodedSample:
     """A training sequence; every gpt turn is supervised, its end-of-turn token included.
 
     Args:
-        max_length: what is far longer than this is refused before it costs time (`check_length`); the result may still be longer.
+        max_length: what is far longer than this is refused before it costs time (`check_length`); the result
+            may still be longer.
 
     Raises:
-        SampleError: what `parse_turns` and `check_length` raise, and no-conversation when there is no gpt turn.
+        SampleError: what `parse_turns` and `check_length` raise, and no-conversation when there is no gpt
+            turn.
         ConfigError: the template is unknown or needs tokens this tokenizer lacks.
     """
     turns = parse_turns(conversations, num_images)
@@ -169,14 +217,18 @@ def encode(conversations: Any, num_images: int, tokenizer: Tokenizer, template: 
         check_length(turns, max_length)
     if not any(turn.role == "gpt" for turn in turns):
         raise SampleError("no-conversation", "no gpt turn, so nothing to learn from")
-    return _encode_pieces(list(layout(turns, _template(template))), tokenizer, _template(template), tokens_per_image)
+    return _encode_pieces(
+        list(layout(turns, _template(template))), tokenizer, _template(template), tokens_per_image
+    )
 
 
-def encode_prompt(conversations: Any, num_images: int, tokenizer: Tokenizer, template: str, tokens_per_image: int) -> EncodedSample:
+def encode_prompt(
+    conversations: Any, num_images: int, tokenizer: Tokenizer, template: str, tokens_per_image: int
+) -> EncodedSample:
     """`encode` up to where the last answer starts; nothing is supervised.
 
-    The last answer is the last turn if that is gpt's, else the one still to be written. `num_images` counts those of the
-    turns given. Raises as `encode` does, but a lone human turn is fine.
+    The last answer is the last turn if that is gpt's, else the one still to be written. `num_images` counts
+    those of the turns given. Raises as `encode` does, but a lone human turn is fine.
     """
     turns = parse_turns(conversations, num_images)
     pieces = list(layout(turns, _template(template)))
@@ -197,11 +249,16 @@ def end_id(tokenizer: Tokenizer, template: str) -> int:
 
 
 def check_template(tokenizer: Tokenizer, template: str) -> None:
-    """Raise `ConfigError` when `template` cannot be written with `tokenizer`; cheap, so call it before training starts."""
+    """Raise `ConfigError` when `template` cannot be written with `tokenizer`; cheap, so call it before
+    training starts.
+    """
     lacking = [piece for piece in _template(template).markup if tokenizer.special_id(piece) is None]
     if lacking:
-        raise ConfigError(f"conversation template {template!r} needs the special tokens {', '.join(lacking)}, which this tokenizer "
-                          "lacks; use template v1, or a tokenizer that has them")
+        raise ConfigError(
+            f"conversation template {template!r} needs the special tokens {', '.join(lacking)}, which this "
+            "tokenizer "
+            "lacks; use template v1, or a tokenizer that has them"
+        )
 
 
 def layout(turns: Sequence[Turn], template: Template) -> Iterator[Piece]:
@@ -212,7 +269,11 @@ def layout(turns: Sequence[Turn], template: Template) -> Iterator[Piece]:
     if template.style == "roles":
         yield Piece("text", f"{system} " if system else "")
     elif template.style == "chatml" and system:
-        yield from (Piece("special", "<|im_start|>"), Piece("text", f"system\n{system}"), Piece("special", "<|im_end|>"))
+        yield from (
+            Piece("special", "<|im_start|>"),
+            Piece("text", f"system\n{system}"),
+            Piece("special", "<|im_end|>"),
+        )
     for i, turn in enumerate(turns):
         if turn.role == "human":
             yield from _human(turn.text, template, newline=bool(system) or i > 0)
@@ -244,7 +305,9 @@ def _with_images(text: str) -> Iterator[Piece]:
             yield Piece("text", part)
 
 
-def _encode_pieces(pieces: Sequence[Piece], tokenizer: Tokenizer, template: Template, tokens_per_image: int) -> EncodedSample:
+def _encode_pieces(
+    pieces: Sequence[Piece], tokenizer: Tokenizer, template: Template, tokens_per_image: int
+) -> EncodedSample:
     tokens: list[int] = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     types, supervised = [TEXT] * len(tokens), [False] * len(tokens)
     for i, (text, is_answer, kind) in enumerate(_merge(pieces)):
@@ -255,7 +318,8 @@ def _encode_pieces(pieces: Sequence[Piece], tokenizer: Tokenizer, template: Temp
         elif kind == "special":
             ids = [_special_id(tokenizer, text)]
         else:
-            # a pretrained tokenizer that puts a space before every text has seen it before the first word, and only there
+            # a pretrained tokenizer that puts a space before every text has seen it before the first word,
+            # and only there
             ids = tokenizer.encode((getattr(tokenizer, "text_prefix", "") if i == 0 else "") + text)
         tokens += ids
         types += [VISION if kind == "image" else TEXT] * len(ids)
@@ -266,7 +330,9 @@ def _encode_pieces(pieces: Sequence[Piece], tokenizer: Tokenizer, template: Temp
 
 
 def _merge(pieces: Sequence[Piece]) -> Iterator[tuple[str, bool, str]]:
-    """Join neighbouring prompt texts, so that they are tokenized as the running text they are; answers stay apart."""
+    """Join neighbouring prompt texts, so that they are tokenized as the running text they are; answers stay
+    apart.
+    """
     pending = ""
     for piece in pieces:
         if piece.kind == "text" and not piece.answer:
@@ -290,7 +356,10 @@ def _end_id(tokenizer: Tokenizer, template: Template) -> int:
 def _special_id(tokenizer: Tokenizer, piece: str) -> int:
     found = tokenizer.special_id(piece)
     if found is None:
-        raise ConfigError(f"the conversation template needs the special token {piece}, which this tokenizer lacks; use template v1")
+        raise ConfigError(
+            f"the conversation template needs the special token {piece}, which this tokenizer lacks; use "
+            "template v1"
+        )
     return found
 
 

@@ -1,20 +1,26 @@
-"""What can go wrong with data: one bad sample (`SampleError`, counted) or too many of them (`DataError`, fatal)."""
+"""What can go wrong with data: one bad sample (`SampleError`, counted) or too many of them (`DataError`,
+fatal).
+"""
 
 from __future__ import annotations
 
 
 class SampleError(ValueError):
-    """One sample cannot be used. `reason` is a short slug to count by; the message says what is wrong with this one."""
+    """One sample cannot be used. `reason` is a short slug to count by; the message says what is wrong with
+    this one.
+    """
 
     def __init__(self, reason: str, message: str = "") -> None:
-        # whatever a sample holds, its message goes on one line into logs and JSON, which take no lone surrogates
+        # whatever a sample holds, its message goes on one line into logs and JSON, which take no lone
+        # surrogates
         message = message if message.isprintable() else ascii(message)[1:-1]
         super().__init__(f"{reason}: {message}" if message else reason)
         self.reason = reason
         self.message = message
 
     def __reduce__(self) -> tuple:
-        # Exceptions rebuild themselves from `args`, which holds the joined text; worker processes send these to the parent.
+        # Exceptions rebuild themselves from `args`, which holds the joined text; worker processes send these
+        # to the parent.
         return type(self), (self.reason, self.message)
 
 

@@ -1,8 +1,9 @@
-"""What tells one set of training samples from another, at the price of a few reads a sample when an index is built.
+"""What tells one set of training samples from another, at the price of a few reads a sample when an index is
+built.
 
-A shard's digest covers, in the order of its samples: keys, kinds, the number of images, what makes a sample unusable, every
-member's size, and a checksum of what `sampled_sum` reads of it. Paths, times, offsets and tar dialects stay out of it, so a copy of
-a folder has the digests of the original.
+A shard's digest covers, in the order of its samples: keys, kinds, the number of images, what makes a sample
+unusable, every member's size, and a checksum of what `sampled_sum` reads of it. Paths, times, offsets and tar
+dialects stay out of it, so a copy of a folder has the digests of the original.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
 WHOLE = 16384
 """Members up to this size in bytes are read whole: nearly every record."""
 BLOCK = 512
-"""Bytes read at the start, in the middle and at the end of a larger member: of two images, at least the last two differ."""
+"""Bytes read at the start, in the middle and at the end of a larger member: of two images, at least the last
+two differ.
+"""
 
 
 def sampled_sum(fd: int, ranges: Iterable[tuple[int, int]]) -> int:
@@ -47,7 +50,15 @@ def shard_digest(index: ShardIndex) -> str:
     digest = hashlib.sha256(str(len(index)).encode())
     digest.update(b"\0".join(index.keys.tolist()))
     counts = np.diff(index.first).astype("<i8")
-    for part in (index.is_json.astype("u1"), counts, index.text[:, 1].astype("<i8"), index.images[:, 1].astype("<i8"),
-                 index.content.astype("<u4"), index.captioned.astype("<i8"), index.captions[:, 1].astype("<i8"), index.defects):
+    for part in (
+        index.is_json.astype("u1"),
+        counts,
+        index.text[:, 1].astype("<i8"),
+        index.images[:, 1].astype("<i8"),
+        index.content.astype("<u4"),
+        index.captioned.astype("<i8"),
+        index.captions[:, 1].astype("<i8"),
+        index.defects,
+    ):
         digest.update(part.tobytes())
     return digest.hexdigest()[:32]

@@ -1,7 +1,8 @@
 """Bytes to pixels: strict decoding, PIL-equal resizing in torch, normalisation on the device.
 
-Shapes: H, W of the file; S the model's side; n images of a batch. Pixels stay uint8 until `ImageProcessor.normalize`, which is
-a quarter of the bandwidth of float32 batches (data-loading measurements in docs/data.md).
+Shapes: H, W of the file; S the model's side; n images of a batch. Pixels stay uint8 until
+`ImageProcessor.normalize`, which is a quarter of the bandwidth of float32 batches (data-loading measurements
+in docs/data.md).
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ SIGLIP_MEAN, SIGLIP_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # never "all": Pillow's EPS reader starts Ghostscript
 _ORIENTATION = 0x0112
 _MAX_ASPECT = 200  # longer strips are no pictures, and padding one to a square takes (ratio x area) pixels
-_MAX_SCANS = 200  # of a JPEG: each goes over the whole picture, so a small file of thousands takes minutes; cameras write up to 14
+# of a JPEG: each goes over the whole picture, so a small file of thousands takes minutes; cameras write up to
+# 14
+_MAX_SCANS = 200
 _CROP_ASPECT = 8
 _PAD_SIDE = 8192
 
@@ -35,16 +38,18 @@ _PAD_SIDE = 8192
 def decode_image(data: bytes, max_pixels: int = 50_000_000) -> np.ndarray:
     """Decode to RGB uint8 [H, W, 3], upright (EXIF orientation applied, once).
 
-    The size is read from the header and refused before anything is decoded. JPEG goes through simplejpeg, the one decoder that
-    raises on corrupt bytes where others return wrong pixels; what it does not know (CMYK) and the other formats, by content
-    and not by name, through Pillow. `data/picture.py` says what becomes of transparency (white), palettes and 16 bits; the first
-    frame of an animation is taken.
+    The size is read from the header and refused before anything is decoded. JPEG goes through simplejpeg, the
+    one decoder that raises on corrupt bytes where others return wrong pixels; what it does not know (CMYK)
+    and the other formats, by content and not by name, through Pillow. `data/picture.py` says what becomes of
+    transparency (white), palettes and 16 bits; the first frame of an animation is taken.
 
     Raises:
         SampleError: corrupt-image, image-too-large, image-shape (longer than 200 : 1).
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow warns of large files, palettes and EXIF; what matters is refused here
+        warnings.simplefilter(
+            "ignore"
+        )  # Pillow warns of large files, palettes and EXIF; what matters is refused here
         try:
             header = _header(data, max_pixels)
             is_jpeg = data[:3] == b"\xff\xd8\xff"
@@ -63,11 +68,15 @@ def decode_image(data: bytes, max_pixels: int = 50_000_000) -> np.ndarray:
 
 
 def _header(data: bytes, max_pixels: int) -> Image.Image:
-    """The file opened, nothing decoded, its size within the limits; raises what Pillow raises, and `SampleError`."""
+    """The file opened, nothing decoded, its size within the limits; raises what Pillow raises, and
+    `SampleError`.
+    """
     try:
         header = Image.open(io.BytesIO(data), formats=_FORMATS)
     except UnidentifiedImageError:
-        raise SampleError("corrupt-image", f"{len(data)} bytes that are no {', '.join(_FORMATS)} file") from None
+        raise SampleError(
+            "corrupt-image", f"{len(data)} bytes that are no {', '.join(_FORMATS)} file"
+        ) from None
     width, height = header.size
     if width * height > max_pixels:
         raise SampleError("image-too-large", f"{width} x {height} is more than max_image_pixels {max_pixels}")
@@ -90,13 +99,17 @@ def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
 class ImageProcessor:
     """An image of any size to the square the vision tower takes.
 
-    `pad` pads to a square with the mean colour and resizes (LLaVA's ``expand2square``); `square` resizes the short side and crops
-    the centre (CLIP's own). Both are bicubic with antialiasing and agree with PIL to 0.02 of 255 on average.
+    `pad` pads to a square with the mean colour and resizes (LLaVA's ``expand2square``); `square` resizes the
+    short side and crops the centre (CLIP's own). Both are bicubic with antialiasing and agree with PIL to
+    0.02 of 255 on average.
     """
 
     def __init__(
-        self, size: int, aspect_ratio: Literal["pad", "square"] = "pad",
-        mean: Sequence[float] = CLIP_MEAN, std: Sequence[float] = CLIP_STD,
+        self,
+        size: int,
+        aspect_ratio: Literal["pad", "square"] = "pad",
+        mean: Sequence[float] = CLIP_MEAN,
+        std: Sequence[float] = CLIP_STD,
     ) -> None:
         if aspect_ratio not in ("pad", "square"):
             raise ConfigError(f"image_aspect_ratio {aspect_ratio!r} must be 'pad' or 'square'")
@@ -123,14 +136,17 @@ class ImageProcessor:
     def _pad_and_resize(self, image: torch.Tensor) -> torch.Tensor:
         height, width = image.shape[2:]
         side = canvas_height = canvas_width = max(height, width)
-        # Bicubic resizing is separable, horizontal pass first, and rows of one colour are not worth that pass: a wide image is
-        # narrowed before it is padded, to the same bits. For a tall one this swaps the passes and rounds differently, so only
-        # one whose square would take hundreds of megabytes is shortened first.
+        # Bicubic resizing is separable, horizontal pass first, and rows of one colour are not worth that
+        # pass: a wide image is narrowed before it is padded, to the same bits. For a tall one this swaps the
+        # passes and rounds differently, so only one whose square would take hundreds of megabytes is
+        # shortened first.
         if width > height:
             canvas_width = self.size
         elif side > _PAD_SIDE:
             canvas_height = self.size
-        image = _resize(image, canvas_height if height == side else height, canvas_width if width == side else width)
+        image = _resize(
+            image, canvas_height if height == side else height, canvas_width if width == side else width
+        )
         colour = torch.tensor([int(m * 255) for m in self.mean], dtype=torch.uint8).view(1, 3, 1, 1)
         canvas = colour.expand(1, 3, canvas_height, canvas_width).clone(memory_format=torch.channels_last)
         top, left = (canvas_height - image.shape[2]) // 2, (canvas_width - image.shape[3]) // 2
@@ -139,7 +155,9 @@ class ImageProcessor:
 
     def _resize_and_crop(self, image: torch.Tensor) -> torch.Tensor:
         height, width = image.shape[2:]
-        limit = _CROP_ASPECT * min(height, width)  # far ends of a strip would be resized only to be cropped away
+        limit = _CROP_ASPECT * min(
+            height, width
+        )  # far ends of a strip would be resized only to be cropped away
         for dim, side in ((2, height), (3, width)):
             if side > limit:
                 image = image.narrow(dim, (side - limit) // 2, limit)

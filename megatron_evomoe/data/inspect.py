@@ -1,7 +1,8 @@
 """``inspect-data``: samples as the model gets them, the supervised spans marked.
 
-The spans come from the labels and are decoded back, so what is shown is what is learned, not what the code meant to do. With
-``--config`` everything a sample depends on is the run's own, stage by stage where stages differ.
+The spans come from the labels and are decoded back, so what is shown is what is learned, not what the code
+meant to do. With ``--config`` everything a sample depends on is the run's own, stage by stage where stages
+differ.
 """
 
 from __future__ import annotations
@@ -29,29 +30,56 @@ from megatron_evomoe.data.shards import ShardDataset
 from megatron_evomoe.data.tokenizer import Tokenizer, build_tokenizer
 
 # our own flag -> the run's
-_ALIASES = {"template": "conversation_template", "image_size": "vision_image_size", "patch_size": "vision_patch_size",
-            "vision_model": "vision_model_type"}
+_ALIASES = {
+    "template": "conversation_template",
+    "image_size": "vision_image_size",
+    "patch_size": "vision_patch_size",
+    "vision_model": "vision_model_type",
+}
 _WITHOUT_CONFIG = {"vision": {"image_size": 336, "patch_size": 14}}  # LLaVA-1.5's
-_SEEN = ("train_data", "eval_data", "tokenizer", "conversation_template", "seq_length", "long_samples", "image_aspect_ratio",
-         "max_image_pixels")
+_SEEN = (
+    "train_data",
+    "eval_data",
+    "tokenizer",
+    "conversation_template",
+    "seq_length",
+    "long_samples",
+    "image_aspect_ratio",
+    "max_image_pixels",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of ``inspect-data``."""
     parser.add_argument("--config", help="a run's YAML file: show what this run would see")
-    parser.add_argument("--stage", action="append", help="with --config: this stage alone (may be given several times)")
-    parser.add_argument("--eval", action="store_true", help="the held-out questions (eval_data), in place of the training samples")
-    parser.add_argument("--data", nargs="+", metavar="SHARDS", help="paths, brace ranges, globs or folders of tars")
+    parser.add_argument(
+        "--stage", action="append", help="with --config: this stage alone (may be given several times)"
+    )
+    parser.add_argument(
+        "--eval",
+        action="store_true",
+        help="the held-out questions (eval_data), in place of the training samples",
+    )
+    parser.add_argument(
+        "--data", nargs="+", metavar="SHARDS", help="paths, brace ranges, globs or folders of tars"
+    )
     parser.add_argument("--template", choices=sorted(TEMPLATES), help="conversation template (default v1)")
     parser.add_argument("--num", type=int, default=4, help="samples to show (default %(default)s)")
     parser.add_argument("--start", type=int, default=0, help="position to start at (default %(default)s)")
-    parser.add_argument("--stored-order", action="store_true",
-                        help="as stored; otherwise in the training order of the run or of --seed, if one of them is given")
+    parser.add_argument(
+        "--stored-order",
+        action="store_true",
+        help="as stored; otherwise in the training order of the run or of --seed, if one of them is given",
+    )
     parser.add_argument("--image-size", type=int, help="side of the model's input, pixels (default 336)")
     parser.add_argument("--patch-size", type=int, help="side of a patch, pixels (default 14)")
-    parser.add_argument("--vision-model", choices=["clip", "siglip"], help="for the padding colour (default clip)")
+    parser.add_argument(
+        "--vision-model", choices=["clip", "siglip"], help="for the padding colour (default clip)"
+    )
     parser.add_argument("--output", type=Path, help="folder for the images as the model sees them, as PNG")
-    parser.add_argument("--preset", dest="cfg_preset", help="named model shape, or the model.yaml of an import")
+    parser.add_argument(
+        "--preset", dest="cfg_preset", help="named model shape, or the model.yaml of an import"
+    )
     add_flags(parser.add_argument_group("the run's fields, as `train` takes them; flags win over the file"))
 
 
@@ -89,7 +117,9 @@ def _config(args: argparse.Namespace) -> tuple[RunConfig, dict[str, Any]]:
 
 
 def _views(config: RunConfig, wanted: list[str] | None) -> list[tuple[list[str], RunConfig]]:
-    """Names of stages that see the same, and the configuration by which they do; the run's own where it has no stages."""
+    """Names of stages that see the same, and the configuration by which they do; the run's own where it has
+    no stages.
+    """
     if not config.stages and not wanted:
         return [([], config)]
     views: list[tuple[list[str], RunConfig]] = []
@@ -112,17 +142,25 @@ def _seen(config: RunConfig) -> tuple:
 def _header(names: list[str], config: RunConfig, in_order: bool) -> str:
     data, vision = config.data, config.vision
     who = f"stage{'s' if len(names) > 1 else ''} {', '.join(names)}" if names else "the run"
-    return (f"{who}: template {data.conversation_template}, {vision.image_size} x {vision.image_size} pixels "
-            f"({data.image_aspect_ratio}, {vision.model_type}), {vision.tokens_per_image} tokens an image, seq_length "
-            f"{data.seq_length} (longer: {data.long_samples}), tokenizer {data.tokenizer}, "
-            + (f"training order of seed {config.train.seed}" if in_order else "stored order"))
+    return (
+        f"{who}: template {data.conversation_template}, {vision.image_size} x {vision.image_size} pixels "
+        f"({data.image_aspect_ratio}, {vision.model_type}), {vision.tokens_per_image} tokens an image, "
+        "seq_length "
+        f"{data.seq_length} (longer: {data.long_samples}), tokenizer {data.tokenizer}, "
+        + (f"training order of seed {config.train.seed}" if in_order else "stored order")
+    )
 
 
-def _show(config: RunConfig, args: argparse.Namespace, console: Console, output: Path | None, in_order: bool) -> int:
+def _show(
+    config: RunConfig, args: argparse.Namespace, console: Console, output: Path | None, in_order: bool
+) -> int:
     """Print some samples as `config` makes them; returns how many are usable."""
     paths = config.data.eval_data if args.eval else config.data.train_data
     if not paths:
-        raise ConfigError(f"no shards to show: set {'eval_data' if args.eval else 'train_data'} in the run's file, or give --data")
+        raise ConfigError(
+            f"no shards to show: set {'eval_data' if args.eval else 'train_data'} in the run's file, or give "
+            "--data"
+        )
     tokenizer = build_tokenizer(config.data.tokenizer)
     check_template(tokenizer, config.data.conversation_template)
     dataset = ShardDataset(paths)
@@ -141,25 +179,45 @@ def _show(config: RunConfig, args: argparse.Namespace, console: Console, output:
     return usable
 
 
-def _training_rows(dataset: ShardDataset, tokenizer: Tokenizer, config: RunConfig) -> Callable[[int], list[tuple[Row, None]]]:
-    preparer = Preparer.from_config(dataset, tokenizer, processor_for(config), config.data,
-                                    template=config.data.conversation_template, tokens_per_image=config.vision.tokens_per_image)
+def _training_rows(
+    dataset: ShardDataset, tokenizer: Tokenizer, config: RunConfig
+) -> Callable[[int], list[tuple[Row, None]]]:
+    preparer = Preparer.from_config(
+        dataset,
+        tokenizer,
+        processor_for(config),
+        config.data,
+        template=config.data.conversation_template,
+        tokens_per_image=config.vision.tokens_per_image,
+    )
     return lambda i: [(preparer.row(i), None)]
 
 
-def _questions(dataset: ShardDataset, tokenizer: Tokenizer, config: RunConfig) -> Callable[[int], list[tuple[Row, str | None]]]:
-    """Of a held-out sample: each question up to where the answer begins, and the answer it is compared with."""
+def _questions(
+    dataset: ShardDataset, tokenizer: Tokenizer, config: RunConfig
+) -> Callable[[int], list[tuple[Row, str | None]]]:
+    """Of a held-out sample: each question up to where the answer begins, and the answer it is compared
+    with.
+    """
     processor = processor_for(config)
 
     def found(i: int) -> list[tuple[Row, str | None]]:
         key, shard = dataset.key(i), str(dataset.shard(i))
         try:
             samples: list[EvalSample] = prepare_eval(
-                dataset.read(i), tokenizer, processor, config.data.conversation_template, config.vision.tokens_per_image,
-                max_image_pixels=config.data.max_image_pixels)
+                dataset.read(i),
+                tokenizer,
+                processor,
+                config.data.conversation_template,
+                config.vision.tokens_per_image,
+                max_image_pixels=config.data.max_image_pixels,
+            )
         except SampleError as error:
             return [(Row(key, shard, None, problem=(error.reason, error.message)), None)]
-        return [(Row(f"{key}.{turn}", shard, s.prompt, list(s.images)), s.answer) for turn, s in enumerate(samples)]
+        return [
+            (Row(f"{key}.{turn}", shard, s.prompt, list(s.images)), s.answer)
+            for turn, s in enumerate(samples)
+        ]
 
     return found
 
@@ -172,8 +230,12 @@ def describe(row: Row, tokenizer: Tokenizer, tokens_per_image: int, *, colour: b
         return out.append(f"skipped: {reason}: {message}", style="red" if colour else "")
     sample = row.sample
     images = ", ".join(f"{image.shape[2]} x {image.shape[1]}" for image in row.images) or "none"
-    out.append(f"{len(sample.tokens)} tokens: {sample.token_types.count(VISION)} vision, {sample.num_supervised} supervised; "
-               f"images: {images}\n", style="dim" if colour else "")
+    out.append(
+        f"{len(sample.tokens)} tokens: {sample.token_types.count(VISION)} vision, {sample.num_supervised} "
+        "supervised; "
+        f"images: {images}\n",
+        style="dim" if colour else "",
+    )
     for text, is_supervised in spans(sample, tokenizer, tokens_per_image):
         if is_supervised:
             text = text if colour else f"⟦{text}⟧"
@@ -182,7 +244,9 @@ def describe(row: Row, tokenizer: Tokenizer, tokens_per_image: int, *, colour: b
 
 
 def spans(sample: EncodedSample, tokenizer: Tokenizer, tokens_per_image: int) -> list[tuple[str, bool]]:
-    """(text, whether it is supervised) in order. A token is supervised when the label one position before it is its id."""
+    """(text, whether it is supervised) in order. A token is supervised when the label one position before it
+    is its id.
+    """
     supervised = [False, *(label != IGNORE_INDEX for label in sample.labels[:-1])]
     kinds = zip(sample.token_types, supervised, sample.tokens, strict=True)
     found = []
@@ -198,7 +262,10 @@ def spans(sample: EncodedSample, tokenizer: Tokenizer, tokens_per_image: int) ->
 def _decode_visibly(ids: list[int], tokenizer: Tokenizer) -> str:
     """Text with the special tokens spelled out, which `decode` drops."""
     names = {tokenizer.bos_id: "<bos>", tokenizer.eos_id: "<eos>"}
-    known = {piece: tokenizer.special_id(piece) for piece in ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "</s>")}
+    known = {
+        piece: tokenizer.special_id(piece)
+        for piece in ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "</s>")
+    }
     names |= {i: piece for piece, i in known.items() if i is not None}
     text = ""
     for special, group in groupby(ids, key=names.get):
@@ -212,7 +279,9 @@ def save_images(row: Row, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for i, image in enumerate(row.images):
-        paths.append(folder / f"{row.key.replace('/', '_')[-60:]}.{i}.png")  # a key may be longer than a file's name
+        paths.append(
+            folder / f"{row.key.replace('/', '_')[-60:]}.{i}.png"
+        )  # a key may be longer than a file's name
         Image.fromarray(_hwc(image)).save(paths[-1])
     return paths
 

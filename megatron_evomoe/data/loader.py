@@ -1,7 +1,8 @@
 """The training data of one data-parallel replica, step by step, resumable at any number of ranks and workers.
 
-THE property: the global order is a function of (seed, epoch, position) alone (`data.order`). A global batch is a slice of
-it, a replica's microbatches are a slice of that, and workers only fetch: batches come back in the order asked for.
+THE property: the global order is a function of (seed, epoch, position) alone (`data.order`). A global batch
+is a slice of it, a replica's microbatches are a slice of that, and workers only fetch: batches come back in
+the order asked for.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ class StepBatch:
 
     microbatches: list[MicroBatch]
     position: int
-    """Cursor after this step: samples consumed over all replicas since the run began. Save it; resume with it."""
+    """Cursor after this step: samples consumed over all replicas since the run began. Save it; resume with
+    it.
+    """
     epoch: int
     """The pass over the data in which this step begins."""
     skipped: dict[str, int] = field(default_factory=dict)
@@ -50,7 +53,9 @@ class StepBatch:
 
 
 class _Rows(Dataset):
-    """Sample number to row; batches become (rows, pixels), so that pixels cross processes as one shared tensor."""
+    """Sample number to row; batches become (rows, pixels), so that pixels cross processes as one shared
+    tensor.
+    """
 
     def __init__(self, preparer: Preparer) -> None:
         self.preparer = preparer
@@ -68,11 +73,17 @@ def _as_is(batch: Any) -> Any:
 
 
 def _start_worker(_: int) -> None:
-    torch.set_num_threads(1)  # the processes are the parallelism; a forked thread pool would also be a broken one
+    torch.set_num_threads(
+        1
+    )  # the processes are the parallelism; a forked thread pool would also be a broken one
 
 
-def fetching(dataset: Dataset, batches: Iterable[list[Any]], data: DataConfig, *, pin_memory: bool = False) -> DataLoader:
-    """What `dataset.__getitems__` gives for each of `batches`, in order, from the data section's decoding processes."""
+def fetching(
+    dataset: Dataset, batches: Iterable[list[Any]], data: DataConfig, *, pin_memory: bool = False
+) -> DataLoader:
+    """What `dataset.__getitems__` gives for each of `batches`, in order, from the data section's decoding
+    processes.
+    """
     workers = data.num_workers
     return DataLoader(
         dataset,
@@ -81,7 +92,8 @@ def fetching(dataset: Dataset, batches: Iterable[list[Any]], data: DataConfig, *
         prefetch_factor=data.prefetch_factor if workers else None,
         collate_fn=_as_is,
         worker_init_fn=_start_worker,
-        # fork: a worker starts in milliseconds and shares the index; it touches neither torch.distributed nor CUDA
+        # fork: a worker starts in milliseconds and shares the index; it touches neither torch.distributed nor
+        # CUDA
         multiprocessing_context="fork" if workers else None,
         pin_memory=pin_memory,
         generator=torch.Generator(),  # DataLoader draws a seed; not from the model's stream
@@ -89,7 +101,8 @@ def fetching(dataset: Dataset, batches: Iterable[list[Any]], data: DataConfig, *
 
 
 class TrainLoader:
-    """Endless iterator of `StepBatch` from `start_position` on; every `iter()` begins where the last step handed out ended.
+    """Endless iterator of `StepBatch` from `start_position` on; every `iter()` begins where the last step
+    handed out ended.
 
     `read` and `skipped` count this replica's samples since construction.
     """
@@ -117,46 +130,79 @@ class TrainLoader:
         """`template` defaults to the data section's; `features` give images in place of the shards' own.
 
         Raises:
-            ConfigError: batch sizes that do not divide, a padding multiple that seq_length is no multiple of, a template
-                the tokenizer cannot write, or an empty data set.
+            ConfigError: batch sizes that do not divide, a padding multiple that seq_length is no multiple of,
+                a template the tokenizer cannot write, or an empty data set.
         """
-        if micro_batch_size < 1 or global_batch_size < 1 or global_batch_size % (micro_batch_size * data_parallel_size):
-            raise ConfigError(f"global_batch_size {global_batch_size} must be a multiple of micro_batch_size {micro_batch_size} x "
-                              f"data-parallel size {data_parallel_size}")
+        if (
+            micro_batch_size < 1
+            or global_batch_size < 1
+            or global_batch_size % (micro_batch_size * data_parallel_size)
+        ):
+            raise ConfigError(
+                f"global_batch_size {global_batch_size} must be a multiple of micro_batch_size "
+                f"{micro_batch_size} x "
+                f"data-parallel size {data_parallel_size}"
+            )
         seq_length, multiple = data_config.seq_length, pad_to_multiple_of
         if seq_length % multiple:
-            raise ConfigError(f"seq_length {seq_length} must be a multiple of {multiple}, to which sequences are padded; "
-                              f"use {-(-seq_length // multiple) * multiple}")
+            raise ConfigError(
+                f"seq_length {seq_length} must be a multiple of {multiple}, to which sequences are padded; "
+                f"use {-(-seq_length // multiple) * multiple}"
+            )
         if not 0 <= data_parallel_rank < data_parallel_size or start_position < 0:
-            raise ConfigError(f"data-parallel rank {data_parallel_rank} of {data_parallel_size} at position {start_position}: "
-                              "out of range")
+            raise ConfigError(
+                f"data-parallel rank {data_parallel_rank} of {data_parallel_size} at position "
+                f"{start_position}: "
+                "out of range"
+            )
         template = template or data_config.conversation_template
         check_template(tokenizer, template)
         self.position = start_position
         self.read = 0
         self.skipped: Counter[str] = Counter()
         self.order = SampleOrder(len(dataset), seed, shuffle)
-        self._config, self._pad_id, self._multiple, self._pin = data_config, tokenizer.pad_id, pad_to_multiple_of, pin_memory
-        self._slice = dict(micro_batch_size=micro_batch_size, global_batch_size=global_batch_size,
-                           data_parallel_rank=data_parallel_rank, data_parallel_size=data_parallel_size)
-        self._rows = _Rows(Preparer.from_config(dataset, tokenizer, image_processor, data_config, template=template,
-                                                tokens_per_image=tokens_per_image, features=features))
+        self._config, self._pad_id, self._multiple, self._pin = (
+            data_config,
+            tokenizer.pad_id,
+            pad_to_multiple_of,
+            pin_memory,
+        )
+        self._slice = dict(
+            micro_batch_size=micro_batch_size,
+            global_batch_size=global_batch_size,
+            data_parallel_rank=data_parallel_rank,
+            data_parallel_size=data_parallel_size,
+        )
+        self._rows = _Rows(
+            Preparer.from_config(
+                dataset,
+                tokenizer,
+                image_processor,
+                data_config,
+                template=template,
+                tokens_per_image=tokens_per_image,
+                features=features,
+            )
+        )
         self._examples: dict[str, list[str]] = {}
 
     def __iter__(self) -> Iterator[StepBatch]:
         """Close the generator (or drop it) to stop the workers.
 
         Raises:
-            DataError: of at least 100 samples read, more than max_bad_sample_rate were unusable, or more than max_long_sample_rate
-                too long.
+            DataError: of at least 100 samples read, more than max_bad_sample_rate were unusable, or more than
+                max_long_sample_rate too long.
         """
         batches = iter(fetching(self._rows, self._indices(self.position), self._config, pin_memory=self._pin))
         step = self._slice["global_batch_size"]
         per_step = len(replica_positions(0, **self._slice))
         while True:
-            # copied out of shared memory: every tensor in it keeps a file descriptor open, and a step may have hundreds
-            fetched = [(rows, pixels.clone() if pixels.is_shared() else pixels)
-                       for rows, pixels in itertools.islice(batches, per_step)]
+            # copied out of shared memory: every tensor in it keeps a file descriptor open, and a step may
+            # have hundreds
+            fetched = [
+                (rows, pixels.clone() if pixels.is_shared() else pixels)
+                for rows, pixels in itertools.islice(batches, per_step)
+            ]
             skipped = self._count([row for rows, _ in fetched for row in rows])
             length = self._length([row for rows, _ in fetched for row in rows])
             microbatches = [collate(rows, pixels, length, self._pad_id) for rows, pixels in fetched]
@@ -187,9 +233,18 @@ class TrainLoader:
                 long = self.skipped[_LONG] + skipped[_LONG]
                 if reason != _LONG:
                     logger.warning("skipped sample %s of %s: %s: %s", row.key, row.shard, reason, message)
-                elif long in _POWERS_OF_TEN:  # long samples are ordinary, and may be many: all are counted, these are logged
-                    logger.warning("skipped sample %s of %s: %s: %s (long samples so far: %d of about %d)",
-                                   row.key, row.shard, reason, message, long, self.read + len(rows))
+                elif (
+                    long in _POWERS_OF_TEN
+                ):  # long samples are ordinary, and may be many: all are counted, these are logged
+                    logger.warning(
+                        "skipped sample %s of %s: %s: %s (long samples so far: %d of about %d)",
+                        row.key,
+                        row.shard,
+                        reason,
+                        message,
+                        long,
+                        self.read + len(rows),
+                    )
                 examples = self._examples.setdefault(reason, [])
                 if len(examples) < _EXAMPLES:
                     examples.append(f"{row.key} of {row.shard} ({message})")
@@ -203,13 +258,22 @@ class TrainLoader:
         config, long = self._config, self.skipped[_LONG]
         bad = self.skipped.total() - long
         if bad > config.max_bad_sample_rate * self.read:
-            what, remedy = "unusable", f"max_bad_sample_rate {config.max_bad_sample_rate}; repair or remove them, or raise the rate"
+            what, remedy = (
+                "unusable",
+                f"max_bad_sample_rate {config.max_bad_sample_rate}; repair or remove them, or raise the rate",
+            )
         elif long > config.max_long_sample_rate * self.read:
             bad, what = long, f"longer than seq_length {config.seq_length}"
-            remedy = (f"max_long_sample_rate {config.max_long_sample_rate}; raise seq_length, cut them (long_samples: truncate), "
-                      "or raise the rate")
+            remedy = (
+                f"max_long_sample_rate {config.max_long_sample_rate}; raise seq_length, cut them "
+                "(long_samples: truncate), "
+                "or raise the rate"
+            )
         else:
             return
         counts = ", ".join(f"{reason}: {count}" for reason, count in self.skipped.most_common())
         examples = "\n".join(f"  {reason}: {'; '.join(names)}" for reason, names in self._examples.items())
-        raise DataError(f"{bad} of {self.read} samples read were {what} ({counts}), more than {remedy}. Examples:\n{examples}")
+        raise DataError(
+            f"{bad} of {self.read} samples read were {what} ({counts}), more than {remedy}. "
+            f"Examples:\n{examples}"
+        )

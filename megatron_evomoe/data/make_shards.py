@@ -1,8 +1,8 @@
 """``make-shards``: a LLaVA JSON and a folder of images to webdataset shards.
 
-Shard k holds the usable ones of input records [k·N, (k+1)·N), keyed by record number, so shards do not depend on each other: they
-are written in parallel, and a killed run goes on with those that are missing and ends with the same bytes. What was skipped,
-and why, is in report.json.
+Shard k holds the usable ones of input records [k·N, (k+1)·N), keyed by record number, so shards do not depend
+on each other: they are written in parallel, and a killed run goes on with those that are missing and ends
+with the same bytes. What was skipped, and why, is in report.json.
 """
 
 from __future__ import annotations
@@ -24,7 +24,14 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from megatron_evomoe.arguments import whole
@@ -54,14 +61,36 @@ class Job:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of ``make-shards``."""
-    parser.add_argument("--json", required=True, type=Path, help="LLaVA JSON: a list of {id, image?, conversations}; .jsonl too")
-    parser.add_argument("--images", type=Path, help="folder that the image paths are relative to; not needed for text only")
-    parser.add_argument("--output", required=True, type=Path, help="folder for shard-000000.tar … and report.json")
-    parser.add_argument("--samples-per-shard", type=whole(1), default=1000, help="input records per shard (default %(default)s)")
-    parser.add_argument("--workers", type=whole(1, 1024), default=os.cpu_count() or 1,
-                        help="processes (default: all cores, %(default)s)")
-    parser.add_argument("--max-image-pixels", type=whole(1), default=50_000_000,
-                        help="larger images are skipped (default %(default)s)")
+    parser.add_argument(
+        "--json",
+        required=True,
+        type=Path,
+        help="LLaVA JSON: a list of {id, image?, conversations}; .jsonl too",
+    )
+    parser.add_argument(
+        "--images", type=Path, help="folder that the image paths are relative to; not needed for text only"
+    )
+    parser.add_argument(
+        "--output", required=True, type=Path, help="folder for shard-000000.tar … and report.json"
+    )
+    parser.add_argument(
+        "--samples-per-shard",
+        type=whole(1),
+        default=1000,
+        help="input records per shard (default %(default)s)",
+    )
+    parser.add_argument(
+        "--workers",
+        type=whole(1, 1024),
+        default=os.cpu_count() or 1,
+        help="processes (default: all cores, %(default)s)",
+    )
+    parser.add_argument(
+        "--max-image-pixels",
+        type=whole(1),
+        default=50_000_000,
+        help="larger images are skipped (default %(default)s)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -74,8 +103,13 @@ def run(args: argparse.Namespace) -> int:
     records, digest = _load(args.json)
     if args.images is not None and not args.images.is_dir():
         raise ConfigError(f"--images {args.images} is no folder")
-    job = Job(str(args.json.resolve()), digest, str(args.images.resolve()) if args.images else "",
-              args.samples_per_shard, args.max_image_pixels)
+    job = Job(
+        str(args.json.resolve()),
+        digest,
+        str(args.images.resolve()) if args.images else "",
+        args.samples_per_shard,
+        args.max_image_pixels,
+    )
     _open_output(args.output, job)
     total = -(-len(records) // job.samples_per_shard)
     missing = [shard for shard in range(total) if not _is_done(args.output, shard)]
@@ -98,20 +132,32 @@ def _load(path: Path) -> tuple[list[Any], str]:
     except SampleError as error:
         raise ConfigError(f"--json {path} is not valid JSON: {error.message}") from None
     if not isinstance(records, list) or not records:
-        raise ConfigError(f"--json {path} must be a list of records and not empty, got {type(records).__name__}")
+        raise ConfigError(
+            f"--json {path} must be a list of records and not empty, got {type(records).__name__}"
+        )
     return records, hashlib.sha256(data).hexdigest()
 
 
 def _open_output(output: Path, job: Job) -> None:
     (output / _PROGRESS).mkdir(parents=True, exist_ok=True)
-    for left_over in (*output.glob(".*.tmp"), *(output / _PROGRESS).glob(".*.tmp")):  # of a run that was killed
+    for left_over in (
+        *output.glob(".*.tmp"),
+        *(output / _PROGRESS).glob(".*.tmp"),
+    ):  # of a run that was killed
         left_over.unlink(missing_ok=True)
     begun = output / _PROGRESS / "job.json"
     if begun.exists():
         before = json.loads(begun.read_text())
-        changed = [f"{name} {before.get(name)!r} -> {value!r}" for name, value in asdict(job).items() if before.get(name) != value]
+        changed = [
+            f"{name} {before.get(name)!r} -> {value!r}"
+            for name, value in asdict(job).items()
+            if before.get(name) != value
+        ]
         if changed:
-            raise ConfigError(f"{output} was begun with other arguments ({'; '.join(changed)}); use those, or another folder")
+            raise ConfigError(
+                f"{output} was begun with other arguments ({'; '.join(changed)}); use those, or another "
+                "folder"
+            )
     elif any(output.glob("*.tar")):
         raise ConfigError(f"{output} holds shards of another origin; use an empty folder")
     else:
@@ -127,7 +173,9 @@ def _notes_path(output: Path, shard: int) -> Path:
 
 
 def _is_done(output: Path, shard: int) -> bool:
-    """The notes are written after the tar, and know its size; a shard of which every record was skipped has no tar."""
+    """The notes are written after the tar, and know its size; a shard of which every record was skipped has
+    no tar.
+    """
     try:
         size = json.loads(_notes_path(output, shard).read_text())["tar_bytes"]
         return size == 0 or _shard_path(output, shard).stat().st_size == size
@@ -135,20 +183,32 @@ def _is_done(output: Path, shard: int) -> bool:
         return False
 
 
-def _write_missing(records: list[Any], missing: list[int], output: Path, job: Job, workers: int, console: Console) -> None:
+def _write_missing(
+    records: list[Any], missing: list[int], output: Path, job: Job, workers: int, console: Console
+) -> None:
     n = job.samples_per_shard
-    columns = (TextColumn("make-shards"), BarColumn(), MofNCompleteColumn(), TextColumn("records, {task.fields[skipped]} skipped"),
-               TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("make-shards"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("records, {task.fields[skipped]} skipped"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=sum(len(records[k * n : (k + 1) * n]) for k in missing), skipped=0)
         skipped = 0
-        for done, bad in _in_parallel(((records[k * n : (k + 1) * n], k, output, job) for k in missing), workers):
+        for done, bad in _in_parallel(
+            ((records[k * n : (k + 1) * n], k, output, job) for k in missing), workers
+        ):
             skipped += bad
             progress.update(task, advance=done, skipped=skipped)
 
 
 def _in_parallel(work: Iterator[tuple], workers: int) -> Iterator[tuple[int, int]]:
-    """Results as they come; at most 2 shards per worker wait, so that a large input is not copied into queues."""
+    """Results as they come; at most 2 shards per worker wait, so that a large input is not copied into
+    queues.
+    """
     if workers == 1:
         yield from (write_shard(*item) for item in work)
         return
@@ -164,7 +224,9 @@ def _in_parallel(work: Iterator[tuple], workers: int) -> Iterator[tuple[int, int
                 finished, running = wait(running, return_when=FIRST_COMPLETED)
                 yield from (future.result() for future in finished)
         except BrokenProcessPool:
-            raise ConfigError("a worker was killed (out of memory?); run the same command again, with fewer --workers") from None
+            raise ConfigError(
+                "a worker was killed (out of memory?); run the same command again, with fewer --workers"
+            ) from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -189,20 +251,28 @@ def write_shard(records: list[Any], shard: int, output: Path, job: Job) -> tuple
             samples.append((f"{number:09d}", *_sample(record, job)))
         except SampleError as error:
             identity = _identity(record)
-            skipped.append({"record": number, "id": identity, "reason": error.reason, "message": error.message})
+            skipped.append(
+                {"record": number, "id": identity, "reason": error.reason, "message": error.message}
+            )
     path, data = _shard_path(output, shard), tar_bytes(samples) if samples else b""
     if data:
         write_atomically(path, data)
         load_index(path)
     notes = {"records": len(records), "written": len(samples), "tar_bytes": len(data), "skipped": skipped}
-    write_atomically(_notes_path(output, shard), json.dumps(notes).encode(), sync=False)  # after the tar, which is on disk
+    write_atomically(
+        _notes_path(output, shard), json.dumps(notes).encode(), sync=False
+    )  # after the tar, which is on disk
     return len(records), len(skipped)
 
 
 def _identity(record: Any) -> str | int | None:
     """The record's own `id`, shortened where it would not fit a line of the report."""
     found = record.get("id") if isinstance(record, dict) else None
-    is_plain = found is None or isinstance(found, int) or (isinstance(found, str) and found.isprintable() and len(found) <= 200)
+    is_plain = (
+        found is None
+        or isinstance(found, int)
+        or (isinstance(found, str) and found.isprintable() and len(found) <= 200)
+    )
     return found if is_plain else short(found)
 
 
@@ -230,12 +300,17 @@ def _check_storable(record: dict[str, Any]) -> None:
     except (ValueError, RecursionError) as error:
         raise SampleError("bad-text", f"the record cannot be written as JSON in UTF-8: {error}") from None
     if size > MAX_RECORD_BYTES:
-        raise SampleError("record-too-large", f"{size} bytes; at most {MAX_RECORD_BYTES} are read from a shard")
+        raise SampleError(
+            "record-too-large", f"{size} bytes; at most {MAX_RECORD_BYTES} are read from a shard"
+        )
 
 
 def _image_bytes(name: Any, folder: str) -> bytes:
     if isinstance(name, str) and re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", name):
-        raise SampleError("image-url", f"{name[:80]!r} is a URL; only files of the image folder are read, so download it first")
+        raise SampleError(
+            "image-url",
+            f"{name[:80]!r} is a URL; only files of the image folder are read, so download it first",
+        )
     if not isinstance(name, str) or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
         raise SampleError("image-path", f"{short(name)} must be a path inside the image folder")
     if not folder:
@@ -253,23 +328,34 @@ def _report(output: Path, job: Job, records: int, shards: int) -> dict[str, Any]
     notes = [json.loads(_notes_path(output, shard).read_text()) for shard in range(shards)]
     skipped = [entry for note in notes for entry in note["skipped"]]
     report = {
-        **asdict(job), "records": records, "written": sum(note["written"] for note in notes),
-        "shards": sum(note["tar_bytes"] > 0 for note in notes), "bytes": sum(note["tar_bytes"] for note in notes),
-        "skipped_by_reason": dict(sorted(Counter(entry["reason"] for entry in skipped).items())), "skipped": skipped,
+        **asdict(job),
+        "records": records,
+        "written": sum(note["written"] for note in notes),
+        "shards": sum(note["tar_bytes"] > 0 for note in notes),
+        "bytes": sum(note["tar_bytes"] for note in notes),
+        "skipped_by_reason": dict(sorted(Counter(entry["reason"] for entry in skipped).items())),
+        "skipped": skipped,
     }
     write_atomically(output / "report.json", json.dumps(report, indent=1, ensure_ascii=False).encode())
     return report
 
 
 def _print(report: dict[str, Any], output: Path, console: Console) -> None:
-    console.print(f"{report['written']} of {report['records']} records in {report['shards']} shards, "
-                  f"{report['bytes'] / 1e6:.1f} MB, in {output}", markup=False)
+    console.print(
+        f"{report['written']} of {report['records']} records in {report['shards']} shards, "
+        f"{report['bytes'] / 1e6:.1f} MB, in {output}",
+        markup=False,
+    )
     if not report["skipped"]:
         return
     table = Table("reason", "records", "for example", title="skipped (all of them in report.json)")
     for reason, count in sorted(report["skipped_by_reason"].items(), key=lambda item: -item[1]):
         examples = [entry for entry in report["skipped"] if entry["reason"] == reason][:_EXAMPLES_PER_REASON]
-        table.add_row(reason, str(count), "\n".join(_escape(f"{e['record']} (id {e['id']}): {e['message']}") for e in examples))
+        table.add_row(
+            reason,
+            str(count),
+            "\n".join(_escape(f"{e['record']} (id {e['id']}): {e['message']}") for e in examples),
+        )
     console.print(table)
 
 

@@ -1,7 +1,7 @@
 """The order of samples, as a function of (seed, epoch, position) alone.
 
-Nothing about who reads enters: not workers, not ranks, not batch sizes. So a run that stops at position p goes on at p with any
-other number of each, and one integer is the whole state.
+Nothing about who reads enters: not workers, not ranks, not batch sizes. So a run that stops at position p
+goes on at p with any other number of each, and one integer is the whole state.
 """
 
 from __future__ import annotations
@@ -17,15 +17,18 @@ NAME = "argsort of Philox"
 class SampleOrder:
     """Position (0, 1, 2 … over all epochs) to sample number.
 
-    Each epoch is a permutation of its own, or the stored order without `shuffle`. The permutation sorts raw 64-bit Philox output,
-    which numpy guarantees to stay the same between versions; `Generator.permutation` has no such guarantee.
+    Each epoch is a permutation of its own, or the stored order without `shuffle`. The permutation sorts raw
+    64-bit Philox output, which numpy guarantees to stay the same between versions; `Generator.permutation`
+    has no such guarantee.
     """
 
     def __init__(self, num_samples: int, seed: int, shuffle: bool = True) -> None:
         if num_samples < 1:
             raise ConfigError("a data set without samples has no order")
         self.num_samples, self.seed, self.shuffle = num_samples, seed, shuffle
-        self._cached: tuple[int, np.ndarray] | None = None  # one epoch; a step across the border recomputes once
+        self._cached: tuple[int, np.ndarray] | None = (
+            None  # one epoch; a step across the border recomputes once
+        )
 
     def epoch(self, position: int) -> int:
         """Which pass over the data `position` belongs to."""
@@ -46,7 +49,12 @@ class SampleOrder:
 
 
 def replica_positions(
-    start: int, *, micro_batch_size: int, global_batch_size: int, data_parallel_rank: int, data_parallel_size: int
+    start: int,
+    *,
+    micro_batch_size: int,
+    global_batch_size: int,
+    data_parallel_rank: int,
+    data_parallel_size: int,
 ) -> list[list[int]]:
     """The positions of one replica in the global batch [start, start + G), one list per microbatch.
 

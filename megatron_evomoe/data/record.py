@@ -1,7 +1,8 @@
 """A stored record to one that has `conversations` in LLaVA's form, whatever form it had.
 
-Read are LLaVA's records, OpenAI's `messages` (role and content, the content as text or in parts), and captions: a KEY.txt, alone or
-beside a KEY.json of metadata (img2dataset), or a record's own `caption` of its images.
+Read are LLaVA's records, OpenAI's `messages` (role and content, the content as text or in parts), and
+captions: a KEY.txt, alone or beside a KEY.json of metadata (img2dataset), or a record's own `caption` of its
+images.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ _UNREAD_PARTS = ("video", "audio", "file", "document", "sound", "speech")
 
 
 def load_json(data: bytes) -> Any:
-    """JSON in UTF-8, 16 or 32; raises `SampleError` bad-json, also for a field that comes twice and for nesting without end."""
+    """JSON in UTF-8, 16 or 32; raises `SampleError` bad-json, also for a field that comes twice and for
+    nesting without end.
+    """
     try:
         return json.loads(data, object_pairs_hook=_once)
     except RecursionError:
@@ -43,7 +46,9 @@ def load_text(data: bytes) -> str:
 
 def has_turns(record: Any) -> bool:
     """Whether a record has a conversation of its own, so that no caption is looked for."""
-    return isinstance(record, dict) and (record.get("conversations") is not None or record.get("messages") is not None)
+    return isinstance(record, dict) and (
+        record.get("conversations") is not None or record.get("messages") is not None
+    )
 
 
 def usable_record(record: Any, num_images: int, caption: str | None = None) -> dict[str, Any]:
@@ -53,10 +58,14 @@ def usable_record(record: Any, num_images: int, caption: str | None = None) -> d
         caption: the KEY.txt, where there is one.
 
     Raises:
-        SampleError: no-conversation, two-conversations, bad-turn, tool-turn, image-url, unread-media, missing-image, image-count.
+        SampleError: no-conversation, two-conversations, bad-turn, tool-turn, image-url, unread-media,
+            missing-image, image-count.
     """
     if not isinstance(record, dict):
-        raise SampleError("no-conversation", f"the JSON is a {type(record).__name__}; a record with conversations is expected")
+        raise SampleError(
+            "no-conversation",
+            f"the JSON is a {type(record).__name__}; a record with conversations is expected",
+        )
     check_named_media(record, num_images)
     _refuse_tools(record)
     turns, messages = record.get("conversations"), record.get("messages")
@@ -79,8 +88,14 @@ def caption_record(caption: str, num_images: int) -> dict[str, Any]:
 def check_kind(record: dict[str, Any]) -> None:
     """Refuse a `kind` by which nothing can be grouped and named in a log. Raises `SampleError` bad-kind."""
     kind = record.get("kind", "")
-    if not isinstance(kind, (str, int, float, type(None))) or len(str(kind)) > _MAX_KIND or not str(kind).isprintable():
-        raise SampleError("bad-kind", f"kind {short(kind)} must be a word or a number of at most {_MAX_KIND} characters")
+    if (
+        not isinstance(kind, (str, int, float, type(None)))
+        or len(str(kind)) > _MAX_KIND
+        or not str(kind).isprintable()
+    ):
+        raise SampleError(
+            "bad-kind", f"kind {short(kind)} must be a word or a number of at most {_MAX_KIND} characters"
+        )
 
 
 def image_names(record: dict[str, Any]) -> list[Any]:
@@ -91,12 +106,17 @@ def image_names(record: dict[str, Any]) -> list[Any]:
     """
     image, images = (_as_list(record.get(name)) for name in ("image", "images"))
     if image and images and image != images:
-        raise SampleError("image-count", f"image {short(image)} and images {short(images)} differ; keep one of them")
+        raise SampleError(
+            "image-count", f"image {short(image)} and images {short(images)} differ; keep one of them"
+        )
     if image or images:
         return image or images
     turns = record.get("messages") if record.get("conversations") is None else record.get("conversations")
-    parts = [part for turn in turns if isinstance(turn, dict) for part in _as_list(turn.get("content"))] if isinstance(
-        turns, list) else []
+    parts = (
+        [part for turn in turns if isinstance(turn, dict) for part in _as_list(turn.get("content"))]
+        if isinstance(turns, list)
+        else []
+    )
     return [_part_name(part) for part in parts if isinstance(part, dict) and part.get("type") in _PARTS_IMAGE]
 
 
@@ -120,32 +140,45 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _refuse_tools(fields: dict[str, Any]) -> None:
     for name in _TOOL_FIELDS:
         if fields.get(name):
-            raise SampleError("tool-turn", f"{name} is {short(fields[name])}; conversations with tools are not read")
+            raise SampleError(
+                "tool-turn", f"{name} is {short(fields[name])}; conversations with tools are not read"
+            )
 
 
 def _captioned(record: dict[str, Any], num_images: int, caption: str | None) -> list[dict[str, str]]:
     if caption is None and num_images:
         caption = record.get("caption")
     if not isinstance(caption, str):
-        raise SampleError("no-conversation", "no conversations, no messages, no KEY.txt, no caption of an image")
+        raise SampleError(
+            "no-conversation", "no conversations, no messages, no KEY.txt, no caption of an image"
+        )
     if not num_images and record.get("url"):
-        raise SampleError("missing-image", f"a caption of {short(record['url'])}, and the sample has no image")
+        raise SampleError(
+            "missing-image", f"a caption of {short(record['url'])}, and the sample has no image"
+        )
     return _caption_turns(caption, num_images)
 
 
 def _caption_turns(caption: str, num_images: int) -> list[dict[str, str]]:
-    return [{"from": "human", "value": "\n".join([IMAGE_TOKEN] * num_images)}, {"from": "gpt", "value": caption}]
+    return [
+        {"from": "human", "value": "\n".join([IMAGE_TOKEN] * num_images)},
+        {"from": "gpt", "value": caption},
+    ]
 
 
 def _llava_turn(turn: Any) -> Any:
-    """A turn of role and content to one of from and value; any other stays, for `conversation.parse_turns` to judge."""
+    """A turn of role and content to one of from and value; any other stays, for `conversation.parse_turns` to
+    judge.
+    """
     if not isinstance(turn, dict):
         return turn
     _refuse_tools(turn)
     if "role" not in turn and "content" not in turn:
         return turn
     if "from" in turn or "value" in turn:
-        raise SampleError("bad-turn", f"{short(turn)} has both role and from, or both content and value; keep one of each")
+        raise SampleError(
+            "bad-turn", f"{short(turn)} has both role and from, or both content and value; keep one of each"
+        )
     content = turn.get("content")
     if isinstance(content, list):
         content = "".join(_part_text(part, turn.get("role")) for part in content)
@@ -156,18 +189,26 @@ def _part_text(part: Any, role: Any) -> str:
     kind = part.get("type") if isinstance(part, dict) else None
     is_text, is_image = (isinstance(kind, str) and kind in kinds for kinds in (_PARTS_TEXT, _PARTS_IMAGE))
     if is_text or is_image:
-        check_named_media({name: value for name, value in part.items() if name not in _PART_FIELDS[is_image]}, int(is_image))
+        check_named_media(
+            {name: value for name, value in part.items() if name not in _PART_FIELDS[is_image]}, int(is_image)
+        )
     if is_text and isinstance(part.get("text"), str):
         return part["text"]
     if is_image:
         if role != "user":
-            raise SampleError("bad-turn", f"an image in a turn of {short(role)}; only a user's images are shown")
+            raise SampleError(
+                "bad-turn", f"an image in a turn of {short(role)}; only a user's images are shown"
+            )
         name = _part_name(part)
         if isinstance(name, str) and name[:5].lower() == "data:":
-            raise SampleError("image-url", "an image lies inside the JSON (data: URL); store it as KEY.jpg beside it")
+            raise SampleError(
+                "image-url", "an image lies inside the JSON (data: URL); store it as KEY.jpg beside it"
+            )
         return IMAGE_TOKEN
     if isinstance(kind, str) and any(word in kind.lower() for word in _UNREAD_PARTS):
         raise SampleError("unread-media", f"a part of type {short(kind)} would not be shown to the model")
     if isinstance(kind, str) and ("tool" in kind.lower() or "function" in kind.lower()):
         raise SampleError("tool-turn", f"a part of type {short(kind)}; conversations with tools are not read")
-    raise SampleError("bad-turn", f"{short(part)} is no part of a message that is read: text, image or image_url")
+    raise SampleError(
+        "bad-turn", f"{short(part)} is no part of a message that is read: text, image or image_url"
+    )

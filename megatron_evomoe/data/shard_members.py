@@ -1,7 +1,9 @@
-"""Which members of a shard make up a sample: KEY.json or KEY.txt, the KEY.jpg … beside it, and what must not be there.
+"""Which members of a shard make up a sample: KEY.json or KEY.txt, the KEY.jpg … beside it, and what must not
+be there.
 
-A sample is what all its members say. One with a member that is neither read nor known to be text about the sample is not used at
-all, since what is left of it may mean something else: a question on a film, without the film.
+A sample is what all its members say. One with a member that is neither read nor known to be text about the
+sample is not used at all, since what is left of it may mean something else: a question on a film, without the
+film.
 """
 
 from __future__ import annotations
@@ -20,17 +22,64 @@ DEFECTS = ("", "unread-member", "pickle-member", "not-a-file", "sparse-member")
 MAX_KEY = 512
 """Bytes."""
 # text about a sample, as img2dataset, webdataset's examples and others store it; it is left alone
-_ABOUT = frozenset([
-    "json", "jsonl", "txt", "text", "caption", "cls", "cls2", "label", "labels", "tag", "tags", "id", "idx", "index",
-    "key", "name", "title", "url", "source", "origin", "author", "license", "lang", "language", "date", "time", "width",
-    "height", "size", "score", "similarity", "md5", "sha1", "sha256", "hash", "meta", "metadata", "info", "log", "csv",
-    "tsv", "xml", "html", "md", "yaml", "yml"])
+_ABOUT = frozenset(
+    [
+        "json",
+        "jsonl",
+        "txt",
+        "text",
+        "caption",
+        "cls",
+        "cls2",
+        "label",
+        "labels",
+        "tag",
+        "tags",
+        "id",
+        "idx",
+        "index",
+        "key",
+        "name",
+        "title",
+        "url",
+        "source",
+        "origin",
+        "author",
+        "license",
+        "lang",
+        "language",
+        "date",
+        "time",
+        "width",
+        "height",
+        "size",
+        "score",
+        "similarity",
+        "md5",
+        "sha1",
+        "sha256",
+        "hash",
+        "meta",
+        "metadata",
+        "info",
+        "log",
+        "csv",
+        "tsv",
+        "xml",
+        "html",
+        "md",
+        "yaml",
+        "yml",
+    ]
+)
 _NUMBERED = re.compile(r"(?:([0-9]{1,9})\.)?([a-z]+)")
 
 
 @dataclass
 class Found:
-    """One sample of a shard: its members by extension, and the position in `DEFECTS` of what makes it unusable."""
+    """One sample of a shard: its members by extension, and the position in `DEFECTS` of what makes it
+    unusable.
+    """
 
     key: bytes
     members: dict[str, Member] = field(default_factory=dict)
@@ -72,7 +121,8 @@ def is_image(extension: str) -> bool:
 def find_samples(read: Read, size: int) -> tuple[list[Found], dict[str, list[str]]]:
     """The samples of an archive of `size` bytes, and what was left out or is odd: slug -> members or keys.
 
-    Members are put together by key, adjacent or not. A key that comes again with an extension that it has had starts a new sample.
+    Members are put together by key, adjacent or not. A key that comes again with an extension that it has had
+    starts a new sample.
     """
     samples: list[Found] = []
     problems: dict[str, list[str]] = {}

@@ -1,7 +1,8 @@
 """webdataset shards: which files are meant, writing them, and reading any sample of them.
 
-A shard is an uncompressed tar of KEY.jpg (png, webp; KEY.0.jpg, KEY.1.jpg … for several) and KEY.json, the LLaVA record.
-webdataset and energon read the same files. Nothing here unpickles, runs a command or follows a URL.
+A shard is an uncompressed tar of KEY.jpg (png, webp; KEY.0.jpg, KEY.1.jpg … for several) and KEY.json, the
+LLaVA record. webdataset and energon read the same files. Nothing here unpickles, runs a command or follows a
+URL.
 """
 
 from __future__ import annotations
@@ -27,7 +28,14 @@ import numpy as np
 from megatron_evomoe.config import ConfigError
 from megatron_evomoe.data.errors import SampleError
 from megatron_evomoe.data.fingerprint import shard_digest
-from megatron_evomoe.data.record import MAX_RECORD_BYTES, caption_record, has_turns, load_json, load_text, usable_record
+from megatron_evomoe.data.record import (
+    MAX_RECORD_BYTES,
+    caption_record,
+    has_turns,
+    load_json,
+    load_text,
+    usable_record,
+)
 from megatron_evomoe.data.shard_index import Range, extension_of, index_path, load_index
 from megatron_evomoe.data.shard_members import DEFECTS, image_order, is_image
 from megatron_evomoe.data.tar import BLOCK
@@ -52,18 +60,24 @@ class RawSample:
 
 
 def expand_paths(paths: Sequence[str] | str) -> list[Path]:
-    """Brace ranges, globs and folders (their ``*.tar``) to existing files, in the order given, sorted within each.
+    """Brace ranges, globs and folders (their ``*.tar``) to existing files, in the order given, sorted within
+    each.
 
     Raises:
         ConfigError: nothing given, nothing found, a file that is not there, or a pipe or URL.
     """
     paths = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     if not paths:
-        raise ConfigError("no shards given; set data.train_data to paths, brace ranges, globs or folders of tars")
+        raise ConfigError(
+            "no shards given; set data.train_data to paths, brace ranges, globs or folders of tars"
+        )
     found: list[Path] = []
     for pattern in map(str, paths):
         if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", pattern):
-            raise ConfigError(f"shard path {pattern!r} is a pipe or URL; only local files are read, so copy or mount it first")
+            raise ConfigError(
+                f"shard path {pattern!r} is a pipe or URL; only local files are read, so copy or mount it "
+                "first"
+            )
         found += [path for one in _braces(pattern) for path in _expand_one(one)]
     return found
 
@@ -89,15 +103,21 @@ def _expand_one(path: str) -> list[Path]:
         found = sorted(map(Path, glob.glob(path, recursive=True)))
         missing = f"shard {path} does not exist"
     if not found:
-        raise ConfigError(f"{missing}; check data.train_data and data.eval_data (working directory {os.getcwd()})")
+        raise ConfigError(
+            f"{missing}; check data.train_data and data.eval_data (working directory {os.getcwd()})"
+        )
     return found
 
 
 class ShardDataset:
-    """All samples of some shards, by number. Cheap to fork: a few arrays, files opened when read (at most 64 per process)."""
+    """All samples of some shards, by number. Cheap to fork: a few arrays, files opened when read (at most 64
+    per process).
+    """
 
     def __init__(self, paths: Sequence[str | Path] | str) -> None:
-        """Raises `ConfigError` for a missing, empty or unreadable shard; what is odd inside one is in `problems`, and logged."""
+        """Raises `ConfigError` for a missing, empty or unreadable shard; what is odd inside one is in
+        `problems`, and logged.
+        """
         self.paths = expand_paths(paths)  # type: ignore[arg-type]
         indexes = [load_index(path) for path in self.paths]
         self._indexes = indexes
@@ -125,8 +145,9 @@ class ShardDataset:
         """Sample i in one pread per member.
 
         Raises:
-            SampleError: what `record.usable_record` raises, bad-json, bad-text, record-too-large, image-too-large, a slug of
-                `shard_members.DEFECTS`, read-error (the file changed or cannot be read), stale-index (another member is there).
+            SampleError: what `record.usable_record` raises, bad-json, bad-text, record-too-large,
+                image-too-large, a slug of `shard_members.DEFECTS`, read-error (the file changed or cannot be
+                read), stale-index (another member is there).
         """
         return RawSample(self.key(i), str(self.shard(i)), self.record(i), self.images(i))
 
@@ -135,12 +156,19 @@ class ShardDataset:
         shard, local = self._locate(i)
         index = self._indexes[shard]
         if index.defects[local]:
-            raise SampleError(DEFECTS[index.defects[local]], "one of its members cannot be shown to the model; the log names it")
+            raise SampleError(
+                DEFECTS[index.defects[local]],
+                "one of its members cannot be shown to the model; the log names it",
+            )
         num_images, found = len(self.images_of(i)[1]), index.text_range(local)
         if not index.is_json[local]:
             return caption_record(load_text(self._text(shard, local, found, "txt")), num_images)
         record, beside = load_json(self._text(shard, local, found, "json")), index.caption_range(local)
-        caption = None if beside is None or has_turns(record) else load_text(self._text(shard, local, beside, "txt"))
+        caption = (
+            None
+            if beside is None or has_turns(record)
+            else load_text(self._text(shard, local, beside, "txt"))
+        )
         return usable_record(record, num_images, caption)
 
     def images(self, i: int) -> list[bytes]:
@@ -179,7 +207,10 @@ class ShardDataset:
 
     def contents(self) -> list[tuple[str, int, str]]:
         """Each shard's file name, number of samples and digest (`fingerprint.shard_digest`), in order."""
-        return [(path.name, len(index), shard_digest(index)) for path, index in zip(self.paths, self._indexes, strict=True)]
+        return [
+            (path.name, len(index), shard_digest(index))
+            for path, index in zip(self.paths, self._indexes, strict=True)
+        ]
 
     def close(self) -> None:
         """Close this process's files; reading opens them again."""
@@ -201,21 +232,27 @@ class ShardDataset:
 
     def _text(self, shard: int, local: int, found: Range, kind: str) -> bytes:
         if found.size > MAX_RECORD_BYTES:
-            raise SampleError("record-too-large", f"KEY.{kind} has {found.size} bytes; at most {MAX_RECORD_BYTES} are read")
+            raise SampleError(
+                "record-too-large", f"KEY.{kind} has {found.size} bytes; at most {MAX_RECORD_BYTES} are read"
+            )
         extension, data = self._member(shard, local, found)
         if extension != kind:
             raise self._stale(shard, found)
         return data
 
     def _member(self, shard: int, local: int, found: Range) -> tuple[str, bytes]:
-        """Extension and bytes of a member of sample `local` of a shard; its header, read along with them, must be that member's."""
+        """Extension and bytes of a member of sample `local` of a shard; its header, read along with them,
+        must be that member's.
+        """
         path, lead = self.paths[shard], found.lead * BLOCK
         try:
             data = os.pread(self._open(shard), lead + found.size, found.offset - lead)
         except OSError as error:
             raise SampleError("read-error", f"{path}: {error.strerror or error}") from None
         if len(data) != lead + found.size:
-            raise SampleError("read-error", f"{path} ends within the sample; it was cut after its index was built")
+            raise SampleError(
+                "read-error", f"{path} ends within the sample; it was cut after its index was built"
+            )
         extension = extension_of(data[:lead], found, bytes(self._indexes[shard].keys[local]))
         if extension is None:
             raise self._stale(shard, found)
@@ -223,8 +260,11 @@ class ShardDataset:
 
     def _stale(self, shard: int, found: Range) -> SampleError:
         path = self.paths[shard]
-        return SampleError("stale-index", f"{path} was changed and its index was not: another member is at byte {found.offset}; "
-                                          f"delete {index_path(path)}")
+        return SampleError(
+            "stale-index",
+            f"{path} was changed and its index was not: another member is at byte {found.offset}; "
+            f"delete {index_path(path)}",
+        )
 
     def _open(self, shard: int) -> int:
         if shard in self._files:
@@ -249,8 +289,13 @@ def tar_bytes(samples: Iterable[tuple[str, Mapping[str, Any], Sequence[bytes]]])
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as archive:
         for key, record, images in samples:
             names = [f"{i}." if len(images) > 1 else "" for i in range(len(images))]
-            members = [(f"{key}.{name}{image_extension(image)}", image) for name, image in zip(names, images, strict=True)]
-            members.append((f"{key}.json", json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode()))
+            members = [
+                (f"{key}.{name}{image_extension(image)}", image)
+                for name, image in zip(names, images, strict=True)
+            ]
+            members.append(
+                (f"{key}.json", json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode())
+            )
             for name, data in members:
                 info = tarfile.TarInfo(name)  # owner, mode and time are the constants TarInfo starts with
                 info.size = len(data)
@@ -259,7 +304,9 @@ def tar_bytes(samples: Iterable[tuple[str, Mapping[str, Any], Sequence[bytes]]])
 
 
 def write_atomically(path: Path, data: bytes, *, sync: bool = True) -> None:
-    """Write, sync, rename: `path` is absent, old or whole, also after a kill; with `sync` after a power cut too."""
+    """Write, sync, rename: `path` is absent, old or whole, also after a kill; with `sync` after a power cut
+    too.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -273,12 +320,16 @@ def write_atomically(path: Path, data: bytes, *, sync: bool = True) -> None:
 
 
 def write_shards(
-    samples: Iterable[tuple[Mapping[str, Any], Sequence[bytes]]], out_dir: str | Path, samples_per_shard: int = 1000
+    samples: Iterable[tuple[Mapping[str, Any], Sequence[bytes]]],
+    out_dir: str | Path,
+    samples_per_shard: int = 1000,
 ) -> list[Path]:
-    """Write (record, encoded images) pairs as ``shard-000000.tar`` …, with indexes; keys are minted from the position.
+    """Write (record, encoded images) pairs as ``shard-000000.tar`` …, with indexes; keys are minted from the
+    position.
 
     Raises:
-        ConfigError: `out_dir` already holds tars (a shorter run would leave old ones among the new), or there are no samples.
+        ConfigError: `out_dir` already holds tars (a shorter run would leave old ones among the new), or there
+            are no samples.
     """
     folder = Path(out_dir)
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,10 @@
 """The members of an uncompressed tar: what they are called, what they are, and where their bytes lie.
 
-The standard library's `tarfile` is not enough here: it stops at the first end-of-archive marker (`cat a.tar b.tar` loses b), takes
-a damaged header for the end, reads a header of any size it is told into memory, and may go round for ever on a negative one. This
-reader says where each member's headers begin, which is how a single member is checked before its bytes are used. It reads v7,
-ustar, GNU and pax archives; the tests hold it against `tarfile`.
+The standard library's `tarfile` is not enough here: it stops at the first end-of-archive marker (`cat a.tar
+b.tar` loses b), takes a damaged header for the end, reads a header of any size it is told into memory, and
+may go round for ever on a negative one. This reader says where each member's headers begin, which is how a
+single member is checked before its bytes are used. It reads v7, ustar, GNU and pax archives; the tests hold
+it against `tarfile`.
 """
 
 from __future__ import annotations
@@ -16,20 +17,31 @@ BLOCK = 512
 MAX_LEAD = 255
 """Blocks of headers before a member's bytes: one, or some more for long names and pax records."""
 _ZEROS = bytes(BLOCK)
-_MOST_PADDING = 42  # blocks: the marker's two, and twice the 20 up to a multiple of which tar, tarfile and webdataset pad
+_MOST_PADDING = (
+    42  # blocks: the marker's two, and twice the 20 up to a multiple of which tar, tarfile and webdataset pad
+)
 _EXTENDED, _LONG_NAME, _LONG_LINK, _GLOBAL, _GNU_SPARSE = (b"x", b"X"), b"L", b"K", b"g", b"S"
 _KINDS: dict[bytes, Literal["file", "directory", "sparse", "other"]] = {
-    b"0": "file", b"\0": "file", b"7": "file", b"5": "directory", _GNU_SPARSE: "sparse"}
+    b"0": "file",
+    b"\0": "file",
+    b"7": "file",
+    b"5": "directory",
+    _GNU_SPARSE: "sparse",
+}
 _WITHOUT_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")
 _OCTAL, _RECORD = re.compile(rb"[0-7]*"), re.compile(rb"([0-9]{1,9}) ([^=\n]+)=")
 
 
 class TarError(ValueError):
-    """A header that means nothing, so that what follows it cannot be found. The message says where and why."""
+    """A header that means nothing, so that what follows it cannot be found. The message says where and
+    why.
+    """
 
 
 class Member(NamedTuple):
-    """One member. `start` is the byte where its first header begins, `offset` and `size` are its stored bytes."""
+    """One member. `start` is the byte where its first header begins, `offset` and `size` are its stored
+    bytes.
+    """
 
     name: bytes
     kind: Literal["file", "directory", "sparse", "other"]
@@ -52,8 +64,9 @@ Read = Callable[[int, int], bytes]
 def members(read: Read, size: int) -> Iterator[Member | str]:
     """All members of an archive of `size` bytes, or of several that were put together with ``cat``.
 
-    A string says what was odd: ``concatenated``, where an archive goes on after blocks of zeros, ``truncated``, where it ends
-    without such blocks or within a header. A member may end beyond `size`; it is the last one then.
+    A string says what was odd: ``concatenated``, where an archive goes on after blocks of zeros,
+    ``truncated``, where it ends without such blocks or within a header. A member may end beyond `size`; it is
+    the last one then.
 
     Raises:
         TarError: a damaged header; what lies behind it cannot be read.
@@ -74,11 +87,16 @@ def members(read: Read, size: int) -> Iterator[Member | str]:
     if not zeros:
         yield f"truncated: no end-of-archive marker after {count} members"
     elif zeros > _MOST_PADDING:
-        yield f"truncated: the last {zeros * BLOCK} bytes are zeros, more than an archive is padded with, after {count} members"
+        yield (
+            f"truncated: the last {zeros * BLOCK} bytes are zeros, more than an archive is padded with, "
+            f"after {count} members"
+        )
 
 
 def next_member(read: Read, start: int) -> Member | _Gap | None:
-    """The member whose headers begin at byte `start`, a gap where a block of zeros is, None where the file ends before."""
+    """The member whose headers begin at byte `start`, a gap where a block of zeros is, None where the file
+    ends before.
+    """
     at, name, stored, is_sparse, seen = start, None, None, False, set()
     while True:
         block = read(at, BLOCK)
@@ -97,21 +115,29 @@ def next_member(read: Read, start: int) -> Member | _Gap | None:
         seen.add(kind)
         if at - start + _padded(size) > MAX_LEAD * BLOCK:
             raise TarError(f"the header at byte {start} is longer than {MAX_LEAD * BLOCK} bytes")
-        body = read(at, _padded(size) if kind == _LONG_NAME else size)  # that name ends at a NUL, wherever its size ends
+        body = read(
+            at, _padded(size) if kind == _LONG_NAME else size
+        )  # that name ends at a NUL, wherever its size ends
         if len(body) < size:
             return None
         if kind == _LONG_NAME:
             name = _until_nul(body) if name is None else name
         elif kind != _LONG_LINK:
             named, sized, sparse = _pax(body, start, is_global=kind == _GLOBAL)
-            name, stored, is_sparse = named if name is None else name, sized if stored is None else stored, is_sparse or sparse
+            name, stored, is_sparse = (
+                named if name is None else name,
+                sized if stored is None else stored,
+                is_sparse or sparse,
+            )
         at += _padded(size)
     if kind == _GNU_SPARSE and (at := _behind_sparse_map(read, block, start, at)) < 0:
         return None
     return _member(block, kind, name, start, at, size if stored is None else stored, is_sparse)
 
 
-def _member(block: bytes, kind: bytes, name: bytes | None, start: int, at: int, size: int, is_sparse: bool) -> Member:
+def _member(
+    block: bytes, kind: bytes, name: bytes | None, start: int, at: int, size: int, is_sparse: bool
+) -> Member:
     name = _name(block) if name is None else name
     what = "sparse" if is_sparse else _KINDS.get(kind, "other")
     if kind == b"\0" and name.endswith(b"/"):  # v7 had no other way to say directory
@@ -122,7 +148,9 @@ def _member(block: bytes, kind: bytes, name: bytes | None, start: int, at: int, 
 def _header(block: bytes, at: int) -> tuple[bytes, int]:
     """Type and size of a header block whose checksum is right."""
     stored, rest = _number(block[148:156], at), block[:148] + b" " * 8 + block[156:]
-    if stored != sum(rest) and stored != sum(rest) - 256 * sum(byte > 127 for byte in rest):  # old ones summed signed bytes
+    if stored != sum(rest) and stored != sum(rest) - 256 * sum(
+        byte > 127 for byte in rest
+    ):  # old ones summed signed bytes
         raise TarError(f"the header at byte {at} is damaged: its checksum is wrong")
     size = _number(block[124:136], at)
     if size < 0:

@@ -1,9 +1,9 @@
 """Sentencepiece and Hugging Face tokenizers behind one small protocol.
 
-Both are made to encode *segments*: `encode` gives the ids of exactly the characters passed in. The space that sentencepiece
-and Llama tokenizers put before every text they are given (the dummy prefix) is switched off, since a prompt encoded in three
-calls would gain three of them; the templates write their spaces out. Nor does `encode` ever produce a special token: text that
-spells one is encoded as the characters it is.
+Both are made to encode *segments*: `encode` gives the ids of exactly the characters passed in. The space that
+sentencepiece and Llama tokenizers put before every text they are given (the dummy prefix) is switched off,
+since a prompt encoded in three calls would gain three of them; the templates write their spaces out. Nor does
+`encode` ever produce a special token: text that spells one is encoded as the characters it is.
 """
 
 from __future__ import annotations
@@ -32,11 +32,13 @@ from megatron_evomoe.data.tokenizer_check import (
     write_sum,
 )
 
-# A ModelProto's field 3 (normalizer_spec) holding add_dummy_prefix (3) = false and remove_extra_whitespaces (4) = false.
-# Protocol buffers merge a message that occurs twice, so appending this overrides those two fields and no other.
+# A ModelProto's field 3 (normalizer_spec) holding add_dummy_prefix (3) = false and remove_extra_whitespaces
+# (4) = false. Protocol buffers merge a message that occurs twice, so appending this overrides those two
+# fields and no other.
 _VERBATIM_WHITESPACE = bytes([0x1A, 4, 0x18, 0, 0x20, 0])
 _MARKUP = re.compile(r"<[^<>\s]+>|\[[A-Z_/]+\]")
-# An export puts it behind the vocabulary, for transformers' processors; no model has an embedding for it and no text gives it.
+# An export puts it behind the vocabulary, for transformers' processors; no model has an embedding for it and
+# no text gives it.
 _IMAGE_PLACEHOLDER = "<image>"
 
 
@@ -52,7 +54,9 @@ class Tokenizer(Protocol):
     pad_id: int
     """Fills positions that are not read; also stands where an image feature goes."""
     text_prefix: str
-    """What the tokenizer on its own would put before a text; the templates put it before the first word of a sequence."""
+    """What the tokenizer on its own would put before a text; the templates put it before the first word of a
+    sequence.
+    """
 
     def encode(self, text: str) -> list[int]:
         """Ids of exactly these characters: no bos or eos, no special tokens, no added space."""
@@ -61,7 +65,9 @@ class Tokenizer(Protocol):
         """Text; special tokens give nothing, an id outside the vocabulary gives U+FFFD."""
 
     def fingerprint(self) -> str:
-        """Hash of the vocabulary and the special ids, a dot, and a hash of everything else that decides ids and text."""
+        """Hash of the vocabulary and the special ids, a dot, and a hash of everything else that decides ids
+        and text.
+        """
 
     def special_id(self, piece: str) -> int | None:
         """Id of a special token such as ``<|im_end|>``; None when there is none of that name."""
@@ -74,10 +80,14 @@ def build_tokenizer(path: str | Path | None) -> SentencePieceTokenizer | Hugging
         ConfigError: nothing given, nothing there, or not a tokenizer.
     """
     if path is None or not str(path):
-        raise ConfigError("no tokenizer given; set --tokenizer to a sentencepiece .model file or a tokenizer directory")
+        raise ConfigError(
+            "no tokenizer given; set --tokenizer to a sentencepiece .model file or a tokenizer directory"
+        )
     found = Path(path).expanduser()
     if not found.exists():
-        raise ConfigError(f"tokenizer {found} does not exist; give a sentencepiece .model file or a tokenizer directory")
+        raise ConfigError(
+            f"tokenizer {found} does not exist; give a sentencepiece .model file or a tokenizer directory"
+        )
     with named(found):
         check_sums(found)
     return HuggingFaceTokenizer(found) if found.is_dir() else SentencePieceTokenizer(found)
@@ -105,7 +115,8 @@ class SentencePieceTokenizer:
         self.eos_id: int = sp.eos_id()
         self.pad_id: int = next(i for i in (sp.pad_id(), sp.unk_id(), sp.eos_id()) if i >= 0)
         self._rules = sentencepiece_rules(proto)
-        # user-defined pieces are matched inside text and decoded as text; those that look like markup must be neither
+        # user-defined pieces are matched inside text and decoded as text; those that look like markup must be
+        # neither
         user_defined = {i: piece for i, piece in enumerate(self._pieces) if _is_user_defined(sp, i)}
         self._markup = {i: piece for i, piece in user_defined.items() if _MARKUP.fullmatch(piece)}
         longest_first = sorted(map(re.escape, self._markup.values()), key=len, reverse=True)
@@ -130,28 +141,40 @@ class SentencePieceTokenizer:
     def special_id(self, piece: str) -> int | None:
         """See `Tokenizer`."""
         found = self._sp.piece_to_id(piece)
-        is_special = self._sp.id_to_piece(found) == piece and (self._sp.is_control(found) or _is_user_defined(self._sp, found))
+        is_special = self._sp.id_to_piece(found) == piece and (
+            self._sp.is_control(found) or _is_user_defined(self._sp, found)
+        )
         return found if is_special else None
 
 
 def _is_user_defined(sp: Any, piece_id: int) -> bool:
-    """There is no public test for it: user-defined pieces have score 0 and no other type (a BPE's first merge looks the same)."""
-    is_other = sp.is_control(piece_id) or sp.is_unknown(piece_id) or sp.is_unused(piece_id) or sp.is_byte(piece_id)
+    """There is no public test for it: user-defined pieces have score 0 and no other type (a BPE's first merge
+    looks the same).
+    """
+    is_other = (
+        sp.is_control(piece_id) or sp.is_unknown(piece_id) or sp.is_unused(piece_id) or sp.is_byte(piece_id)
+    )
     return not is_other and sp.get_score(piece_id) == 0.0
 
 
 class HuggingFaceTokenizer:
-    """A local directory that transformers' AutoTokenizer reads as a fast tokenizer. No code from it is run."""
+    """A local directory that transformers' AutoTokenizer reads as a fast tokenizer. No code from it is
+    run.
+    """
 
     def __init__(self, path: str | Path) -> None:
         try:
             from transformers import AutoTokenizer
         except ImportError:
-            raise ConfigError(f"tokenizer {path} is a directory; that needs transformers: pip install transformers") from None
+            raise ConfigError(
+                f"tokenizer {path} is a directory; that needs transformers: pip install transformers"
+            ) from None
         path = Path(path)
         with named(path):
             check_directory(path)
-            hf = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False, use_fast=True)
+            hf = AutoTokenizer.from_pretrained(
+                str(path), local_files_only=True, trust_remote_code=False, use_fast=True
+            )
         if not getattr(hf, "is_fast", False):
             raise ConfigError(f"tokenizer {path} has no fast version; save a tokenizer.json into it")
         if hf.eos_token_id is None:
@@ -174,7 +197,9 @@ class HuggingFaceTokenizer:
         self.eos_id: int = hf.eos_token_id
         ids = hf("a", add_special_tokens=True)["input_ids"]
         self.bos_id: int | None = hf.bos_token_id if ids and ids[0] == hf.bos_token_id else None
-        self.pad_id: int = next(i for i in (hf.pad_token_id, hf.unk_token_id, hf.eos_token_id) if i is not None)
+        self.pad_id: int = next(
+            i for i in (hf.pad_token_id, hf.unk_token_id, hf.eos_token_id) if i is not None
+        )
 
     def encode(self, text: str) -> list[int]:
         """See `Tokenizer`."""
@@ -182,13 +207,18 @@ class HuggingFaceTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """See `Tokenizer`."""
-        return _decode_known(ids, self.vocab_size, lambda known: self._decoder.decode(known, skip_special_tokens=True))
+        return _decode_known(
+            ids, self.vocab_size, lambda known: self._decoder.decode(known, skip_special_tokens=True)
+        )
 
     def fingerprint(self) -> str:
         """See `Tokenizer`."""
         left_out = {_IMAGE_PLACEHOLDER} - set(self._vocab)
-        return _fingerprint(sorted((i, piece) for piece, i in self._vocab.items()), self,
-                            rules_of_json(self._decoder.to_str(), left_out))
+        return _fingerprint(
+            sorted((i, piece) for piece, i in self._vocab.items()),
+            self,
+            rules_of_json(self._decoder.to_str(), left_out),
+        )
 
     def special_id(self, piece: str) -> int | None:
         """See `Tokenizer`."""
@@ -205,7 +235,9 @@ def is_markup(piece: str) -> bool:
 
 
 def _verbatim(serialized: str) -> tuple[Any, Any]:
-    """A tokenizers.Tokenizer for encoding and one for decoding, neither of which adds or strips a leading space."""
+    """A tokenizers.Tokenizer for encoding and one for decoding, neither of which adds or strips a leading
+    space.
+    """
     from tokenizers import Tokenizer as Backend
 
     spec = json.loads(serialized)
@@ -221,7 +253,9 @@ def _verbatim(serialized: str) -> tuple[Any, Any]:
 
 
 def _without_prefix(part: dict | None, key: str) -> dict | None:
-    """Drop a Prepend normalizer and a leading Strip decoder, and tell Metaspace and ByteLevel to add nothing."""
+    """Drop a Prepend normalizer and a leading Strip decoder, and tell Metaspace and ByteLevel to add
+    nothing.
+    """
     if part is None:
         return None
     kind = part.get("type")
@@ -239,7 +273,9 @@ def _without_prefix(part: dict | None, key: str) -> dict | None:
 
 
 def _decode_known(ids: Sequence[int], vocab_size: int, decode: Any) -> str:
-    """Decode runs of known ids; one that only a padded embedding has must be visible, not crash an evaluation."""
+    """Decode runs of known ids; one that only a padded embedding has must be visible, not crash an
+    evaluation.
+    """
     out, run = [], []
     for i in map(int, ids):
         if 0 <= i < vocab_size:
@@ -251,25 +287,35 @@ def _decode_known(ids: Sequence[int], vocab_size: int, decode: Any) -> str:
 
 
 def same_tokenizer(recorded: str, found: str) -> bool:
-    """Whether a recorded fingerprint allows this one: none was recorded, or it is equal, or old and of an equal vocabulary."""
+    """Whether a recorded fingerprint allows this one: none was recorded, or it is equal, or old and of an
+    equal vocabulary.
+    """
     return recorded in ("", found, found.partition(".")[0])
 
 
 def _fingerprint(pieces: Iterable[tuple[int, str]], tokenizer: Any, rules: str) -> str:
-    digest = hashlib.sha256(f"bos {tokenizer.bos_id} eos {tokenizer.eos_id} pad {tokenizer.pad_id}\n".encode())
+    digest = hashlib.sha256(
+        f"bos {tokenizer.bos_id} eos {tokenizer.eos_id} pad {tokenizer.pad_id}\n".encode()
+    )
     for i, piece in pieces:
         digest.update(json.dumps([i, piece]).encode() + b"\n")
     return f"{digest.hexdigest()}.{rules[:16]}"
 
 
 def train_sentencepiece(
-    lines: Iterable[str], path: str | Path, vocab_size: int, *, user_defined_symbols: Sequence[str] = (),
+    lines: Iterable[str],
+    path: str | Path,
+    vocab_size: int,
+    *,
+    user_defined_symbols: Sequence[str] = (),
     model_type: Literal["unigram", "bpe"] = "unigram",
 ) -> Path:
-    """Train a model on `lines` and write it to `path` in one step, its checksum beside it; same lines, same bytes.
+    """Train a model on `lines` and write it to `path` in one step, its checksum beside it; same lines, same
+    bytes.
 
-    Every byte has a piece, so any text can be encoded, and digits stand alone. `vocab_size` is an upper bound: a small corpus
-    gives fewer pieces. Symbols that look like markup (``<|im_end|>``) exist by id only and are never found in text.
+    Every byte has a piece, so any text can be encoded, and digits stand alone. `vocab_size` is an upper
+    bound: a small corpus gives fewer pieces. Symbols that look like markup (``<|im_end|>``) exist by id only
+    and are never found in text.
     """
     import sentencepiece
 
@@ -277,17 +323,36 @@ def train_sentencepiece(
     buffer = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines), model_writer=buffer, vocab_size=vocab_size, hard_vocab_limit=False,
-            model_type=model_type, byte_fallback=True, split_digits=True, normalization_rule_name="identity",
-            remove_extra_whitespaces=False, add_dummy_prefix=False, unk_id=0, bos_id=1, eos_id=2, pad_id=3, control_symbols=markup,
-            user_defined_symbols=[symbol for symbol in user_defined_symbols if symbol not in markup], num_threads=1, minloglevel=2)
+            sentence_iterator=iter(lines),
+            model_writer=buffer,
+            vocab_size=vocab_size,
+            hard_vocab_limit=False,
+            model_type=model_type,
+            byte_fallback=True,
+            split_digits=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=3,
+            control_symbols=markup,
+            user_defined_symbols=[symbol for symbol in user_defined_symbols if symbol not in markup],
+            num_threads=1,
+            minloglevel=2,
+        )
     except RuntimeError as error:
-        raise ConfigError(f"sentencepiece could not train {vocab_size} pieces (260 are bytes and specials): {error}") from None
+        raise ConfigError(
+            f"sentencepiece could not train {vocab_size} pieces (260 are bytes and specials): {error}"
+        ) from None
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     temporary.write_bytes(buffer.getvalue())
-    target.with_name(f"{target.name}.sha256").unlink(missing_ok=True)  # not to stand beside another file, should this be killed
+    target.with_name(f"{target.name}.sha256").unlink(
+        missing_ok=True
+    )  # not to stand beside another file, should this be killed
     os.replace(temporary, target)
     write_sum(target)
     return target

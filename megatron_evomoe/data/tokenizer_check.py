@@ -1,7 +1,8 @@
 """What a tokenizer's files must be before a library reads them, and errors in place of the libraries' own.
 
-Neither format has a checksum of its own. Where one lies beside the files (`sha256sum`'s format: ``FILE.sha256``, or ``SHA256SUMS``
-in a directory) it must hold; otherwise a change that leaves a valid tokenizer shows at the checkpoint, by `Tokenizer.fingerprint`.
+Neither format has a checksum of its own. Where one lies beside the files (`sha256sum`'s format:
+``FILE.sha256``, or ``SHA256SUMS`` in a directory) it must hold; otherwise a change that leaves a valid
+tokenizer shows at the checkpoint, by `Tokenizer.fingerprint`.
 """
 
 from __future__ import annotations
@@ -21,20 +22,29 @@ MAX_BYTES = 256 * 2**20
 _JSON_NEEDED = ("added_tokens", "normalizer", "pre_tokenizer", "post_processor", "decoder", "model")
 _JSON_KEYS = ("version", "truncation", "padding", *_JSON_NEEDED)
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
-_PROBES = ("USER: What is this? ASSISTANT:", "Ça, é — 漢字 🙂\tund\n\nso  weiter.", "<s>\x00\x7f\ufffd</s> [INST] <|im_end|>", " ")
+_PROBES = (
+    "USER: What is this? ASSISTANT:",
+    "Ça, é — 漢字 🙂\tund\n\nso  weiter.",
+    "<s>\x00\x7f\ufffd</s> [INST] <|im_end|>",
+    " ",
+)
 _FIRST_EXTENSION = 200  # of a sentencepiece model's fields
 
 
 @contextmanager
 def named(path: str | Path) -> Iterator[None]:
-    """Whatever a library raises on these files as a `ConfigError` that names them; Rust's panics too, which are no `Exception`."""
+    """Whatever a library raises on these files as a `ConfigError` that names them; Rust's panics too, which
+    are no `Exception`.
+    """
     try:
         yield
     except (ConfigError, KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
         raise
     except BaseException as error:
         reason = (str(error).strip().splitlines() or [""])[0][:300]
-        raise ConfigError(f"tokenizer {path} cannot be read: {reason or type(error).__name__}; give an undamaged copy") from None
+        raise ConfigError(
+            f"tokenizer {path} cannot be read: {reason or type(error).__name__}; give an undamaged copy"
+        ) from None
 
 
 def read_file(path: Path) -> bytes:
@@ -42,7 +52,9 @@ def read_file(path: Path) -> bytes:
     if not path.is_file():
         raise ConfigError(f"tokenizer file {path} is no regular file")
     if path.stat().st_size > MAX_BYTES:
-        raise ConfigError(f"tokenizer file {path} has {path.stat().st_size} bytes; at most {MAX_BYTES} are read")
+        raise ConfigError(
+            f"tokenizer file {path} has {path.stat().st_size} bytes; at most {MAX_BYTES} are read"
+        )
     return path.read_bytes()
 
 
@@ -54,14 +66,21 @@ def check_sums(path: Path) -> None:
     for line in read_file(sums).decode(errors="replace").splitlines():
         wanted, _, name = line.strip().partition(" ")
         file = sums.parent / name.strip().removeprefix("*")
-        if line.strip() and (not file.is_file() or hashlib.sha256(read_file(file)).hexdigest() != wanted.lower()):
-            raise ConfigError(f"tokenizer file {file} is not the one of {sums}; give an undamaged copy, or remove {sums.name} if "
-                              "the change was meant")
+        if line.strip() and (
+            not file.is_file() or hashlib.sha256(read_file(file)).hexdigest() != wanted.lower()
+        ):
+            raise ConfigError(
+                f"tokenizer file {file} is not the one of {sums}; give an undamaged copy, or remove "
+                f"{sums.name} if "
+                "the change was meant"
+            )
 
 
 def write_sum(path: Path) -> None:
     """Put ``FILE.sha256`` beside a file."""
-    path.with_name(f"{path.name}.sha256").write_text(f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n")
+    path.with_name(f"{path.name}.sha256").write_text(
+        f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n"
+    )
 
 
 def parse_sentencepiece(path: Path, data: bytes) -> Any:
@@ -82,20 +101,38 @@ def parse_sentencepiece(path: Path, data: bytes) -> Any:
     if lacking := [name for name in ("trainer_spec", "normalizer_spec") if not proto.HasField(name)]:
         raise ConfigError(f"tokenizer {path} has no {lacking[0]}; it was cut off, give an undamaged copy")
     for part in (proto, proto.trainer_spec, proto.normalizer_spec, proto.denormalizer_spec, *proto.pieces):
-        if unknown := [field.field_number for field in UnknownFieldSet(part) if field.field_number < _FIRST_EXTENSION]:
-            raise ConfigError(f"tokenizer {path} has a field {unknown[0]} in its {part.DESCRIPTOR.name} that this sentencepiece "
-                              "does not know; it is damaged, or needs a newer sentencepiece")
+        if unknown := [
+            field.field_number for field in UnknownFieldSet(part) if field.field_number < _FIRST_EXTENSION
+        ]:
+            raise ConfigError(
+                f"tokenizer {path} has a field {unknown[0]} in its {part.DESCRIPTOR.name} that this "
+                "sentencepiece "
+                "does not know; it is damaged, or needs a newer sentencepiece"
+            )
     for i, (piece, score) in enumerate(pieces):
-        if not piece or not isinstance(piece, str) or not math.isfinite(score):  # protobuf gives bytes where they are no UTF-8
-            raise ConfigError(f"tokenizer {path}: piece {i} is {piece!r} with score {score}; it must be text and its score finite")
+        if (
+            not piece or not isinstance(piece, str) or not math.isfinite(score)
+        ):  # protobuf gives bytes where they are no UTF-8
+            raise ConfigError(
+                f"tokenizer {path}: piece {i} is {piece!r} with score {score}; it must be text and its score "
+                "finite"
+            )
     return proto
 
 
 def sentencepiece_rules(proto: Any) -> str:
     """A digest of all that decides how a sentencepiece model encodes and decodes."""
     trainer = proto.trainer_spec
-    digest = hashlib.sha256(json.dumps([trainer.model_type, trainer.byte_fallback, trainer.treat_whitespace_as_suffix,
-                                        trainer.unk_surface]).encode())
+    digest = hashlib.sha256(
+        json.dumps(
+            [
+                trainer.model_type,
+                trainer.byte_fallback,
+                trainer.treat_whitespace_as_suffix,
+                trainer.unk_surface,
+            ]
+        ).encode()
+    )
     for part in (proto.normalizer_spec, proto.denormalizer_spec, *proto.pieces):
         digest.update(part.SerializeToString(deterministic=True) + b"\n")
     return digest.hexdigest()
@@ -109,7 +146,9 @@ def check_directory(path: Path) -> None:
     """
     for file in path.iterdir():
         if file.suffix in (".json", ".model", ".txt", ".jinja") and file.stat().st_size > MAX_BYTES:
-            raise ConfigError(f"tokenizer file {file} has {file.stat().st_size} bytes; at most {MAX_BYTES} are read")
+            raise ConfigError(
+                f"tokenizer file {file} has {file.stat().st_size} bytes; at most {MAX_BYTES} are read"
+            )
     if not (path / "tokenizer.json").exists():
         return
     spec = _read_json(path / "tokenizer.json")
@@ -127,13 +166,16 @@ def check_spec_was_understood(path: Path, serialized: str) -> None:
     if file.exists():
         ours, theirs = _read_json(file)["model"], json.loads(serialized)["model"]
         if unknown := sorted(set(ours) - set(theirs)):
-            raise ConfigError(f"tokenizer file {file}: its model has a key {unknown[0]!r} that the tokenizers library does not "
-                              "know; it is damaged, or needs a newer library")
+            raise ConfigError(
+                f"tokenizer file {file}: its model has a key {unknown[0]!r} that the tokenizers library does "
+                "not "
+                "know; it is damaged, or needs a newer library"
+            )
 
 
 def rules_of_json(serialized: str, left_out: Container[str] = ()) -> str:
-    """A digest of all in a tokenizer.json, as the library writes it, that decides ids and text; not of the post-processor, for what
-    begins and ends a text is said by bos and eos.
+    """A digest of all in a tokenizer.json, as the library writes it, that decides ids and text; not of the
+    post-processor, for what begins and ends a text is said by bos and eos.
 
     Args:
         left_out: contents of added tokens that do not count.
@@ -154,7 +196,10 @@ def check_probes(path: str | Path, tokenizer: Any) -> None:
             ids = tokenizer.encode(text)
             tokenizer.decode(ids)
             if any(not 0 <= i < tokenizer.vocab_size for i in ids):
-                raise ConfigError(f"tokenizer {path} gives id {max(ids)} for {text!r}, and has {tokenizer.vocab_size} tokens")
+                raise ConfigError(
+                    f"tokenizer {path} gives id {max(ids)} for {text!r}, and has {tokenizer.vocab_size} "
+                    "tokens"
+                )
 
 
 def _said(value: Any) -> Any:
@@ -177,23 +222,42 @@ def _read_json(file: Path) -> Any:
 def _check_spec(file: Path, spec: Any) -> None:
     def need(ok: bool, rule: str) -> None:
         if not ok:
-            raise ConfigError(f"tokenizer file {file}: {rule}; give an undamaged copy, or save it again with transformers")
+            raise ConfigError(
+                f"tokenizer file {file}: {rule}; give an undamaged copy, or save it again with transformers"
+            )
 
     need(isinstance(spec, dict), "a mapping is expected")
     need(set(spec) <= set(_JSON_KEYS), f"unknown key {sorted(set(spec) - set(_JSON_KEYS))[:1]}")
     need(set(_JSON_NEEDED) <= set(spec), f"the key {sorted(set(_JSON_NEEDED) - set(spec))[:1]} is missing")
     model, added = spec["model"], spec["added_tokens"]
-    need(isinstance(model, dict) and bool(model.get("vocab")) and isinstance(model["vocab"], (dict, list)), "it has no vocabulary")
-    need(isinstance(added, list) and all(isinstance(t, dict) and isinstance(t.get("content"), str) and type(t.get("id")) is int
-                                         for t in added), "added_tokens must be a list of tokens with content and id")
+    need(
+        isinstance(model, dict) and bool(model.get("vocab")) and isinstance(model["vocab"], (dict, list)),
+        "it has no vocabulary",
+    )
+    need(
+        isinstance(added, list)
+        and all(
+            isinstance(t, dict) and isinstance(t.get("content"), str) and type(t.get("id")) is int
+            for t in added
+        ),
+        "added_tokens must be a list of tokens with content and id",
+    )
     vocab = _vocabulary(model)
-    need(all(type(i) is int and i >= 0 for i in vocab.values()) and len(set(vocab.values())) == len(vocab),
-         "ids in its vocabulary must be whole numbers, each once")
+    need(
+        all(type(i) is int and i >= 0 for i in vocab.values()) and len(set(vocab.values())) == len(vocab),
+        "ids in its vocabulary must be whole numbers, each once",
+    )
     for token in added:
         same = vocab.setdefault(token["content"], token["id"])
-        need(same == token["id"], f"added token {token['content']!r} has id {token['id']}, and {same} in the vocabulary")
+        need(
+            same == token["id"],
+            f"added token {token['content']!r} has id {token['id']}, and {same} in the vocabulary",
+        )
     need(len(set(vocab.values())) == len(vocab), "an added token has the id of another token")
-    need(max(vocab.values()) < 2 * len(vocab) + 1000, f"{len(vocab)} tokens have ids up to {max(vocab.values())}")
+    need(
+        max(vocab.values()) < 2 * len(vocab) + 1000,
+        f"{len(vocab)} tokens have ids up to {max(vocab.values())}",
+    )
 
 
 def _vocabulary(model: dict[str, Any]) -> dict[str, Any]:
@@ -211,14 +275,19 @@ def _known_tokens(path: Path, spec: dict[str, Any]) -> set[str]:
         if (path / name).exists():
             more = _read_json(path / name)
             more = more.get(key, {}) if key and isinstance(more, dict) else more
-            tokens = (more if key is None else [t.get("content") for t in more.values() if isinstance(t, dict)]
-                      ) if isinstance(more, dict) else ()
+            tokens = (
+                (more if key is None else [t.get("content") for t in more.values() if isinstance(t, dict)])
+                if isinstance(more, dict)
+                else ()
+            )
             known |= set(tokens)
     return known
 
 
 def _check_roles(path: Path, known: set[str]) -> None:
-    """transformers would make a token that a configuration names and nothing defines, behind the vocabulary."""
+    """transformers would make a token that a configuration names and nothing defines, behind the
+    vocabulary.
+    """
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if not (path / name).exists():
             continue
@@ -227,5 +296,8 @@ def _check_roles(path: Path, known: set[str]) -> None:
             token = config.get(role)
             token = token.get("content") if isinstance(token, dict) else token
             if isinstance(token, str) and token not in known:
-                raise ConfigError(f"tokenizer file {path / name} names {role} {token!r}, which tokenizer.json does not hold; "
-                                  "correct it, or save the tokenizer again with transformers")
+                raise ConfigError(
+                    f"tokenizer file {path / name} names {role} {token!r}, which tokenizer.json does not "
+                    "hold; "
+                    "correct it, or save the tokenizer again with transformers"
+                )

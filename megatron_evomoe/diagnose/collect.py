@@ -1,6 +1,7 @@
 """Watch the routers of a live model, and write what was seen to `diagnostics.jsonl`.
 
-Unlike the rest of this room it knows the model and the process groups; the maths is in routing.py and similarity.py.
+Unlike the rest of this room it knows the model and the process groups; the maths is in routing.py and
+similarity.py.
 """
 
 from __future__ import annotations
@@ -23,17 +24,23 @@ from megatron_evomoe.parallel import backend
 
 
 class Watch:
-    """Counts and a sample of logits of every mixture layer of the whole model; this rank fills in its own layers."""
+    """Counts and a sample of logits of every mixture layer of the whole model; this rank fills in its own
+    layers.
+    """
 
     def __init__(self, config: RunConfig, *, with_logits: bool) -> None:
         pattern = config.moe.layer_pattern(config.language.num_layers)
-        self.layers = [layer for layer, is_moe in enumerate(pattern) if is_moe]  # from 0, as megatron-core's own metrics
+        self.layers = [
+            layer for layer, is_moe in enumerate(pattern) if is_moe
+        ]  # from 0, as megatron-core's own metrics
         self._index = {layer + 1: i for i, layer in enumerate(self.layers)}  # routers count from 1
         experts = config.moe.num_experts
         self.shares = ShareCounter(len(self.layers), experts, backend.device())
         self.logits = LogitSample(len(self.layers), experts, seed=dist.get_rank()) if with_logits else None
 
-    def __call__(self, layer_number: int, token_types: Tensor, logits: Tensor, probs: Tensor, routing_map: Tensor) -> None:
+    def __call__(
+        self, layer_number: int, token_types: Tensor, logits: Tensor, probs: Tensor, routing_map: Tensor
+    ) -> None:
         """The router's observer."""
         index = self._index[layer_number]
         self.shares.add(index, token_types, routing_map)
@@ -41,8 +48,9 @@ class Watch:
             self.logits.add(index, token_types, logits)
 
     def total(self) -> Tensor:
-        """Counts over all ranks, int64 [L, 2, E]. Communicates. Ranks that share tokens (TP without sequence parallelism)
-        count them each, which leaves shares as they are."""
+        """Counts over all ranks, int64 [L, 2, E]. Communicates. Ranks that share tokens (TP without sequence
+        parallelism) count them each, which leaves shares as they are.
+        """
         counts = self.shares.counts.clone()
         dist.all_reduce(counts)
         return counts
@@ -74,8 +82,10 @@ def watching(layers: Sequence[Any], config: RunConfig, *, with_logits: bool = Tr
 def shuffled(layers: Sequence[Any], seed: int, mode: str = "random") -> Iterator[None]:
     """The paper's shuffle test for the time of the block: see `routing.shuffle_routing`.
 
-    Every forward draws anew. Ranks of a TP group draw alike where they share tokens, for they count calls alike.
+    Every forward draws anew. Ranks of a TP group draw alike where they share tokens, for they count calls
+    alike.
     """
+
     def intervention(generator: torch.Generator) -> Any:
         def intervene(probs: Tensor, routing_map: Tensor, token_types: Tensor) -> tuple[Tensor, Tensor]:
             permutation = draw_permutation(mode, len(probs), probs.shape[1], generator)  # type: ignore[arg-type]
@@ -86,7 +96,9 @@ def shuffled(layers: Sequence[Any], seed: int, mode: str = "random") -> Iterator
 
     for layer in layers:
         replica = ps.get_data_parallel_rank()
-        layer.router.intervene = intervention(torch.Generator().manual_seed(seed * 1_000_003 + layer.layer_number * 1009 + replica))
+        layer.router.intervene = intervention(
+            torch.Generator().manual_seed(seed * 1_000_003 + layer.layer_number * 1009 + replica)
+        )
     try:
         yield
     finally:
@@ -99,8 +111,10 @@ def expert_similarity(layers: Sequence[Any], config: RunConfig) -> dict[str, Ten
     pattern = config.moe.layer_pattern(config.language.num_layers)
     numbers = [i + 1 for i, is_moe in enumerate(pattern) if is_moe]
     experts = config.moe.num_experts
-    grams = {name: torch.zeros(len(numbers), experts, experts, dtype=torch.float64, device=backend.device())
-             for name in ("weights", "weights, less their mean")}
+    grams = {
+        name: torch.zeros(len(numbers), experts, experts, dtype=torch.float64, device=backend.device())
+        for name in ("weights", "weights, less their mean")
+    }
     for layer in layers:
         weights = _all_experts(layer)
         for name, reference in (("weights", None), ("weights, less their mean", "mean")):
@@ -113,8 +127,13 @@ def expert_similarity(layers: Sequence[Any], config: RunConfig) -> dict[str, Ten
 
 
 def _all_experts(layer: Any) -> Tensor:
-    """[E, P] flattened weights of one layer's experts (this rank's expert-TP shard of each). Communicates over EP."""
-    local = [torch.cat([p.detach().flatten() for p in expert.parameters()]) for expert in local_experts(layer.experts)]
+    """[E, P] flattened weights of one layer's experts (this rank's expert-TP shard of each). Communicates
+    over EP.
+    """
+    local = [
+        torch.cat([p.detach().flatten() for p in expert.parameters()])
+        for expert in local_experts(layer.experts)
+    ]
     mine = torch.stack(local)
     everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(layer.ep_group))]
     dist.all_gather(everyone, mine, group=layer.ep_group)
@@ -135,12 +154,24 @@ class _ParameterGroup:
         self._experts, self._index = experts, index
 
     def parameters(self) -> list[Tensor]:
-        return [getattr(getattr(self._experts, fc), f"weight{self._index}") for fc in ("linear_fc1", "linear_fc2")]
+        return [
+            getattr(getattr(self._experts, fc), f"weight{self._index}") for fc in ("linear_fc1", "linear_fc2")
+        ]
 
 
-def save(run_dir: Path, stage: str, step: int, watch: Watch, layers: Sequence[Any], config: RunConfig, *,
-         is_main: bool) -> dict[str, Any]:
-    """Merge over ranks and write shares, logits and similarity; returns {"shares": counts, "similarity": …}. Communicates."""
+def save(
+    run_dir: Path,
+    stage: str,
+    step: int,
+    watch: Watch,
+    layers: Sequence[Any],
+    config: RunConfig,
+    *,
+    is_main: bool,
+) -> dict[str, Any]:
+    """Merge over ranks and write shares, logits and similarity; returns {"shares": counts, "similarity": …}.
+    Communicates.
+    """
     counts = watch.total().cpu()
     watch.merge_logits()
     similarity = expert_similarity(layers, config)

@@ -8,7 +8,9 @@ import numpy as np
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """Centred running mean over about 1/25 of the points, narrower at the ends; nan where the window holds no finite value."""
+    """Centred running mean over about 1/25 of the points, narrower at the ends; nan where the window holds no
+    finite value.
+    """
     half = max(1, len(values) // 50)
     finite = np.isfinite(values)
     sums = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
@@ -20,7 +22,9 @@ def smooth(values: np.ndarray) -> np.ndarray:
 
 
 def density(values: np.ndarray, grid: np.ndarray) -> np.ndarray:
-    """Gaussian kernel density of `values` [n] at `grid` [g]: Silverman's bandwidth, at least two grid steps; 0 without values."""
+    """Gaussian kernel density of `values` [n] at `grid` [g]: Silverman's bandwidth, at least two grid steps;
+    0 without values.
+    """
     values = values[np.isfinite(values)]
     if not len(values):
         return np.zeros_like(grid)

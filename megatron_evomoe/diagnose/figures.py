@@ -1,6 +1,7 @@
 """The drawings: each takes plain records and returns a matplotlib figure. Reading and saving is `plots.py`'s.
 
-One look for all: 8 × n inches at 150 dpi (1200 px, a README's width), Okabe-Ito colours, text always blue, vision always orange.
+One look for all: 8 × n inches at 150 dpi (1200 px, a README's width), Okabe-Ito colours, text always blue,
+vision always orange.
 """
 
 from __future__ import annotations
@@ -26,8 +27,18 @@ COLOURS = {"text": "#0072B2", "vision": "#E69F00"}
 KIND_COLOURS = ("#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#0072B2", "#F0E442", "#000000")
 KIND_MARKERS = "osD^vPX"
 INK, FAINT = "#222222", "#9A9A9A"
-STYLE = {"font.size": 9.5, "axes.titlesize": 9.5, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": FAINT,
-         "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "legend.frameon": False, "figure.dpi": DPI}
+STYLE = {
+    "font.size": 9.5,
+    "axes.titlesize": 9.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": FAINT,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "legend.frameon": False,
+    "figure.dpi": DPI,
+}
 MOST_LAYERS = 6  # panels per figure side that stay legible; deeper models show that many, evenly spread
 
 
@@ -39,8 +50,15 @@ def loss_curves(stages: list[dict[str, Any]], evaluations: list[dict[str, Any]])
     """
     heights = [3, 2] if evaluations else [1]
     with plt.rc_context(STYLE):
-        fig, axes = plt.subplots(len(heights), 1, figsize=(WIDTH, 5.6 if evaluations else 3.8), sharex=True, squeeze=False,
-                                 layout="constrained", gridspec_kw={"height_ratios": heights})
+        fig, axes = plt.subplots(
+            len(heights),
+            1,
+            figsize=(WIDTH, 5.6 if evaluations else 3.8),
+            sharex=True,
+            squeeze=False,
+            layout="constrained",
+            gridspec_kw={"height_ratios": heights},
+        )
         top = axes[0, 0]
         for stage in stages:
             x, loss = stage["start"] + np.asarray(stage["steps"]), np.asarray(stage["loss"], dtype=float)
@@ -52,8 +70,11 @@ def loss_curves(stages: list[dict[str, Any]], evaluations: list[dict[str, Any]])
         if evaluations:
             _accuracy_points(axes[1, 0], evaluations)
         axes[-1, 0].set_xlabel("optimizer step, all stages in a row")
-        _headline(fig, "Training loss" + (" and held-out accuracy" if evaluations else "") + " by stage",
-                  "line: running mean, pale: every logged step")
+        _headline(
+            fig,
+            "Training loss" + (" and held-out accuracy" if evaluations else "") + " by stage",
+            "line: running mean, pale: every logged step",
+        )
     return fig
 
 
@@ -79,19 +100,42 @@ def _mark_stages(axes: Any, stages: list[dict[str, Any]]) -> None:
     for stage, end in zip(stages, ends, strict=True):
         # short stages get slanted names, which would run into each other otherwise
         narrow = (end - stage["start"]) / ends[-1] < 0.016 * len(stage["name"])
-        axes[0].text((stage["start"] + end) / 2, 1.02, stage["name"], transform=axes[0].get_xaxis_transform(), va="bottom",
-                     ha="left" if narrow else "center", rotation=30 if narrow else 0, fontweight="bold", color=INK)
+        axes[0].text(
+            (stage["start"] + end) / 2,
+            1.02,
+            stage["name"],
+            transform=axes[0].get_xaxis_transform(),
+            va="bottom",
+            ha="left" if narrow else "center",
+            rotation=30 if narrow else 0,
+            fontweight="bold",
+            color=INK,
+        )
 
 
 def _accuracy_points(ax: Axes, evaluations: list[dict[str, Any]]) -> None:
-    """Solid: as asked; dashed and hollow: the same questions with the image blanked, what guessing alone reaches."""
+    """Solid: as asked; dashed and hollow: the same questions with the image blanked, what guessing alone
+    reaches.
+    """
     kinds = list(dict.fromkeys(k for e in evaluations for k in e["accuracy"]))
-    for field, look in (("blind", {"linestyle": "--", "markerfacecolor": "white"}), ("accuracy", {"linestyle": "-"})):
+    for field, look in (
+        ("blind", {"linestyle": "--", "markerfacecolor": "white"}),
+        ("accuracy", {"linestyle": "-"}),
+    ):
         for i, kind in enumerate(kinds):
             points = sorted((e["x"], 100 * float(e[field][kind])) for e in evaluations if kind in e[field])
             if points:
-                ax.plot(*zip(*points, strict=True), color=KIND_COLOURS[i % 7], marker=KIND_MARKERS[i % 7], markersize=5,
-                        linewidth=1.2, label=kind if field == "accuracy" else None, clip_on=False, zorder=3, **look)
+                ax.plot(
+                    *zip(*points, strict=True),
+                    color=KIND_COLOURS[i % 7],
+                    marker=KIND_MARKERS[i % 7],
+                    markersize=5,
+                    linewidth=1.2,
+                    label=kind if field == "accuracy" else None,
+                    clip_on=False,
+                    zorder=3,
+                    **look,
+                )
     if any(e["blind"] for e in evaluations):
         ax.plot([], [], color=FAINT, linestyle="--", label="image blanked")
     ax.set_ylim(0, 100)
@@ -101,33 +145,52 @@ def _accuracy_points(ax: Axes, evaluations: list[dict[str, Any]]) -> None:
 
 
 def modality_shares(layers: list[int], counts: np.ndarray, divergence: list[float], where: str) -> Figure:
-    """counts: [L, 2, E], text and vision. One panel per layer, two bars per expert; each colour sums to 100 % in its panel."""
+    """counts: [L, 2, E], text and vision. One panel per layer, two bars per expert; each colour sums to 100 %
+    in its panel.
+    """
     chosen = spread(len(layers), 12)
     experts = counts.shape[2]
     columns = min(4, len(chosen)) if experts <= 8 else min(2, len(chosen))
     rows = math.ceil(len(chosen) / columns)
     with plt.rc_context(STYLE):
-        fig, axes = plt.subplots(rows, columns, figsize=(WIDTH, 1.2 + 2.0 * rows), sharex=True, sharey=True, squeeze=False,
-                                 layout="constrained")
+        fig, axes = plt.subplots(
+            rows,
+            columns,
+            figsize=(WIDTH, 1.2 + 2.0 * rows),
+            sharex=True,
+            sharey=True,
+            squeeze=False,
+            layout="constrained",
+        )
         highest = 0.0
         for ax, i in zip(axes.flat, chosen, strict=False):
             total = counts[i].sum(-1, keepdims=True)
             shares = 100 * np.divide(counts[i], total, out=np.zeros(counts[i].shape), where=total > 0)
             highest = max(highest, shares.max(), 100 / experts)
             for m, (modality, shift) in enumerate((("text", -0.2), ("vision", 0.2))):
-                ax.bar(np.arange(experts) + shift, shares[m], width=0.38, color=COLOURS[modality], label=_TOKEN_NAMES[modality])
+                ax.bar(
+                    np.arange(experts) + shift,
+                    shares[m],
+                    width=0.38,
+                    color=COLOURS[modality],
+                    label=_TOKEN_NAMES[modality],
+                )
             ax.axhline(100 / experts, color=INK, linewidth=0.8, linestyle="--", label="even share")
             ax.set_title(f"layer {layers[i]}    JSD {float(divergence[i]):.2f}".replace("nan", "–"))
             ax.set_xticks(range(0, experts, max(1, experts // 8)))
         axes[0, 0].set_ylim(0, min(100, 1.1 * highest))
-        for ax in axes.flat[len(chosen):]:
+        for ax in axes.flat[len(chosen) :]:
             ax.set_axis_off()
         for ax in axes[-1]:
             ax.set_xlabel("expert")
         fig.supylabel("share of tokens (%)", fontsize=9.5)
         fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-        _headline(fig, f"Which expert gets which modality: {where}",
-                  "JSD: divergence of the two in bits; 0 = routed alike, 1 = no expert in common" + _part(chosen, layers, "layers"))
+        _headline(
+            fig,
+            f"Which expert gets which modality: {where}",
+            "JSD: divergence of the two in bits; 0 = routed alike, 1 = no expert in common"
+            + _part(chosen, layers, "layers"),
+        )
     return fig
 
 
@@ -135,14 +198,22 @@ _TOKEN_NAMES = {"text": "text tokens", "vision": "image tokens"}
 
 
 def logit_densities(layers: list[int], values: dict[str, list[Any]], where: str) -> Figure:
-    """values: {"text", "vision"} -> [L][n][E] router logits. One panel per layer and expert, one density per modality."""
+    """values: {"text", "vision"} -> [L][n][E] router logits. One panel per layer and expert, one density per
+    modality.
+    """
     chosen = spread(len(layers), MOST_LAYERS)
     arrays = {m: [np.asarray(values[m][i], dtype=float) for i in chosen] for m in COLOURS}
     experts = max(a.shape[1] for cells in arrays.values() for a in cells if a.ndim == 2)
     shown = spread(experts, 8)
     with plt.rc_context(STYLE):
-        fig, axes = plt.subplots(len(chosen), len(shown), figsize=(WIDTH, 1.3 + 1.25 * len(chosen)), sharex="row", squeeze=False,
-                                 layout="constrained")
+        fig, axes = plt.subplots(
+            len(chosen),
+            len(shown),
+            figsize=(WIDTH, 1.3 + 1.25 * len(chosen)),
+            sharex="row",
+            squeeze=False,
+            layout="constrained",
+        )
         for row, i in enumerate(chosen):
             pool = np.concatenate([arrays[m][row].ravel() for m in COLOURS])
             pool = pool[np.isfinite(pool)]
@@ -152,7 +223,13 @@ def logit_densities(layers: list[int], values: dict[str, list[Any]], where: str)
                 ax = axes[row, column]
                 for modality, colour in COLOURS.items():
                     if arrays[modality][row].ndim == 2:
-                        _filled(ax, grid, density(arrays[modality][row][:, e], grid), colour, _TOKEN_NAMES[modality])
+                        _filled(
+                            ax,
+                            grid,
+                            density(arrays[modality][row][:, e], grid),
+                            colour,
+                            _TOKEN_NAMES[modality],
+                        )
                 ax.set_yticks([])
                 ax.xaxis.set_major_locator(MaxNLocator(2 if len(shown) > 4 else 4))
                 ax.set_ylim(bottom=0)
@@ -163,11 +240,17 @@ def logit_densities(layers: list[int], values: dict[str, list[Any]], where: str)
             axes[row, 0].set_ylabel(f"layer {layers[i]}")
         for ax in axes[-1]:
             ax.set_xlabel("router logit")
-        handles, names = max((ax.get_legend_handles_labels() for ax in axes.flat), key=lambda found: len(found[0]))
+        handles, names = max(
+            (ax.get_legend_handles_labels() for ax in axes.flat), key=lambda found: len(found[0])
+        )
         fig.legend(handles, names, loc="outside lower center", ncols=2)
-        _headline(fig, f"Router logits by modality: {where}",
-                  "the less the colours overlap, the more the router tells image from text tokens"
-                  + _part(chosen, layers, "layers") + _part(shown, range(experts), "experts"))
+        _headline(
+            fig,
+            f"Router logits by modality: {where}",
+            "the less the colours overlap, the more the router tells image from text tokens"
+            + _part(chosen, layers, "layers")
+            + _part(shown, range(experts), "experts"),
+        )
     return fig
 
 
@@ -177,7 +260,9 @@ def _filled(ax: Axes, x: np.ndarray, y: np.ndarray, colour: str, label: str) -> 
 
 
 def similarities(layers: list[int], of: dict[str, np.ndarray], where: str) -> Figure:
-    """of: what is compared -> [L, E, E] cosines. A grid of heat maps, the longer of layers and comparisons across."""
+    """of: what is compared -> [L, E, E] cosines. A grid of heat maps, the longer of layers and comparisons
+    across.
+    """
     chosen, names = spread(len(layers), MOST_LAYERS), list(of)
     across = len(chosen) > len(names)  # layers go across
     rows, columns = (len(names), len(chosen)) if across else (len(chosen), len(names))
@@ -195,9 +280,20 @@ def similarities(layers: list[int], of: dict[str, np.ndarray], where: str) -> Fi
                 ax.set_ylabel(f"{beside}\nexpert")
             if row == rows - 1:
                 ax.set_xlabel("expert")
-        fig.colorbar(image, ax=axes, shrink=min(1.0, 3.0 / size[1] + 0.2), aspect=25, label="cosine", ticks=[-1, -0.5, 0, 0.5, 1])
-        _headline(fig, f"How alike the experts are: {where}",
-                  "1: same direction, 0: unrelated, −1: opposite; mean over pairs of experts" + _part(chosen, layers, "layers"))
+        fig.colorbar(
+            image,
+            ax=axes,
+            shrink=min(1.0, 3.0 / size[1] + 0.2),
+            aspect=25,
+            label="cosine",
+            ticks=[-1, -0.5, 0, 0.5, 1],
+        )
+        _headline(
+            fig,
+            f"How alike the experts are: {where}",
+            "1: same direction, 0: unrelated, −1: opposite; mean over pairs of experts"
+            + _part(chosen, layers, "layers"),
+        )
     return fig
 
 
@@ -213,7 +309,15 @@ def _heat_map(ax: Axes, matrix: np.ndarray, side: float) -> Any:
     if side / experts > 0.4:
         for (r, c), value in np.ndenumerate(matrix):
             if r != c:
-                ax.text(c, r, _cosine(value), ha="center", va="center", fontsize=8, color="white" if abs(value) > 0.6 else INK)
+                ax.text(
+                    c,
+                    r,
+                    _cosine(value),
+                    ha="center",
+                    va="center",
+                    fontsize=8,
+                    color="white" if abs(value) > 0.6 else INK,
+                )
     return image
 
 
@@ -229,7 +333,9 @@ def _cosine(value: float) -> str:
 
 def _headline(fig: Figure, title: str, explanation: str) -> None:
     fig.suptitle(f"{title}\n", fontsize=12, fontweight="bold", color=INK)
-    fig.text(0.5, 1.0 - 0.33 / fig.get_figheight(), explanation, ha="center", va="top", fontsize=9, color="#555555")
+    fig.text(
+        0.5, 1.0 - 0.33 / fig.get_figheight(), explanation, ha="center", va="top", fontsize=9, color="#555555"
+    )
 
 
 def _part(shown: Sequence[int], everything: Sequence[int], of: str) -> str:
@@ -239,4 +345,8 @@ def _part(shown: Sequence[int], everything: Sequence[int], of: str) -> str:
 
 def spread(count: int, most: int) -> list[int]:
     """Up to `most` of range(count), evenly spread, first and last included."""
-    return list(range(count)) if count <= most else sorted({round(i * (count - 1) / (most - 1)) for i in range(most)})
+    return (
+        list(range(count))
+        if count <= most
+        else sorted({round(i * (count - 1) / (most - 1)) for i in range(most)})
+    )

@@ -1,4 +1,6 @@
-"""`python -m megatron_evomoe plot --run DIR`: figures from a run's saved JSONL alone; neither model nor data is needed."""
+"""`python -m megatron_evomoe plot --run DIR`: figures from a run's saved JSONL alone; neither model nor data
+is needed.
+"""
 
 from __future__ import annotations
 
@@ -72,7 +74,10 @@ def draw_loss(run_dir: Path) -> Figure:
         if event["event"] == "eval" and event.get("stage") in starts and event.get("accuracy") is not None:
             step = event.get("step", last_step[event["stage"]])
             evaluations[event["stage"], step] = {  # a repeated evaluation replaces the one before
-                "x": starts[event["stage"]] + step, "accuracy": _by_kind(event["accuracy"]), "blind": _by_kind(event.get("blind"))}
+                "x": starts[event["stage"]] + step,
+                "accuracy": _by_kind(event["accuracy"]),
+                "blind": _by_kind(event.get("blind")),
+            }
     return figures.loss_curves(stages, list(evaluations.values()))
 
 
@@ -106,7 +111,9 @@ def draw_similarity(run_dir: Path) -> Figure:
     from megatron_evomoe.diagnose import figures
 
     record = _last(run_dir, "similarity")
-    return figures.similarities(record["layers"], {k: np.asarray(v, dtype=float) for k, v in record["of"].items()}, _where(record))
+    return figures.similarities(
+        record["layers"], {k: np.asarray(v, dtype=float) for k, v in record["of"].items()}, _where(record)
+    )
 
 
 FIGURES: dict[str, Callable[[Path], Any]] = {

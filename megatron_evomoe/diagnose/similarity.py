@@ -10,21 +10,26 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 20  # weights per float64 slice: an expert of the 7B model has 10⁸, which twice over would not fit beside it
+CHUNK = (
+    1 << 20
+)  # weights per float64 slice: an expert of the 7B model has 10⁸, which twice over would not fit beside it
 
 
 def expert_similarity(weights: Sequence[Tensor], reference: Sequence[Tensor] | str | None = None) -> Tensor:
     """Pairwise cosine similarity of flattened expert weights.
 
     weights: one [E, P] per layer.
-    reference: what is subtracted first. None: nothing. A sequence of [P], one per layer: for instance the stage-I FFN that all
+    reference: what is subtracted first. None: nothing. A sequence of [P], one per layer: for instance the
+    stage-I FFN that all
         experts came from. "mean": the experts' own mean.
 
-    Experts that grew from one FFN differ by a thousandth of their norm, so their raw cosine is ~1 whatever they learned; the
-    cosine of *differences from the reference* tells whether they moved the same way (1), unrelatedly (0) or apart (< 0).
-    With "mean" the differences sum to zero: E unrelated experts score −1/(E − 1), not 0, and two always score −1.
+    Experts that grew from one FFN differ by a thousandth of their norm, so their raw cosine is ~1 whatever
+    they learned; the cosine of *differences from the reference* tells whether they moved the same way (1),
+    unrelatedly (0) or apart (< 0). With "mean" the differences sum to zero: E unrelated experts score −1/(E −
+    1), not 0, and two always score −1.
 
-    Returns float64 [L, E, E]; experts that equal the reference (no direction) are 1 to each other and 0 to the rest.
+    Returns float64 [L, E, E]; experts that equal the reference (no direction) are 1 to each other and 0 to
+    the rest.
 
     Raises:
         ValueError: `reference` is another string or has another number of layers.
@@ -37,13 +42,16 @@ def expert_similarity(weights: Sequence[Tensor], reference: Sequence[Tensor] | s
         references = [None] * len(weights) if reference is None else reference
     if len(references) != len(weights):
         raise ValueError(f"{len(references)} references for {len(weights)} layers; give one [P] per layer")
-    return torch.stack([cosine_from_gram(expert_gram(w, r)) for w, r in zip(weights, references, strict=True)])
+    return torch.stack(
+        [cosine_from_gram(expert_gram(w, r)) for w, r in zip(weights, references, strict=True)]
+    )
 
 
 def expert_gram(weights: Tensor, reference: Tensor | str | None = None) -> Tensor:
     """Inner products of one layer's experts: [E, P] -> float64 [E, E], after subtracting the reference.
 
-    A sum over P, so shards of the weights (tensor parallelism) add up: all-reduce the result, then `cosine_from_gram`.
+    A sum over P, so shards of the weights (tensor parallelism) add up: all-reduce the result, then
+    `cosine_from_gram`.
     """
     weights = weights.detach()
     gram = torch.zeros(len(weights), len(weights), dtype=torch.float64, device=weights.device)
@@ -61,13 +69,16 @@ def cosine_from_gram(gram: Tensor) -> Tensor:
     """[..., E, E] inner products -> cosines in [−1, 1], float64."""
     norm = gram.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
     scale = norm[..., :, None] * norm[..., None, :]
-    cosine = torch.where(scale > 0, gram / scale.clamp(min=torch.finfo(gram.dtype).tiny), torch.zeros_like(gram))
+    cosine = torch.where(
+        scale > 0, gram / scale.clamp(min=torch.finfo(gram.dtype).tiny), torch.zeros_like(gram)
+    )
     both_zero = (norm[..., :, None] == 0) & (norm[..., None, :] == 0)
     return torch.where(both_zero, torch.ones_like(cosine), cosine).clamp(-1.0, 1.0)
 
 
 def output_similarity(outputs: Tensor) -> Tensor:
-    """Mean pairwise cosine of expert outputs on the same tokens: [E, T, C] -> 0-d float64, over tokens and pairs.
+    """Mean pairwise cosine of expert outputs on the same tokens: [E, T, C] -> 0-d float64, over tokens and
+    pairs.
 
     What counts for a user: weights may differ and outputs agree, and the other way round.
     """

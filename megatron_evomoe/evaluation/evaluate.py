@@ -1,4 +1,6 @@
-"""``evaluate``: a benchmark's questions put to an exported model, batched over ranks, and the official metric of the answers."""
+"""``evaluate``: a benchmark's questions put to an exported model, batched over ranks, and the official metric
+of the answers.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,14 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from megatron_evomoe.arguments import whole
 from megatron_evomoe.data.errors import SampleError
@@ -23,26 +32,65 @@ from megatron_evomoe.evaluation.ranks import Ranks
 from megatron_evomoe.evaluation.registry import BENCHMARKS
 from megatron_evomoe.evaluation.report import report
 from megatron_evomoe.evaluation.store import AnswerStore
-from megatron_evomoe.hf.loading import DTYPES, LoadedModel, ModelError, check_directory, greedy, load, user_message
+from megatron_evomoe.hf.loading import (
+    DTYPES,
+    LoadedModel,
+    ModelError,
+    check_directory,
+    greedy,
+    load,
+    user_message,
+)
 
 _SAMPLED_BYTES = 1 << 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of ``evaluate``."""
-    parser.add_argument("--model", required=True, type=Path, help="directory that convert_to_hf wrote, or a plain LLaVA one")
+    parser.add_argument(
+        "--model", required=True, type=Path, help="directory that convert_to_hf wrote, or a plain LLaVA one"
+    )
     parser.add_argument("--benchmark", required=True, choices=list(BENCHMARKS))
-    parser.add_argument("--questions", required=True, type=Path, help="the benchmark's own file or folder (docs/evaluation.md)")
-    parser.add_argument("--images", type=Path, help="folder of the images, where the benchmark keeps them apart")
+    parser.add_argument(
+        "--questions",
+        required=True,
+        type=Path,
+        help="the benchmark's own file or folder (docs/evaluation.md)",
+    )
+    parser.add_argument(
+        "--images", type=Path, help="folder of the images, where the benchmark keeps them apart"
+    )
     parser.add_argument("--annotations", type=Path, help="VQAv2: the answers, where they are public")
-    parser.add_argument("--ocr-tokens", type=Path, help="TextVQA: Rosetta OCR tokens to show under each question")
-    parser.add_argument("--split", default="test", help="ScienceQA: which split of pid_splits.json (default %(default)s)")
-    parser.add_argument("--output", required=True, type=Path, help="folder for predictions.jsonl, metrics.json, submission files")
-    parser.add_argument("--batch-size", type=whole(1, 2**20), default=8,
-                        help="questions answered together on each rank (default %(default)s)")
-    parser.add_argument("--max-new-tokens", type=whole(1, 2**20), default=128, help="longest answer (default %(default)s, LLaVA's)")
-    parser.add_argument("--limit", type=whole(1), help="only the first questions, for a trial; a later run may raise it")
-    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="of the weights (default: the directory's)")
+    parser.add_argument(
+        "--ocr-tokens", type=Path, help="TextVQA: Rosetta OCR tokens to show under each question"
+    )
+    parser.add_argument(
+        "--split", default="test", help="ScienceQA: which split of pid_splits.json (default %(default)s)"
+    )
+    parser.add_argument(
+        "--output",
+        required=True,
+        type=Path,
+        help="folder for predictions.jsonl, metrics.json, submission files",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=whole(1, 2**20),
+        default=8,
+        help="questions answered together on each rank (default %(default)s)",
+    )
+    parser.add_argument(
+        "--max-new-tokens",
+        type=whole(1, 2**20),
+        default=128,
+        help="longest answer (default %(default)s, LLaVA's)",
+    )
+    parser.add_argument(
+        "--limit", type=whole(1), help="only the first questions, for a trial; a later run may raise it"
+    )
+    parser.add_argument(
+        "--dtype", default="auto", choices=DTYPES, help="of the weights (default: the directory's)"
+    )
     parser.add_argument("--device", help="cuda:0, cpu, …; default: this rank's GPU where there is one")
 
 
@@ -76,7 +124,9 @@ def _begin(benchmark: Benchmark, store: AnswerStore, args: argparse.Namespace) -
 
 
 def _questions(benchmark: Benchmark, args: argparse.Namespace) -> list[Item]:
-    """Every question of the files; `--limit` comes after, so that it does not change what the answers belong to."""
+    """Every question of the files; `--limit` comes after, so that it does not change what the answers belong
+    to.
+    """
     if not args.questions.exists():
         raise BenchmarkError(f"--questions {args.questions} does not exist")
     if args.images is not None and not args.images.is_dir():
@@ -105,9 +155,13 @@ def _job(args: argparse.Namespace, items: Sequence[Item]) -> dict[str, Any]:
 
 
 def _fingerprint(model: Path) -> str:
-    """Of all configuration, and of the ends and the size of each weight file: a retrained model differs there, and is soon read."""
+    """Of all configuration, and of the ends and the size of each weight file: a retrained model differs
+    there, and is soon read.
+    """
     digest = hashlib.sha256()
-    for path in sorted(p for p in model.iterdir() if p.suffix in (".json", ".jinja", ".model", ".safetensors")):
+    for path in sorted(
+        p for p in model.iterdir() if p.suffix in (".json", ".jinja", ".model", ".safetensors")
+    ):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}\n".encode())
         with open(path, "rb") as file:
@@ -117,10 +171,21 @@ def _fingerprint(model: Path) -> str:
     return digest.hexdigest()
 
 
-def _answer(share: Sequence[Item], model: LoadedModel, store: AnswerStore, ranks: Ranks, args: argparse.Namespace) -> None:
-    columns = (TextColumn(args.benchmark), BarColumn(), MofNCompleteColumn(), TextColumn(f"of rank 0 of {ranks.size}"),
-               TimeElapsedColumn(), TimeRemainingColumn())
-    with store.writer(ranks.index) as writer, Progress(*columns, console=Console(stderr=True), disable=ranks.index > 0) as progress:
+def _answer(
+    share: Sequence[Item], model: LoadedModel, store: AnswerStore, ranks: Ranks, args: argparse.Namespace
+) -> None:
+    columns = (
+        TextColumn(args.benchmark),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(f"of rank 0 of {ranks.size}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with (
+        store.writer(ranks.index) as writer,
+        Progress(*columns, console=Console(stderr=True), disable=ranks.index > 0) as progress,
+    ):
         task = progress.add_task("", total=len(share))
         for items, batch in _encoded(share, model, args.batch_size):
             answers = model.answer(batch, **greedy(args.max_new_tokens))

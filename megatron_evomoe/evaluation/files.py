@@ -44,7 +44,9 @@ def field(record: Any, name: str, kind: type | tuple[type, ...], where: str) -> 
     if not isinstance(record, dict):
         raise BenchmarkError(f"{where}: expected an object with {name!r}, got a {type(record).__name__}")
     if name not in record:
-        raise BenchmarkError(f"{where}: field {name!r} is missing; it has {', '.join(map(repr, record)) or 'none'}")
+        raise BenchmarkError(
+            f"{where}: field {name!r} is missing; it has {', '.join(map(repr, record)) or 'none'}"
+        )
     value = record[name]
     if not isinstance(value, kind) or isinstance(value, bool):
         wanted = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))

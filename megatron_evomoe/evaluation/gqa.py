@@ -16,11 +16,15 @@ from megatron_evomoe.evaluation.scores import grouped, mean_by, mean_percent
 
 
 def read(source: Source) -> list[Item]:
-    """``testdev_balanced_questions.json``: question id -> question, imageId, isBalanced, answer, types, groups (no answer in the
-    test and challenge splits)."""
+    """``testdev_balanced_questions.json``: question id -> question, imageId, isBalanced, answer, types,
+    groups (no answer in the test and challenge splits).
+    """
     questions = read_json(source.questions)
     if not isinstance(questions, dict):
-        raise BenchmarkError(f"{source.questions}: expected an object of question id to question, got a {type(questions).__name__}")
+        raise BenchmarkError(
+            f"{source.questions}: expected an object of question id to question, got a "
+            f"{type(questions).__name__}"
+        )
     return [_item(question_id, record, source) for question_id, record in questions.items()]
 
 
@@ -37,14 +41,20 @@ def _item(question_id: str, record: dict, source: Source) -> Item:
             "semantic": field(types, "semantic", str, f"{where}.types"),
             "global_group": (record.get("groups") or {}).get("global"),
         }
-    return Item(question_id, short_answer(field(record, "question", str, where)),
-                (find_image(source, (name, f"images/{name}"), where),), metadata)
+    return Item(
+        question_id,
+        short_answer(field(record, "question", str, where)),
+        (find_image(source, (name, f"images/{name}"), where),),
+        metadata,
+    )
 
 
 def score(items: Sequence[Item], answers: Answers) -> Metrics:
-    """Exact accuracy in percent over the balanced questions: all, binary, open, by type; and the distribution's distance.
+    """Exact accuracy in percent over the balanced questions: all, binary, open, by type; and the
+    distribution's distance.
 
-    Source: GQA's eval.py. Its consistency, validity, plausibility and grounding need files beside the questions and are left out.
+    Source: GQA's eval.py. Its consistency, validity, plausibility and grounding need files beside the
+    questions and are left out.
     """
     known = [item for item in items if item.metadata["answer"] is not None and item.metadata["balanced"]]
     if not known:
@@ -60,7 +70,9 @@ def score(items: Sequence[Item], answers: Answers) -> Metrics:
 
 
 def _distribution(items: Sequence[Item], answers: Answers) -> Metrics:
-    """Chi-square between true and given answers in each global group, averaged by group size; lower is better, 0 is equal."""
+    """Chi-square between true and given answers in each global group, averaged by group size; lower is
+    better, 0 is equal.
+    """
     groups = grouped((i.metadata["global_group"], i) for i in items if i.metadata["global_group"] is not None)
     if not groups:
         return {}
@@ -73,7 +85,9 @@ def _distribution(items: Sequence[Item], answers: Answers) -> Metrics:
 
 
 def submission(items: Sequence[Item], answers: Answers, folder: Path) -> list[Path]:
-    """``submission.json``, which eval.py takes as ``--predictions`` and the server takes: questionId and prediction."""
+    """``submission.json``, which eval.py takes as ``--predictions`` and the server takes: questionId and
+    prediction.
+    """
     path = folder / "submission.json"
     rows = [{"questionId": item.id, "prediction": gqa_answer(answers[item.id])} for item in items]
     write_atomically(path, json.dumps(rows).encode())

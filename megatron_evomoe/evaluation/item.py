@@ -14,7 +14,9 @@ Answers = Mapping[str, str]
 
 
 class BenchmarkError(ValueError):
-    """Files, flags or answers that an evaluation cannot go on with; the message names the file and the line or field."""
+    """Files, flags or answers that an evaluation cannot go on with; the message names the file and the line
+    or field.
+    """
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,6 @@
-"""MMBench: multiple choice over 20 abilities; a question counts when it is right under every rotation of its options."""
+"""MMBench: multiple choice over 20 abilities; a question counts when it is right under every rotation of its
+options.
+"""
 
 from __future__ import annotations
 
@@ -26,14 +28,16 @@ _NOTHING = {"", "nan", "none"}
 
 
 def read(source: Source) -> list[Item]:
-    """A published TSV: index, question, hint, A … D, image (base64), answer, category, l2-category, split; hint, the answer and
-    the categories may be missing.
+    """A published TSV: index, question, hint, A … D, image (base64), answer, category, l2-category, split;
+    hint, the answer and the categories may be missing.
 
     A file that has answers but no rotated rows gets them, so that every file is scored in circles.
     """
     rows = {int(index): (where, row) for index, where, row in _rows(source.questions)}
     if rows and max(rows) < _ROTATION and all(_text(row, "answer") for _, row in rows.values()):
-        rows = {index: (where, row) for at, (where, row) in rows.items() for index, row in _rotations(at, row)}
+        rows = {
+            index: (where, row) for at, (where, row) in rows.items() for index, row in _rotations(at, row)
+        }
     return [_item(index, row, rows, where) for index, (where, row) in rows.items()]
 
 
@@ -79,7 +83,9 @@ def _rotations(index: int, row: dict[str, str]) -> Iterator[tuple[int, dict[str,
         yield index + k * _ROTATION, {**row, **turned, "answer": answer}
 
 
-def _item(index: int, row: dict[str, str], rows: Mapping[int, tuple[str, dict[str, str]]], where: str) -> Item:
+def _item(
+    index: int, row: dict[str, str], rows: Mapping[int, tuple[str, dict[str, str]]], where: str
+) -> Item:
     options, answer = _options(row), _text(row, "answer") or None
     if len(options) < 2:
         raise BenchmarkError(f"{where}: fewer than two options")
@@ -90,8 +96,14 @@ def _item(index: int, row: dict[str, str], rows: Mapping[int, tuple[str, dict[st
         id=str(index),
         prompt=_prompt(question, _text(row, "hint"), list(options.values())),
         images=(_image(row, rows, where),),
-        metadata={"answer": answer, "question": question, "options": options, "split": _text(row, "split"),
-                  "category": _text(row, "category"), "l2_category": _text(row, "l2-category")},
+        metadata={
+            "answer": answer,
+            "question": question,
+            "options": options,
+            "split": _text(row, "split"),
+            "category": _text(row, "category"),
+            "l2_category": _text(row, "l2-category"),
+        },
         group=str(index % _ROTATION),
     )
 
@@ -115,10 +127,11 @@ def _prompt(question: str, hint: str, options: Sequence[str]) -> str:
 
 
 def score(items: Sequence[Item], answers: Answers) -> Metrics:
-    """Circular accuracy in percent, overall and by both levels of category; `vanilla` counts the unrotated rows alone.
+    """Circular accuracy in percent, overall and by both levels of category; `vanilla` counts the unrotated
+    rows alone.
 
-    A file with several splits is scored by split as well. Source: the MMBench paper (arXiv 2307.06281, section 4) and
-    VLMEvalKit's mcq_circular_eval, whose matching without a judge model is used.
+    A file with several splits is scored by split as well. Source: the MMBench paper (arXiv 2307.06281,
+    section 4) and VLMEvalKit's mcq_circular_eval, whose matching without a judge model is used.
     """
     groups = grouped((i.group, i) for i in items if i.metadata["answer"] is not None)
     if not groups:
@@ -126,7 +139,10 @@ def score(items: Sequence[Item], answers: Answers) -> Metrics:
     right = {i.id: _is_right(i, answers[i.id]) for members in groups.values() for i in members}
     unrotated = [min(members, key=lambda item: int(item.id)) for members in groups.values()]
     circular = [(i.metadata, float(all(right[j.id] for j in groups[i.group]))) for i in unrotated]
-    metrics = {"accuracy": mean_percent([s for _, s in circular]), "vanilla": mean_percent([right[i.id] for i in unrotated])}
+    metrics = {
+        "accuracy": mean_percent([s for _, s in circular]),
+        "vanilla": mean_percent([right[i.id] for i in unrotated]),
+    }
     for name in ("l2_category", "category", "split"):
         if len({m[name] for m, _ in circular}) > 1:
             metrics[f"by_{name}"] = mean_by((m[name], s) for m, s in circular)
@@ -138,14 +154,23 @@ def _is_right(item: Item, answer: str) -> bool:
 
 
 def submission(items: Sequence[Item], answers: Answers, folder: Path) -> list[Path]:
-    """``submission.tsv``, and ``submission.xlsx`` where openpyxl is installed: index, question, A … D, answer?, prediction."""
+    """``submission.tsv``, and ``submission.xlsx`` where openpyxl is installed: index, question, A … D,
+    answer?, prediction.
+    """
     letters = [letter for letter in LETTERS if any(letter in item.metadata["options"] for item in items)]
     labelled = ["answer"] if any(item.metadata["answer"] for item in items) else []
     rows: list[list[object]] = [["index", "question", *letters, *labelled, "prediction"]]
     for item in items:
         known = [item.metadata["answer"] for _ in labelled]
-        rows.append([int(item.id), item.metadata["question"], *(item.metadata["options"].get(x, "") for x in letters), *known,
-                     answers[item.id].replace("\0", "")])  # which csv cannot write on Python 3.10
+        rows.append(
+            [
+                int(item.id),
+                item.metadata["question"],
+                *(item.metadata["options"].get(x, "") for x in letters),
+                *known,
+                answers[item.id].replace("\0", ""),
+            ]
+        )  # which csv cannot write on Python 3.10
     table = io.StringIO(newline="")
     csv.writer(table, delimiter="\t", lineterminator="\n").writerows(rows)
     paths = [folder / "submission.tsv"]

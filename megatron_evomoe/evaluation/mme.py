@@ -12,13 +12,25 @@ from megatron_evomoe.evaluation.normalize import mme_yes_no
 from megatron_evomoe.evaluation.prompts import short_answer
 from megatron_evomoe.evaluation.scores import grouped, mean_percent
 
-PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
+PERCEPTION = (
+    "existence",
+    "count",
+    "position",
+    "color",
+    "posters",
+    "celebrity",
+    "scene",
+    "landmark",
+    "artwork",
+    "OCR",
+)
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 _YES_NO = "Please answer yes or no."
 
 
 def read(source: Source) -> list[Item]:
-    """The release's folder: ``<category>/questions_answers_YN/*.txt`` beside ``images/``, or texts and images side by side.
+    """The release's folder: ``<category>/questions_answers_YN/*.txt`` beside ``images/``, or texts and images
+    side by side.
 
     A text has two lines, ``question TAB Yes|No``, and the name of its image.
     """
@@ -27,7 +39,9 @@ def read(source: Source) -> list[Item]:
     source = replace(source, images=source.images or source.questions)
     items = [item for category in (*PERCEPTION, *COGNITION) for item in _category(category, source)]
     if not items:
-        raise BenchmarkError(f"{source.questions} holds none of MME's categories ({', '.join(PERCEPTION[:3])}, …)")
+        raise BenchmarkError(
+            f"{source.questions} holds none of MME's categories ({', '.join(PERCEPTION[:3])}, …)"
+        )
     return items
 
 
@@ -35,12 +49,21 @@ def _category(category: str, source: Source) -> Iterator[Item]:
     folder = source.questions / category
     nested = folder / "questions_answers_YN"
     for path in sorted((nested if nested.is_dir() else folder).glob("*.txt")):
-        names = tuple(f"{category}/{below}{path.stem}{end}" for below in ("images/", "") for end in (".jpg", ".png", ".jpeg"))
+        names = tuple(
+            f"{category}/{below}{path.stem}{end}"
+            for below in ("images/", "")
+            for end in (".jpg", ".png", ".jpeg")
+        )
         image = find_image(source, names, str(path))
         for number, (question, answer) in enumerate(_questions(path)):
             group = f"{category}/{path.stem}"
-            yield Item(f"{group}/{number}", short_answer(question.replace(_YES_NO, "")), (image,),
-                       {"category": category, "answer": answer}, group)
+            yield Item(
+                f"{group}/{number}",
+                short_answer(question.replace(_YES_NO, "")),
+                (image,),
+                {"category": category, "answer": answer},
+                group,
+            )
 
 
 def _questions(path: Path) -> list[tuple[str, str]]:
@@ -58,14 +81,20 @@ def _questions(path: Path) -> list[tuple[str, str]]:
 
 
 def score(items: Sequence[Item], answers: Answers) -> Metrics:
-    """By category acc, acc+ (both of an image's questions right) and their sum; the sums of perception and of cognition.
+    """By category acc, acc+ (both of an image's questions right) and their sum; the sums of perception and of
+    cognition.
 
     A total is given only when all its categories are there. Source: MME's eval_tool/calculation.py.
     """
-    right = grouped((i.metadata["category"], (i.group, mme_yes_no(answers[i.id]) == i.metadata["answer"])) for i in items)
+    right = grouped(
+        (i.metadata["category"], (i.group, mme_yes_no(answers[i.id]) == i.metadata["answer"])) for i in items
+    )
     by_category = {category: _category_score(found) for category, found in right.items()}
-    totals = {name: sum(by_category[c]["score"] for c in parts)
-              for name, parts in (("perception", PERCEPTION), ("cognition", COGNITION)) if set(parts) <= set(by_category)}
+    totals = {
+        name: sum(by_category[c]["score"] for c in parts)
+        for name, parts in (("perception", PERCEPTION), ("cognition", COGNITION))
+        if set(parts) <= set(by_category)
+    }
     return {**totals, "by_category": by_category}
 
 

@@ -1,25 +1,40 @@
-"""From what a model said to what is compared: each benchmark's official reading of an answer, in one place."""
+"""From what a model said to what is compared: each benchmark's official reading of an answer, in one
+place.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 
-# The contractions the VQA evaluation knows, rightly spelled; people leave one apostrophe out. (Its table has I'm, I've and
-# I'd've too, but under a capital I, and only lower-case words are looked up.)
+# The contractions the VQA evaluation knows, rightly spelled; people leave one apostrophe out. (Its table has
+# I'm, I've and I'd've too, but under a capital I, and only lower-case words are looked up.)
 _CONTRACTIONS = """
-ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's how'd
-how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've o'clock oughtn't
-'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've
-someone'll someone's something'd something'd've something'll that's there'd there'd've there're there's they'd they'd've
-they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've when's where'd where's where've who'd
-who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've
-you'll you're you've
+ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd
+he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've
+needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've
+somebody'll somebody's someone'd someone'd've someone'll someone's something'd something'd've something'll
+that's there'd there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've
+weren't what'll what're what's what've when's where'd where's where've who'd who'd've who'll who's who've
+why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're
+you've
 """
-_NUMBERS = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7",
-            "eight": "8", "nine": "9", "ten": "10"}
+_NUMBERS = {
+    "none": "0",
+    "zero": "0",
+    "one": "1",
+    "two": "2",
+    "three": "3",
+    "four": "4",
+    "five": "5",
+    "six": "6",
+    "seven": "7",
+    "eight": "8",
+    "nine": "9",
+    "ten": "10",
+}
 _ARTICLES = {"a", "an", "the"}
-_PUNCTUATION = ";/[]\"{}()=+\\_-><@`,?!"
+_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _NUMBER_WITH_COMMA = re.compile(r"\d,\d")
 _PERIOD = re.compile(r"\.(?!\d)")
 _MOST_PERIODS = 32  # the official script hands re.UNICODE, which is 32, to the parameter that is the count
@@ -49,8 +64,8 @@ def vqa_answer(text: str) -> str:
 def evalai_answer(text: str) -> str:
     """An answer as TextVQA's evaluation compares it, and as LLaVA-1.5 submits those of VQAv2.
 
-    Source: ``EvalAIAnswerProcessor`` of facebookresearch/mmf: commas and question marks go, a possessive stands alone, and then
-    the VQA rules.
+    Source: ``EvalAIAnswerProcessor`` of facebookresearch/mmf: commas and question marks go, a possessive
+    stands alone, and then the VQA rules.
     """
     return vqa_answer(text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip())
 
@@ -60,7 +75,9 @@ def _one_line(text: str) -> str:
 
 
 def _without_punctuation(text: str) -> str:
-    """A mark beside a space, or any mark in a text with a number like 1,000, goes; any other mark becomes a space."""
+    """A mark beside a space, or any mark in a text with a number like 1,000, goes; any other mark becomes a
+    space.
+    """
     has_number = _NUMBER_WITH_COMMA.search(text) is not None
     out = text
     for mark in _PUNCTUATION:
@@ -70,24 +87,32 @@ def _without_punctuation(text: str) -> str:
 
 
 def pope_yes_no(text: str) -> str:
-    """``no`` when the first sentence has the word no, No or not; else ``yes``. Source: evaluate.py of AoiDragon/POPE."""
+    """``no`` when the first sentence has the word no, No or not; else ``yes``. Source: evaluate.py of
+    AoiDragon/POPE.
+    """
     words = text.split(".")[0].replace(",", "").split(" ")
     return "no" if {"No", "not", "no"} & set(words) else "yes"
 
 
 def mme_yes_no(text: str) -> str:
-    """``yes``, ``no`` or ``other``, from the first four characters. Source: MME's eval_tool/calculation.py."""
+    """``yes``, ``no`` or ``other``, from the first four characters. Source: MME's
+    eval_tool/calculation.py.
+    """
     start = text.lower()[:4]
     return "yes" if "yes" in start else "no" if "no" in start else "other"
 
 
 def gqa_answer(text: str) -> str:
-    """Lower case without the last period, as LLaVA-1.5 hands answers to GQA's eval.py, which compares them exactly."""
+    """Lower case without the last period, as LLaVA-1.5 hands answers to GQA's eval.py, which compares them
+    exactly.
+    """
     return text.strip().rstrip(".").lower()
 
 
 def scienceqa_letter(text: str) -> str | None:
-    """The letter of ``B``, ``B. …`` or one ``The answer is B.``; None otherwise. Source: eval_science_qa.py of LLaVA."""
+    """The letter of ``B``, ``B. …`` or one ``The answer is B.``; None otherwise. Source: eval_science_qa.py
+    of LLaVA.
+    """
     text = text.strip()
     if text in set("ABCDE"):
         return text
@@ -101,9 +126,11 @@ _MMBENCH_MARKS = str.maketrans({mark: " " for mark in ".()[],:;!*#{}"})
 
 
 def mmbench_letter(text: str, options: Mapping[str, str]) -> str | None:
-    """The option an answer names, by its letter near the end or else by its text; None when it names none or several.
+    """The option an answer names, by its letter near the end or else by its text; None when it names none or
+    several.
 
-    Source: ``can_infer`` of open-compass/VLMEvalKit (matching_util.py) under the exact-matching policy, which asks no other model.
+    Source: ``can_infer`` of open-compass/VLMEvalKit (matching_util.py) under the exact-matching policy, which
+    asks no other model.
     """
     words = text.translate(_MMBENCH_MARKS).split()
     named = [letter for letter in options if letter in words]

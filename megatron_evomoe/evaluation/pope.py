@@ -12,7 +12,9 @@ from megatron_evomoe.evaluation.scores import grouped, percent
 
 
 def read(source: Source) -> list[Item]:
-    """One ``coco_pope_random.json`` (a JSON object per line: question_id, image, text, label) or a folder of them."""
+    """One ``coco_pope_random.json`` (a JSON object per line: question_id, image, text, label) or a folder of
+    them.
+    """
     files = [source.questions]
     if source.questions.is_dir():
         files = sorted(source.questions.glob("*_pope_*.json"))
@@ -32,16 +34,22 @@ def _item(record: dict, category: str, where: str, source: Source) -> Item:
         id=f"{category}/{field(record, 'question_id', (int, str), where)}",
         prompt=short_answer(field(record, "text", str, where)),
         images=(find_image(source, (name, f"val2014/{name}"), where),),
-        metadata={"category": category, "answer": one_of(field(record, "label", str, where), ("yes", "no"), where, "label")},
+        metadata={
+            "category": category,
+            "answer": one_of(field(record, "label", str, where), ("yes", "no"), where, "label"),
+        },
     )
 
 
 def score(items: Sequence[Item], answers: Answers) -> Metrics:
-    """Accuracy, precision, recall, F1 (yes is positive) and the share of yes, by category and their mean, in percent.
+    """Accuracy, precision, recall, F1 (yes is positive) and the share of yes, by category and their mean, in
+    percent.
 
     Source: evaluate.py of AoiDragon/POPE, which LLaVA's eval_pope.py follows.
     """
-    pairs = grouped((i.metadata["category"], (pope_yes_no(answers[i.id]), i.metadata["answer"])) for i in items)
+    pairs = grouped(
+        (i.metadata["category"], (pope_yes_no(answers[i.id]), i.metadata["answer"])) for i in items
+    )
     by_category = {category: _confusion(found) for category, found in pairs.items()}
     names = next(iter(by_category.values()))
     mean = {name: sum(m[name] for m in by_category.values()) / len(by_category) for name in names}

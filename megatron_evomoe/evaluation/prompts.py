@@ -1,4 +1,6 @@
-"""The instructions LLaVA-1.5 puts under a question (docs/Evaluation.md of haotian-liu/LLaVA), which its numbers depend on."""
+"""The instructions LLaVA-1.5 puts under a question (docs/Evaluation.md of haotian-liu/LLaVA), which its
+numbers depend on.
+"""
 
 from __future__ import annotations
 

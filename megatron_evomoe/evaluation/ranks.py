@@ -1,4 +1,6 @@
-"""The processes that share an evaluation under torchrun. They exchange a few words and never tensors: a key-value store will do."""
+"""The processes that share an evaluation under torchrun. They exchange a few words and never tensors: a
+key-value store will do.
+"""
 
 from __future__ import annotations
 
@@ -31,13 +33,21 @@ class Ranks:
             from megatron_evomoe.parallel import attempt
 
             store, _, _ = next(dist.rendezvous("env://", timeout=_PATIENCE))
-            self._store = attempt.own_store(store, self.index, self.size, _PATIENCE) if attempt.is_restartable() else store
+            self._store = (
+                attempt.own_store(store, self.index, self.size, _PATIENCE)
+                if attempt.is_restartable()
+                else store
+            )
         return self
 
     def __exit__(self, kind: type | None, *args: object) -> None:
-        if self._store is not None and kind is None:  # after a failure the others may not come, and torchrun ends them
+        if (
+            self._store is not None and kind is None
+        ):  # after a failure the others may not come, and torchrun ends them
             self._store.add("left", 1)
-            while self.index == 0 and self._store.add("left", 0) < self.size:  # it may be rank 0 that keeps the store
+            while (
+                self.index == 0 and self._store.add("left", 0) < self.size
+            ):  # it may be rank 0 that keeps the store
                 time.sleep(_POLL)
 
     def wait(self) -> None:
@@ -49,7 +59,8 @@ class Ranks:
             self._store.wait([f"all {self._meetings}"], _PATIENCE)
 
     def first_alone(self, work: Callable[[], T]) -> T | None:
-        """Rank 0 does `work`; all go on when it succeeded, and all stop when it failed, one of them saying why.
+        """Rank 0 does `work`; all go on when it succeeded, and all stop when it failed, one of them saying
+        why.
 
         Returns:
             What `work` returned on rank 0, None on the others.

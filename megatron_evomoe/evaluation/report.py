@@ -21,11 +21,19 @@ def report(benchmark: Benchmark, items: Sequence[Item], answers: Mapping[str, st
     """
     missing = [item.id for item in items if item.id not in answers]
     if missing:
-        raise BenchmarkError(f"{len(missing)} of {len(items)} questions have no answer, first {missing[0]}; run the same command "
-                             "again to answer them")
+        raise BenchmarkError(
+            f"{len(missing)} of {len(items)} questions have no answer, first {missing[0]}; run the same "
+            "command "
+            "again to answer them"
+        )
     metrics = benchmark.score(items, answers)
-    lines = [json.dumps({"question_id": i.id, "prompt": i.prompt, "text": answers[i.id], "answer": i.metadata["answer"]},
-                        ensure_ascii=False) for i in items]
+    lines = [
+        json.dumps(
+            {"question_id": i.id, "prompt": i.prompt, "text": answers[i.id], "answer": i.metadata["answer"]},
+            ensure_ascii=False,
+        )
+        for i in items
+    ]
     document = {"benchmark": benchmark.name, "questions": len(items), "metrics": metrics}
     written = [output / "predictions.jsonl", output / "metrics.json"]
     write_atomically(written[0], ("\n".join(lines) + "\n").encode())
@@ -41,7 +49,9 @@ def _print(title: str, metrics: Metrics, written: Sequence[Path]) -> None:
     for table in tables(metrics):
         console.print(table)
     if not metrics:
-        console.print("the answers to these questions are not public: hand in the submission file", markup=False)
+        console.print(
+            "the answers to these questions are not public: hand in the submission file", markup=False
+        )
     for path in written:
         console.print(f"wrote {path}", markup=False, highlight=False)
 
@@ -53,7 +63,11 @@ def tables(metrics: Metrics) -> Iterator[Table]:
         yield _table("", "metric", plain)
     for name, by in metrics.items():
         if isinstance(by, dict):
-            yield _table(name.replace("_", " "), "", {row: v if isinstance(v, dict) else {"value": v} for row, v in by.items()})
+            yield _table(
+                name.replace("_", " "),
+                "",
+                {row: v if isinstance(v, dict) else {"value": v} for row, v in by.items()},
+            )
 
 
 def _table(title: str, head: str, rows: Mapping[str, Mapping[str, float]]) -> Table:

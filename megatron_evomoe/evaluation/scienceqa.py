@@ -14,14 +14,18 @@ _SUBJECTS = {"natural": "natural science", "social": "social science", "language
 
 
 def read(source: Source) -> list[Item]:
-    """A folder with ``problems.json`` and ``pid_splits.json``, or the former's path; images at ``[<split>/]<pid>/image.png``."""
+    """A folder with ``problems.json`` and ``pid_splits.json``, or the former's path; images at
+    ``[<split>/]<pid>/image.png``.
+    """
     problems_path = source.questions / "problems.json" if source.questions.is_dir() else source.questions
     splits_path = problems_path.with_name("pid_splits.json")
     problems, splits = read_json(problems_path), read_json(splits_path)
     if not isinstance(splits, dict) or source.split not in splits:
         raise BenchmarkError(f"{splits_path} has no split {source.split!r}; it has {', '.join(splits)}")
-    return [_item(pid, field(problems, pid, dict, str(problems_path)), f"{problems_path}: {pid!r}", source)
-            for pid in splits[source.split]]
+    return [
+        _item(pid, field(problems, pid, dict, str(problems_path)), f"{problems_path}: {pid!r}", source)
+        for pid in splits[source.split]
+    ]
 
 
 def _item(pid: str, problem: dict, where: str, source: Source) -> Item:
@@ -35,14 +39,19 @@ def _item(pid: str, problem: dict, where: str, source: Source) -> Item:
         folder = source.split.removeprefix("mini")
         images = (find_image(source, (f"{folder}/{name}", name), where),)
     hint = field(problem, "hint", str, where)
-    return Item(pid, _prompt(field(problem, "question", str, where), hint, choices), images, {
-        "answer": LETTERS[answer],
-        "choices": len(choices),
-        "subject": field(problem, "subject", str, where),
-        "grade": int(field(problem, "grade", str, where).removeprefix("grade")),
-        "has_text": bool(hint),
-        "has_image": bool(images),
-    })
+    return Item(
+        pid,
+        _prompt(field(problem, "question", str, where), hint, choices),
+        images,
+        {
+            "answer": LETTERS[answer],
+            "choices": len(choices),
+            "subject": field(problem, "subject", str, where),
+            "grade": int(field(problem, "grade", str, where).removeprefix("grade")),
+            "has_text": bool(hint),
+            "has_image": bool(images),
+        },
+    )
 
 
 def _prompt(question: str, hint: str, choices: Sequence[str]) -> str:
@@ -55,7 +64,8 @@ def _prompt(question: str, hint: str, choices: Sequence[str]) -> str:
 def score(items: Sequence[Item], answers: Answers) -> Metrics:
     """Accuracy in percent: all (the headline), with an image, and the paper's other columns.
 
-    An answer that names no choice is wrong. Sources: eval_science_qa.py of LLaVA, evaluate_acc.py of lupantech/ScienceQA.
+    An answer that names no choice is wrong. Sources: eval_science_qa.py of LLaVA, evaluate_acc.py of
+    lupantech/ScienceQA.
     """
     right = [(i.metadata, float(_is_right(i, answers[i.id]))) for i in items]
     columns = {
@@ -67,12 +77,19 @@ def score(items: Sequence[Item], answers: Answers) -> Metrics:
         "grade_7_12": lambda m: m["grade"] >= 7,
     }
     picked = {name: [s for m, s in right if belongs(m)] for name, belongs in columns.items()}
-    return {"accuracy": mean_percent([s for _, s in right]), **{name: mean_percent(s) for name, s in picked.items() if s}}
+    return {
+        "accuracy": mean_percent([s for _, s in right]),
+        **{name: mean_percent(s) for name, s in picked.items() if s},
+    }
 
 
 def _is_right(item: Item, answer: str) -> bool:
     letter = scienceqa_letter(answer)
-    return letter is not None and letter in LETTERS[: item.metadata["choices"]] and letter == item.metadata["answer"]
+    return (
+        letter is not None
+        and letter in LETTERS[: item.metadata["choices"]]
+        and letter == item.metadata["answer"]
+    )
 
 
 SCIENCEQA = Benchmark("scienceqa", read, score)

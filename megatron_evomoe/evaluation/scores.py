@@ -33,8 +33,8 @@ def mean_by(pairs: Iterable[tuple[Hashable, float]]) -> dict[str, float]:
 def leave_one_out(answer: str, references: Sequence[str]) -> float:
     """VQA's soft accuracy: over each choice of all references but one, the mean of min(matches / 3, 1).
 
-    Source: visualqa.org/evaluation.html and GT-Vision-Lab/VQA. With ten references, 1 match gives 0.3, 2 give 0.6, 3 give 0.9,
-    and 4 or more give 1.
+    Source: visualqa.org/evaluation.html and GT-Vision-Lab/VQA. With ten references, 1 match gives 0.3, 2 give
+    0.6, 3 give 0.9, and 4 or more give 1.
     """
     matches = [reference == answer for reference in references]
     return sum(min(1.0, (sum(matches) - match) / 3) for match in matches) / len(matches)

@@ -1,7 +1,7 @@
 """Answers on disk as they come, so that a killed evaluation goes on where it was, with any number of ranks.
 
-    OUTPUT/run.json                 what the answers belong to
-    OUTPUT/answers/rank-00000.jsonl one line per answer, appended
+OUTPUT/run.json                 what the answers belong to
+OUTPUT/answers/rank-00000.jsonl one line per answer, appended
 """
 
 from __future__ import annotations
@@ -38,8 +38,10 @@ class AnswerStore:
             raise BenchmarkError(f"--output {self._run.parent} cannot be used: {error}") from None
         changed = [name for name, value in job.items() if before.get(name) != value]
         if changed:
-            raise BenchmarkError(f"{self._run.parent} holds answers of another run: {', '.join(changed)} "
-                                 f"{'differs' if len(changed) == 1 else 'differ'}; use another --output")
+            raise BenchmarkError(
+                f"{self._run.parent} holds answers of another run: {', '.join(changed)} "
+                f"{'differs' if len(changed) == 1 else 'differ'}; use another --output"
+            )
 
     def read(self) -> dict[str, str]:
         """Item id -> answer from every rank's file.
@@ -83,6 +85,9 @@ class AnswerWriter:
 
     def add(self, answers: Mapping[str, str]) -> None:
         """Append and hand over to the system, which keeps it if this process is killed."""
-        lines = [json.dumps({"id": name, "answer": answer}, ensure_ascii=False) + "\n" for name, answer in answers.items()]
+        lines = [
+            json.dumps({"id": name, "answer": answer}, ensure_ascii=False) + "\n"
+            for name, answer in answers.items()
+        ]
         self._file.write("".join(lines).encode())
         self._file.flush()

@@ -15,7 +15,8 @@ from megatron_evomoe.evaluation.scores import leave_one_out, mean_percent
 
 
 def read(source: Source) -> list[Item]:
-    """``TextVQA_0.5.1_val.json``: ``data``, a list of question_id, image_id, question, answers (none in the test split).
+    """``TextVQA_0.5.1_val.json``: ``data``, a list of question_id, image_id, question, answers (none in the
+    test split).
 
     With `ocr_tokens` the tokens of each image stand under its question, as LLaVA-1.5 was evaluated.
     """
@@ -27,12 +28,16 @@ def read(source: Source) -> list[Item]:
         question = field(record, "question", str, where)
         references = field(record, "answers", list, where) if "answers" in record else None
         folders = ("", "train_images/", "test_images/", "train_val_images/train_images/")
-        items.append(Item(
-            id=str(field(record, "question_id", int, where)),
-            prompt=short_answer(question) if tokens is None else _with_tokens(question, tokens.get(image, [])),
-            images=(find_image(source, tuple(f"{folder}{image}.jpg" for folder in folders), where),),
-            metadata={"answer": references or None},
-        ))
+        items.append(
+            Item(
+                id=str(field(record, "question_id", int, where)),
+                prompt=short_answer(question)
+                if tokens is None
+                else _with_tokens(question, tokens.get(image, [])),
+                images=(find_image(source, tuple(f"{folder}{image}.jpg" for folder in folders), where),),
+                metadata={"answer": references or None},
+            )
+        )
     return items
 
 
@@ -40,7 +45,10 @@ def _ocr_tokens(path: Path) -> Mapping[str, list[str]]:
     """``TextVQA_Rosetta_OCR_v0.2_val.json``."""
     records = field(read_json(path), "data", list, str(path))
     names = [f"{path}: data[{number}]" for number in range(len(records))]
-    return {field(r, "image_id", str, where): field(r, "ocr_tokens", list, where) for r, where in zip(records, names, strict=True)}
+    return {
+        field(r, "image_id", str, where): field(r, "ocr_tokens", list, where)
+        for r, where in zip(records, names, strict=True)
+    }
 
 
 def _with_tokens(question: str, tokens: Sequence[str]) -> str:
@@ -48,7 +56,9 @@ def _with_tokens(question: str, tokens: Sequence[str]) -> str:
 
 
 def score(items: Sequence[Item], answers: Answers) -> Metrics:
-    """Mean soft accuracy in percent, answer and references normalised. Source: TextVQAAccuracyEvaluator of facebookresearch/mmf."""
+    """Mean soft accuracy in percent, answer and references normalised. Source: TextVQAAccuracyEvaluator of
+    facebookresearch/mmf.
+    """
     known = [item for item in items if item.metadata["answer"]]
     if not known:
         return {}

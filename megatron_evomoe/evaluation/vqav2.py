@@ -1,4 +1,6 @@
-"""VQAv2: open questions, ten people's answers each; those of the test splits are known to the server alone."""
+"""VQAv2: open questions, ten people's answers each; those of the test splits are known to the server
+alone.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +17,11 @@ from megatron_evomoe.evaluation.textvqa import submission
 
 
 def read(source: Source) -> list[Item]:
-    """``v2_OpenEnded_mscoco_<split>_questions.json``; with `annotations`, ``v2_mscoco_<split>_annotations.json``.
+    """``v2_OpenEnded_mscoco_<split>_questions.json``; with `annotations`,
+    ``v2_mscoco_<split>_annotations.json``.
 
-    ``data_subtype`` (val2014, test2015, test-dev2015) gives the images' names, ``COCO_val2014_000000000042.jpg``.
+    ``data_subtype`` (val2014, test2015, test-dev2015) gives the images' names,
+    ``COCO_val2014_000000000042.jpg``.
     """
     path = str(source.questions)
     document = read_json(source.questions)
@@ -30,12 +34,14 @@ def read(source: Source) -> list[Item]:
         name = f"COCO_{split}_{field(record, 'image_id', int, where):012d}.jpg"
         if known is not None and question_id not in known:
             raise BenchmarkError(f"{where}: question_id {question_id} is not in {source.annotations}")
-        items.append(Item(
-            id=str(question_id),
-            prompt=short_answer(field(record, "question", str, where)),
-            images=(find_image(source, (name, f"{split}/{name}"), where),),
-            metadata={"answer": None} if known is None else known[question_id],
-        ))
+        items.append(
+            Item(
+                id=str(question_id),
+                prompt=short_answer(field(record, "question", str, where)),
+                images=(find_image(source, (name, f"{split}/{name}"), where),),
+                metadata={"answer": None} if known is None else known[question_id],
+            )
+        )
     return items
 
 
@@ -43,7 +49,10 @@ def _annotations(path: Path) -> Mapping[int, dict[str, Any]]:
     found = {}
     for number, record in enumerate(field(read_json(path), "annotations", list, str(path))):
         where = f"{path}: annotations[{number}]"
-        references = [field(answer, "answer", str, f"{where}.answers") for answer in field(record, "answers", list, where)]
+        references = [
+            field(answer, "answer", str, f"{where}.answers")
+            for answer in field(record, "answers", list, where)
+        ]
         found[field(record, "question_id", int, where)] = {
             "answer": references,
             "answer_type": field(record, "answer_type", str, where),
@@ -55,8 +64,8 @@ def _annotations(path: Path) -> Mapping[int, dict[str, Any]]:
 def score(items: Sequence[Item], answers: Answers) -> Metrics:
     """Soft accuracy in percent: overall, by answer type and by question type.
 
-    What is scored is what `submission` hands in, so that this is the figure the server would give. Source: vqaEval.py of
-    GT-Vision-Lab/VQA.
+    What is scored is what `submission` hands in, so that this is the figure the server would give. Source:
+    vqaEval.py of GT-Vision-Lab/VQA.
     """
     if any(not item.metadata["answer"] for item in items):
         return {}
@@ -64,7 +73,9 @@ def score(items: Sequence[Item], answers: Answers) -> Metrics:
     return {
         "accuracy": mean_percent(scores),
         "by_answer_type": mean_by((i.metadata["answer_type"], s) for i, s in zip(items, scores, strict=True)),
-        "by_question_type": mean_by((i.metadata["question_type"], s) for i, s in zip(items, scores, strict=True)),
+        "by_question_type": mean_by(
+            (i.metadata["question_type"], s) for i, s in zip(items, scores, strict=True)
+        ),
     }
 
 

@@ -14,7 +14,8 @@ HELP = "/image PATH adds an image to your next message, /reset forgets the conve
 
 
 def chat(model: LoadedModel, conversation: Conversation, settings: dict[str, Any]) -> None:
-    """Read lines and answer them until ``/quit`` or the end of the input. A line that cannot be answered is told and forgotten.
+    """Read lines and answer them until ``/quit`` or the end of the input. A line that cannot be answered is
+    told and forgotten.
 
     Args:
         settings: arguments of transformers' ``generate``.
@@ -55,7 +56,9 @@ def _command(line: str, conversation: Conversation) -> None:
 
 def _answer(model: LoadedModel, conversation: Conversation, settings: dict[str, Any]) -> None:
     try:
-        conversation.answered(reply(model, conversation, settings, print_text=lambda text: print(text, end="", flush=True)))
+        conversation.answered(
+            reply(model, conversation, settings, print_text=lambda text: print(text, end="", flush=True))
+        )
     except ModelError:
         conversation.withdraw()
         raise
@@ -64,8 +67,14 @@ def _answer(model: LoadedModel, conversation: Conversation, settings: dict[str, 
         print("\nstopped; the question is forgotten", file=sys.stderr)
 
 
-def reply(model: LoadedModel, conversation: Conversation, settings: dict[str, Any], print_text: Callable[[str], None]) -> str:
-    """Answer the last question, printing words as they are chosen (all at the end under beam search, which revises them).
+def reply(
+    model: LoadedModel,
+    conversation: Conversation,
+    settings: dict[str, Any],
+    print_text: Callable[[str], None],
+) -> str:
+    """Answer the last question, printing words as they are chosen (all at the end under beam search, which
+    revises them).
 
     Raises:
         ModelError: the conversation has no room for an answer.
@@ -85,7 +94,9 @@ def _streamer(model: LoadedModel, print_text: Callable[[str], None]) -> Any:
         begun = False
 
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            text = text if self.begun else text.lstrip()  # the space many tokenizers put before the first word
+            text = (
+                text if self.begun else text.lstrip()
+            )  # the space many tokenizers put before the first word
             self.begun = self.begun or bool(text)
             print_text(text + ("\n" if stream_end else ""))
 

@@ -14,17 +14,39 @@ from megatron_evomoe.hf.loading import DTYPES, ModelError, check_directory, gree
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of ``generate``."""
-    parser.add_argument("--model", required=True, type=Path, help="directory that convert_to_hf wrote, or a plain LLaVA one")
-    parser.add_argument("--image", action="append", default=[], type=Path, help="an image to ask about; may be repeated")
-    parser.add_argument("--prompt", help="the question; without it a chat starts that reads lines from standard input")
-    parser.add_argument("--max-new-tokens", type=whole(1, 2**20), default=512, help="longest answer (default %(default)s)")
-    parser.add_argument("--temperature", type=number(0, 1e6), default=0.0,
-                        help="0 takes the most likely token (default %(default)s)")
-    parser.add_argument("--top-p", type=number(0, 1, above=True), default=1.0,
-                        help="sample from the smallest set of this mass (default %(default)s)")
-    parser.add_argument("--num-beams", type=whole(1, 1024), default=1, help="beams to search with (default %(default)s)")
-    parser.add_argument("--seed", type=whole(0, 2**63 - 1), default=0, help="of sampling (default %(default)s)")
-    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="of the weights (default: the directory's)")
+    parser.add_argument(
+        "--model", required=True, type=Path, help="directory that convert_to_hf wrote, or a plain LLaVA one"
+    )
+    parser.add_argument(
+        "--image", action="append", default=[], type=Path, help="an image to ask about; may be repeated"
+    )
+    parser.add_argument(
+        "--prompt", help="the question; without it a chat starts that reads lines from standard input"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=whole(1, 2**20), default=512, help="longest answer (default %(default)s)"
+    )
+    parser.add_argument(
+        "--temperature",
+        type=number(0, 1e6),
+        default=0.0,
+        help="0 takes the most likely token (default %(default)s)",
+    )
+    parser.add_argument(
+        "--top-p",
+        type=number(0, 1, above=True),
+        default=1.0,
+        help="sample from the smallest set of this mass (default %(default)s)",
+    )
+    parser.add_argument(
+        "--num-beams", type=whole(1, 1024), default=1, help="beams to search with (default %(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=whole(0, 2**63 - 1), default=0, help="of sampling (default %(default)s)"
+    )
+    parser.add_argument(
+        "--dtype", default="auto", choices=DTYPES, help="of the weights (default: the directory's)"
+    )
     parser.add_argument("--device", help="cuda:0, cpu, …; default: the GPU where there is one")
 
 
@@ -50,9 +72,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def generation_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The flags as arguments of transformers' ``generate``. Raises `ModelError` for a temperature that overflows."""
+    """The flags as arguments of transformers' ``generate``. Raises `ModelError` for a temperature that
+    overflows.
+    """
     if 0 < args.temperature < 1e-3:
-        raise ModelError(f"--temperature {args.temperature:g} is too low to sample with; give 0, or at least 0.001")
+        raise ModelError(
+            f"--temperature {args.temperature:g} is too low to sample with; give 0, or at least 0.001"
+        )
     settings = {**greedy(args.max_new_tokens), "num_beams": args.num_beams}
     if args.temperature > 0:
         settings |= {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": 0}

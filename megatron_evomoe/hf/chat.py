@@ -1,7 +1,7 @@
 """Chat templates (Jinja) that write a conversation as `data/conversation.py` lays it out for training.
 
-The first token of a sequence is the tokenizer's to add. Where a prompt holds earlier answers, training encodes each by itself
-and transformers encodes it with the text around it; the text is the same.
+The first token of a sequence is the tokenizer's to add. Where a prompt holds earlier answers, training
+encodes each by itself and transformers encodes it with the text around it; the text is the same.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import json
 
 from megatron_evomoe.data.conversation import TEMPLATES
 
-# A message's text: its parts in order, trimmed; one image at either end goes to the front, on a line of its own.
+# A message's text: its parts in order, trimmed; one image at either end goes to the front, on a line of its
+# own.
 _TEXT_OF = """\
 {%- macro text_of(message) -%}
   {%- set parts = namespace(text='') -%}

@@ -1,7 +1,7 @@
 """A Hugging Face ``config.json`` in our words, or a refusal that names what megatron-core cannot compute.
 
-A config.json leaves out what equals its class's default, so those defaults are part of the format; they are transformers',
-and `tests/unit/hf/test_config_in.py` compares them.
+A config.json leaves out what equals its class's default, so those defaults are part of the format; they are
+transformers', and `tests/unit/hf/test_config_in.py` compares them.
 """
 
 from __future__ import annotations
@@ -15,36 +15,128 @@ from megatron_evomoe.hf import reasons
 from megatron_evomoe.hf.given import Given, refuse
 
 _ROPE_DEFAULT = 10000.0
-_LLAMA_LIKE = {"num_key_value_heads": None, "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "hidden_act": "silu"}
+_LLAMA_LIKE = {
+    "num_key_value_heads": None,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "hidden_act": "silu",
+}
 TEXT_DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": {**_LLAMA_LIKE, "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-              "num_attention_heads": 32, "max_position_embeddings": 2048},
-    "mistral": {**_LLAMA_LIKE, "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-                "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
-    "qwen2": {**_LLAMA_LIKE, "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 22016, "num_hidden_layers": 32,
-              "num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 32768},
-    "qwen3": {**_LLAMA_LIKE, "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 22016, "num_hidden_layers": 32,
-              "num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32768},
-    "stablelm": {"vocab_size": 50304, "hidden_size": 2560, "intermediate_size": 6912, "num_hidden_layers": 32,
-                 "num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 4096, "layer_norm_eps": 1e-5,
-                 "tie_word_embeddings": False, "hidden_act": "silu", "partial_rotary_factor": 0.25},
-    "phi": {"vocab_size": 51200, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24,
-            "num_attention_heads": 32, "num_key_value_heads": None, "max_position_embeddings": 2048, "layer_norm_eps": 1e-5,
-            "tie_word_embeddings": False, "hidden_act": "gelu_new", "partial_rotary_factor": 0.5},
+    "llama": {
+        **_LLAMA_LIKE,
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "max_position_embeddings": 2048,
+    },
+    "mistral": {
+        **_LLAMA_LIKE,
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "sliding_window": 4096,
+    },
+    "qwen2": {
+        **_LLAMA_LIKE,
+        "vocab_size": 151936,
+        "hidden_size": 4096,
+        "intermediate_size": 22016,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 32768,
+    },
+    "qwen3": {
+        **_LLAMA_LIKE,
+        "vocab_size": 151936,
+        "hidden_size": 4096,
+        "intermediate_size": 22016,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+        "max_position_embeddings": 32768,
+    },
+    "stablelm": {
+        "vocab_size": 50304,
+        "hidden_size": 2560,
+        "intermediate_size": 6912,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 4096,
+        "layer_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+        "hidden_act": "silu",
+        "partial_rotary_factor": 0.25,
+    },
+    "phi": {
+        "vocab_size": 51200,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 32,
+        "num_key_value_heads": None,
+        "max_position_embeddings": 2048,
+        "layer_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+        "hidden_act": "gelu_new",
+        "partial_rotary_factor": 0.5,
+    },
 }
 VISION_DEFAULTS: dict[str, dict[str, Any]] = {
-    "clip_vision_model": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
-                          "image_size": 224, "patch_size": 32, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
-    "siglip_vision_model": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
-                            "image_size": 224, "patch_size": 16, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6},
+    "clip_vision_model": {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "image_size": 224,
+        "patch_size": 32,
+        "hidden_act": "quick_gelu",
+        "layer_norm_eps": 1e-5,
+    },
+    "siglip_vision_model": {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "image_size": 224,
+        "patch_size": 16,
+        "hidden_act": "gelu_pytorch_tanh",
+        "layer_norm_eps": 1e-6,
+    },
 }
-LLAVA_TYPES = ("llava", "llava_llama", "llava_mistral", "llava_qwen2", "llava_qwen", "llava_phi", "llava_stablelm")
+LLAVA_TYPES = (
+    "llava",
+    "llava_llama",
+    "llava_mistral",
+    "llava_qwen2",
+    "llava_qwen",
+    "llava_phi",
+    "llava_stablelm",
+)
 """`llava` is transformers'; the others are what LLaVA's own code and its forks wrote."""
 
 _WINDOWED = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
-"""Defaults of Qwen2 and Qwen3, where the windows of the layers from `max_window_layers` on are switched by the first of these."""
-_LLAVAS_TOWER = {**VISION_DEFAULTS["clip_vision_model"], "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
-                 "num_attention_heads": 16, "image_size": 336, "patch_size": 14, "model_type": "clip_vision_model"}
+"""Defaults of Qwen2 and Qwen3, where the windows of the layers from `max_window_layers` on are switched by
+the first of these.
+"""
+_LLAVAS_TOWER = {
+    **VISION_DEFAULTS["clip_vision_model"],
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+    "model_type": "clip_vision_model",
+}
 """The tower that transformers' LLaVA has where its configuration has none."""
 _MOST_LAYERS = 4096
 
@@ -53,24 +145,35 @@ def language_section(config: Mapping[str, Any]) -> dict[str, Any]:
     """The `language` section for the configuration of a decoder.
 
     Raises:
-        ConfigError: an architecture or setting that megatron-core cannot express, or a value of another type; the message names
-            it and its value.
+        ConfigError: an architecture or setting that megatron-core cannot express, or a value of another type;
+            the message names it and its value.
     """
     kind = _known_kind(config, TEXT_DEFAULTS, "language model")
     c = Given(kind, config, {**TEXT_DEFAULTS[kind], **(_WINDOWED if kind.startswith("qwen") else {})})
     _refuse_text(kind, c, config)
-    layers, width, heads = c.size("num_hidden_layers", _MOST_LAYERS), c.size("hidden_size"), c.size("num_attention_heads")
+    layers, width, heads = (
+        c.size("num_hidden_layers", _MOST_LAYERS),
+        c.size("hidden_size"),
+        c.size("num_attention_heads"),
+    )
     groups, head = c.optional_size("num_key_value_heads") or heads, c.optional_size("head_dim")
     if head is None and width % heads:
-        c.refuse("hidden_size", f"it is no multiple of num_attention_heads ({heads}), and head_dim is not given")
+        c.refuse(
+            "hidden_size", f"it is no multiple of num_attention_heads ({heads}), and head_dim is not given"
+        )
     if heads % groups:
         c.refuse("num_key_value_heads", f"num_attention_heads ({heads}) is no multiple of it")
     head = head or width // heads
     section = {
-        "num_layers": layers, "hidden_size": width, "ffn_hidden_size": c.size("intermediate_size"),
-        "num_attention_heads": heads, "num_query_groups": None if groups == heads else groups,
-        "kv_channels": None if head * heads == width else head, "vocab_size": c.size("vocab_size"),
-        "max_position_embeddings": c.size("max_position_embeddings"), "tie_word_embeddings": c.flag("tie_word_embeddings"),
+        "num_layers": layers,
+        "hidden_size": width,
+        "ffn_hidden_size": c.size("intermediate_size"),
+        "num_attention_heads": heads,
+        "num_query_groups": None if groups == heads else groups,
+        "kv_channels": None if head * heads == width else head,
+        "vocab_size": c.size("vocab_size"),
+        "max_position_embeddings": c.size("max_position_embeddings"),
+        "tie_word_embeddings": c.flag("tie_word_embeddings"),
         "norm_epsilon": c.number("layer_norm_eps" if kind in ("stablelm", "phi") else "rms_norm_eps", 0, 1),
         **_rope(kind, c, head),
     }
@@ -83,8 +186,14 @@ def language_section(config: Mapping[str, Any]) -> dict[str, Any]:
     elif kind == "stablelm":
         section |= {"normalization": "LayerNorm", "add_qkv_bias": c.flag("use_qkv_bias")}
     elif kind == "phi":
-        section |= {"normalization": "LayerNorm", "activation": "gelu_tanh", "gated_linear_unit": False, "add_bias_linear": True,
-                    "parallel_residual": True, "lm_head_bias": True}
+        section |= {
+            "normalization": "LayerNorm",
+            "activation": "gelu_tanh",
+            "gated_linear_unit": False,
+            "add_bias_linear": True,
+            "parallel_residual": True,
+            "lm_head_bias": True,
+        }
     elif c.flag("attention_bias"):
         section["add_bias_linear"] = True
     return section
@@ -104,19 +213,32 @@ def vision_section(config: Mapping[str, Any]) -> dict[str, Any]:
     _refuse_quantised(c)
     c.expect("hidden_act", VISION_DEFAULTS[kind]["hidden_act"])
     c.expect("num_channels", 3)
-    side, patch, width, heads = (c.size(x) for x in ("image_size", "patch_size", "hidden_size", "num_attention_heads"))
+    side, patch, width, heads = (
+        c.size(x) for x in ("image_size", "patch_size", "hidden_size", "num_attention_heads")
+    )
     if side % patch:
-        c.refuse("image_size", f"megatron-core takes multiples of patch_size ({patch}) only; a published tower cuts the rest off")
+        c.refuse(
+            "image_size",
+            f"megatron-core takes multiples of patch_size ({patch}) only; a published tower cuts the rest "
+            "off",
+        )
     if width % heads:
         c.refuse("hidden_size", f"it is no multiple of num_attention_heads ({heads})")
-    return {"model_type": kind.split("_")[0], "image_size": side, "patch_size": patch, "hidden_size": width,
-            "num_layers": c.size("num_hidden_layers", _MOST_LAYERS), "num_attention_heads": heads,
-            "ffn_hidden_size": c.size("intermediate_size"), "norm_epsilon": c.number("layer_norm_eps", 0, 1)}
+    return {
+        "model_type": kind.split("_")[0],
+        "image_size": side,
+        "patch_size": patch,
+        "hidden_size": width,
+        "num_layers": c.size("num_hidden_layers", _MOST_LAYERS),
+        "num_attention_heads": heads,
+        "ffn_hidden_size": c.size("intermediate_size"),
+        "norm_epsilon": c.number("layer_norm_eps", 0, 1),
+    }
 
 
 def llava_sections(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(`language`, `vision`) for the configuration of a LLaVA model. The vision section of LLaVA's own format holds no more than
-    what is read from the tower, whose sizes are in the tower's own directory.
+    """(`language`, `vision`) for the configuration of a LLaVA model. The vision section of LLaVA's own format
+    holds no more than what is read from the tower, whose sizes are in the tower's own directory.
 
     Raises:
         ConfigError: as `language_section`; or a projector other than mlp2x_gelu, features of several layers.
@@ -126,30 +248,56 @@ def llava_sections(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str,
     language = {**config, "model_type": config["model_type"].removeprefix("llava_")}
     if language["model_type"] == "qwen":
         language["model_type"] = "qwen2"
-    c = Given("llava", config, {"mm_projector_type": "linear", "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch"})
+    c = Given(
+        "llava",
+        config,
+        {"mm_projector_type": "linear", "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch"},
+    )
     _refuse_marks("llava", config)
     c.expect("mm_projector_type", "mlp2x_gelu")
     c.expect("mm_use_im_start_end", False, None, why="tokens of its own stand around each image")
-    return language_section(language), {"feature_layer": _feature_layer(c, "mm_vision_select_layer"),
-                                        "feature_select": c.expect("mm_vision_select_feature", "patch", "cls_patch")}
+    return language_section(language), {
+        "feature_layer": _feature_layer(c, "mm_vision_select_layer"),
+        "feature_select": c.expect("mm_vision_select_feature", "patch", "cls_patch"),
+    }
 
 
 def _transformers_llava(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    c = Given("llava", config, {"projector_hidden_act": "gelu", "multimodal_projector_bias": True, "vision_feature_layer": -2,
-                                "vision_feature_select_strategy": "default"})
+    c = Given(
+        "llava",
+        config,
+        {
+            "projector_hidden_act": "gelu",
+            "multimodal_projector_bias": True,
+            "vision_feature_layer": -2,
+            "vision_feature_select_strategy": "default",
+        },
+    )
     _refuse_quantised(c)
     text = {"model_type": "llama", **c.section("text_config")}
     tied = [given.flag("tie_word_embeddings") for given in (c, Given("llava's text_config", text, {}))]
     text["tie_word_embeddings"] = any(tied)
-    tower = {"model_type": "clip_vision_model", **c.section("vision_config")} if "vision_config" in c else _LLAVAS_TOWER
+    tower = (
+        {"model_type": "clip_vision_model", **c.section("vision_config")}
+        if "vision_config" in c
+        else _LLAVAS_TOWER
+    )
     c.expect("projector_hidden_act", "gelu")
     c.expect("multimodal_projector_bias", True)
-    layer, select = _feature_layer(c, "vision_feature_layer"), c.expect("vision_feature_select_strategy", "default", "full")
+    layer, select = (
+        _feature_layer(c, "vision_feature_layer"),
+        c.expect("vision_feature_select_strategy", "default", "full"),
+    )
     vision = vision_section(tower)
     if select == "default" and vision["model_type"] == "siglip":
-        c.refuse("vision_feature_select_strategy", "it would drop SigLIP's first patch, for want of a class token")
-    return language_section(text), {**vision, "feature_layer": layer,
-                                    "feature_select": "patch" if select == "default" else "cls_patch"}
+        c.refuse(
+            "vision_feature_select_strategy", "it would drop SigLIP's first patch, for want of a class token"
+        )
+    return language_section(text), {
+        **vision,
+        "feature_layer": layer,
+        "feature_select": "patch" if select == "default" else "cls_patch",
+    }
 
 
 def _feature_layer(c: Given, key: str) -> int:
@@ -167,15 +315,27 @@ def _refuse_text(kind: str, c: Given, config: Mapping[str, Any]) -> None:
     _refuse_quantised(c)
     _refuse_marks(kind, config)
     c.expect("hidden_act", *(("gelu_new", "gelu_pytorch_tanh") if kind == "phi" else ("silu", "swish")))
-    if kind in ("llama", "stablelm", "phi") and (c.flag("use_sliding_window") or "sliding_attention" in _layer_types(c)):
+    if kind in ("llama", "stablelm", "phi") and (
+        c.flag("use_sliding_window") or "sliding_attention" in _layer_types(c)
+    ):
         c.refuse("use_sliding_window", "this architecture has no windows")
     if c.flag("qk_layernorm"):
-        c.refuse("qk_layernorm", "its norms of queries and keys have weights for each head, or a bias, which the core's have not")
+        c.refuse(
+            "qk_layernorm",
+            "its norms of queries and keys have weights for each head, or a bias, which the core's have not",
+        )
     if kind == "llama" and c.flag("attention_bias") != c.flag("mlp_bias"):
-        refuse(kind, "attention_bias, mlp_bias", (c.raw("attention_bias"), c.raw("mlp_bias")),
-               "megatron-core has biases on all four linear layers or on none (or on QKV alone, which this is not)")
+        refuse(
+            kind,
+            "attention_bias, mlp_bias",
+            (c.raw("attention_bias"), c.raw("mlp_bias")),
+            "megatron-core has biases on all four linear layers or on none (or on QKV alone, which this is "
+            "not)",
+        )
     if kind != "llama":
-        c.expect("attention_bias", False, None, why="a bias on the attention's output alone cannot be expressed")
+        c.expect(
+            "attention_bias", False, None, why="a bias on the attention's output alone cannot be expressed"
+        )
 
 
 def _refuse_quantised(c: Given) -> None:
@@ -206,17 +366,24 @@ def _window(c: Given, layers: int) -> dict[str, int]:
         first = 0 if c.raw("max_window_layers") == 0 else c.size("max_window_layers")
         types = ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
     if len(types) != layers or any(kind not in ("sliding_attention", "full_attention") for kind in types):
-        c.refuse("layer_types", f"it must say full_attention or sliding_attention for each of {layers} layers")
+        c.refuse(
+            "layer_types", f"it must say full_attention or sliding_attention for each of {layers} layers"
+        )
     sliding = types.count("sliding_attention")
     if sliding and window is None:
         c.refuse("layer_types", "layers slide, and use_sliding_window and sliding_window give them no window")
     if 0 < sliding < layers:
-        c.refuse("use_sliding_window", f"the window would hold for {sliding} of {layers} layers, and megatron-core has one for all")
+        c.refuse(
+            "use_sliding_window",
+            f"the window would hold for {sliding} of {layers} layers, and megatron-core has one for all",
+        )
     return {"window_size": window} if sliding else {}
 
 
 def _rope(kind: str, c: Given, head: int) -> dict[str, Any]:
-    """RoPE's fields, from `rope_parameters` (5.x) or `rope_theta`, `rope_scaling`, `partial_rotary_factor`."""
+    """RoPE's fields, from `rope_parameters` (5.x) or `rope_theta`, `rope_scaling`,
+    `partial_rotary_factor`.
+    """
     given, old = c.section("rope_parameters"), c.section("rope_scaling")
     if given and old and given != old:
         refuse(kind, "rope_scaling", old, f"rope_parameters says something else: {given}")
@@ -244,7 +411,12 @@ def _scaling(kind: str, r: Given, c: Given) -> dict[str, Any]:
     scaling = r.raw("rope_type", r.raw("type", "default"))
     reason = reasons.rope_reason({"rope_type": scaling, "mrope_section": r.raw("mrope_section")})
     if reason or scaling not in ("default", "linear", "llama3"):
-        refuse(kind, "rope_type", scaling, f"{reason + '; ' if reason else ''}megatron-core has linear and llama3 scaling")
+        refuse(
+            kind,
+            "rope_type",
+            scaling,
+            f"{reason + '; ' if reason else ''}megatron-core has linear and llama3 scaling",
+        )
     if scaling == "default":
         return {}
     if scaling == "llama3":
@@ -253,7 +425,11 @@ def _scaling(kind: str, r: Given, c: Given) -> dict[str, Any]:
             if r.number(key, 0, 1e6) != value:
                 r.refuse(key, f"megatron-core has {value} built in")
         trained = "original_max_position_embeddings"
-        if (length := next((x.size(trained) for x in (c, r) if trained in x), c.size("max_position_embeddings"))) != 8192:
+        if (
+            length := next(
+                (x.size(trained) for x in (c, r) if trained in x), c.size("max_position_embeddings")
+            )
+        ) != 8192:
             refuse(kind, trained, length, "megatron-core has 8192 built in")
     return {"rope_scaling_type": scaling, "rope_scaling_factor": r.number("factor", 1, 1e6)}
 
@@ -266,7 +442,11 @@ def _known_kind(config: Mapping[str, Any], known: Mapping[str, Any], what: str) 
 
 
 def refuse_type(config: Mapping[str, Any], known: Mapping[str, Any], what: str) -> NoReturn:
-    """Raises `ConfigError`: why a family cannot be imported as a `what`, as far as that is known, and which can."""
+    """Raises `ConfigError`: why a family cannot be imported as a `what`, as far as that is known, and which
+    can.
+    """
     found = reasons.against(config)
-    raise ConfigError(f"model_type {reprlib.repr(config.get('model_type'))} cannot be imported as a {what}"
-                      f"{': ' + '; '.join(found) if found else ''}; these can: {', '.join(known)}")
+    raise ConfigError(
+        f"model_type {reprlib.repr(config.get('model_type'))} cannot be imported as a {what}"
+        f"{': ' + '; '.join(found) if found else ''}; these can: {', '.join(known)}"
+    )

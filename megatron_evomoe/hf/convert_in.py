@@ -10,11 +10,17 @@ from megatron_evomoe.config import ConfigError
 from megatron_evomoe.hf.importing import DTYPES, Request, describe, import_model
 
 _FIELDS = {
-    "num-experts": "experts per mixture layer", "moe-layer-freq": "every k-th layer is a mixture, or a list of 0/1",
-    "moe-router-topk": "experts per token", "router": "linear, modality-linear or dtr", "dtr-hidden-size": "h of the DTR",
-    "dtr-rank": "r of the DTR", "expert-init-noise": "for noise: standard deviation in units of each matrix's own",
-    "seed": "of the noise and the fresh routers", "vision-feature-layer": "which hidden state of the tower is the feature",
-    "vision-feature-select": "patch or cls_patch", "make-vocab-size-divisible-by": "padding of the embedding",
+    "num-experts": "experts per mixture layer",
+    "moe-layer-freq": "every k-th layer is a mixture, or a list of 0/1",
+    "moe-router-topk": "experts per token",
+    "router": "linear, modality-linear or dtr",
+    "dtr-hidden-size": "h of the DTR",
+    "dtr-rank": "r of the DTR",
+    "expert-init-noise": "for noise: standard deviation in units of each matrix's own",
+    "seed": "of the noise and the fresh routers",
+    "vision-feature-layer": "which hidden state of the tower is the feature",
+    "vision-feature-select": "patch or cls_patch",
+    "make-vocab-size-divisible-by": "padding of the embedding",
 }
 
 
@@ -22,17 +28,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("model", nargs="?", help="a LLaVA model, or an export of ours: directory or hub id")
     parser.add_argument("--model", dest="model_flag", help="the same, as a flag")
-    parser.add_argument("--language-model", help="instead: a language model's directory or hub id; the projector starts fresh")
-    parser.add_argument("--vision-model", help="a CLIP or SigLIP directory or hub id; also for a LLaVA model that lacks its tower")
+    parser.add_argument(
+        "--language-model", help="instead: a language model's directory or hub id; the projector starts fresh"
+    )
+    parser.add_argument(
+        "--vision-model",
+        help="a CLIP or SigLIP directory or hub id; also for a LLaVA model that lacks its tower",
+    )
     parser.add_argument("--output", required=True, help="directory to make; must not hold anything")
-    parser.add_argument("--expert-init", choices=["none", "replicate", "noise"], default="none",
-                        help="make a mixture of the dense model: each expert a copy, or a copy with noise (default: stay dense)")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="keep", help="type of the weights written (default: as they are)")
-    parser.add_argument("--resize-embeddings", action="store_true",
-                        help="add rows for ids of the tokenizer that the embedding lacks, each the mean of the rows there are")
-    parser.add_argument("--verify", action="store_true", help="compare with the source: every tensor, and logits where they fit")
-    parser.add_argument("--allow-remote-code", action="store_true",
-                        help="take a directory that asks for its own code for what its model_type says; no code is run")
+    parser.add_argument(
+        "--expert-init",
+        choices=["none", "replicate", "noise"],
+        default="none",
+        help="make a mixture of the dense model: each expert a copy, or a copy with noise (default: stay "
+        "dense)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=list(DTYPES),
+        default="keep",
+        help="type of the weights written (default: as they are)",
+    )
+    parser.add_argument(
+        "--resize-embeddings",
+        action="store_true",
+        help="add rows for ids of the tokenizer that the embedding lacks, each the mean of the rows there "
+        "are",
+    )
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="compare with the source: every tensor, and logits where they fit",
+    )
+    parser.add_argument(
+        "--allow-remote-code",
+        action="store_true",
+        help="take a directory that asks for its own code for what its model_type says; no code is run",
+    )
     for name, what in _FIELDS.items():
         parser.add_argument(f"--{name}", dest=f"cfg_{name.replace('-', '_')}", metavar="VALUE", help=what)
 
@@ -46,9 +78,17 @@ def run(args: argparse.Namespace, flags: dict[str, Any]) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     if args.model and args.model_flag:
         raise ConfigError(f"two models are given: {args.model} and {args.model_flag}")
-    request = Request(output=args.output, model=args.model or args.model_flag, language_model=args.language_model,
-                      vision_model=args.vision_model, allow_remote_code=args.allow_remote_code, dtype=args.dtype,
-                      expert_init=args.expert_init, resize_embeddings=args.resize_embeddings, flags=flags)
+    request = Request(
+        output=args.output,
+        model=args.model or args.model_flag,
+        language_model=args.language_model,
+        vision_model=args.vision_model,
+        allow_remote_code=args.allow_remote_code,
+        dtype=args.dtype,
+        expert_init=args.expert_init,
+        resize_embeddings=args.resize_embeddings,
+        flags=flags,
+    )
     imported = import_model(request)
     print(describe(imported))
     if args.verify:

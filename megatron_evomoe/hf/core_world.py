@@ -1,4 +1,6 @@
-"""megatron-core on one rank, for a comparison: set up if this process has no groups yet, and then taken down again."""
+"""megatron-core on one rank, for a comparison: set up if this process has no groups yet, and then taken down
+again.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ def one_rank(config: RunConfig) -> Iterator[None]:
 
     backend.init_process_group(timeout_minutes=1)
     topology.initialize(config)
-    topology.seed_everything(config.train.seed)  # the core wants its generators set, though evaluation draws nothing
+    topology.seed_everything(
+        config.train.seed
+    )  # the core wants its generators set, though evaluation draws nothing
     try:
         yield
     finally:

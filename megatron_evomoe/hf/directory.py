@@ -1,6 +1,8 @@
-"""A Hugging Face directory read raw: ``config.json`` and its tensors, by name, one at a time. No model class, no code of theirs.
+"""A Hugging Face directory read raw: ``config.json`` and its tensors, by name, one at a time. No model class,
+no code of theirs.
 
-transformers may fill what it does not find with random numbers and a warning; here what is not found is an error.
+transformers may fill what it does not find with random numbers and a warning; here what is not found is an
+error.
 """
 
 from __future__ import annotations
@@ -36,8 +38,8 @@ class HfDirectory:
 
     Raises:
         ConfigError: no directory, no ``config.json``, or a damaged one.
-        CheckpointError: no weights, a damaged file, an index that names a file that is missing or elsewhere, or a
-            tensor that is not in the file it names; a name that occurs twice.
+        CheckpointError: no weights, a damaged file, an index that names a file that is missing or elsewhere,
+            or a tensor that is not in the file it names; a name that occurs twice.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -50,7 +52,9 @@ class HfDirectory:
         for file in files:
             for name, place in read_header(file) if file.suffix == ".safetensors" else _list_pickled(file):
                 if name in self.tensors:
-                    raise CheckpointError(f"{self.path}: {name} is in both {self.tensors[name].file.name} and {file.name}")
+                    raise CheckpointError(
+                        f"{self.path}: {name} is in both {self.tensors[name].file.name} and {file.name}"
+                    )
                 self.tensors[name] = place
         if index:
             _check_index(index, self.tensors)
@@ -58,7 +62,9 @@ class HfDirectory:
         self._opened: tuple[Path, dict[str, Tensor]] | None = None
 
     def read(self, name: str) -> Tensor:
-        """The tensor of that name. From safetensors it is a view of the file, gone from memory when it is let go."""
+        """The tensor of that name. From safetensors it is a view of the file, gone from memory when it is let
+        go.
+        """
         place = self.tensors[name]
         if place.file.suffix == ".safetensors":
             return self._reader.read(name, place)
@@ -75,13 +81,20 @@ class HfDirectory:
                 names = sorted(set(_weight_map(index).values()))
                 for name in names:
                     if not name.endswith(f".{suffix}") or "/" in name:
-                        raise CheckpointError(f"{index} names {name!r} as a file of weights; files are *.{suffix} beside the index")
+                        raise CheckpointError(
+                            f"{index} names {name!r} as a file of weights; files are *.{suffix} beside the "
+                            "index"
+                        )
                     if name not in present:
-                        raise CheckpointError(f"{index} names {name}, which is not there; fetch the whole model again")
+                        raise CheckpointError(
+                            f"{index} names {name}, which is not there; fetch the whole model again"
+                        )
                 return index, [self.path / name for name in names]
             if f"{stem}.{suffix}" in present:
                 return None, [self.path / f"{stem}.{suffix}"]
-        raise CheckpointError(f"{self.path} holds no weights: no model.safetensors or pytorch_model.bin, nor an index of one")
+        raise CheckpointError(
+            f"{self.path} holds no weights: no model.safetensors or pytorch_model.bin, nor an index of one"
+        )
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -91,7 +104,9 @@ def _weight_map(index: Path) -> dict[str, str]:
     except ConfigError as error:
         raise CheckpointError(f"{error}; fetch it again") from None
     if not isinstance(found, dict) or not found or not all(isinstance(name, str) for name in found.values()):
-        raise CheckpointError(f"{index} is damaged: weight_map must name the file of each tensor; fetch it again")
+        raise CheckpointError(
+            f"{index} is damaged: weight_map must name the file of each tensor; fetch it again"
+        )
     return found
 
 
@@ -99,13 +114,22 @@ def _check_index(index: Path, tensors: dict[str, Place]) -> None:
     """Raises `CheckpointError` if the index and its files disagree; says so if only its total does."""
     for name, file in _weight_map(index).items():
         if name not in tensors:
-            raise CheckpointError(f"{index} places {name} in {file}, which has no such tensor; fetch the whole model again")
+            raise CheckpointError(
+                f"{index} places {name} in {file}, which has no such tensor; fetch the whole model again"
+            )
         if (found := tensors[name].file.name) != file:
-            raise CheckpointError(f"{index} places {name} in {file}, and it is in {found}; fetch the whole model again")
+            raise CheckpointError(
+                f"{index} places {name} in {file}, and it is in {found}; fetch the whole model again"
+            )
     metadata = _read_json(index).get("metadata")
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
     if total is not None and total != (size := sum(place.nbytes for place in tensors.values())):
-        log.warning("%s says that its tensors have %r bytes together; they have %d, and each is whole", index, total, size)
+        log.warning(
+            "%s says that its tensors have %r bytes together; they have %d, and each is whole",
+            index,
+            total,
+            size,
+        )
 
 
 def _list_pickled(file: Path) -> Iterator[tuple[str, Place]]:
@@ -121,10 +145,20 @@ def _check_sums(file: Path) -> None:
             return
         with zipfile.ZipFile(file) as archive:
             bad = archive.testzip()
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, OSError, ValueError, EOFError, struct.error) as error:
+    except (
+        zipfile.BadZipFile,
+        NotImplementedError,
+        RuntimeError,
+        OSError,
+        ValueError,
+        EOFError,
+        struct.error,
+    ) as error:
         bad = str(error) or type(error).__name__
     if bad:
-        raise CheckpointError(f"{file} is damaged: its checksums disagree with its contents ({bad[:300]}); fetch it again")
+        raise CheckpointError(
+            f"{file} is damaged: its checksums disagree with its contents ({bad[:300]}); fetch it again"
+        )
 
 
 def _load_pickled(file: Path) -> dict[str, Tensor]:
@@ -134,19 +168,32 @@ def _load_pickled(file: Path) -> dict[str, Tensor]:
         loaded = contents.load(file, mmap=zipfile.is_zipfile(file))
     except Exception as error:  # a damaged or malicious pickle can raise anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{file} is unsafe or damaged ({reason[:300]}); nothing was loaded. Ask its author for "
-                              "safetensors") from None
-    if not isinstance(loaded, dict) or not all(isinstance(k, str) and torch.is_tensor(v) for k, v in loaded.items()):
+        raise CheckpointError(
+            f"{file} is unsafe or damaged ({reason[:300]}); nothing was loaded. Ask its author for "
+            "safetensors"
+        ) from None
+    if not isinstance(loaded, dict) or not all(
+        isinstance(k, str) and torch.is_tensor(v) for k, v in loaded.items()
+    ):
         raise CheckpointError(f"{file} holds something else than a dictionary of tensors by name")
     for name, tensor in loaded.items():
-        if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.dtype not in DTYPES.values():
-            raise CheckpointError(f"{file}: {name} is a {tensor.layout} tensor of {tensor.dtype} on {tensor.device}, which is not "
-                                  "read here (quantised?)")
+        if (
+            tensor.layout != torch.strided
+            or tensor.device.type != "cpu"
+            or tensor.dtype not in DTYPES.values()
+        ):
+            raise CheckpointError(
+                f"{file}: {name} is a {tensor.layout} tensor of {tensor.dtype} on {tensor.device}, which is "
+                "not "
+                "read here (quantised?)"
+            )
     return {name: tensor.detach() for name, tensor in loaded.items()}
 
 
 def _read_json(file: Path, *, once: bool = False) -> dict[str, Any]:
-    """A file's mapping; with `once` every key may occur once, else the last counts, as for everybody who reads it."""
+    """A file's mapping; with `once` every key may occur once, else the last counts, as for everybody who
+    reads it.
+    """
     if not file.is_file():
         raise ConfigError(f"{file} does not exist; {file.parent} is no Hugging Face model directory")
     try:

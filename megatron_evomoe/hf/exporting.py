@@ -1,9 +1,10 @@
-"""A checkpoint of any stage and layout to a Hugging Face directory, tensor by tensor: no process group, no GPU, no transformers.
+"""A checkpoint of any stage and layout to a Hugging Face directory, tensor by tensor: no process group, no
+GPU, no transformers.
 
     OUTPUT/config.json  generation_config.json  preprocessor_config.json  processor_config.json  README.md
     OUTPUT/model.safetensors, or model-00001-of-0000N.safetensors … and an index
     OUTPUT/tokenizer.json  tokenizer_config.json  special_tokens_map.json  chat_template.jinja
-    OUTPUT/configuration_evomoe.py  modeling_evomoe.py …    where transformers has no class of its own for the model
+    OUTPUT/configuration_evomoe.py  modeling_evomoe.py …  where transformers has no class for the model
 
 All of it is written beside OUTPUT and renamed at the end.
 """
@@ -27,7 +28,12 @@ from megatron_evomoe.checkpoint.record import CheckpointError, Record
 from megatron_evomoe.checkpoint.stream import CheckpointReader
 from megatron_evomoe.config import ConfigError, RunConfig
 from megatron_evomoe.data.conversation import TEMPLATES, end_id, stop_ids
-from megatron_evomoe.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, build_tokenizer, same_tokenizer
+from megatron_evomoe.data.tokenizer import (
+    HuggingFaceTokenizer,
+    SentencePieceTokenizer,
+    build_tokenizer,
+    same_tokenizer,
+)
 from megatron_evomoe.hf import card, config_out, origin
 from megatron_evomoe.hf.chat import chat_template
 from megatron_evomoe.hf.code.files import source_files
@@ -49,7 +55,9 @@ class Request:
     """An ``iter_…`` folder, or a stage's folder whose newest is meant."""
     output: str
     format: Literal["auto", "evomoe", "llava"] = "auto"
-    """Custom code, or transformers' own LLaVA; auto takes the latter for a dense model that it can compute."""
+    """Custom code, or transformers' own LLaVA; auto takes the latter for a dense model that it can
+    compute.
+    """
     dense: bool = False
     """Of an evolving model, the first expert alone, as a dense model."""
     dtype: Optional[str] = None
@@ -92,7 +100,9 @@ class _Plan:
 
     @property
     def rows(self) -> int:
-        """Of the embedding in HF: plain LLaVA looks the image token up before it overwrites it, so it needs a row."""
+        """Of the embedding in HF: plain LLaVA looks the image token up before it overwrites it, so it needs a
+        row.
+        """
         true = self.config.language.vocab_size or 0
         return max(true, self.tokens.image + 1) if self.format == "llava" else true
 
@@ -101,8 +111,10 @@ def export_model(request: Request) -> Exported:
     """Convert; nothing is at `request.output` unless all went well.
 
     Raises:
-        ConfigError: the request contradicts itself or the checkpoint, or the tokenizer is missing or cannot be expressed.
-        CheckpointError: a damaged checkpoint, missing, surplus or misshapen tensors; the output is not empty; no room.
+        ConfigError: the request contradicts itself or the checkpoint, or the tokenizer is missing or cannot
+            be expressed.
+        CheckpointError: a damaged checkpoint, missing, surplus or misshapen tensors; the output is not empty;
+            no room.
     """
     output = Path(request.output).expanduser()
     require_empty(output)
@@ -127,8 +139,16 @@ def export_model(request: Request) -> Exported:
     finally:
         checker.shutdown(cancel_futures=True)
         shutil.rmtree(pending, ignore_errors=True)
-    return Exported(output=output, source=plan.reader.directory, config=plan.config, kind=plan.kind, format=plan.format,
-                    dtype=plan.dtype, tensors=len(_shapes(plan)), size=writer.total_size)
+    return Exported(
+        output=output,
+        source=plan.reader.directory,
+        config=plan.config,
+        kind=plan.kind,
+        format=plan.format,
+        dtype=plan.dtype,
+        tensors=len(_shapes(plan)),
+        size=writer.total_size,
+    )
 
 
 def _plan(request: Request) -> _Plan:
@@ -146,12 +166,29 @@ def _plan(request: Request) -> _Plan:
     names.check_core(reader.shapes, folder)
     if request.tokenizer:
         config = replace(config, data=replace(config.data, tokenizer=str(path)))
-    stage = {"name": record.stage, "kind": record.kind, "step": record.step, "lineage": origin.lineage(record)}
+    stage = {
+        "name": record.stage,
+        "kind": record.kind,
+        "step": record.step,
+        "lineage": origin.lineage(record),
+    }
     return _Plan(
-        reader=reader, config=config, kind=kind, format=form, dtype=_dtype(request, config), names=names, tokenizer=tokenizer,
-        tokenizer_files=files, own=config_out.own_sections(config, kind, stage),
-        tokens=config_out.Tokens(bos=tokenizer.bos_id, eos=tokenizer.eos_id, pad=tokenizer.pad_id, image=files.image_token_id,
-                                 stop=tuple(stops)),
+        reader=reader,
+        config=config,
+        kind=kind,
+        format=form,
+        dtype=_dtype(request, config),
+        names=names,
+        tokenizer=tokenizer,
+        tokenizer_files=files,
+        own=config_out.own_sections(config, kind, stage),
+        tokens=config_out.Tokens(
+            bos=tokenizer.bos_id,
+            eos=tokenizer.eos_id,
+            pad=tokenizer.pad_id,
+            image=files.image_token_id,
+            stop=tuple(stops),
+        ),
     )
 
 
@@ -159,13 +196,19 @@ def _kind_and_format(request: Request, record: Record, config: RunConfig) -> tup
     kind = record.kind
     if request.dense:
         if kind == "route":
-            raise ConfigError(f"--dense takes the first expert of an evolving model, and {request.checkpoint} is a routed one, "
-                              "whose tokens go to all of them; export its evolve stage, or leave --dense out")
+            raise ConfigError(
+                f"--dense takes the first expert of an evolving model, and {request.checkpoint} is a routed "
+                "one, "
+                "whose tokens go to all of them; export its evolve stage, or leave --dense out"
+            )
         kind = "dense"
     if kind in MIXTURES:
         if request.format == "llava":
-            raise ConfigError(f"--format llava: transformers' LLaVA has no experts, and {request.checkpoint} is a {kind!r} stage; "
-                              f"use --format evomoe{', or --dense for its first expert' if kind == 'evolve' else ''}")
+            raise ConfigError(
+                f"--format llava: transformers' LLaVA has no experts, and {request.checkpoint} is a {kind!r} "
+                "stage; "
+                f"use --format evomoe{', or --dense for its first expert' if kind == 'evolve' else ''}"
+            )
         return kind, "evomoe"
     if request.format == "evomoe":
         return kind, "evomoe"
@@ -184,15 +227,22 @@ def _dtype(request: Request, config: RunConfig) -> str:
     return request.dtype or ("bfloat16" if config.train.bf16 else "float32")
 
 
-def _tokenizer(request: Request, record: Record, config: RunConfig) -> tuple[SentencePieceTokenizer | HuggingFaceTokenizer, Path]:
+def _tokenizer(
+    request: Request, record: Record, config: RunConfig
+) -> tuple[SentencePieceTokenizer | HuggingFaceTokenizer, Path]:
     path = request.tokenizer or config.data.tokenizer
     if path is None or not Path(path).expanduser().exists():
-        raise ConfigError(f"the tokenizer that {request.checkpoint} was trained with "
-                          f"({path or 'the checkpoint does not say which'}) is not there; give it with --tokenizer")
+        raise ConfigError(
+            f"the tokenizer that {request.checkpoint} was trained with "
+            f"({path or 'the checkpoint does not say which'}) is not there; give it with --tokenizer"
+        )
     tokenizer = build_tokenizer(path)
     if not same_tokenizer(record.tokenizer_fingerprint, tokenizer.fingerprint()):
-        raise ConfigError(f"{path} is not the tokenizer that {request.checkpoint} was trained with; token ids would mean other "
-                          "words. Give that one with --tokenizer")
+        raise ConfigError(
+            f"{path} is not the tokenizer that {request.checkpoint} was trained with; token ids would mean "
+            "other "
+            "words. Give that one with --tokenizer"
+        )
     if tokenizer.vocab_size > (config.language.vocab_size or 0):
         raise ConfigError(f"{path} has {tokenizer.vocab_size} tokens, the model {config.language.vocab_size}")
     return tokenizer, Path(path).expanduser()
@@ -200,8 +250,12 @@ def _tokenizer(request: Request, record: Record, config: RunConfig) -> tuple[Sen
 
 def _probes(config: RunConfig) -> list[str]:
     """Texts on which both tokenizers must agree before anything is written."""
-    return [TEMPLATES[config.data.conversation_template].system or "A caption.", "USER: What is this? ASSISTANT:",
-            "user\nHow many, 1 or 23?\nWhich?", "Ça, é — 漢字 🙂\tund so  weiter."]
+    return [
+        TEMPLATES[config.data.conversation_template].system or "A caption.",
+        "USER: What is this? ASSISTANT:",
+        "user\nHow many, 1 or 23?\nWhich?",
+        "Ça, é — 漢字 🙂\tund so  weiter.",
+    ]
 
 
 def _shapes(plan: _Plan) -> dict[str, tuple[int, ...]]:
@@ -244,8 +298,11 @@ def _stand_ins(plan: _Plan) -> dict[str, Tensor]:
 
 def _require_room(pending: Path, needed: int, output: Path) -> None:
     if needed > (free := shutil.disk_usage(pending).free):
-        raise CheckpointError(f"{output} needs {needed / 2**30:.2f} GiB and {free / 2**30:.2f} GiB are free; nothing was written. "
-                              "Free some space, or choose another --output")
+        raise CheckpointError(
+            f"{output} needs {needed / 2**30:.2f} GiB and {free / 2**30:.2f} GiB are free; nothing was "
+            "written. "
+            "Free some space, or choose another --output"
+        )
 
 
 def _write_files(plan: _Plan, folder: Path, writer: ShardedWriter) -> None:
@@ -256,13 +313,15 @@ def _write_files(plan: _Plan, folder: Path, writer: ShardedWriter) -> None:
         described = config_out.evomoe_config(config, plan.kind, tokens, plan.own, plan.dtype)
         for name, file in source_files().items():
             shutil.copyfile(file, folder / name)
-    contents = {"config.json": described, "generation_config.json": config_out.generation_config(tokens, plan.rows),
-                **config_out.processor_configs(config, plan.format), **files.files}
+    contents = {
+        "config.json": described,
+        "generation_config.json": config_out.generation_config(tokens, plan.rows),
+        **config_out.processor_configs(config, plan.format),
+        **files.files,
+    }
     for name, value in contents.items():
         (folder / name).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
     template = config.data.conversation_template
     end = files.pieces[end_id(plan.tokenizer, template)]
     (folder / "chat_template.jinja").write_text(chat_template(template, end, files.template_prefix))
     (folder / "README.md").write_text(card.model_card(plan.own, plan.format, plan.dtype, writer.total_size))
-
-

@@ -18,14 +18,21 @@ def converted(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     if is_finite(new):
         return new
     if bad := _count(tensor):
-        raise CheckpointError(f"{name}: {bad} of {tensor.numel()} values are not finite (NaN or infinite) in the source; a model "
-                              "cannot compute with them. Fetch it again, or ask its author for a whole one")
-    raise CheckpointError(f"{name}: {_count(new)} of {tensor.numel()} values are beyond the largest {_short(dtype)}, "
-                          f"{torch.finfo(dtype).max:g}, and would become infinite; import with --dtype fp32 or bf16")
+        raise CheckpointError(
+            f"{name}: {bad} of {tensor.numel()} values are not finite (NaN or infinite) in the source; a "
+            "model "
+            "cannot compute with them. Fetch it again, or ask its author for a whole one"
+        )
+    raise CheckpointError(
+        f"{name}: {_count(new)} of {tensor.numel()} values are beyond the largest {_short(dtype)}, "
+        f"{torch.finfo(dtype).max:g}, and would become infinite; import with --dtype fp32 or bf16"
+    )
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether no value is NaN or infinite. Reads each value once and makes no copy: NaN is the smallest and largest of its like."""
+    """Whether no value is NaN or infinite. Reads each value once and makes no copy: NaN is the smallest and
+    largest of its like.
+    """
     if tensor.numel() == 0:
         return True
     return bool(torch.isfinite(torch.stack(tensor.aminmax())).all())

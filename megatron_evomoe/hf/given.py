@@ -68,7 +68,9 @@ class Given:
         return value or {}
 
     def expect(self, key: str, *accepted: Any, why: str = "") -> Any:
-        """One of the accepted values, which is also what is meant where the file has null or nothing if none is accepted."""
+        """One of the accepted values, which is also what is meant where the file has null or nothing if none
+        is accepted.
+        """
         value = self.raw(key)
         if not any(type(value) is type(a) and value == a for a in accepted):
             self.refuse(key, why or f"only {' or '.join(map(repr, accepted))} can be expressed")

@@ -11,7 +11,8 @@ def push(directory: Path, repository: str, *, private: bool = False) -> str:
     """Upload `directory` to a repository, which is made if it is not there; its address.
 
     Raises:
-        ConfigError: huggingface_hub is missing, nobody is logged in, or the hub cannot be reached or refuses. The directory stays.
+        ConfigError: huggingface_hub is missing, nobody is logged in, or the hub cannot be reached or refuses.
+            The directory stays.
     """
     try:
         from huggingface_hub import HfApi
@@ -23,7 +24,10 @@ def push(directory: Path, repository: str, *, private: bool = False) -> str:
         api.upload_folder(repo_id=repository, folder_path=str(directory), commit_message="EvoMoE export")
     except Exception as error:  # no token, no network, no access: a dozen types of two HTTP libraries
         reason = (str(error).strip().splitlines() or [""])[0]
-        raise ConfigError(f"{directory} is written, but could not be uploaded to {repository}: {type(error).__name__}: "
-                          f"{reason[:300]}. Log in with `hf auth login` (or set HF_TOKEN) and check the network, then upload it "
-                          f"with `hf upload {repository} {directory}`") from None
+        raise ConfigError(
+            f"{directory} is written, but could not be uploaded to {repository}: {type(error).__name__}: "
+            f"{reason[:300]}. Log in with `hf auth login` (or set HF_TOKEN) and check the network, then "
+            "upload it "
+            f"with `hf upload {repository} {directory}`"
+        ) from None
     return f"https://huggingface.co/{repository}"

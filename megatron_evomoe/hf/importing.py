@@ -1,9 +1,9 @@
 """A Hugging Face model to a checkpoint that `train --load` takes under any layout, tensor by tensor.
 
     OUTPUT/latest_checkpointed_iteration.txt
-    OUTPUT/iter_0000000/…           the checkpoint
-    OUTPUT/model.yaml               its sections of a run's configuration: train --preset OUTPUT/model.yaml --load OUTPUT
-    OUTPUT/tokenizer/…              copied from the source
+    OUTPUT/iter_0000000/…   the checkpoint
+    OUTPUT/model.yaml       its sections of a run's configuration: train --preset … --load OUTPUT
+    OUTPUT/tokenizer/…      copied from the source
 
 All of it is written beside OUTPUT and renamed at the end.
 """
@@ -32,8 +32,15 @@ from megatron_evomoe.hf.finite import converted
 from megatron_evomoe.hf.names import Entry, NameMap
 from megatron_evomoe.moe import fresh
 
-DTYPES = {"keep": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "float32": torch.float32,
-          "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {
+    "keep": None,
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 _EXPERT = re.compile(r"\.mlp\.experts\.\d+\.")
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 
@@ -79,10 +86,10 @@ def import_model(request: Request) -> Imported:
     """Convert; nothing is at `request.output` unless all went well.
 
     Raises:
-        ConfigError: the source cannot be expressed, or the request contradicts itself, or the tokenizer has more ids than the
-            embedding has rows.
-        CheckpointError: missing, surplus, misshapen or damaged tensors, or values that are not finite; the output is not empty; no
-            room on the disk.
+        ConfigError: the source cannot be expressed, or the request contradicts itself, or the tokenizer has
+            more ids than the embedding has rows.
+        CheckpointError: missing, surplus, misshapen or damaged tensors, or values that are not finite; the
+            output is not empty; no room on the disk.
     """
     output = Path(request.output).expanduser()
     require_empty(output)
@@ -104,9 +111,18 @@ def import_model(request: Request) -> Imported:
         os.replace(pending, output)
     finally:
         shutil.rmtree(pending, ignore_errors=True)
-    return Imported(output=output, checkpoint=output / checkpoint.name, config=config, kind=target.kind, parts=source.parts,
-                    tensors=len(source.tensors), parameters=target.parameters, left_out=left_out,
-                    tokenizer=config.data.tokenizer if tokenizer.path is not None else None, notes=notes)
+    return Imported(
+        output=output,
+        checkpoint=output / checkpoint.name,
+        config=config,
+        kind=target.kind,
+        parts=source.parts,
+        tensors=len(source.tensors),
+        parameters=target.parameters,
+        left_out=left_out,
+        tokenizer=config.data.tokenizer if tokenizer.path is not None else None,
+        notes=notes,
+    )
 
 
 def open_target(request: Request, config: RunConfig) -> tuple[sources.Source, Target]:
@@ -119,8 +135,12 @@ def open_target(request: Request, config: RunConfig) -> tuple[sources.Source, Ta
 
 
 def _open_source(request: Request) -> sources.Source:
-    return sources.open_source(request.model, request.language_model, request.vision_model,
-                               allow_remote_code=request.allow_remote_code)
+    return sources.open_source(
+        request.model,
+        request.language_model,
+        request.vision_model,
+        allow_remote_code=request.allow_remote_code,
+    )
 
 
 def _fit_vocabulary(source: sources.Source, tokenizer: tokenizer_in.Brought, request: Request) -> list[str]:
@@ -138,8 +158,11 @@ def _fit_vocabulary(source: sources.Source, tokenizer: tokenizer_in.Brought, req
     if rows is None or tokenizer.size <= rows:
         return notes
     if not request.resize_embeddings:
-        raise ConfigError(f"the tokenizer has {tokenizer.size} tokens and the embedding {rows} rows, so ids from {rows} on have "
-                          "none; import with --resize-embeddings, which adds rows that are the mean of the others")
+        raise ConfigError(
+            f"the tokenizer has {tokenizer.size} tokens and the embedding {rows} rows, so ids from {rows} on "
+            "have "
+            "none; import with --resize-embeddings, which adds rows that are the mean of the others"
+        )
     source.grow(tokenizer.size)
     return [*notes, f"embedding       {tokenizer.size - rows} rows added to {rows}, each the mean of those"]
 
@@ -159,33 +182,44 @@ def _target(source: sources.Source, config: RunConfig, request: Request) -> Targ
 
 
 class Target:
-    """The entries and global shapes of what is written. Of an evolving model both its experts and the dense FFN it computes with,
-    which is the first of them and the only thing in both of its maps."""
+    """The entries and global shapes of what is written. Of an evolving model both its experts and the dense
+    FFN it computes with, which is the first of them and the only thing in both of its maps.
+    """
 
     def __init__(self, config: RunConfig, kind: str, parts: list[str]) -> None:
-        maps = [NameMap(config, kind, parts, all_experts=every) for every in ((True, False) if kind == "evolve" else (False,))]
+        maps = [
+            NameMap(config, kind, parts, all_experts=every)
+            for every in ((True, False) if kind == "evolve" else (False,))
+        ]
         self.kind, self.parts = kind, parts
         self.shapes = {key: shape for names in maps for key, shape in names.core_shapes().items()}
         self.entries = list({(e.core, e.expert): e for names in maps for e in names.entries}.values())
         self.parameters = sum(math.prod(shape) for e in self.entries for shape in e.hf.values())
 
     def dtypes(self, source: sources.Source, request: Request) -> dict[str, torch.dtype]:
-        """Core key -> type of what is written: the request's; else the narrowest that holds everything the tensor is made of (gate
-        and up may differ, and so may experts). A fresh router is like the norm of its layer."""
+        """Core key -> type of what is written: the request's; else the narrowest that holds everything the
+        tensor is made of (gate and up may differ, and so may experts). A fresh router is like the norm of its
+        layer.
+        """
         found: dict[str, torch.dtype] = {}
         for entry in self.entries:
             if dtype := DTYPES[request.dtype]:
                 found[entry.core] = dtype
                 continue
-            names = [_router_like(entry)] if _is_fresh(entry, request) else [self.origin(name, source) for name in entry.hf]
+            names = (
+                [_router_like(entry)]
+                if _is_fresh(entry, request)
+                else [self.origin(name, source) for name in entry.hf]
+            )
             types = [source.place(name).dtype for name in names]
             found[entry.core] = functools.reduce(torch.promote_types, types, found.get(entry.core, types[0]))
         return found
 
     @staticmethod
     def origin(name: str, source: sources.Source) -> str:
-        """The source's tensor for an HF name: its own; for an expert of a new mixture the dense FFN's; for the dense FFN of an
-        evolving model its first expert's."""
+        """The source's tensor for an HF name: its own; for an expert of a new mixture the dense FFN's; for
+        the dense FFN of an evolving model its first expert's.
+        """
         if name in source.tensors:
             return name
         dense = _EXPERT.sub(".mlp.", name)
@@ -193,25 +227,44 @@ class Target:
 
 
 def model_yaml(config: RunConfig, kind: str, parts: list[str]) -> str:
-    """The sections that describe the model; with experts also `moe`, and where its default would fit no layer."""
-    described = {"language": "language_model" in parts, "vision": "vision_model" in parts, "moe": kind in ("evolve", "route")}
+    """The sections that describe the model; with experts also `moe`, and where its default would fit no
+    layer.
+    """
+    described = {
+        "language": "language_model" in parts,
+        "vision": "vision_model" in parts,
+        "moe": kind in ("evolve", "route"),
+    }
     sections = config.to_dict()
-    if not described["moe"] and described["language"] and config.language.num_layers < MoEConfig().moe_layer_freq:
+    if (
+        not described["moe"]
+        and described["language"]
+        and config.language.num_layers < MoEConfig().moe_layer_freq
+    ):
         described["moe"], sections["moe"] = True, {"moe_layer_freq": config.moe.moe_layer_freq}
-    return yaml.safe_dump({name: sections[name] for name, is_there in described.items() if is_there}, sort_keys=False)
+    return yaml.safe_dump(
+        {name: sections[name] for name, is_there in described.items() if is_there}, sort_keys=False
+    )
 
 
 def _config(source: sources.Source, request: Request) -> RunConfig:
     """The source's sections with the request's fields over them."""
     if request.dtype not in DTYPES:
         raise ConfigError(f"dtype {request.dtype!r} is unknown; known: {', '.join(DTYPES)}")
-    if request.expert_init != "none" and (source.kind != "pretrained" or "language_model" not in source.parts):
-        raise ConfigError(f"--expert-init {request.expert_init} makes a mixture of a dense language model, and the source is "
-                          f"{'one already' if source.kind != 'pretrained' else 'a vision tower alone'}; leave it out")
+    if request.expert_init != "none" and (
+        source.kind != "pretrained" or "language_model" not in source.parts
+    ):
+        raise ConfigError(
+            f"--expert-init {request.expert_init} makes a mixture of a dense language model, and the source "
+            "is "
+            f"{'one already' if source.kind != 'pretrained' else 'a vision tower alone'}; leave it out"
+        )
     moe = {"expert_init": request.expert_init} if request.expert_init != "none" else {}
     sections = {**source.sections, "moe": {**source.sections.get("moe", {}), **moe}}
     language = sections.get("language", {})
-    if (layers := language.get("num_layers")) and layers < MoEConfig().moe_layer_freq:  # the default would leave no layer a mixture
+    if (
+        layers := language.get("num_layers")
+    ) and layers < MoEConfig().moe_layer_freq:  # the default would leave no layer a mixture
         sections["moe"].setdefault("moe_layer_freq", layers)
     # a run's own sequence length is checked when it starts; here only the model's limit counts
     longest = language.get("max_position_embeddings")
@@ -222,14 +275,28 @@ def _require_room(output: Path, target: Target, dtypes: dict[str, torch.dtype]) 
     needed = sum(math.prod(shape) * dtypes[core].itemsize for core, shape in target.shapes.items())
     existing = next(p for p in (output, *output.absolute().parents) if p.exists())
     if needed > (free := shutil.disk_usage(existing).free):
-        raise CheckpointError(f"{output} needs up to {needed / 2**30:.2f} GiB and {free / 2**30:.2f} GiB are free; nothing was "
-                              "written. Free some space, or choose another --output")
+        raise CheckpointError(
+            f"{output} needs up to {needed / 2**30:.2f} GiB and {free / 2**30:.2f} GiB are free; nothing was "
+            "written. Free some space, or choose another --output"
+        )
 
 
-def _write(directory: Path, source: sources.Source, config: RunConfig, target: Target, request: Request) -> Path:
-    record = Record(stage="imported", kind=target.kind, step=0, position=0, finished=True, layout={"world": 1},
-                    vocab_size=config.language.vocab_size or 0, tokenizer_fingerprint="", parts=target.parts,
-                    lineage=source.lineage, num_experts=config.moe.num_experts if target.kind in ("evolve", "route") else 0)
+def _write(
+    directory: Path, source: sources.Source, config: RunConfig, target: Target, request: Request
+) -> Path:
+    record = Record(
+        stage="imported",
+        kind=target.kind,
+        step=0,
+        position=0,
+        finished=True,
+        layout={"world": 1},
+        vocab_size=config.language.vocab_size or 0,
+        tokenizer_fingerprint="",
+        parts=target.parts,
+        lineage=source.lineage,
+        num_experts=config.moe.num_experts if target.kind in ("evolve", "route") else 0,
+    )
     dtypes = target.dtypes(source, request)
     with CheckpointWriter(directory, record, config.to_yaml()) as writer:
         for entry in target.entries:
@@ -238,7 +305,9 @@ def _write(directory: Path, source: sources.Source, config: RunConfig, target: T
                 if entry.expert is None:
                     writer.put(entry.core, piece, shape=target.shapes[entry.core], offset=(row,))
                 else:
-                    writer.put(entry.core, piece[None], shape=target.shapes[entry.core], offset=(entry.expert, row))
+                    writer.put(
+                        entry.core, piece[None], shape=target.shapes[entry.core], offset=(entry.expert, row)
+                    )
                 row += len(piece)
     return writer.path
 
@@ -259,16 +328,24 @@ def _router_like(entry: Entry) -> str:
     return f"language_model.model.layers.{_LAYER.search(entry.core)[1]}.input_layernorm.weight"
 
 
-def _pieces(entry: Entry, source: sources.Source, config: RunConfig, request: Request, dtype: torch.dtype) -> list[Tensor]:
+def _pieces(
+    entry: Entry, source: sources.Source, config: RunConfig, request: Request, dtype: torch.dtype
+) -> list[Tensor]:
     """The core tensor of an entry, in pieces along its first axis, in `dtype` and finite."""
     if _is_fresh(entry, request):
         layer, name = int(_LAYER.search(entry.core)[1]), entry.core.split(".mlp.router.")[1]
         return [converted(entry.core, fresh.router_weights(config, layer + 1)[name], dtype)]
     origins = {name: Target.origin(name, source) for name in entry.hf}
     if not is_drawn(entry, request):
-        return entry.to_core({name: converted(source.describe(o), source.read(o), dtype) for name, o in origins.items()})
-    own = functools.reduce(torch.promote_types, (source.place(o).dtype for o in origins.values()))  # noise is in the weights' units
-    pieces = entry.to_core({name: converted(source.describe(o), source.read(o), own) for name, o in origins.items()})
+        return entry.to_core(
+            {name: converted(source.describe(o), source.read(o), dtype) for name, o in origins.items()}
+        )
+    own = functools.reduce(
+        torch.promote_types, (source.place(o).dtype for o in origins.values())
+    )  # noise is in the weights' units
+    pieces = entry.to_core(
+        {name: converted(source.describe(o), source.read(o), own) for name, o in origins.items()}
+    )
     noisy = _with_noise(torch.cat(pieces), entry, len(pieces), config)
     return [converted(f"{' and '.join(map(source.describe, origins.values()))} with noise", noisy, dtype)]
 
@@ -276,7 +353,9 @@ def _pieces(entry: Entry, source: sources.Source, config: RunConfig, request: Re
 def _with_noise(weight: Tensor, entry: Entry, gates: int, config: RunConfig) -> Tensor:
     """As `expert_init.add_noise` does to a model in memory, with the same numbers."""
     layer, which = int(_LAYER.search(entry.core)[1]) + 1, 1 if ".linear_fc1." in entry.core else 2
-    noise = fresh.expert_noise(config.train.seed, layer, entry.expert, which, (gates, len(weight) // gates, weight.shape[1]))
+    noise = fresh.expert_noise(
+        config.train.seed, layer, entry.expert, which, (gates, len(weight) // gates, weight.shape[1])
+    )
     scale = config.moe.expert_init_noise * fresh.std_of(fresh.moments(weight))
     return noise.reshape(weight.shape).mul_(scale).add_(weight).to(weight.dtype)
 
@@ -284,23 +363,38 @@ def _with_noise(weight: Tensor, entry: Entry, gates: int, config: RunConfig) -> 
 def describe(imported: Imported) -> str:
     """What was done, and what to put into a run."""
     lm, vision, moe = imported.config.language, imported.config.vision, imported.config.moe
-    lines = [f"{imported.checkpoint}: {imported.tensors} tensors read, {imported.parameters:,} parameters written"]
+    lines = [
+        f"{imported.checkpoint}: {imported.tensors} tensors read, {imported.parameters:,} parameters written"
+    ]
     if "vision_model" in imported.parts:
-        lines.append(f"  vision tower    {vision.model_type}, {vision.num_layers_used} of {vision.num_layers} layers, "
-                     f"{vision.hidden_size} wide, {vision.image_size} pixels, {vision.tokens_per_image} tokens per image")
+        lines.append(
+            f"  vision tower    {vision.model_type}, {vision.num_layers_used} of {vision.num_layers} layers, "
+            f"{vision.hidden_size} wide, {vision.image_size} pixels, {vision.tokens_per_image} tokens per "
+            "image"
+        )
     if "language_model" in imported.parts:
-        lines.append(f"  language model  {lm.num_layers} layers, {lm.hidden_size} wide, vocabulary {lm.vocab_size}")
+        lines.append(
+            f"  language model  {lm.num_layers} layers, {lm.hidden_size} wide, vocabulary {lm.vocab_size}"
+        )
     lines += [f"  {note}" for note in imported.notes]
     if imported.kind in ("evolve", "route"):
         mixtures = sum(moe.layer_pattern(lm.num_layers))
-        lines.append(f"  mixture         {moe.num_experts} experts in {mixtures} layers"
-                     f"{f', {moe.router} router' if imported.kind == 'route' else ', no router yet'}")
+        lines.append(
+            f"  mixture         {moe.num_experts} experts in {mixtures} layers"
+            f"{f', {moe.router} router' if imported.kind == 'route' else ', no router yet'}"
+        )
     if "vision_projection" not in imported.parts:
         lines.append("  the projector will start fresh")
     if imported.left_out:
-        lines.append(f"  left out: {len(imported.left_out)} tensors without a part in the result (the tower's end, buffers, a tied "
-                     "output layer)")
+        lines.append(
+            f"  left out: {len(imported.left_out)} tensors without a part in the result (the tower's end, "
+            "buffers, a tied "
+            "output layer)"
+        )
     tokenizer = f" --tokenizer {imported.tokenizer}" if imported.tokenizer else ""
-    lines.append(f"train on with: python -m megatron_evomoe train --config RUN.yaml --preset {imported.output}/model.yaml "
-                 f"--load {imported.output}{tokenizer}")
+    lines.append(
+        "train on with: python -m megatron_evomoe train --config RUN.yaml --preset "
+        f"{imported.output}/model.yaml "
+        f"--load {imported.output}{tokenizer}"
+    )
     return "\n".join(lines)

@@ -1,4 +1,5 @@
-"""The names Hugging Face files were given over the years, brought to those of `names.py` (transformers 4.x LLaVA files).
+"""The names Hugging Face files were given over the years, brought to those of `names.py` (transformers 4.x
+LLaVA files).
 
 | written by | language model | output layer | tower |
 |---|---|---|---|
@@ -19,19 +20,24 @@ from megatron_evomoe.checkpoint.record import CheckpointError
 
 _DECODER = r"(?P<rest>(?:layers|embed_tokens|norm|final_layernorm)\..*)"
 _TOWER = r"(?P<rest>(?:embeddings|encoder|pre_layrnorm|post_layernorm|head)\..*)"
-_RULES = [(re.compile(pattern), prefix) for pattern, prefix in (
-    (rf"^(?:model\.)?language_model\.(?:model\.)?{_DECODER}$", "language_model.model."),
-    (rf"^(?:model\.)?{_DECODER}$", "language_model.model."),
-    (r"^(?:(?:model\.)?language_model\.)?(?P<rest>lm_head\..*)$", "language_model."),
-    (rf"^(?:model\.)?(?:vision_tower\.)*(?:vision_model\.)?{_TOWER}$", "vision_tower.vision_model."),
-    (r"^(?:model\.)?(?P<rest>multi_modal_projector\..*)$", ""),
-)]
+_RULES = [
+    (re.compile(pattern), prefix)
+    for pattern, prefix in (
+        (rf"^(?:model\.)?language_model\.(?:model\.)?{_DECODER}$", "language_model.model."),
+        (rf"^(?:model\.)?{_DECODER}$", "language_model.model."),
+        (r"^(?:(?:model\.)?language_model\.)?(?P<rest>lm_head\..*)$", "language_model."),
+        (rf"^(?:model\.)?(?:vision_tower\.)*(?:vision_model\.)?{_TOWER}$", "vision_tower.vision_model."),
+        (r"^(?:model\.)?(?P<rest>multi_modal_projector\..*)$", ""),
+    )
+]
 _LLAVA_PROJECTOR = {"0": "linear_1", "2": "linear_2"}
 
 _COMPUTED = re.compile(r"\.(rotary_emb\.inv_freq|embeddings\.position_ids)$")
 _TOWER_UNREAD = re.compile(r"^vision_tower\.vision_model\.(post_layernorm|head)\.")
 _TOWER_LAYER = re.compile(r"^vision_tower\.vision_model\.encoder\.layers\.(\d+)\.")
-_CLIPS_OTHER_HALF = re.compile(r"^(text_model\.|text_projection\.|visual_projection\.|logit_scale$|logit_bias$)")
+_CLIPS_OTHER_HALF = re.compile(
+    r"^(text_model\.|text_projection\.|visual_projection\.|logit_scale$|logit_bias$)"
+)
 
 
 def canonical(names: Iterable[str], where: object) -> dict[str, str]:
@@ -59,8 +65,9 @@ def _canonical(name: str) -> str:
 
 
 def is_unread(name: str, tower_layers: int) -> bool:
-    """Whether a tensor (canonical name) has no part in what LLaVA computes: buffers that follow from the configuration, a tower's
-    layers from `tower_layers` on and what comes after them, CLIP's text half."""
+    """Whether a tensor (canonical name) has no part in what LLaVA computes: buffers that follow from the
+    configuration, a tower's layers from `tower_layers` on and what comes after them, CLIP's text half.
+    """
     if _COMPUTED.search(name) or _TOWER_UNREAD.match(name) or _CLIPS_OTHER_HALF.match(name):
         return True
     layer = _TOWER_LAYER.match(name)

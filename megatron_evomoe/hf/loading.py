@@ -1,7 +1,7 @@
 """A Hugging Face directory to a model that answers: the one place where `evaluate` and `generate` load from.
 
-EvoMoE exports load through this package's classes, which importing `megatron_evomoe.hf` registers; plain LLaVA directories load
-through transformers' own. Code that lies in a directory is never run.
+EvoMoE exports load through this package's classes, which importing `megatron_evomoe.hf` registers; plain
+LLaVA directories load through transformers' own. Code that lies in a directory is never run.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ _HARMLESS = ("position_ids", "inv_freq")  # buffers that old directories carry a
 
 def user_message(text: str, num_images: int = 0) -> Message:
     """A question with its images before it, where LLaVA has them."""
-    return {"role": "user", "content": [*({"type": "image"} for _ in range(num_images)), {"type": "text", "text": text}]}
+    return {
+        "role": "user",
+        "content": [*({"type": "image"} for _ in range(num_images)), {"type": "text", "text": text}],
+    }
 
 
 class ModelError(ValueError):
@@ -55,17 +58,25 @@ class LoadedModel:
         Raises:
             ModelError: there is no room for one more token after the longest.
         """
-        texts = [self.processor.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
-                 for messages in conversations]
+        texts = [
+            self.processor.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+            for messages in conversations
+        ]
         bos = self.tokenizer.bos_token
         batch = self.processor(
             # as pictures: an array of 1 or 3 rows would be taken for one with its channels first
-            text=texts, images=[Image.fromarray(image) for image in images] or None, return_tensors="pt", padding=True,
+            text=texts,
+            images=[Image.fromarray(image) for image in images] or None,
+            return_tensors="pt",
+            padding=True,
             # a template that writes the first token itself must not get a second one
-            add_special_tokens=not (bos and all(text.startswith(bos) for text in texts)))
+            add_special_tokens=not (bos and all(text.startswith(bos) for text in texts)),
+        )
         length, room = batch["input_ids"].shape[1], self.max_length
         if length >= room:
-            raise ModelError(f"the prompt is {length} tokens long and the model takes {room}, its answer included")
+            raise ModelError(
+                f"the prompt is {length} tokens long and the model takes {room}, its answer included"
+            )
         batch = batch.to(self.model.device)
         if "pixel_values" in batch:
             batch["pixel_values"] = batch["pixel_values"].to(self.model.dtype)
@@ -80,11 +91,14 @@ class LoadedModel:
         """The continuations of an encoded batch, without special tokens and outer whitespace.
 
         Args:
-            settings: arguments of transformers' ``generate``; no answer goes beyond the model's last position.
+            settings: arguments of transformers' ``generate``; no answer goes beyond the model's last
+                position.
         """
         import torch
 
-        settings["max_new_tokens"] = min(settings["max_new_tokens"], self.max_length - batch["input_ids"].shape[1])
+        settings["max_new_tokens"] = min(
+            settings["max_new_tokens"], self.max_length - batch["input_ids"].shape[1]
+        )
         with torch.inference_mode():
             tokens = self.model.generate(**batch, pad_token_id=self.tokenizer.pad_token_id, **settings)
         new = tokens[:, batch["input_ids"].shape[1] :]
@@ -92,8 +106,17 @@ class LoadedModel:
 
 
 def greedy(max_new_tokens: int) -> dict[str, Any]:
-    """Arguments of ``generate`` for the most likely token each time, whatever the directory's generation config says."""
-    return {"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
+    """Arguments of ``generate`` for the most likely token each time, whatever the directory's generation
+    config says.
+    """
+    return {
+        "max_new_tokens": max_new_tokens,
+        "do_sample": False,
+        "num_beams": 1,
+        "temperature": None,
+        "top_p": None,
+        "top_k": None,
+    }
 
 
 def check_directory(path: Path) -> None:
@@ -109,8 +132,10 @@ def check_directory(path: Path) -> None:
     missing = [name for name in _weight_files(path) if not (path / name).is_file()]
     if missing:
         raise ModelError(f"{path} lacks weights: {', '.join(missing[:3])}{' …' if len(missing) > 3 else ''}")
-    for names, what in ((("tokenizer.json", "tokenizer.model"), "tokenizer"),
-                        (("preprocessor_config.json", "processor_config.json"), "image processor")):
+    for names, what in (
+        (("tokenizer.json", "tokenizer.model"), "tokenizer"),
+        (("preprocessor_config.json", "processor_config.json"), "image processor"),
+    ):
         if not any((path / name).is_file() for name in names):
             raise ModelError(f"{path} has no {what} ({' or '.join(names)})")
 
@@ -125,7 +150,10 @@ def _weight_files(path: Path) -> list[str]:
         raise ModelError(f"{index} is no weight index: {error!r}") from None
     for name in names:
         if not isinstance(name, str) or "/" in name or not name.endswith(".safetensors"):
-            raise ModelError(f"{index} names {reprlib.repr(name)} as a file of weights; files are *.safetensors beside the index")
+            raise ModelError(
+                f"{index} names {reprlib.repr(name)} as a file of weights; files are *.safetensors beside "
+                "the index"
+            )
     return names
 
 
@@ -137,7 +165,8 @@ def load(path: str | Path, dtype: str = "auto", device: str | None = None) -> Lo
         device: a torch device; None takes this process's GPU where there is one.
 
     Raises:
-        ModelError: files are missing or broken, code of its own would be needed, or tensors do not match the architecture.
+        ModelError: files are missing or broken, code of its own would be needed, or tensors do not match the
+            architecture.
     """
     path = Path(path)
     check_directory(path)
@@ -164,27 +193,39 @@ def _load_model(path: Path, dtype: str) -> Any:
     transformers = _transformers()
     try:
         model, report = transformers.AutoModelForImageTextToText.from_pretrained(
-            path, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True)
+            path, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True
+        )
     except Exception as error:  # half a dozen types, each for a directory that is not what it should be
         raise ModelError(f"{path} cannot be loaded: {_first_line(error)}") from None
-    wrong = [f"{kind} {name}" for kind, names in (("missing", report["missing_keys"]), ("unexpected", report["unexpected_keys"]))
-             for name in sorted(names) if not name.endswith(_HARMLESS)]
+    wrong = [
+        f"{kind} {name}"
+        for kind, names in (("missing", report["missing_keys"]), ("unexpected", report["unexpected_keys"]))
+        for name in sorted(names)
+        if not name.endswith(_HARMLESS)
+    ]
     wrong += [f"of another shape {key!s}" for key in report["mismatched_keys"]]
     if wrong:  # transformers would warn and leave what is missing random
-        raise ModelError(f"{path}: {len(wrong)} tensors do not match the architecture, first {wrong[0]}; was it written by a "
-                         f"newer transformers than {transformers.__version__}?")
+        raise ModelError(
+            f"{path}: {len(wrong)} tensors do not match the architecture, first {wrong[0]}; was it written "
+            "by a "
+            f"newer transformers than {transformers.__version__}?"
+        )
     return model
 
 
 def _load_processor(path: Path) -> Any:
     transformers = _transformers()
     try:
-        processor = transformers.AutoProcessor.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        processor = transformers.AutoProcessor.from_pretrained(
+            path, local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:  # as above
         raise ModelError(f"{path}: the processor cannot be loaded: {_first_line(error)}") from None
     if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
-        raise ModelError(f"{path} gives a {type(processor).__name__}, not a processor of text and images; "
-                         "processor_config.json must name its class")
+        raise ModelError(
+            f"{path} gives a {type(processor).__name__}, not a processor of text and images; "
+            "processor_config.json must name its class"
+        )
     if not (getattr(processor, "chat_template", None) or processor.tokenizer.chat_template):
         raise ModelError(f"{path} has no chat template (chat_template.jinja or .json)")
     return processor

@@ -1,11 +1,13 @@
 """The one map between a checkpoint's tensors and a Hugging Face directory's, for both directions.
 
-An `Entry` pairs one tensor of a `torch_dist` checkpoint (or one expert of a tensor that stacks them) with the HF tensors that
-hold the same numbers, and knows the two layouts. A `NameMap` is the list of all entries of one model; it says what either side
-must hold, so that a missing, surplus or misshapen tensor is named before anything is written.
+An `Entry` pairs one tensor of a `torch_dist` checkpoint (or one expert of a tensor that stacks them) with the
+HF tensors that hold the same numbers, and knows the two layouts. A `NameMap` is the list of all entries of
+one model; it says what either side must hold, so that a missing, surplus or misshapen tensor is named before
+anything is written.
 
-HF names are those of transformers 4.x LLaVA files (``language_model.model.…``, ``vision_tower.vision_model.…``,
-``multi_modal_projector.…``); `hf/layouts.py` brings other layouts to them. Dtypes do not matter here.
+HF names are those of transformers 4.x LLaVA files (``language_model.model.…``,
+``vision_tower.vision_model.…``, ``multi_modal_projector.…``); `hf/layouts.py` brings other layouts to them.
+Dtypes do not matter here.
 
 Shape legend: C width, F FFN width, V vocabulary, H heads, G key/value groups, D head size, N experts.
 """
@@ -30,7 +32,9 @@ Shape = tuple[int, ...]
 _NO_WEIGHT = re.compile(r"^(optimizer|rng)\.|\._extra_state(/|$)")
 EVOLVING = re.compile(r"\.mlp\.(experts|evolution)\.")
 """Keys that an evolving model holds beside the dense one it computes with."""
-_EVOLVING_STATE = re.compile(r"\.mlp\.(linear_fc[12]\.(weight|bias)$|evolution\.)")  # the first expert is there twice
+_EVOLVING_STATE = re.compile(
+    r"\.mlp\.(linear_fc[12]\.(weight|bias)$|evolution\.)"
+)  # the first expert is there twice
 
 
 class Layout(Protocol):
@@ -40,7 +44,9 @@ class Layout(Protocol):
         """Core tensor to HF tensors, in the entry's order; views where possible."""
 
     def join(self, hf: list[Tensor]) -> list[Tensor]:
-        """HF tensors to pieces that, one after the other along axis 0, are the core tensor; views where possible."""
+        """HF tensors to pieces that, one after the other along axis 0, are the core tensor; views where
+        possible.
+        """
 
 
 @dataclass(frozen=True)
@@ -89,7 +95,9 @@ class Qkv:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """HF holds the true vocabulary; the core's rows are padded with zeros, how far depends on the layout that saved."""
+    """HF holds the true vocabulary; the core's rows are padded with zeros, how far depends on the layout that
+    saved.
+    """
 
     rows: int
     padded: int
@@ -118,7 +126,9 @@ class Entry:
 
     def to_hf(self, core: Tensor) -> dict[str, Tensor]:
         """The HF tensors of a core tensor of `shape` (a vocabulary may have any number of padding rows)."""
-        if core.shape[1:] != self.shape[1:] or (len(core) != self.shape[0] and not isinstance(self.layout, Vocabulary)):
+        if core.shape[1:] != self.shape[1:] or (
+            len(core) != self.shape[0] and not isinstance(self.layout, Vocabulary)
+        ):
             raise CheckpointError(f"{self.core} has shape {tuple(core.shape)}, {self.shape} is expected")
         return dict(zip(self.hf, self.layout.split(core), strict=True))
 
@@ -135,23 +145,29 @@ class NameMap:
 
     Args:
         config: resolved for its stage; the sections `language`, `vision` and `moe` are read.
-        kind: stage kind, or `pretrained`: designated layers are mixtures for `route` and dense FFNs for everything else
-            (an `evolve` checkpoint's experts are left aside; it computes with its first one, the dense FFN).
+        kind: stage kind, or `pretrained`: designated layers are mixtures for `route` and dense FFNs for
+            everything else (an `evolve` checkpoint's experts are left aside; it computes with its first one,
+            the dense FFN).
         parts: of `PARTS`, those the checkpoint has.
-        all_experts: of an `evolve` checkpoint map all experts rather than the dense FFN, which is the first of them.
+        all_experts: of an `evolve` checkpoint map all experts rather than the dense FFN, which is the first
+            of them.
 
     Raises:
         ConfigError: no vocabulary size is set.
     """
 
-    def __init__(self, config: RunConfig, kind: str, parts: Sequence[str] = PARTS, *, all_experts: bool = False) -> None:
+    def __init__(
+        self, config: RunConfig, kind: str, parts: Sequence[str] = PARTS, *, all_experts: bool = False
+    ) -> None:
         self.kind, self.parts = kind, tuple(parts)
         evolved = kind == "evolve" and all_experts
         self._aside = _EVOLVING_STATE if evolved else EVOLVING if kind == "evolve" else None
         makers: dict[str, Callable[[], Iterator[Entry]]] = {
             "vision_model": lambda: _vision(config),
             "vision_projection": lambda: _projector(config),
-            "language_model": lambda: _language(config, mixtures=kind == "route" or evolved, routed=kind == "route"),
+            "language_model": lambda: _language(
+                config, mixtures=kind == "route" or evolved, routed=kind == "route"
+            ),
         }
         self.num_experts = config.moe.num_experts
         self.entries = [entry for part in PARTS if part in self.parts for entry in makers[part]()]
@@ -167,8 +183,9 @@ class NameMap:
         return {name: shape for e in self.entries for name, shape in e.hf.items()}
 
     def is_weight(self, key: str) -> bool:
-        """Whether a checkpoint's key belongs to the model an export shows, rather than to training (optimizer, generators,
-        FP8 history, experts still evolving) or to a part that was not asked for."""
+        """Whether a checkpoint's key belongs to the model an export shows, rather than to training
+        (optimizer, generators, FP8 history, experts still evolving) or to a part that was not asked for.
+        """
         if _NO_WEIGHT.search(key) or (self._aside and self._aside.search(key) and key not in self._dense):
             return False
         part = key.split(".")[0]
@@ -195,8 +212,11 @@ class NameMap:
 def _compare(found: Mapping[str, Shape], wanted: Mapping[str, Shape], where: str) -> None:
     problems = [f"{key} is missing" for key in wanted if key not in found]
     problems += [f"{key} is there and this model has no such tensor" for key in found if key not in wanted]
-    problems += [f"{key} has shape {found[key]}, the configuration says {shape}"
-                 for key, shape in wanted.items() if key in found and found[key] != shape]
+    problems += [
+        f"{key} has shape {found[key]}, the configuration says {shape}"
+        for key, shape in wanted.items()
+        if key in found and found[key] != shape
+    ]
     if problems:
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
         raise CheckpointError(f"{where} does not hold the model that its configuration describes: {shown}")
@@ -215,12 +235,24 @@ def _vision(config: RunConfig) -> Iterator[Entry]:
     yield _same(f"{ours}.conv1.weight", (C, 3, P, P), f"{theirs}.embeddings.patch_embedding.weight")
     if not clip:
         yield _same(f"{ours}.conv1.bias", (C,), f"{theirs}.embeddings.patch_embedding.bias")
-    yield _same(f"{ours}.position_embeddings.weight", (positions, C), f"{theirs}.embeddings.position_embedding.weight")
+    yield _same(
+        f"{ours}.position_embeddings.weight", (positions, C), f"{theirs}.embeddings.position_embedding.weight"
+    )
     for i in range(vision.num_layers_used):
         our, their = f"{ours}.decoder.layers.{i}", f"{theirs}.encoder.layers.{i}"
         yield from _norm(f"{our}.self_attention.linear_qkv.layer_norm_", f"{their}.layer_norm1", C, bias=True)
-        yield from _qkv(f"{our}.self_attention.linear_qkv", f"{their}.self_attn", C, heads, C // heads, C // heads, bias=True)
-        yield from _linear(f"{our}.self_attention.linear_proj", f"{their}.self_attn.out_proj", (C, C), bias=True)
+        yield from _qkv(
+            f"{our}.self_attention.linear_qkv",
+            f"{their}.self_attn",
+            C,
+            heads,
+            C // heads,
+            C // heads,
+            bias=True,
+        )
+        yield from _linear(
+            f"{our}.self_attention.linear_proj", f"{their}.self_attn.out_proj", (C, C), bias=True
+        )
         yield from _norm(f"{our}.mlp.linear_fc1.layer_norm_", f"{their}.layer_norm2", C, bias=True)
         yield from _linear(f"{our}.mlp.linear_fc1", f"{their}.mlp.fc1", (F, C), bias=True)
         yield from _linear(f"{our}.mlp.linear_fc2", f"{their}.mlp.fc2", (C, F), bias=True)
@@ -229,7 +261,12 @@ def _vision(config: RunConfig) -> Iterator[Entry]:
 def _projector(config: RunConfig) -> Iterator[Entry]:
     C, Cv = config.language.hidden_size, config.vision.hidden_size
     for i, columns in ((1, Cv), (2, C)):
-        yield from _linear(f"vision_projection.encoder.linear_fc{i}", f"multi_modal_projector.linear_{i}", (C, columns), bias=True)
+        yield from _linear(
+            f"vision_projection.encoder.linear_fc{i}",
+            f"multi_modal_projector.linear_{i}",
+            (C, columns),
+            bias=True,
+        )
 
 
 def _language(config: RunConfig, *, mixtures: bool, routed: bool) -> Iterator[Entry]:
@@ -241,8 +278,12 @@ def _language(config: RunConfig, *, mixtures: bool, routed: bool) -> Iterator[En
     yield _vocabulary(f"{ours}.embedding.word_embeddings.weight", f"{theirs}.embed_tokens.weight", config, C)
     for i in range(lm.num_layers):
         yield from _decoder_layer(config, i, mixtures, routed)
-    yield from _norm(f"{ours}.decoder.final_layernorm.", f"{theirs}.{'final_layernorm' if lm.parallel_residual else 'norm'}",
-                     C, bias=norm_bias)
+    yield from _norm(
+        f"{ours}.decoder.final_layernorm.",
+        f"{theirs}.{'final_layernorm' if lm.parallel_residual else 'norm'}",
+        C,
+        bias=norm_bias,
+    )
     if not lm.tie_word_embeddings:
         yield _vocabulary(f"{ours}.output_layer.weight", "language_model.lm_head.weight", config, C)
     if lm.lm_head_bias:
@@ -257,13 +298,26 @@ def _decoder_layer(config: RunConfig, i: int, mixtures: bool, routed: bool) -> I
     head = lm.kv_channels or C // lm.num_attention_heads
     norm = "self_attention.linear_qkv.layer_norm_" if fused else "input_layernorm."
     yield from _norm(f"{our}.{norm}", f"{their}.input_layernorm", C, bias=norm_bias)
-    yield from _qkv(f"{our}.self_attention.linear_qkv", f"{their}.self_attn", C, groups,
-                    head * lm.num_attention_heads // groups, head, bias=lm.add_qkv_bias or lm.add_bias_linear)
-    yield from _linear(f"{our}.self_attention.linear_proj", f"{their}.self_attn.{'o_proj' if fused else 'dense'}",
-                       (C, head * lm.num_attention_heads), bias=lm.add_bias_linear)
+    yield from _qkv(
+        f"{our}.self_attention.linear_qkv",
+        f"{their}.self_attn",
+        C,
+        groups,
+        head * lm.num_attention_heads // groups,
+        head,
+        bias=lm.add_qkv_bias or lm.add_bias_linear,
+    )
+    yield from _linear(
+        f"{our}.self_attention.linear_proj",
+        f"{their}.self_attn.{'o_proj' if fused else 'dense'}",
+        (C, head * lm.num_attention_heads),
+        bias=lm.add_bias_linear,
+    )
     if lm.qk_layernorm:
         for x in "qk":
-            yield from _norm(f"{our}.self_attention.{x}_layernorm.", f"{their}.self_attn.{x}_norm", head, bias=norm_bias)
+            yield from _norm(
+                f"{our}.self_attention.{x}_layernorm.", f"{their}.self_attn.{x}_norm", head, bias=norm_bias
+            )
     if fused:
         norm = "pre_mlp_layernorm." if designated else "mlp.linear_fc1.layer_norm_"
         yield from _norm(f"{our}.{norm}", f"{their}.post_attention_layernorm", C, bias=norm_bias)
@@ -300,13 +354,20 @@ def _router(config: RunConfig, our: str, their: str) -> Iterator[Entry]:
             yield _same(f"{our}.weight_{modality}", (N, C), f"{their}.{modality}.weight")
     else:
         yield _same(f"{our}.phi", (N, C), f"{their}.phi.weight")
-        hyper = {"weight1": (h, C), "bias1": (h,), "weight2_down": (h + 1, 2 * r, C), "weight2_up": (h + 1, r, C)}
+        hyper = {
+            "weight1": (h, C),
+            "bias1": (h,),
+            "weight2_down": (h + 1, 2 * r, C),
+            "weight2_up": (h + 1, r, C),
+        }
         for modality in ("text", "vision"):
             for name, shape in hyper.items():
                 yield _same(f"{our}.{modality}.{name}", shape, f"{their}.{modality}.{name}")
 
 
-def _same(ours: str, shape: Shape, theirs: str, their_shape: Shape | None = None, expert: int | None = None) -> Entry:
+def _same(
+    ours: str, shape: Shape, theirs: str, their_shape: Shape | None = None, expert: int | None = None
+) -> Entry:
     their_shape = their_shape or shape
     return Entry(ours, shape, {theirs: their_shape}, Same(shape, their_shape), expert)
 
@@ -316,19 +377,27 @@ def _norm(our_prefix: str, theirs: str, width: int, *, bias: bool) -> Iterator[E
         yield _same(f"{our_prefix}{kind}", (width,), f"{theirs}.{kind}")
 
 
-def _linear(ours: str, theirs: str, shape: Shape, *, bias: bool, expert: int | None = None) -> Iterator[Entry]:
+def _linear(
+    ours: str, theirs: str, shape: Shape, *, bias: bool, expert: int | None = None
+) -> Iterator[Entry]:
     yield _same(f"{ours}.weight", shape, f"{theirs}.weight", expert=expert)
     if bias:
         yield _same(f"{ours}.bias", shape[:1], f"{theirs}.bias", expert=expert)
 
 
-def _qkv(ours: str, theirs: str, columns: int, groups: int, queries: int, head: int, *, bias: bool) -> Iterator[Entry]:
+def _qkv(
+    ours: str, theirs: str, columns: int, groups: int, queries: int, head: int, *, bias: bool
+) -> Iterator[Entry]:
     """`queries`: rows of one group's queries."""
     layout = Qkv(groups, queries, head)
     for kind, rest in (("weight", (columns,)), *((("bias", ()),) if bias else ())):
         rows = {"q": groups * queries, "k": groups * head, "v": groups * head}
-        yield Entry(f"{ours}.{kind}", (sum(rows.values()), *rest),
-                    {f"{theirs}.{x}_proj.{kind}": (n, *rest) for x, n in rows.items()}, layout)
+        yield Entry(
+            f"{ours}.{kind}",
+            (sum(rows.values()), *rest),
+            {f"{theirs}.{x}_proj.{kind}": (n, *rest) for x, n in rows.items()},
+            layout,
+        )
 
 
 def _vocabulary(ours: str, theirs: str, config: RunConfig, *rest: int) -> Entry:

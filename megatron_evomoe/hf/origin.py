@@ -12,19 +12,26 @@ from megatron_evomoe.config import RunConfig, load_config
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The ``iter_…`` folder that `path` is, or the newest whole one in a stage's folder. Needs no process group.
+    """The ``iter_…`` folder that `path` is, or the newest whole one in a stage's folder. Needs no process
+    group.
 
     Raises:
         CheckpointError: there is none, or `path` is a run's directory with several stages.
     """
     if not path.is_dir():
-        raise CheckpointError(f"{path} is no directory; give a stage's folder of a run, or an iter_… folder in it")
+        raise CheckpointError(
+            f"{path} is no directory; give a stage's folder of a run, or an iter_… folder in it"
+        )
     if path.name.startswith("iter_"):
         return path
     found = find.latest(path)
     if found is None:
         stages = sorted(p.name for p in path.iterdir() if p.is_dir() and find.candidates(p))
-        hint = f"it holds the stages {', '.join(stages)}: name one of them" if stages else "it has no whole iter_* folder"
+        hint = (
+            f"it holds the stages {', '.join(stages)}: name one of them"
+            if stages
+            else "it has no whole iter_* folder"
+        )
         raise CheckpointError(f"no checkpoint in {path}: {hint}")
     return found
 

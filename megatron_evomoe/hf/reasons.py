@@ -1,5 +1,6 @@
-"""Why a model cannot be imported: by its family, and by marks in its ``config.json`` that mean something the core's model does not
-compute, whatever the family is called."""
+"""Why a model cannot be imported: by its family, and by marks in its ``config.json`` that mean something the
+core's model does not compute, whatever the family is called.
+"""
 
 from __future__ import annotations
 
@@ -18,51 +19,91 @@ _Q_FORMER = "a Q-Former stands between tower and language model"
 _GEMMA = "its embedding is multiplied by the root of its width, and its norms multiply by 1 + weight"
 
 FAMILIES: dict[str, str] = {
-    "gpt_neox": "attention and FFN add to the stream in parallel, each behind a norm of its own; QKV is stored head by head",
-    "gptj": f"attention and FFN add to the stream in parallel; {_PAIRS}", "codegen": f"parallel residual; {_PAIRS}",
-    "falcon": "attention and FFN add to the stream in parallel, and QKV is stored fused", "bloom": _ALIBI, "mpt": _ALIBI,
-    "gpt2": _LEARNED, "gpt_neo": _LEARNED, "opt": _LEARNED, "gpt_bigcode": _LEARNED, "biogpt": _LEARNED,
+    "gpt_neox": "attention and FFN add to the stream in parallel, each behind a norm of its own; QKV is "
+    "stored head by head",
+    "gptj": f"attention and FFN add to the stream in parallel; {_PAIRS}",
+    "codegen": f"parallel residual; {_PAIRS}",
+    "falcon": "attention and FFN add to the stream in parallel, and QKV is stored fused",
+    "bloom": _ALIBI,
+    "mpt": _ALIBI,
+    "gpt2": _LEARNED,
+    "gpt_neo": _LEARNED,
+    "opt": _LEARNED,
+    "gpt_bigcode": _LEARNED,
+    "biogpt": _LEARNED,
     "olmo": "its norms have no weights (non-parametric LayerNorm)",
     "olmo2": f"{_POST_NORM}, and its norms of queries and keys span all heads",
-    "olmo3": f"{_POST_NORM}, its norms of queries and keys span all heads, and its windows hold for some layers only",
+    "olmo3": f"{_POST_NORM}, its norms of queries and keys span all heads, and its windows hold for some "
+    "layers only",
     "exaone4": f"{_POST_NORM}, and some layers have no RoPE",
     "gemma": f"{_GEMMA}; its gate is a tanh GELU",
-    "gemma2": f"{_GEMMA}; norms stand before and behind each part, logits are soft-capped, every second layer has a window",
-    "gemma3_text": f"{_GEMMA}; norms stand before and behind each part; layers alternate windows and RoPE bases",
+    "gemma2": f"{_GEMMA}; norms stand before and behind each part, logits are soft-capped, every second "
+    "layer has a window",
+    "gemma3_text": f"{_GEMMA}; norms stand before and behind each part; layers alternate windows and RoPE "
+    "bases",
     "gemma3": f"{_GEMMA}; layers alternate windows and RoPE bases; its images are pooled to 256 tokens",
     "phi3": "its QKV and its gate and up are stored fused (and the long variants use longrope)",
     "granite": "its embedding, residual branches, attention and logits are multiplied by constants",
     "smollm3": "some of its layers have no RoPE (NoPE)",
     "cohere": f"parallel residual, logits scaled by a constant; {_PAIRS}",
     "cohere2": f"parallel residual, logits scaled by a constant, layers without RoPE; {_PAIRS}",
-    "glm": _PAIRS, "glm4": f"norms stand before and behind each part; {_PAIRS}", "helium": _PAIRS,
+    "glm": _PAIRS,
+    "glm4": f"norms stand before and behind each part; {_PAIRS}",
+    "helium": _PAIRS,
     "nemotron": "its norms multiply by 1 + weight, and its activation is a squared ReLU",
-    "starcoder2": "its FFN has no gate behind a LayerNorm and a residual of its own, for which there is no map of names",
-    "qwen": "its code is remote; Qwen2 or later is taken", "stablelm_epoch": "its code is remote; use stablelm",
-    "internlm2": "its code is remote, and QKV is stored fused", "baichuan": "its code is remote, and QKV is stored fused",
+    "starcoder2": "its FFN has no gate behind a LayerNorm and a residual of its own, for which there is no "
+    "map of names",
+    "qwen": "its code is remote; Qwen2 or later is taken",
+    "stablelm_epoch": "its code is remote; use stablelm",
+    "internlm2": "its code is remote, and QKV is stored fused",
+    "baichuan": "its code is remote, and QKV is stored fused",
     "minicpm": "its embedding, residual branches and logits are multiplied by constants",
-    "mamba": _STATES, "mamba2": _STATES, "falcon_mamba": _STATES, "rwkv": _STATES, "recurrent_gemma": _STATES,
-    "mixtral": _MIXTURE, "dbrx": _MIXTURE, "jamba": _MIXTURE, "olmoe": _MIXTURE, "phimoe": _MIXTURE, "llama4_text": _MIXTURE,
-    "gpt_oss": _MIXTURE, "deepseek_v2": f"latent attention; {_MIXTURE}", "deepseek_v3": f"latent attention; {_MIXTURE}",
+    "mamba": _STATES,
+    "mamba2": _STATES,
+    "falcon_mamba": _STATES,
+    "rwkv": _STATES,
+    "recurrent_gemma": _STATES,
+    "mixtral": _MIXTURE,
+    "dbrx": _MIXTURE,
+    "jamba": _MIXTURE,
+    "olmoe": _MIXTURE,
+    "phimoe": _MIXTURE,
+    "llama4_text": _MIXTURE,
+    "gpt_oss": _MIXTURE,
+    "deepseek_v2": f"latent attention; {_MIXTURE}",
+    "deepseek_v3": f"latent attention; {_MIXTURE}",
     # whole multimodal models
-    "llava_next": _TILES, "llava_onevision": _TILES, "llava_next_video": f"{_TILES}, and pools the frames of videos",
-    "video_llava": "it has a tower for videos", "vipllava": "it projects the features of several layers",
+    "llava_next": _TILES,
+    "llava_onevision": _TILES,
+    "llava_next_video": f"{_TILES}, and pools the frames of videos",
+    "video_llava": "it has a tower for videos",
+    "vipllava": "it projects the features of several layers",
     "qwen2_vl": "its RoPE has three axes (M-RoPE), and its tower merges the patches of images of any size",
     "qwen2_5_vl": "its RoPE has three axes (M-RoPE), and its tower merges the patches of images of any size",
     "qwen3_vl": "its RoPE has three axes (M-RoPE), and its tower feeds several layers (deepstack)",
-    "paligemma": f"attention is bidirectional over the prompt; {_GEMMA}", "mllama": f"cross-attention to images; {_TILES}",
-    "idefics2": f"{_TILES} and resamples them", "idefics3": f"{_TILES} and shuffles their pixels",
-    "smolvlm": f"{_TILES} and shuffles their pixels", "internvl": f"{_TILES} and shuffles their pixels",
-    "mistral3": "its tower (Pixtral) turns patches by two-dimensional RoPE", "pixtral": "it turns patches by two-dimensional RoPE",
-    "blip-2": _Q_FORMER, "instructblip": _Q_FORMER,
+    "paligemma": f"attention is bidirectional over the prompt; {_GEMMA}",
+    "mllama": f"cross-attention to images; {_TILES}",
+    "idefics2": f"{_TILES} and resamples them",
+    "idefics3": f"{_TILES} and shuffles their pixels",
+    "smolvlm": f"{_TILES} and shuffles their pixels",
+    "internvl": f"{_TILES} and shuffles their pixels",
+    "mistral3": "its tower (Pixtral) turns patches by two-dimensional RoPE",
+    "pixtral": "it turns patches by two-dimensional RoPE",
+    "blip-2": _Q_FORMER,
+    "instructblip": _Q_FORMER,
     # towers alone
-    "dinov2": "each residual branch is scaled (layer scale), and its positions are interpolated to each image",
+    "dinov2": "each residual branch is scaled (layer scale), and its positions are interpolated to each "
+    "image",
     "dinov2_with_registers": "each residual branch is scaled (layer scale), and it has register tokens",
     "dinov3_vit": "it turns patches by RoPE, scales each residual branch and has register tokens",
     "vit": "it has a class token without CLIP's norm before the layers, and an exact GELU",
-    "deit": "it has a distillation token", "beit": "its positions are biases of the attention", "swin": "its attention is windowed",
-    "siglip2_vision_model": "its positions are resized to each image", "siglip2": "its positions are resized to each image",
-    "aimv2_vision_model": "it has RMS norms and gated FFNs", "convnext": "it is made of convolutions",
+    "deit": "it has a distillation token",
+    "beit": "its positions are biases of the attention",
+    "swin": "its attention is windowed",
+    "siglip2_vision_model": "its positions are resized to each image",
+    "siglip2": "its positions are resized to each image",
+    "aimv2_vision_model": "it has RMS norms and gated FFNs",
+    "convnext": "it is made of convolutions",
 }
 
 
@@ -81,8 +122,11 @@ _MARKS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     (("use_parallel_residual", "parallel_attn"), _is_set, "attention and FFN add to the stream in parallel"),
     (("alibi", "use_alibi"), _is_set, _ALIBI),
     (("rope_interleaved", "rope_interleave"), _is_set, _PAIRS),
-    (("embedding_multiplier", "residual_multiplier", "logits_scaling", "logit_scale", "scale_emb"), _not(1),
-     "a constant multiplies what the core's model takes as it is"),
+    (
+        ("embedding_multiplier", "residual_multiplier", "logits_scaling", "logit_scale", "scale_emb"),
+        _not(1),
+        "a constant multiplies what the core's model takes as it is",
+    ),
     (("attention_multiplier",), _is_set, "attention is scaled by a constant of its own"),
     (("query_pre_attn_scalar",), _is_set, "attention is scaled by a constant of its own"),
     (("final_logit_softcapping", "attn_logit_softcapping"), _is_set, "logits are soft-capped"),
@@ -100,28 +144,39 @@ _MARKS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
 _ROPES = {
     "yarn": "its rotary kind is yarn, which blends frequencies by wave length and scales the attention",
     "dynamic": "its rotary kind is dynamic, whose base grows with the length of each sequence",
-    "longrope": "its rotary kind is longrope, which has a factor for each frequency and switches them by length",
+    "longrope": "its rotary kind is longrope, which has a factor for each frequency and switches them by "
+    "length",
     "mrope": "its RoPE has three axes (M-RoPE)",
 }
 _ROPES |= {"su": _ROPES["longrope"]}
 
 
 def marks(config: Mapping[str, Any]) -> list[str]:
-    """What the fields of a configuration, and of the sections in it, say against an import; each with field and value."""
+    """What the fields of a configuration, and of the sections in it, say against an import; each with field
+    and value.
+    """
     found = []
     for keys, says, reason in _MARKS:
-        found += [f"{reason} ({key} = {reprlib.repr(config[key])})" for key in keys if key in config and says(config[key])]
+        found += [
+            f"{reason} ({key} = {reprlib.repr(config[key])})"
+            for key in keys
+            if key in config and says(config[key])
+        ]
     return found
 
 
 def rope_reason(rope: Mapping[str, Any]) -> str | None:
     """What is special about a RoPE section that cannot be computed here."""
     kind = rope.get("rope_type", rope.get("type"))
-    return _ROPES["mrope"] if rope.get("mrope_section") else _ROPES.get(kind) if isinstance(kind, str) else None
+    return (
+        _ROPES["mrope"] if rope.get("mrope_section") else _ROPES.get(kind) if isinstance(kind, str) else None
+    )
 
 
 def against(config: Mapping[str, Any]) -> list[str]:
-    """All reasons against a configuration: its family's, and those of its marks and its sections'. Empty for what is unknown."""
+    """All reasons against a configuration: its family's, and those of its marks and its sections'. Empty for
+    what is unknown.
+    """
     kind = config.get("model_type")
     family = FAMILIES.get(kind) if isinstance(kind, str) else None
     found = [family] if family else []
@@ -129,6 +184,10 @@ def against(config: Mapping[str, Any]) -> list[str]:
         found.append(_MIXTURE)
     for part in (config, *(config.get(key) for key in ("text_config", "llm_config", "vision_config"))):
         if isinstance(part, dict):
-            ropes = [part[key] for key in ("rope_scaling", "rope_parameters") if isinstance(part.get(key), dict)]
-            found += [mark for mark in (*marks(part), *filter(None, map(rope_reason, ropes))) if mark not in found]
+            ropes = [
+                part[key] for key in ("rope_scaling", "rope_parameters") if isinstance(part.get(key), dict)
+            ]
+            found += [
+                mark for mark in (*marks(part), *filter(None, map(rope_reason, ropes))) if mark not in found
+            ]
     return found

@@ -1,7 +1,7 @@
 """Tensors of safetensors files, by safetensors' own reader, one at a time.
 
-Its reader checks a header against the file (types, shapes, offsets without holes or overlaps, lengths). What it lets pass is that
-a name occurs twice, where the last one would win; that is refused here.
+Its reader checks a header against the file (types, shapes, offsets without holes or overlaps, lengths). What
+it lets pass is that a name occurs twice, where the last one would win; that is refused here.
 """
 
 from __future__ import annotations
@@ -19,8 +19,18 @@ from torch import Tensor
 
 from megatron_evomoe.checkpoint.record import CheckpointError
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-          "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 """safetensors' names of the types that are read."""
 _MAPPED = 2**26  # bytes read through one opening
 
@@ -52,7 +62,8 @@ def read_header(file: Path) -> Iterator[tuple[str, Place]]:
     """Name and place of each tensor of a file; contents are not read.
 
     Raises:
-        CheckpointError: the header is no header, or says what the file does not hold, or a type that is not read.
+        CheckpointError: the header is no header, or says what the file does not hold, or a type that is not
+            read.
     """
     try:
         with safe_open(file, framework="pt") as opened:
@@ -64,8 +75,10 @@ def read_header(file: Path) -> Iterator[tuple[str, Place]]:
         raise _damaged(file, error) from None
     for name, dtype, shape in entries:
         if dtype not in DTYPES:
-            raise CheckpointError(f"{file}: {name} has dtype {dtype}, which is not read here (quantised?); "
-                                  f"known: {', '.join(DTYPES)}")
+            raise CheckpointError(
+                f"{file}: {name} has dtype {dtype}, which is not read here (quantised?); "
+                f"known: {', '.join(DTYPES)}"
+            )
         yield name, Place(file, DTYPES[dtype], shape)
 
 
@@ -73,8 +86,9 @@ def read_header(file: Path) -> Iterator[tuple[str, Place]]:
 class Reader:
     """Reads tensors through as few openings as memory allows.
 
-    An opening maps the whole file, and what was read stays resident as long as it is open, while opening anew parses the header
-    again (7 ms where it names 12,000 tensors). So a file is opened anew after every 64 MiB that were read.
+    An opening maps the whole file, and what was read stays resident as long as it is open, while opening anew
+    parses the header again (7 ms where it names 12,000 tensors). So a file is opened anew after every 64 MiB
+    that were read.
     """
 
     _file: Path | None = None
@@ -82,8 +96,8 @@ class Reader:
     _bytes: int = 0
 
     def read(self, name: str, place: Place) -> Tensor:
-        """One tensor, a private view of the file: it may be written to, and its memory is gone when it and those read through
-        the same opening are let go.
+        """One tensor, a private view of the file: it may be written to, and its memory is gone when it and
+        those read through the same opening are let go.
 
         Raises:
             CheckpointError: the file is no longer what it was.

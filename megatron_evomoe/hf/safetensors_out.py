@@ -1,4 +1,6 @@
-"""Safetensors files written one tensor at a time: sizes are known beforehand, so nothing is held back for a header."""
+"""Safetensors files written one tensor at a time: sizes are known beforehand, so nothing is held back for a
+header.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,9 @@ class ShardedWriter:
         max_bytes: a file holds more only if one tensor does.
     """
 
-    def __init__(self, directory: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, max_bytes: int) -> None:
+    def __init__(
+        self, directory: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, max_bytes: int
+    ) -> None:
         self._directory, self._shapes, self._dtype = directory, dict(shapes), dtype
         self._files = self._plan(max_bytes)
         self._expected = [(name, file) for file in self._files for name in file.tensors]
@@ -76,13 +80,19 @@ class ShardedWriter:
             files[-1].tensors.append(name)
             files[-1].size += self._bytes(name)
         for i, file in enumerate(files):
-            file.name = "model.safetensors" if len(files) == 1 else f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
+            file.name = (
+                "model.safetensors"
+                if len(files) == 1
+                else f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
+            )
         return files
 
     def put(self, name: str, tensor: Tensor) -> None:
         """Write the next tensor, converted to the writer's dtype."""
         expected, file = self._expected[self._next]
-        assert (name, tuple(tensor.shape)) == (expected, self._shapes[expected]), f"{name} comes where {expected} should"
+        assert (name, tuple(tensor.shape)) == (expected, self._shapes[expected]), (
+            f"{name} comes where {expected} should"
+        )
         if name == file.tensors[0]:
             self._begin(file)
         assert self._open is not None
@@ -96,7 +106,10 @@ class ShardedWriter:
         if self._open is not None:
             self._open.close()
         if len(self._files) > 1:
-            index = {"metadata": {"total_size": self.total_size}, "weight_map": {n: file.name for n, file in self._expected}}
+            index = {
+                "metadata": {"total_size": self.total_size},
+                "weight_map": {n: file.name for n, file in self._expected},
+            }
             (self._directory / INDEX).write_text(json.dumps(index, indent=1))
 
     def _begin(self, file: _File) -> None:
@@ -106,7 +119,11 @@ class ShardedWriter:
         offset = 0
         for name in file.tensors:
             end = offset + self._bytes(name)
-            header[name] = {"dtype": _NAMES[self._dtype], "shape": list(self._shapes[name]), "data_offsets": [offset, end]}
+            header[name] = {
+                "dtype": _NAMES[self._dtype],
+                "shape": list(self._shapes[name]),
+                "data_offsets": [offset, end],
+            }
             offset = end
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)

@@ -1,4 +1,6 @@
-"""A sentencepiece model in the words of the `tokenizers` library: the contents of a ``tokenizer.json``, without any prefix."""
+"""A sentencepiece model in the words of the `tokenizers` library: the contents of a ``tokenizer.json``,
+without any prefix.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ _UNIGRAM, _BPE = 1, 2
 
 
 def read_sentencepiece(path: Path) -> dict[str, Any]:
-    """The specification of the ``.model`` file at `path`; whitespace as in `data/tokenizer.py`, that is verbatim.
+    """The specification of the ``.model`` file at `path`; whitespace as in `data/tokenizer.py`, that is
+    verbatim.
 
     Raises:
         ConfigError: the file holds a word or character model, or protobuf, which reads it, is not installed.
@@ -22,30 +25,60 @@ def read_sentencepiece(path: Path) -> dict[str, Any]:
     try:
         from sentencepiece import sentencepiece_model_pb2
     except ImportError:
-        raise ConfigError("exporting a sentencepiece tokenizer needs protobuf: pip install protobuf") from None
+        raise ConfigError(
+            "exporting a sentencepiece tokenizer needs protobuf: pip install protobuf"
+        ) from None
     proto = sentencepiece_model_pb2.ModelProto()
     proto.ParseFromString(path.read_bytes())
     kind = proto.trainer_spec.model_type
     if kind not in (_UNIGRAM, _BPE):
-        raise ConfigError(f"tokenizer {path} is a word or character model; only unigram and BPE models can be exported")
+        raise ConfigError(
+            f"tokenizer {path} is a word or character model; only unigram and BPE models can be exported"
+        )
     pieces = list(proto.pieces)
     names = [p.piece for p in pieces]
     unknown = next(i for i, p in enumerate(pieces) if p.type == _UNKNOWN)
     if kind == _UNIGRAM:
-        model = {"type": "Unigram", "unk_id": unknown, "vocab": [[p.piece, p.score] for p in pieces],
-                 "byte_fallback": proto.trainer_spec.byte_fallback}
+        model = {
+            "type": "Unigram",
+            "unk_id": unknown,
+            "vocab": [[p.piece, p.score] for p in pieces],
+            "byte_fallback": proto.trainer_spec.byte_fallback,
+        }
     else:
-        model = {"type": "BPE", "dropout": None, "unk_token": names[unknown], "continuing_subword_prefix": None,
-                 "end_of_word_suffix": None, "fuse_unk": True, "byte_fallback": proto.trainer_spec.byte_fallback,
-                 "ignore_merges": False, "vocab": {name: i for i, name in enumerate(names)},
-                 "merges": list(_merges(pieces))}
+        model = {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": names[unknown],
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": proto.trainer_spec.byte_fallback,
+            "ignore_merges": False,
+            "vocab": {name: i for i, name in enumerate(names)},
+            "merges": list(_merges(pieces)),
+        }
     charsmap = proto.normalizer_spec.precompiled_charsmap
-    normalizer = {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(charsmap).decode()} if charsmap else None
-    steps = [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"}]
+    normalizer = (
+        {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(charsmap).decode()}
+        if charsmap
+        else None
+    )
+    steps = [
+        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+    ]
     return {
-        "version": "1.0", "truncation": None, "padding": None, "added_tokens": list(_added(pieces)), "normalizer": normalizer,
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": list(_added(pieces)),
+        "normalizer": normalizer,
         "pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "never", "split": False},
-        "post_processor": None, "decoder": {"type": "Sequence", "decoders": steps}, "model": model,
+        "post_processor": None,
+        "decoder": {"type": "Sequence", "decoders": steps},
+        "model": model,
     }
 
 
@@ -56,14 +89,25 @@ def _added(pieces: Sequence[Any]) -> Iterator[dict[str, Any]]:
     for i, piece in enumerate(pieces):
         if piece.type in (_UNKNOWN, _CONTROL, _USER_DEFINED):
             special = piece.type != _USER_DEFINED or is_markup(piece.piece)
-            yield {"id": i, "content": piece.piece.replace("▁", " ") if not special else piece.piece, "single_word": False,
-                   "lstrip": False, "rstrip": False, "normalized": False, "special": special}
+            yield {
+                "id": i,
+                "content": piece.piece.replace("▁", " ") if not special else piece.piece,
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+                "special": special,
+            }
 
 
 def _merges(pieces: Sequence[Any]) -> Iterator[list[str]]:
-    """Every way to put a piece together from two others, pieces in the order in which sentencepiece prefers them."""
+    """Every way to put a piece together from two others, pieces in the order in which sentencepiece prefers
+    them.
+    """
     ids = {p.piece: i for i, p in enumerate(pieces) if p.type == _NORMAL}
     for piece in sorted(ids, key=lambda name: -pieces[ids[name]].score):
         pairs = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
-        for left, right in sorted((p for p in pairs if p[0] in ids and p[1] in ids), key=lambda p: (ids[p[0]], ids[p[1]])):
+        for left, right in sorted(
+            (p for p in pairs if p[0] in ids and p[1] in ids), key=lambda p: (ids[p[0]], ids[p[1]])
+        ):
             yield [left, right]

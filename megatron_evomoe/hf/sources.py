@@ -63,8 +63,10 @@ class Source:
         return found if type(found) is int else None
 
     def grow(self, rows: int) -> None:
-        """Add rows to the embeddings, up to so many. Each is the mean of their own (of an output layer's bias too), which gives a
-        new token the logit that an average one has; nothing is drawn, so the same import gives the same numbers."""
+        """Add rows to the embeddings, up to so many. Each is the mean of their own (of an output layer's bias
+        too), which gives a new token the logit that an average one has; nothing is drawn, so the same import
+        gives the same numbers.
+        """
         if (before := self.vocabulary) is not None and rows > before:
             self.added, self.sections["language"]["vocab_size"] = rows - before, rows
 
@@ -106,12 +108,18 @@ class Source:
                 self.tensors[name] = (directory, original)
 
 
-def open_source(model: str | None, language_model: str | None, vision_model: str | None, *,
-                allow_remote_code: bool = False) -> Source:
+def open_source(
+    model: str | None,
+    language_model: str | None,
+    vision_model: str | None,
+    *,
+    allow_remote_code: bool = False,
+) -> Source:
     """Read the configurations and list the tensors.
 
     Args:
-        model: a LLaVA model or an export of ours; with `vision_model` the tower (LLaVA's own format leaves it elsewhere).
+        model: a LLaVA model or an export of ours; with `vision_model` the tower (LLaVA's own format leaves it
+            elsewhere).
         language_model, vision_model: directories or hub ids, instead of `model`; either may be left out.
         allow_remote_code: accept a directory that asks for its own code; the code is not run.
 
@@ -120,8 +128,10 @@ def open_source(model: str | None, language_model: str | None, vision_model: str
         CheckpointError: damaged or unreadable weights.
     """
     if model is not None and language_model is not None:
-        raise ConfigError("--model and --language-model are both given; a LLaVA model comes as --model, its parts apart as "
-                          "--language-model and --vision-model")
+        raise ConfigError(
+            "--model and --language-model are both given; a LLaVA model comes as --model, its parts apart as "
+            "--language-model and --vision-model"
+        )
     if not (model or language_model or vision_model):
         raise ConfigError("nothing to import: give --model, or --language-model and --vision-model")
     tower = _open(vision_model, allow_remote_code) if vision_model else None
@@ -142,14 +152,21 @@ def _open(path: str, allow_remote_code: bool) -> HfDirectory:
         kind = reprlib.repr(directory.config.get("model_type"))
         if not allow_remote_code:
             code = ", ".join(map(str, wanted.values())) if isinstance(wanted, dict) else reprlib.repr(wanted)
-            raise ConfigError(f"{path} asks to run its own code ({code[:300]}); none of it is run here. If its tensors are those "
-                              f"of a {kind}, as its model_type says, confirm that with --allow-remote-code")
-        log.warning("%s comes with code of its own; it is not run, and the model is taken for a %s", path, kind)
+            raise ConfigError(
+                f"{path} asks to run its own code ({code[:300]}); none of it is run here. If its tensors are "
+                "those "
+                f"of a {kind}, as its model_type says, confirm that with --allow-remote-code"
+            )
+        log.warning(
+            "%s comes with code of its own; it is not run, and the model is taken for a %s", path, kind
+        )
     return directory
 
 
 def local_path(path: str) -> Path:
-    """The directory itself, or that of a model fetched from the hub by its id. Raises `ConfigError` if it cannot be fetched."""
+    """The directory itself, or that of a model fetched from the hub by its id. Raises `ConfigError` if it
+    cannot be fetched.
+    """
     local = Path(path).expanduser()
     if local.is_dir() or path.count("/") != 1 or path.startswith((".", "/", "~")):
         return local
@@ -158,21 +175,33 @@ def local_path(path: str) -> Path:
 
         return Path(snapshot_download(path, allow_patterns=_FETCHED))
     except Exception as error:  # no network, no such model, no access
-        raise ConfigError(f"{path} is no directory here, and fetching it from the hub failed: "
-                          f"{type(error).__name__}: {str(error).splitlines()[0]}") from None
+        raise ConfigError(
+            f"{path} is no directory here, and fetching it from the hub failed: "
+            f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        ) from None
 
 
 def _own_export(directory: HfDirectory) -> Source:
     whole = Given(f"{directory.path / 'config.json'}", directory.config, {})
     own = whole.section(OWN_KEY)
     kind = own.get("kind")
-    if kind not in (*STAGE_KINDS, "pretrained") or not all(isinstance(own.get(s), dict) for s in MODEL_SECTIONS):
-        raise ConfigError(f"{directory.path / 'config.json'}: {OWN_KEY} must hold {', '.join(MODEL_SECTIONS)} and kind, "
-                          f"it holds {', '.join(own)}")
-    sections = {name: dict(own[name]) for name in (*MODEL_SECTIONS, "data") if isinstance(own.get(name), dict)}
-    source = Source(sections, kind if kind in ("evolve", "route") else "pretrained", list(PARTS), tokenizer=directory.path)
+    if kind not in (*STAGE_KINDS, "pretrained") or not all(
+        isinstance(own.get(s), dict) for s in MODEL_SECTIONS
+    ):
+        raise ConfigError(
+            f"{directory.path / 'config.json'}: {OWN_KEY} must hold {', '.join(MODEL_SECTIONS)} and kind, "
+            f"it holds {', '.join(own)}"
+        )
+    sections = {
+        name: dict(own[name]) for name in (*MODEL_SECTIONS, "data") if isinstance(own.get(name), dict)
+    }
+    source = Source(
+        sections, kind if kind in ("evolve", "route") else "pretrained", list(PARTS), tokenizer=directory.path
+    )
     source.lineage = _lineage(Given(whole.kind, own, {}), directory.path)
-    if directory.config.get("model_type") == "llava":  # transformers' LLaVA looks the image token up before it overwrites it
+    if (
+        directory.config.get("model_type") == "llava"
+    ):  # transformers' LLaVA looks the image token up before it overwrites it
         rows = Given(f"{whole.kind}: {OWN_KEY}'s language", own["language"], {}).size("vocab_size")
         source.rows = dict.fromkeys((EMBEDDING, OUTPUT), rows)
     source.add(directory)
@@ -187,10 +216,19 @@ def _lineage(own: Given, path: Path) -> list[dict[str, Any]]:
     before = stage.get("lineage", [])
     steps = [*before, {**stage, "path": str(path)}] if isinstance(before, list) else [None]
     types = {"stage": str, "kind": str, "step": int}
-    named = [{**entry, "stage": entry.get("stage", entry.get("name"))} for entry in steps if isinstance(entry, dict)]
-    if len(named) < len(steps) or not all(type(entry.get(key)) is t for entry in named for key, t in types.items()):
+    named = [
+        {**entry, "stage": entry.get("stage", entry.get("name"))}
+        for entry in steps
+        if isinstance(entry, dict)
+    ]
+    if len(named) < len(steps) or not all(
+        type(entry.get(key)) is t for entry in named for key, t in types.items()
+    ):
         own.refuse("stage", "it must hold name, kind and step, and a lineage of such entries")
-    return [{key: entry[key] for key in (*types, "path") if isinstance(entry.get(key), (str, int))} for entry in named]
+    return [
+        {key: entry[key] for key in (*types, "path") if isinstance(entry.get(key), (str, int))}
+        for entry in named
+    ]
 
 
 def _llava(directory: HfDirectory, tower: HfDirectory | None) -> Source:
@@ -200,7 +238,9 @@ def _llava(directory: HfDirectory, tower: HfDirectory | None) -> Source:
     language, vision = llava_sections(config)
     source = Source({"language": language, "vision": vision}, parts=list(PARTS), tokenizer=directory.path)
     source.add(directory)
-    if language.get("lm_head_bias"):  # transformers' LLaVA has no bias there since 4.52, whatever the language model
+    if language.get(
+        "lm_head_bias"
+    ):  # transformers' LLaVA has no bias there since 4.52, whatever the language model
         language["lm_head_bias"] = OUTPUT_BIAS in source.tensors
     if config["model_type"] != "llava":
         source.sections["vision"] = {**_tower_of(config, directory, tower), **vision}
@@ -209,8 +249,11 @@ def _llava(directory: HfDirectory, tower: HfDirectory | None) -> Source:
         raise ConfigError(f"{directory.path} has a vision tower of its own; leave --vision-model out")
     if not has_tower:
         if tower is None:
-            raise ConfigError(f"{directory.path} does not hold its vision tower ({config.get('mm_vision_tower', 'unnamed')}); give "
-                              "that model's directory as --vision-model")
+            raise ConfigError(
+                f"{directory.path} does not hold its vision tower "
+                f"({config.get('mm_vision_tower', 'unnamed')}); give "
+                "that model's directory as --vision-model"
+            )
         source.add(tower, lambda name: name.startswith("vision_tower."))
     return source
 
@@ -219,8 +262,11 @@ def _refuse_no_llava(directory: HfDirectory) -> NoReturn:
     """Of a model that comes whole: why it is none that can, or how its parts come."""
     kind = directory.config.get("model_type")
     if isinstance(kind, str) and kind in (*TEXT_DEFAULTS, *VISION_DEFAULTS, "clip", "siglip"):
-        raise ConfigError(f"{directory.path} holds a {kind!r}, which is no LLaVA model ({', '.join(LLAVA_TYPES)}); a language "
-                          "model or a tower comes as --language-model or --vision-model")
+        raise ConfigError(
+            f"{directory.path} holds a {kind!r}, which is no LLaVA model ({', '.join(LLAVA_TYPES)}); a "
+            "language "
+            "model or a tower comes as --language-model or --vision-model"
+        )
     try:
         refuse_type(directory.config, dict.fromkeys(LLAVA_TYPES), "LLaVA model")
     except ConfigError as error:
@@ -234,8 +280,11 @@ def _tower_of(config: dict[str, Any], directory: HfDirectory, tower: HfDirectory
     name = str(config.get("mm_vision_tower", "")).rstrip("/").split("/")[-1]
     if name in _KNOWN_TOWERS:
         return dict(VISION_PRESETS[_KNOWN_TOWERS[name]])
-    raise ConfigError(f"{directory.path} does not say the sizes of its vision tower, {config.get('mm_vision_tower')!r}; give that "
-                      "model's directory as --vision-model")
+    raise ConfigError(
+        f"{directory.path} does not say the sizes of its vision tower, {config.get('mm_vision_tower')!r}; "
+        "give that "
+        "model's directory as --vision-model"
+    )
 
 
 def _from_parts(language: HfDirectory | None, tower: HfDirectory | None) -> Source:
@@ -256,13 +305,19 @@ def drop_unread(source: Source, tower_layers: int) -> list[str]:
     """Take out the tensors LLaVA does not compute with; their canonical names.
 
     Raises:
-        CheckpointError: the configuration ties the output layer to the embedding, and the file has another one.
+        CheckpointError: the configuration ties the output layer to the embedding, and the file has another
+            one.
     """
     dropped = [name for name in source.tensors if layouts.is_unread(name, tower_layers)]
-    if source.sections.get("language", {}).get("tie_word_embeddings") and {OUTPUT, EMBEDDING} <= source.tensors.keys():
+    if (
+        source.sections.get("language", {}).get("tie_word_embeddings")
+        and {OUTPUT, EMBEDDING} <= source.tensors.keys()
+    ):
         if not torch.equal(source.read(OUTPUT), source.read(EMBEDDING)):
-            raise CheckpointError(f"tie_word_embeddings is true, but {OUTPUT} differs from {EMBEDDING}; if it is meant to, set "
-                                  "tie_word_embeddings to false in config.json")
+            raise CheckpointError(
+                f"tie_word_embeddings is true, but {OUTPUT} differs from {EMBEDDING}; if it is meant to, set "
+                "tie_word_embeddings to false in config.json"
+            )
         dropped.append(OUTPUT)
     for name in dropped:
         del source.tensors[name]
@@ -273,7 +328,9 @@ def require_floating(source: Source) -> None:
     """Raises `CheckpointError` unless every tensor is of a floating type (quantised weights are not)."""
     for name in source.tensors:
         if not (dtype := source.place(name).dtype).is_floating_point:
-            raise CheckpointError(f"{name} is of type {dtype}; weights are of a floating type. Give the unquantised model")
+            raise CheckpointError(
+                f"{name} is of type {dtype}; weights are of a floating type. Give the unquantised model"
+            )
 
 
 def sizes(source: Source) -> Iterator[tuple[str, tuple[int, ...]]]:

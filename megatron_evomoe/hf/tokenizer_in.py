@@ -1,4 +1,6 @@
-"""The source's tokenizer, brought along in a form that `data.tokenizer` reads, or a sentence why there is none."""
+"""The source's tokenizer, brought along in a form that `data.tokenizer` reads, or a sentence why there is
+none.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,19 @@ from typing import Any
 from megatron_evomoe.config import ConfigError
 from megatron_evomoe.data.tokenizer import build_tokenizer
 
-_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer.model.sha256", "tokenizer_config.json", "special_tokens_map.json",
-          "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json")
+_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer.model.sha256",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
 _SUMS = "SHA256SUMS"
 
 
@@ -29,10 +42,11 @@ class Brought:
 
 
 def bring(source: Path | None, folder: Path) -> Brought:
-    """Copy the tokenizer of a directory to `folder` (made, unless there is none), and see that it can be read.
+    """Copy the tokenizer of a directory to `folder` (made, unless there is none), and see that it can be
+    read.
 
-    A ``tokenizer.json`` counts first, then ``vocab.json`` with ``merges.txt``, which transformers converts, then a sentencepiece
-    ``tokenizer.model``. Code in the directory is not run.
+    A ``tokenizer.json`` counts first, then ``vocab.json`` with ``merges.txt``, which transformers converts,
+    then a sentencepiece ``tokenizer.model``. Code in the directory is not run.
     """
     if source is None:
         return Brought()
@@ -62,7 +76,9 @@ def bring(source: Path | None, folder: Path) -> Brought:
 
 def _as_it_is(source: Path, folder: Path) -> Brought:
     if not _has_transformers():
-        return Brought("", _size_of(folder / "tokenizer.json"), "to read it, training needs transformers (extra [hf])")
+        return Brought(
+            "", _size_of(folder / "tokenizer.json"), "to read it, training needs transformers (extra [hf])"
+        )
     return Brought("", _size(folder))
 
 
@@ -73,11 +89,17 @@ def _sentencepiece(source: Path, folder: Path) -> Brought:
 def _converted(source: Path, folder: Path) -> Brought:
     """Let transformers convert vocab.json and merges.txt; its conversion writes a ``tokenizer.json``."""
     if not _has_transformers():
-        raise ConfigError("transformers makes a tokenizer.json of vocab.json and merges.txt: pip install 'megatron_evomoe[hf]'")
+        raise ConfigError(
+            "transformers makes a tokenizer.json of vocab.json and merges.txt: pip install "
+            "'megatron_evomoe[hf]'"
+        )
     from transformers import AutoTokenizer
 
-    _guarded(lambda: AutoTokenizer.from_pretrained(str(source), local_files_only=True, trust_remote_code=False,
-                                                   use_fast=True).save_pretrained(str(folder)))
+    _guarded(
+        lambda: AutoTokenizer.from_pretrained(
+            str(source), local_files_only=True, trust_remote_code=False, use_fast=True
+        ).save_pretrained(str(folder))
+    )
     size = _size(folder)
     if not _guarded(lambda: _same_pieces(source, folder / "tokenizer.json")):
         raise ConfigError("transformers makes another tokenizer of it; save a tokenizer.json into the source")
@@ -85,7 +107,9 @@ def _converted(source: Path, folder: Path) -> Brought:
 
 
 def _same_pieces(source: Path, made: Path) -> bool:
-    """Whether a ``tokenizer.json`` has every piece of a ``vocab.json`` under its id, and as many merges as ``merges.txt``."""
+    """Whether a ``tokenizer.json`` has every piece of a ``vocab.json`` under its id, and as many merges as
+    ``merges.txt``.
+    """
     pieces = json.loads((source / "vocab.json").read_text(encoding="utf-8"))
     merges = (source / "merges.txt").read_text(encoding="utf-8").split("\n")
     wanted = sum(bool(line.strip()) and not line.startswith("#version") for line in merges)
@@ -112,7 +136,9 @@ def _vocabulary(file: Path) -> dict[str, int]:
 
 
 def _guarded(call: Any) -> Any:
-    """What `call` gives; whatever it raises is a `ConfigError`. Panics of tokenizers' Rust code are no `Exception`."""
+    """What `call` gives; whatever it raises is a `ConfigError`. Panics of tokenizers' Rust code are no
+    `Exception`.
+    """
     try:
         return call()
     except ConfigError:

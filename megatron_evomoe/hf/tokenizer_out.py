@@ -1,9 +1,9 @@
 """The tokenizer a run was trained with, as a Hugging Face tokenizer that gives the same ids.
 
 Training encodes segments, of which the first alone gets the space that some tokenizers put before every text
-(`data/tokenizer.py`). Here that becomes a Metaspace that prepends to the first section only, and the sections are cut by
-special tokens, as the segments are. What can't be equal: text that *spells* a special token is characters in training and that
-token here.
+(`data/tokenizer.py`). Here that becomes a Metaspace that prepends to the first section only, and the sections
+are cut by special tokens, as the segments are. What can't be equal: text that *spells* a special token is
+characters in training and that token here.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ class TokenizerFiles:
     """Id -> text of every special token."""
 
 
-def tokenizer_files(tokenizer: SentencePieceTokenizer | HuggingFaceTokenizer, path: Path, max_length: int) -> TokenizerFiles:
+def tokenizer_files(
+    tokenizer: SentencePieceTokenizer | HuggingFaceTokenizer, path: Path, max_length: int
+) -> TokenizerFiles:
     """Everything but the chat template.
 
     Args:
@@ -48,7 +50,11 @@ def tokenizer_files(tokenizer: SentencePieceTokenizer | HuggingFaceTokenizer, pa
     Raises:
         ConfigError: the sentencepiece model is of a kind that has no equal there.
     """
-    spec = read_sentencepiece(path) if isinstance(tokenizer, SentencePieceTokenizer) else json.loads(tokenizer.to_json())
+    spec = (
+        read_sentencepiece(path)
+        if isinstance(tokenizer, SentencePieceTokenizer)
+        else json.loads(tokenizer.to_json())
+    )
     prepends = bool(tokenizer.text_prefix) and _prepend_to_first(spec)
     spec["post_processor"] = None
     vocab = {**_vocabulary(spec["model"]), **{t["content"]: t["id"] for t in spec["added_tokens"]}}
@@ -62,25 +68,44 @@ def tokenizer_files(tokenizer: SentencePieceTokenizer | HuggingFaceTokenizer, pa
     if unknown := spec["model"].get("unk_token") or _unigram_unknown(spec["model"]):
         roles["unk_token"] = unknown
     settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast", "processor_class": "LlavaProcessor", **roles, "image_token": IMAGE_TOKEN,
-        "extra_special_tokens": {"image_token": IMAGE_TOKEN}, "padding_side": "left", "model_max_length": max_length,
-        "clean_up_tokenization_spaces": False, "model_input_names": ["input_ids", "attention_mask"],
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "processor_class": "LlavaProcessor",
+        **roles,
+        "image_token": IMAGE_TOKEN,
+        "extra_special_tokens": {"image_token": IMAGE_TOKEN},
+        "padding_side": "left",
+        "model_max_length": max_length,
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
     }
     return TokenizerFiles(
-        files={"tokenizer.json": spec, "tokenizer_config.json": settings,
-               "special_tokens_map.json": {**roles, "image_token": IMAGE_TOKEN}},
-        image_token_id=image_token_id, end_token=roles["eos_token"],
+        files={
+            "tokenizer.json": spec,
+            "tokenizer_config.json": settings,
+            "special_tokens_map.json": {**roles, "image_token": IMAGE_TOKEN},
+        },
+        image_token_id=image_token_id,
+        end_token=roles["eos_token"],
         template_prefix="" if prepends else tokenizer.text_prefix,
         pieces={t["id"]: t["content"] for t in spec["added_tokens"] if t["special"]},
     )
 
 
 def _prepend_to_first(spec: Spec) -> bool:
-    """Make a specification without any prefix put one before the first word of a text; whether that could be said."""
+    """Make a specification without any prefix put one before the first word of a text; whether that could be
+    said.
+    """
     normalizer, splitter = spec.get("normalizer"), spec.get("pre_tokenizer")
-    if splitter is None and (rest := _without_space_marker(normalizer)) != normalizer:  # Llama's older way to say it
+    if (
+        splitter is None and (rest := _without_space_marker(normalizer)) != normalizer
+    ):  # Llama's older way to say it
         spec["normalizer"] = rest
-        spec["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
+        spec["pre_tokenizer"] = {
+            "type": "Metaspace",
+            "replacement": "▁",
+            "prepend_scheme": "first",
+            "split": False,
+        }
     elif (marker := _find(splitter, "Metaspace")) is not None:
         marker["prepend_scheme"] = "first"
     else:
@@ -90,7 +115,10 @@ def _prepend_to_first(spec: Spec) -> bool:
         if step["type"] == "Metaspace":  # it takes the first space away itself
             step["prepend_scheme"] = "first"
             return True
-    spec["decoder"] = {"type": "Sequence", "decoders": [*steps, {"type": "Strip", "content": " ", "start": 1, "stop": 0}]}
+    spec["decoder"] = {
+        "type": "Sequence",
+        "decoders": [*steps, {"type": "Strip", "content": " ", "start": 1, "stop": 0}],
+    }
     return True
 
 
@@ -101,14 +129,20 @@ def _without_space_marker(normalizer: Spec | None) -> Spec | None:
     if normalizer["type"] == "Sequence":
         kept = [n for n in map(_without_space_marker, normalizer["normalizers"]) if n is not None]
         return {**normalizer, "normalizers": kept} if kept else None
-    is_marker = normalizer["type"] == "Replace" and normalizer["pattern"] == {"String": " "} and normalizer["content"] == "▁"
+    is_marker = (
+        normalizer["type"] == "Replace"
+        and normalizer["pattern"] == {"String": " "}
+        and normalizer["content"] == "▁"
+    )
     return None if is_marker else normalizer
 
 
 def _find(part: Spec | None, kind: str) -> Spec | None:
     if part is None or part.get("type") == kind:
         return part
-    return next((found for inner in part.get("pretokenizers", []) if (found := _find(inner, kind)) is not None), None)
+    return next(
+        (found for inner in part.get("pretokenizers", []) if (found := _find(inner, kind)) is not None), None
+    )
 
 
 def _vocabulary(model: Spec) -> dict[str, int]:
@@ -124,8 +158,17 @@ def _add_image_token(spec: Spec, vocab: dict[str, int]) -> int:
     """The id of ``<image>``: its own where there is one, else the first beyond the vocabulary."""
     spec["added_tokens"] = [t for t in spec["added_tokens"] if t["content"] != IMAGE_TOKEN]
     found = vocab.setdefault(IMAGE_TOKEN, max(vocab.values()) + 1)
-    spec["added_tokens"].append({"id": found, "content": IMAGE_TOKEN, "single_word": False, "lstrip": False, "rstrip": False,
-                                 "normalized": False, "special": True})
+    spec["added_tokens"].append(
+        {
+            "id": found,
+            "content": IMAGE_TOKEN,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": True,
+        }
+    )
     spec["added_tokens"].sort(key=lambda token: token["id"])
     return found
 
@@ -133,11 +176,17 @@ def _add_image_token(spec: Spec, vocab: dict[str, int]) -> int:
 def _begin_with(piece: str, piece_id: int) -> Spec:
     special, text = {"SpecialToken": {"id": piece, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
     second = {"Sequence": {"id": "B", "type_id": 0}}
-    return {"type": "TemplateProcessing", "single": [special, text], "pair": [special, text, second],
-            "special_tokens": {piece: {"id": piece, "ids": [piece_id], "tokens": [piece]}}}
+    return {
+        "type": "TemplateProcessing",
+        "single": [special, text],
+        "pair": [special, text, second],
+        "special_tokens": {piece: {"id": piece, "ids": [piece_id], "tokens": [piece]}},
+    }
 
 
-def check_ids(written: Spec, tokenizer: SentencePieceTokenizer | HuggingFaceTokenizer, prefix: str, texts: list[str]) -> None:
+def check_ids(
+    written: Spec, tokenizer: SentencePieceTokenizer | HuggingFaceTokenizer, prefix: str, texts: list[str]
+) -> None:
     """Encode `texts` with both tokenizers, at the beginning of a sequence and behind an image.
 
     Args:
@@ -154,7 +203,13 @@ def check_ids(written: Spec, tokenizer: SentencePieceTokenizer | HuggingFaceToke
     for text in texts:
         first = exported.encode(prefix + text, add_special_tokens=False).ids
         behind = exported.encode(f"{IMAGE_TOKEN}\n{text}", add_special_tokens=False).ids[1:]
-        for got, wanted in ((first, tokenizer.encode(tokenizer.text_prefix + text)), (behind, tokenizer.encode(f"\n{text}"))):
+        for got, wanted in (
+            (first, tokenizer.encode(tokenizer.text_prefix + text)),
+            (behind, tokenizer.encode(f"\n{text}")),
+        ):
             if got != wanted:
-                raise ConfigError(f"the tokenizer cannot be exported: {text!r} is {wanted[:12]} in training and would be "
-                                  f"{got[:12]} in transformers; give a Hugging Face directory of the same one with --tokenizer")
+                raise ConfigError(
+                    f"the tokenizer cannot be exported: {text!r} is {wanted[:12]} in training and would be "
+                    f"{got[:12]} in transformers; give a Hugging Face directory of the same one with "
+                    "--tokenizer"
+                )

@@ -1,4 +1,5 @@
-"""Is an import what it was made of? Every tensor against the source's, and both models on the same inputs where they fit in memory.
+"""Is an import what it was made of? Every tensor against the source's, and both models on the same inputs
+where they fit in memory.
 
 The tensors are read back through the name map; the model is loaded by megatron-core itself, in float32.
 """
@@ -52,14 +53,21 @@ def _compare_tensors(request: Request, imported: Imported) -> Row:
             count += 1
             if tensor.dtype != original.dtype or not torch.equal(tensor, original):
                 different.append(name)
-    found = f"{count} bit-identical" if not different else f"{len(different)} of {count} differ: {', '.join(different[:3])}"
+    found = (
+        f"{count} bit-identical"
+        if not different
+        else f"{len(different)} of {count} differ: {', '.join(different[:3])}"
+    )
     return Row("tensors", found, "all", not different)
 
 
 def _why_not_run(request: Request, imported: Imported) -> str:
     """Why both models cannot be run; empty if they can."""
-    if request.expert_init == "noise" or (imported.kind == "route" and imported.config.moe.router_gate != "straight_through"
-                                          and request.expert_init != "none"):
+    if request.expert_init == "noise" or (
+        imported.kind == "route"
+        and imported.config.moe.router_gate != "straight_through"
+        and request.expert_init != "none"
+    ):
         return "not compared: the new experts do not compute what the dense model does"
     if imported.kind == "evolve":
         return "not compared: an evolving model's router does not exist yet"
@@ -74,20 +82,31 @@ def _why_not_run(request: Request, imported: Imported) -> str:
 @torch.no_grad()
 def _compare_models(request: Request, imported: Imported) -> Iterator[Row]:
     config, parts = imported.config, imported.parts
-    pixels = torch.randint(0, 256, (1, 3, config.vision.image_size, config.vision.image_size), dtype=torch.uint8,
-                           generator=torch.Generator().manual_seed(1))
+    pixels = torch.randint(
+        0,
+        256,
+        (1, 3, config.vision.image_size, config.vision.image_size),
+        dtype=torch.uint8,
+        generator=torch.Generator().manual_seed(1),
+    )
     normalised = processor_for(config).normalize(pixels, torch.float32)
     with _core_model(imported) as ours:
         if "language_model" in parts:
             whole = "vision_projection" in parts
-            theirs = _theirs(request, "AutoModelForImageTextToText" if whole else "AutoModelForCausalLM",
-                             request.model or request.language_model)
+            theirs = _theirs(
+                request,
+                "AutoModelForImageTextToText" if whole else "AutoModelForCausalLM",
+                request.model or request.language_model,
+            )
             # transformers' LLaVA looks up the image token's own embedding, which some files do not have
             rows = theirs.get_input_embeddings().weight.shape[0]
             whole = whole and (theirs.config.model_type != "llava" or theirs.config.image_token_index < rows)
-            tokens, types = _prompt(config, rows, image_token=theirs.config.image_token_index if whole else None)
+            tokens, types = _prompt(
+                config, rows, image_token=theirs.config.image_token_index if whole else None
+            )
             wanted = theirs(input_ids=tokens, **({"pixel_values": normalised} if whole else {})).logits
-            # what stands at image positions is replaced, and an export's image token is no row of the core's embedding
+            # what stands at image positions is replaced, and an export's image token is no row of the core's
+            # embedding
             got = ours(tokens.masked_fill(types == VISION, 0), types, pixels[: int(whole)])
             size = min(config.language.vocab_size, wanted.shape[-1])  # rows that the import added are new
             yield _row("logits, one image" if whole else "logits, text", got[..., :size], wanted[..., :size])
@@ -96,7 +115,11 @@ def _compare_models(request: Request, imported: Imported) -> Iterator[Row]:
             kind = {"clip": "CLIPVisionModel", "siglip": "SiglipVisionModel"}[config.vision.model_type]
             theirs = _theirs(request, kind, request.vision_model)
             states = theirs(normalised, output_hidden_states=True).hidden_states[config.vision.feature_layer]
-            yield _row("tower's features", ours.vision_model(normalised), states[:, -config.vision.tokens_per_image :])
+            yield _row(
+                "tower's features",
+                ours.vision_model(normalised),
+                states[:, -config.vision.tokens_per_image :],
+            )
 
 
 def _row(what: str, got: torch.Tensor, wanted: torch.Tensor, limit: float = LOGITS) -> Row:
@@ -105,10 +128,13 @@ def _row(what: str, got: torch.Tensor, wanted: torch.Tensor, limit: float = LOGI
 
 
 def long_positions(lm: LanguageConfig) -> list[int]:
-    """Places at the start, on both sides of the length the model had before its RoPE was stretched (half of its length, if it was
-    not), and at its end or beyond. Few tokens suffice: what RoPE computes depends on how far apart two of them stand."""
+    """Places at the start, on both sides of the length the model had before its RoPE was stretched (half of
+    its length, if it was not), and at its end or beyond. Few tokens suffice: what RoPE computes depends on
+    how far apart two of them stand.
+    """
     before = {"llama3": 8192, "linear": int(lm.max_position_embeddings / lm.rope_scaling_factor)}.get(
-        lm.rope_scaling_type or "", lm.max_position_embeddings // 2)
+        lm.rope_scaling_type or "", lm.max_position_embeddings // 2
+    )
     end = max(lm.max_position_embeddings, before + _LENGTH)
     stretches = (range(8), range(before - 4, before + 4), range(end - 8, end))
     return sorted({place for stretch in stretches for place in stretch if place >= 0})
@@ -120,21 +146,35 @@ def _at_long_positions(config: RunConfig, ours: Any, theirs: Any, rows: int) -> 
     positions = long_positions(lm)
     tokens = _prompt(config, rows, image_token=None, length=len(positions))[0]
     # without a mask transformers takes the gaps for the ends of packed texts
-    wanted = theirs(input_ids=tokens, attention_mask=torch.ones_like(tokens), position_ids=torch.tensor([positions])).logits
+    wanted = theirs(
+        input_ids=tokens, attention_mask=torch.ones_like(tokens), position_ids=torch.tensor([positions])
+    ).logits
     rotary = ours.language_model.rotary_pos_emb
-    hook = rotary.register_forward_hook(lambda module, given, table: torch.cat([module.forward(1, place) for place in positions]))
+    hook = rotary.register_forward_hook(
+        lambda module, given, table: torch.cat([module.forward(1, place) for place in positions])
+    )
     try:
-        got = ours(tokens, torch.full_like(tokens, TEXT), torch.empty(0, 3, *[config.vision.image_size] * 2, dtype=torch.uint8))
+        got = ours(
+            tokens,
+            torch.full_like(tokens, TEXT),
+            torch.empty(0, 3, *[config.vision.image_size] * 2, dtype=torch.uint8),
+        )
     finally:
         hook.remove()
     size = min(lm.vocab_size, wanted.shape[-1])
     # the core divides positions and transformers frequencies, which rounds angles differently
     rounding = positions[-1] / lm.rope_scaling_factor * 2**-22 if lm.rope_scaling_type == "linear" else 0.0
-    return _row(f"logits, positions up to {positions[-1]}", got[..., :size], wanted[..., :size], LOGITS + rounding)
+    return _row(
+        f"logits, positions up to {positions[-1]}", got[..., :size], wanted[..., :size], LOGITS + rounding
+    )
 
 
-def _prompt(config: RunConfig, rows: int, image_token: int | None, length: int = _LENGTH) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and types [1, s] of a text of the source's `rows` tokens, an image within it if there is a token for it."""
+def _prompt(
+    config: RunConfig, rows: int, image_token: int | None, length: int = _LENGTH
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and types [1, s] of a text of the source's `rows` tokens, an image within it if there is a token
+    for it.
+    """
     rows = min(rows, config.language.vocab_size)
     tokens = torch.randint(0, rows, (1, length), generator=torch.Generator().manual_seed(2))
     if image_token is None:
@@ -146,14 +186,18 @@ def _prompt(config: RunConfig, rows: int, image_token: int | None, length: int =
 
 
 def _theirs(request: Request, kind: str, path: str | None) -> Any:
-    """transformers' model in float32, its weights rounded to the import's type; code in the directory is not run."""
+    """transformers' model in float32, its weights rounded to the import's type; code in the directory is not
+    run.
+    """
     try:
         import transformers
     except ImportError:
         raise ConfigError("--verify needs transformers 4.56 or later: pip install transformers") from None
     import megatron_evomoe.hf  # noqa: F401  (its classes read our own exports)
 
-    model = getattr(transformers, kind).from_pretrained(sources.local_path(str(path)), dtype=torch.float32, local_files_only=True)
+    model = getattr(transformers, kind).from_pretrained(
+        sources.local_path(str(path)), dtype=torch.float32, local_files_only=True
+    )
     if dtype := DTYPES[request.dtype]:
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype).float()
@@ -164,9 +208,13 @@ def _theirs(request: Request, kind: str, path: str | None) -> Any:
 def _core_model(imported: Imported) -> Iterator[Any]:
     """The checkpoint in megatron-core's model, float32, evaluation mode; parts it lacks are fresh."""
     language = replace(imported.config.language, vocab_size=imported.config.language.vocab_size or 8)
-    config = replace(imported.config, language=language, parallel=ParallelConfig(),
-                     train=replace(imported.config.train, bf16=False),
-                     moe=replace(imported.config.moe, moe_expert_capacity_factor=None))
+    config = replace(
+        imported.config,
+        language=language,
+        parallel=ParallelConfig(),
+        train=replace(imported.config.train, bf16=False),
+        moe=replace(imported.config.moe, moe_expert_capacity_factor=None),
+    )
     with one_rank(config):
         yield _loaded(imported, config)
 
@@ -178,7 +226,10 @@ def _loaded(imported: Imported, config: RunConfig) -> Any:
 
     [model] = build_modules(config, "route" if imported.kind == "route" else "dense")
     lacking = "|".join(rf"^{part}\." for part in PARTS if part not in imported.parts) or r"(?!)"
-    states, _ = store.load_weights(imported.checkpoint, [model.sharded_state_dict(metadata=store.metadata())],
-                                   may_be_fresh=re.compile(lacking))
+    states, _ = store.load_weights(
+        imported.checkpoint,
+        [model.sharded_state_dict(metadata=store.metadata())],
+        may_be_fresh=re.compile(lacking),
+    )
     model.load_state_dict({k: v for k, v in states[0].items() if torch.is_tensor(v)}, strict=False)
     return model.eval()

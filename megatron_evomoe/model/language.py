@@ -36,10 +36,18 @@ from megatron_evomoe.parallel import rng
 
 
 class DecoderLayer(TransformerLayer):
-    """A layer whose fresh weights depend on the run's seed and its place in the decoder, not on the rank it lies on."""
+    """A layer whose fresh weights depend on the run's seed and its place in the decoder, not on the rank it
+    lies on.
+    """
 
-    def __init__(self, config: TransformerConfig, submodules: TransformerLayerSubmodules, layer_number: int = 1,
-                 *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: TransformerLayerSubmodules,
+        layer_number: int = 1,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
         place = layer_number + get_transformer_layer_offset(config, vp_stage=kwargs.get("vp_stage"))
         with rng.derived(f"language_model.layer.{place}"):
             super().__init__(config, submodules, layer_number, *args, **kwargs)
@@ -49,19 +57,36 @@ class ParallelResidualLayer(DecoderLayer):
     """Phi-2's layer, x + attention(norm(x)) + FFN(norm(x)): one norm, one sum. megatron-core has none."""
 
     # what of a block's arguments the attention takes; which exist varies by version
-    _ATTENTION_ARGUMENTS = ("rotary_pos_emb", "rotary_pos_cos", "rotary_pos_sin", "rotary_pos_cos_sin", "attention_bias",
-                            "inference_context", "packed_seq_params", "sequence_len_offset")
+    _ATTENTION_ARGUMENTS = (
+        "rotary_pos_emb",
+        "rotary_pos_cos",
+        "rotary_pos_sin",
+        "rotary_pos_cos_sin",
+        "attention_bias",
+        "inference_context",
+        "packed_seq_params",
+        "sequence_len_offset",
+    )
 
-    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None,
-                context: torch.Tensor | None = None, *, padding_mask: torch.Tensor | None = None,
-                **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        context: torch.Tensor | None = None,
+        *,
+        padding_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[s, b, C] to [s, b, C], and `context` unchanged; called as `TransformerLayer.forward` is."""
         normed = self.input_layernorm(hidden_states)
         passed = {k: v for k, v in kwargs.items() if k in self._ATTENTION_ARGUMENTS}
         attended = _with_bias(self.self_attention(normed, attention_mask=attention_mask, **passed))
         if self.recompute_mlp:
-            # The bias is added inside: a parameter that leaves a checkpointed function becomes its own ancestor.
-            fed = tensor_parallel.checkpoint(lambda x: _with_bias(self.mlp(x, padding_mask=padding_mask)), False, normed)
+            # The bias is added inside: a parameter that leaves a checkpointed function becomes its own
+            # ancestor.
+            fed = tensor_parallel.checkpoint(
+                lambda x: _with_bias(self.mlp(x, padding_mask=padding_mask)), False, normed
+            )
         else:
             fed = _with_bias(self.mlp(normed, padding_mask=padding_mask))
         total = hidden_states + attended + fed
@@ -74,7 +99,8 @@ def _with_bias(output_and_bias: tuple[torch.Tensor, torch.Tensor | None]) -> tor
 
 
 def padded_vocab_size(config: RunConfig) -> int:
-    """Rows of the embedding: ``vocab_size`` rounded up so that every TP rank holds the same, well-aligned number.
+    """Rows of the embedding: ``vocab_size`` rounded up so that every TP rank holds the same, well-aligned
+    number.
 
     Raises:
         ConfigError: no vocabulary size is set.
@@ -86,12 +112,18 @@ def padded_vocab_size(config: RunConfig) -> int:
     return -(-size // multiple) * multiple
 
 
-def build_language_model(config: RunConfig, *, stage_kind: str, pre_process: bool = True, post_process: bool = True,
-                         vp_stage: int | None = None) -> GPTModel:
+def build_language_model(
+    config: RunConfig,
+    *,
+    stage_kind: str,
+    pre_process: bool = True,
+    post_process: bool = True,
+    vp_stage: int | None = None,
+) -> GPTModel:
     """This pipeline stage's part of the decoder.
 
-    Layers designated by ``config.moe`` hold a dense FFN for the kinds align, warmup and dense, the evolving one for
-    `evolve` and the mixture for `route`. Everything else has the same parameter names in all kinds.
+    Layers designated by ``config.moe`` hold a dense FFN for the kinds align, warmup and dense, the evolving
+    one for `evolve` and the mixture for `route`. Everything else has the same parameter names in all kinds.
 
     The model takes `decoder_input` already scattered for sequence parallelism: images are spliced in before.
 
@@ -128,8 +160,9 @@ def build_language_model(config: RunConfig, *, stage_kind: str, pre_process: boo
 
 
 def _draw_output_layer(model: GPTModel) -> None:
-    """Draw the output matrix again, the whole of it, and keep this rank's rows: its first draws came after the embedding's where
-    one stage holds both, and before any where not."""
+    """Draw the output matrix again, the whole of it, and keep this rank's rows: its first draws came after
+    the embedding's where one stage holds both, and before any where not.
+    """
     weight = model.output_layer.weight
     with rng.derived("language_model.output_layer"), torch.no_grad():
         whole = weight.new_empty(model.output_layer.output_size, weight.shape[1])
@@ -138,12 +171,15 @@ def _draw_output_layer(model: GPTModel) -> None:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Whether to log it. The core warns of each layer whose FFN is a subclass of its own; ours ask for their groups."""
+    """Whether to log it. The core warns of each layer whose FFN is a subclass of its own; ours ask for their
+    groups.
+    """
     return not record.getMessage().startswith("Unknown MLP type")
 
 
-def language_block_spec(config: RunConfig, transformer_config: TransformerConfig, stage_kind: str,
-                        vp_stage: int | None = None) -> TransformerBlockSubmodules:
+def language_block_spec(
+    config: RunConfig, transformer_config: TransformerConfig, stage_kind: str, vp_stage: int | None = None
+) -> TransformerBlockSubmodules:
     """The specs of the layers that this pipeline rank and chunk build, and of the norm after the last."""
     pattern = config.moe.layer_pattern(config.language.num_layers)
     specs = {bool(moe): _layer_spec(config, stage_kind, bool(moe)) for moe in set(pattern)}
@@ -158,9 +194,9 @@ def language_block_spec(config: RunConfig, transformer_config: TransformerConfig
 def _layer_spec(config: RunConfig, stage_kind: str, designated: bool) -> ModuleSpec:
     """One layer. `designated`: a layer that is, or will become, a mixture.
 
-    Transformer Engine can fuse a norm into the linear layer behind it and then renames the norm's weights. Designated
-    layers keep the norm before the FFN apart, in every kind, because a mixture has no linear layer to fuse it into; a norm
-    that attention and FFN share cannot be fused either.
+    Transformer Engine can fuse a norm into the linear layer behind it and then renames the norm's weights.
+    Designated layers keep the norm before the FFN apart, in every kind, because a mixture has no linear layer
+    to fuse it into; a norm that attention and FFN share cannot be fused either.
     """
     lm = config.language
     use_te = resolve_transformer_impl(config) == "transformer_engine"
@@ -191,7 +227,9 @@ def _layer_spec(config: RunConfig, stage_kind: str, designated: bool) -> ModuleS
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=IdentityOp if fuse_ffn_norm or lm.parallel_residual else norm,
-            mlp=_ffn_spec(config, stage_kind if designated else "dense", use_te, fused if fuse_ffn_norm else unfused),
+            mlp=_ffn_spec(
+                config, stage_kind if designated else "dense", use_te, fused if fuse_ffn_norm else unfused
+            ),
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map=renamed,
         ),
@@ -226,7 +264,9 @@ def _norm(use_te: bool) -> type:
 
 
 def _add_output_bias(model: GPTModel) -> None:
-    """Give the output layer the bias (Phi-2's) that `GPTModel` has no argument for: [V / TP], zero at the start."""
+    """Give the output layer the bias (Phi-2's) that `GPTModel` has no argument for: [V / TP], zero at the
+    start.
+    """
     layer = model.output_layer
     layer.bias = torch.nn.Parameter(torch.zeros_like(layer.weight[:, 0]))
     set_tensor_model_parallel_attributes(layer.bias, True, 0, 1)

@@ -22,15 +22,27 @@ from megatron_evomoe.parallel import rng
 class LlavaModel(MegatronModule):
     """Vision tower and projector (first pipeline stage only) before a `GPTModel`.
 
-    `forward` gives the loss per position where labels are given and this is the last stage, logits without labels, and
-    hidden states on earlier stages.
+    `forward` gives the loss per position where labels are given and this is the last stage, logits without
+    labels, and hidden states on earlier stages.
     """
 
-    def __init__(self, config: RunConfig, *, stage_kind: str, pre_process: bool = True, post_process: bool = True,
-                 vp_stage: int | None = None) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        stage_kind: str,
+        pre_process: bool = True,
+        post_process: bool = True,
+        vp_stage: int | None = None,
+    ) -> None:
         self.language_model: torch.nn.Module
-        language = build_language_model(config, stage_kind=stage_kind, pre_process=pre_process,
-                                        post_process=post_process, vp_stage=vp_stage)
+        language = build_language_model(
+            config,
+            stage_kind=stage_kind,
+            pre_process=pre_process,
+            post_process=post_process,
+            vp_stage=vp_stage,
+        )
         super().__init__(config=language.config)
         self.run_config = config
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
@@ -61,42 +73,55 @@ class LlavaModel(MegatronModule):
             return self.vision_model(pixels)
 
     def encode_images(self, images: torch.Tensor) -> torch.Tensor:
-        """uint8 pixels [n, 3, S, S], or features [n, t, C] that a frozen tower made of them before, to [n, t, C of the decoder]."""
+        """uint8 pixels [n, 3, S, S], or features [n, t, C] that a frozen tower made of them before, to [n, t,
+        C of the decoder].
+        """
         assert self.vision_projection is not None
         return self.vision_projection(images if images.dim() == 3 else self.vision_features(images))
 
-    def embed(self, tokens: torch.Tensor, token_types: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Word embeddings with image features at the vision positions, [s, b, C] (this rank's part of s under SP)."""
+    def embed(
+        self, tokens: torch.Tensor, token_types: torch.Tensor, pixel_values: torch.Tensor
+    ) -> torch.Tensor:
+        """Word embeddings with image features at the vision positions, [s, b, C] (this rank's part of s under
+        SP).
+        """
         words = self.language_model.embedding(input_ids=tokens, position_ids=_positions(tokens))
         is_vision = token_types == VISION
         features = self.encode_images(pixel_values).to(words.dtype)
-        # With no image at all `features` is [0, t, C]: the scatter moves nothing, and its backward still hands every
-        # projector parameter a zero gradient, so ranks with and without images stay in step.
+        # With no image at all `features` is [0, t, C]: the scatter moves nothing, and its backward still
+        # hands every projector parameter a zero gradient, so ranks with and without images stay in step.
         spliced = words.transpose(0, 1).masked_scatter(is_vision.unsqueeze(-1), features)
         hidden = spliced.transpose(0, 1).contiguous()
         if self.config.sequence_parallel:
             hidden = tensor_parallel.scatter_to_sequence_parallel_region(hidden)
-        recomputes = self.config.recompute_granularity == "full" or "mlp" in (self.config.recompute_modules or ())
+        recomputes = self.config.recompute_granularity == "full" or "mlp" in (
+            self.config.recompute_modules or ()
+        )
         if self.training and recomputes:
-            # Re-entrant recompute drops the gradients inside a block none of whose inputs wants one, as below the first
-            # trained FFN of `evolve`.
+            # Re-entrant recompute drops the gradients inside a block none of whose inputs wants one, as below
+            # the first trained FFN of `evolve`.
             hidden = hidden if hidden.requires_grad else hidden.detach().requires_grad_()
         return hidden
 
-    def forward(self, tokens: torch.Tensor, token_types: torch.Tensor, pixel_values: torch.Tensor | None = None,
-                labels: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        token_types: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Run this pipeline stage.
 
         Args:
             tokens: int64 [b, s]; ids at vision positions are ignored.
             token_types: int64 [b, s] of `data.conversation`'s TEXT, VISION, PADDING.
-            pixel_values: uint8 [n, 3, S, S] or cached features [n, t, C], in the order their positions occur row by row; first
-                stage only.
+            pixel_values: uint8 [n, 3, S, S] or cached features [n, t, C], in the order their positions occur
+                row by row; first stage only.
             labels: int64 [b, s], already shifted; IGNORE_INDEX where nothing is supervised.
 
         Returns:
-            float [b, s] loss per position (undefined where ignored), or [b, s, V] logits without labels; before the last
-            stage hidden states [s, b, C].
+            float [b, s] loss per position (undefined where ignored), or [b, s, V] logits without labels;
+            before the last stage hidden states [s, b, C].
         """
         decoder_input = None
         if self.pre_process:
@@ -109,11 +134,17 @@ class LlavaModel(MegatronModule):
         # ignored positions get some valid id; the caller masks their loss
         targets = labels.masked_fill(labels == IGNORE_INDEX, 0) if labels is not None else None
         return self.language_model(
-            input_ids=tokens, position_ids=_positions(tokens), attention_mask=None, decoder_input=decoder_input,
-            labels=targets, padding_mask=types,
+            input_ids=tokens,
+            position_ids=_positions(tokens),
+            attention_mask=None,
+            decoder_input=decoder_input,
+            labels=targets,
+            padding_mask=types,
         )
 
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict:
         """Parts under `vision_model.`, `vision_projection.` and `language_model.`."""
         out = {}
         for name in ("vision_model", "vision_projection", "language_model"):

@@ -12,8 +12,9 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 
 
 def dense_mlp_spec(linear_fc1: type, linear_fc2: type) -> Any:
-    """What `TransformerLayerSubmodules.mlp` takes: a `ModuleSpec` on 0.16.1, a builder on newer cores (seen: 0.19.2), which
-    turn a `ModuleSpec` into that builder themselves, with a warning for each layer."""
+    """What `TransformerLayerSubmodules.mlp` takes: a `ModuleSpec` on 0.16.1, a builder on newer cores (seen:
+    0.19.2), which turn a `ModuleSpec` into that builder themselves, with a warning for each layer.
+    """
     submodules = MLPSubmodules(linear_fc1=linear_fc1, linear_fc2=linear_fc2)
     if hasattr(MLP, "as_mlp_submodule"):
         return functools.partial(MLP.as_mlp_submodule, submodules=submodules)
@@ -23,8 +24,9 @@ def dense_mlp_spec(linear_fc1: type, linear_fc2: type) -> Any:
 class BiasedExpertOutput(RowParallelLinear):
     """`RowParallelLinear` for experts that have biases (Phi-2's).
 
-    The core's `MLP` adds an expert's output bias in place (0.16.1 and 0.19.2). Without expert parallelism the output it
-    writes to is a view made by an autograd function, which autograd refuses: "is a view and is being modified inplace".
+    The core's `MLP` adds an expert's output bias in place (0.16.1 and 0.19.2). Without expert parallelism the
+    output it writes to is a view made by an autograd function, which autograd refuses: "is a view and is
+    being modified inplace".
     """
 
     def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -11,9 +11,10 @@ _NORMS: dict[str, type[torch.nn.Module]] = {"LayerNorm": torch.nn.LayerNorm, "RM
 class TorchNorm:
     """PyTorch's LayerNorm or RMSNorm, by ``config.normalization``, over the last dimension.
 
-    It stands where megatron-core would put ``WrappedTorchNorm``, which refuses sequence parallelism, while `MoELayer`
-    refuses to train with TP > 1 without it. Under sequence parallelism each TP rank normalises its own positions, so the
-    weights see partial gradients; marking them ``sequence_parallel`` makes `finalize_model_grads` add those up.
+    It stands where megatron-core would put ``WrappedTorchNorm``, which refuses sequence parallelism, while
+    `MoELayer` refuses to train with TP > 1 without it. Under sequence parallelism each TP rank normalises its
+    own positions, so the weights see partial gradients; marking them ``sequence_parallel`` makes
+    `finalize_model_grads` add those up.
     """
 
     def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> torch.nn.Module:  # type: ignore[misc]

@@ -1,9 +1,10 @@
 """What only a GPU with Transformer Engine can do, in megatron-core's words: FP8 and fused kernels.
 
-FP8 is the language decoder's alone. megatron-core enters it around the layers of a block whose configuration says so, and
-there only Transformer Engine's linear layers take it up. So routers and hypernetworks (plain matrix products, in fp32), norms,
-softmax, embedding, output layer and the state of evolution stay out by construction; the vision tower and the projector because
-their configurations never say so: CLIP-L/336's 577 positions per image are no multiple of what an FP8 product needs.
+FP8 is the language decoder's alone. megatron-core enters it around the layers of a block whose configuration
+says so, and there only Transformer Engine's linear layers take it up. So routers and hypernetworks (plain
+matrix products, in fp32), norms, softmax, embedding, output layer and the state of evolution stay out by
+construction; the vision tower and the projector because their configurations never say so: CLIP-L/336's 577
+positions per image are no multiple of what an FP8 product needs.
 """
 
 from __future__ import annotations
@@ -20,7 +21,12 @@ from megatron_evomoe.config import ConfigError, RunConfig
 Capability = tuple[int, int]
 
 # Transformer Engine's own limits (2.11); 12.x lacks some layouts of mxfp8
-_LOWEST: dict[str, Capability] = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
+_LOWEST: dict[str, Capability] = {
+    "delayed": (8, 9),
+    "tensorwise": (8, 9),
+    "blockwise": (9, 0),
+    "mxfp8": (10, 0),
+}
 _MXFP8_BELOW: Capability = (12, 0)
 
 # Rows of an FP8 product come in multiples of this: 16 for the weight gradient's, else the recipe's block
@@ -39,7 +45,9 @@ def language_settings(config: RunConfig, *, use_te: bool, capability: Capability
 
 
 def sequence_multiple(config: RunConfig) -> int:
-    """What sequence lengths are padded to: each tensor-parallel rank's part must hold whole rows of an FP8 product."""
+    """What sequence lengths are padded to: each tensor-parallel rank's part must hold whole rows of an FP8
+    product.
+    """
     rows = _ROWS[config.gpu.fp8_recipe] if config.gpu.fp8_format else 1
     return config.parallel.tensor_model_parallel_size * rows
 
@@ -48,7 +56,10 @@ def check_sequence(config: RunConfig) -> None:
     """Raise `ConfigError` where the longest sequence could not be padded."""
     multiple = sequence_multiple(config)
     if config.data.seq_length % multiple:
-        raise ConfigError(f"seq_length {config.data.seq_length} must be a multiple of {multiple}, to which sequences are padded")
+        raise ConfigError(
+            f"seq_length {config.data.seq_length} must be a multiple of {multiple}, to which sequences are "
+            "padded"
+        )
 
 
 @contextlib.contextmanager
@@ -84,7 +95,9 @@ def _fp8(config: RunConfig, use_te: bool, capability: Capability | None) -> dict
     if gpu.fp8_format is None:
         return {}
     if not use_te or capability is None:
-        raise ConfigError(f"fp8_format {gpu.fp8_format} needs Transformer Engine on a GPU; leave fp8_format out here")
+        raise ConfigError(
+            f"fp8_format {gpu.fp8_format} needs Transformer Engine on a GPU; leave fp8_format out here"
+        )
     _check_capability(gpu.fp8_recipe, capability)
     return {
         "fp8": gpu.fp8_format,
@@ -105,7 +118,12 @@ def _check_capability(recipe: str, capability: Capability) -> None:
     if capability < _LOWEST[recipe]:
         fits = [name for name, lowest in _LOWEST.items() if lowest <= capability]
         remedy = f"choose {' or '.join(fits)}" if fits else "leave fp8_format out"
-        raise ConfigError(f"fp8_recipe {recipe} needs compute capability {'{}.{}'.format(*_LOWEST[recipe])}, this GPU has {has}; "
-                          f"{remedy}")
+        raise ConfigError(
+            f"fp8_recipe {recipe} needs compute capability {'{}.{}'.format(*_LOWEST[recipe])}, this GPU has "
+            f"{has}; "
+            f"{remedy}"
+        )
     if recipe == "mxfp8" and capability >= _MXFP8_BELOW:
-        raise ConfigError(f"fp8_recipe mxfp8 is not there yet for compute capability {has}; choose tensorwise")
+        raise ConfigError(
+            f"fp8_recipe mxfp8 is not there yet for compute capability {has}; choose tensorwise"
+        )

@@ -16,8 +16,8 @@ from megatron_evomoe.model.transformer_config import projector_transformer_confi
 def build_projector(config: RunConfig) -> MultimodalProjector:
     """LLaVA's ``mlp2x_gelu``, [n, t, Cv] -> [n, t, C].
 
-    With n = 0 it returns [0, t, C], through which every weight still gets a (zero) gradient. The core's own parallel
-    linears serve with Transformer Engine too: the layers are small and must take zero rows.
+    With n = 0 it returns [0, t, C], through which every weight still gets a (zero) gradient. The core's own
+    parallel linears serve with Transformer Engine too: the layers are small and must take zero rows.
     """
     return MultimodalProjector(
         projector_transformer_config(config),

@@ -1,8 +1,9 @@
 """Our configuration in megatron-core's words: one `TransformerConfig` for each part of the model.
 
-Whatever changes the maths of a pretrained model is decided here, explicitly: a core default that changes between
-versions must not change ours. Traps (each pinned by ``tests/parity/test_dense_hf.py``): the core's fused bias+GELU is
-the tanh GELU, whatever was asked for; masked-softmax fusion needs kernels that no wheel ships.
+Whatever changes the maths of a pretrained model is decided here, explicitly: a core default that changes
+between versions must not change ours. Traps (each pinned by ``tests/parity/test_dense_hf.py``): the core's
+fused bias+GELU is the tanh GELU, whatever was asked for; masked-softmax fusion needs kernels that no wheel
+ships.
 """
 
 from __future__ import annotations
@@ -33,11 +34,17 @@ def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
 
 
 def quick_gelu(x: torch.Tensor) -> torch.Tensor:
-    """CLIP's GELU, x·σ(1.702·x). The core's own is wrapped in ``torch.compile``, which needs a C++ compiler on CPU."""
+    """CLIP's GELU, x·σ(1.702·x). The core's own is wrapped in ``torch.compile``, which needs a C++ compiler
+    on CPU.
+    """
     return x * torch.sigmoid(1.702 * x)
 
 
-ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": gelu_tanh}
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": gelu_tanh,
+}
 
 
 _shapes_only: contextvars.ContextVar[bool] = contextvars.ContextVar("shapes_only", default=False)
@@ -46,12 +53,14 @@ _shapes_only: contextvars.ContextVar[bool] = contextvars.ContextVar("shapes_only
 class _OnMeta(TorchFunctionMode):
     """Everything that is created has a shape and no memory, also where a device is asked for.
 
-    ``torch.device("meta")`` would leave alone explicit devices, which the core gives on GPUs, and factories that
-    `parallel.cpu` has wrapped.
+    ``torch.device("meta")`` would leave alone explicit devices, which the core gives on GPUs, and factories
+    that `parallel.cpu` has wrapped.
     """
 
-    _FACTORIES = frozenset(inspect.unwrap(getattr(torch, name)) for name in
-                           ("empty", "zeros", "ones", "full", "tensor", "rand", "randn", "arange"))
+    _FACTORIES = frozenset(
+        inspect.unwrap(getattr(torch, name))
+        for name in ("empty", "zeros", "ones", "full", "tensor", "rand", "randn", "arange")
+    )
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -64,7 +73,9 @@ class _OnMeta(TorchFunctionMode):
 
 @contextlib.contextmanager
 def shapes_only() -> Iterator[None]:
-    """Inside, the builders of ``model/`` make models of any size on the meta device: shapes and counts, no weights."""
+    """Inside, the builders of ``model/`` make models of any size on the meta device: shapes and counts, no
+    weights.
+    """
     token = _shapes_only.set(True)
     try:
         with _OnMeta():
@@ -76,7 +87,8 @@ def shapes_only() -> Iterator[None]:
 def resolve_transformer_impl(config: RunConfig) -> str:
     """``local`` or ``transformer_engine``.
 
-    ``auto`` takes Transformer Engine where CUDA is there and it imports. Without CUDA nothing here imports it.
+    ``auto`` takes Transformer Engine where CUDA is there and it imports. Without CUDA nothing here imports
+    it.
 
     Raises:
         ConfigError: Transformer Engine was asked for, or is needed by another setting, and cannot be had.
@@ -85,19 +97,25 @@ def resolve_transformer_impl(config: RunConfig) -> str:
     available = backend.on_gpu() and _have_transformer_engine()
     if wanted == "transformer_engine" and not available:
         why = "it does not import" if backend.on_gpu() else "there is no CUDA device"
-        raise ConfigError(f"transformer_impl transformer_engine cannot be used: {why}; install the [gpu] extra on a GPU "
-                          "machine, or set transformer_impl to auto or local")
+        raise ConfigError(
+            f"transformer_impl transformer_engine cannot be used: {why}; install the [gpu] extra on a GPU "
+            "machine, or set transformer_impl to auto or local"
+        )
     impl = "transformer_engine" if available and wanted != "local" else "local"
-    needs = {"context_parallel_size": config.parallel.context_parallel_size > 1,
-             "moe_grouped_gemm": config.moe.moe_grouped_gemm,
-             "fp8_format": config.gpu.fp8_format is not None,
-             "apply_rope_fusion": bool(config.gpu.apply_rope_fusion),
-             "moe_permute_fusion": bool(config.gpu.moe_permute_fusion),
-             "cross_entropy_loss_fusion": bool(config.gpu.cross_entropy_loss_fusion)}
+    needs = {
+        "context_parallel_size": config.parallel.context_parallel_size > 1,
+        "moe_grouped_gemm": config.moe.moe_grouped_gemm,
+        "fp8_format": config.gpu.fp8_format is not None,
+        "apply_rope_fusion": bool(config.gpu.apply_rope_fusion),
+        "moe_permute_fusion": bool(config.gpu.moe_permute_fusion),
+        "cross_entropy_loss_fusion": bool(config.gpu.cross_entropy_loss_fusion),
+    }
     for name, needed in needs.items():
         if needed and impl == "local":
-            raise ConfigError(f"{name} needs Transformer Engine, and this run uses the local layers; leave {name} at its "
-                              "default, or run with Transformer Engine on a GPU")
+            raise ConfigError(
+                f"{name} needs Transformer Engine, and this run uses the local layers; leave {name} at its "
+                "default, or run with Transformer Engine on a GPU"
+            )
     return impl
 
 
@@ -144,8 +162,9 @@ def language_transformer_config(config: RunConfig) -> TransformerConfig:
         recompute_modules=list(train.recompute_modules) if selective else None,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=_virtual_stages(config),
-        # With two stages of several chunks each rank sends forward and backward to the same peer; batched, the messages carry
-        # nothing to tell them apart and gradients arrive as activations. Overlapped ones go through a group each.
+        # With two stages of several chunks each rank sends forward and backward to the same peer; batched,
+        # the messages carry nothing to tell them apart and gradients arrive as activations. Overlapped ones
+        # go through a group each.
         overlap_p2p_comm=_virtual_stages(config) is not None,
         batch_p2p_comm=_virtual_stages(config) is None,
         context_parallel_size=parallel.context_parallel_size,
@@ -156,8 +175,8 @@ def language_transformer_config(config: RunConfig) -> TransformerConfig:
         moe_layer_freq=moe.layer_pattern(lm.num_layers),
         moe_ffn_hidden_size=lm.ffn_hidden_size,
         moe_router_topk=moe.moe_router_topk,
-        # probabilities over all experts, then the choice: a softmax over one chosen logit is 1 and teaches nothing, and
-        # `router_gate` is defined on these for any K
+        # probabilities over all experts, then the choice: a softmax over one chosen logit is 1 and teaches
+        # nothing, and `router_gate` is defined on these for any K
         moe_router_pre_softmax=True,
         moe_router_dtype="fp32",
         moe_router_load_balancing_type="aux_loss",
@@ -166,8 +185,11 @@ def language_transformer_config(config: RunConfig) -> TransformerConfig:
         moe_expert_capacity_factor=moe.moe_expert_capacity_factor,
         moe_token_dispatcher_type=moe.moe_token_dispatcher_type,
         moe_grouped_gemm=moe.moe_grouped_gemm,
-        **precision.language_settings(config, use_te=resolve_transformer_impl(config) == "transformer_engine",
-                                      capability=backend.capability()),
+        **precision.language_settings(
+            config,
+            use_te=resolve_transformer_impl(config) == "transformer_engine",
+            capability=backend.capability(),
+        ),
     )
 
 
@@ -178,27 +200,44 @@ def _check_language(config: RunConfig) -> None:
     dtr_kernel.check(config.moe.dtr_kernel)  # in the first stage, not when one with a mixture begins
     groups = lm.num_query_groups or lm.num_attention_heads
     if local and groups % tp:
-        raise ConfigError(f"num_query_groups {groups} is not a multiple of tensor_model_parallel_size {tp}, as attention "
-                          "without Transformer Engine needs")
+        raise ConfigError(
+            f"num_query_groups {groups} is not a multiple of tensor_model_parallel_size {tp}, as attention "
+            "without Transformer Engine needs"
+        )
     recomputed = set(train.recompute_modules) if train.recompute_granularity == "selective" else set()
     if local and recomputed & {"layernorm", "moe_act"}:
-        raise ConfigError("recompute_modules layernorm and moe_act need Transformer Engine, and this run uses the local layers; "
-                          "take them out")
+        raise ConfigError(
+            "recompute_modules layernorm and moe_act need Transformer Engine, and this run uses the local "
+            "layers; "
+            "take them out"
+        )
     if lm.parallel_residual and "layernorm" in recomputed:
-        raise ConfigError("recompute_modules names layernorm, but with parallel_residual one norm feeds both attention and "
-                          "FFN and is kept; take layernorm out")
+        raise ConfigError(
+            "recompute_modules names layernorm, but with parallel_residual one norm feeds both attention and "
+            "FFN and is kept; take layernorm out"
+        )
     if lm.parallel_residual and "mlp" in recomputed and config.gpu.fp8_format:
-        # recomputed outside of what FP8's second forward needs to be told (the core has `te_checkpoint` for its own layer)
-        raise ConfigError("recompute_modules names mlp, which a parallel_residual layer cannot recompute in FP8; take mlp out, or "
-                          "set recompute_granularity to full")
+        # recomputed outside of what FP8's second forward needs to be told (the core has `te_checkpoint` for
+        # its own layer)
+        raise ConfigError(
+            "recompute_modules names mlp, which a parallel_residual layer cannot recompute in FP8; take mlp "
+            "out, or "
+            "set recompute_granularity to full"
+        )
     if lm.add_bias_linear and not lm.parallel_residual and "mlp" in recomputed:
-        # the core's layer lets the bias leave the checkpointed function, and the backward recurses until memory is gone
-        raise ConfigError("recompute_modules names mlp, which megatron-core cannot recompute with add_bias_linear; take mlp "
-                          "out, or set recompute_granularity to full")
+        # the core's layer lets the bias leave the checkpointed function, and the backward recurses until
+        # memory is gone
+        raise ConfigError(
+            "recompute_modules names mlp, which megatron-core cannot recompute with add_bias_linear; take "
+            "mlp "
+            "out, or set recompute_granularity to full"
+        )
 
 
 def vision_transformer_config(config: RunConfig) -> TransformerConfig:
-    """The image encoder's: tensor parallel at most, on one pipeline stage, its sequence never split, nothing recomputed."""
+    """The image encoder's: tensor parallel at most, on one pipeline stage, its sequence never split, nothing
+    recomputed.
+    """
     vision = config.vision
     return _build(
         config,
@@ -220,7 +259,8 @@ def vision_transformer_config(config: RunConfig) -> TransformerConfig:
 def projector_transformer_config(config: RunConfig) -> TransformerConfig:
     """LLaVA's mlp2x_gelu: Linear, exact GELU, Linear, with biases.
 
-    Weights start with the spread of ``torch.nn.Linear``'s own initialisation, as in LLaVA, rather than a fixed 0.02.
+    Weights start with the spread of ``torch.nn.Linear``'s own initialisation, as in LLaVA, rather than a
+    fixed 0.02.
     """
     lm, vision = config.language, config.vision
     return _build(
@@ -274,14 +314,23 @@ def _sequence_parallel(config: RunConfig) -> bool:
     parallel = config.parallel
     if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
         raise ConfigError("sequence_parallel needs tensor_model_parallel_size > 1; leave it out or raise TP")
-    return parallel.tensor_model_parallel_size > 1 if parallel.sequence_parallel is None else parallel.sequence_parallel
+    return (
+        parallel.tensor_model_parallel_size > 1
+        if parallel.sequence_parallel is None
+        else parallel.sequence_parallel
+    )
 
 
 def _virtual_stages(config: RunConfig) -> int | None:
-    per_chunk, stages = config.parallel.num_layers_per_virtual_pipeline_stage, config.parallel.pipeline_model_parallel_size
+    per_chunk, stages = (
+        config.parallel.num_layers_per_virtual_pipeline_stage,
+        config.parallel.pipeline_model_parallel_size,
+    )
     if per_chunk is None or stages == 1:
         return None
     if config.language.num_layers % (stages * per_chunk):
-        raise ConfigError(f"num_layers {config.language.num_layers} is not a multiple of pipeline_model_parallel_size "
-                          f"{stages} times num_layers_per_virtual_pipeline_stage {per_chunk}")
+        raise ConfigError(
+            f"num_layers {config.language.num_layers} is not a multiple of pipeline_model_parallel_size "
+            f"{stages} times num_layers_per_virtual_pipeline_stage {per_chunk}"
+        )
     return config.language.num_layers // (stages * per_chunk)

@@ -64,8 +64,8 @@ class VisionTower(CLIPViTModel):
             attention_mask: None; every patch sees every other.
 
         Returns:
-            [n, t, C]. Where n is 0 and the tower trains, one blank image is run and cut away, so that every parameter
-            still gets a (zero) gradient and no data-parallel rank waits for it.
+            [n, t, C]. Where n is 0 and the tower trains, one blank image is run and cut away, so that every
+            parameter still gets a (zero) gradient and no data-parallel rank waits for it.
         """
         pixels = pixels.to(self.conv1.weight.dtype)
         if pixels.shape[0] == 0:
@@ -90,7 +90,9 @@ def _local_layer_spec() -> ModuleSpec:
                 module=SelfAttention,
                 params={"attn_mask_type": AttnMaskType.no_mask},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear, core_attention=DotProductAttention, linear_proj=RowParallelLinear
+                    linear_qkv=ColumnParallelLinear,
+                    core_attention=DotProductAttention,
+                    linear_proj=RowParallelLinear,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,

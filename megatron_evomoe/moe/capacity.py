@@ -1,7 +1,9 @@
-"""Which tokens an expert may keep under a capacity factor: a function of the microbatch, whatever ranks its tokens lie on.
+"""Which tokens an expert may keep under a capacity factor: a function of the microbatch, whatever ranks its
+tokens lie on.
 
-The core decides on each rank from the tokens it holds. Under sequence parallelism that is a part of the microbatch, so that TP 2
-would drop other tokens than one rank does, and padding takes places that real tokens then lack.
+The core decides on each rank from the tokens it holds. Under sequence parallelism that is a part of the
+microbatch, so that TP 2 would drop other tokens than one rank does, and padding takes places that real tokens
+then lack.
 
 Shapes: T tokens of this rank · N experts · R ranks that share the microbatch.
 """
@@ -13,18 +15,28 @@ import torch.distributed as dist
 from torch import Tensor
 
 _STEPS = 1 << 12
-"""Steps of a probability that count. Rows of a microbatch begin alike (system prompt, first token), so equal tokens are common, and
-what one layout computes for them differs from another's in the last bits: finer differences decide nothing, the position does."""
+"""Steps of a probability that count. Rows of a microbatch begin alike (system prompt, first token), so equal
+tokens are common, and what one layout computes for them differs from another's in the last bits: finer
+differences decide nothing, the position does.
+"""
 
 
 @torch.no_grad()
-def within_capacity(probs_TN: Tensor, routing_map_TN: Tensor, is_padding_T: Tensor | None, *, topk: int, factor: float,
-                    by_position: bool, group: dist.ProcessGroup) -> Tensor:
+def within_capacity(
+    probs_TN: Tensor,
+    routing_map_TN: Tensor,
+    is_padding_T: Tensor | None,
+    *,
+    topk: int,
+    factor: float,
+    by_position: bool,
+    group: dist.ProcessGroup,
+) -> Tensor:
     """bool [T, N]: which choices stay. Communicates over `group`.
 
-    Each expert keeps ⌈factor x real tokens x K / N⌉ of the microbatch's real tokens that chose it: the most probable, or with
-    `by_position` the first. Among equally probable ones (to 2⁻¹²) the first stay, in the order of positions, then of rows. A
-    padding token keeps no expert.
+    Each expert keeps ⌈factor x real tokens x K / N⌉ of the microbatch's real tokens that chose it: the most
+    probable, or with `by_position` the first. Among equally probable ones (to 2⁻¹²) the first stay, in the
+    order of positions, then of rows. A padding token keeps no expert.
 
     Args:
         probs_TN: probability of the chosen experts, in [0, 1].

@@ -1,4 +1,5 @@
-"""The Dynamic Token-aware Router's maths (EvoMoE, Eq. 4-5): pure functions of tensors, no state, no communication.
+"""The Dynamic Token-aware Router's maths (EvoMoE, Eq. 4-5): pure functions of tensors, no state, no
+communication.
 
 Shapes: T tokens · C width of z · N experts · h hypernetwork's inner width · r rank of the generated router ·
 K = h + 1 terms of a generated matrix (h columns of W2 and its bias).
@@ -8,9 +9,9 @@ Each modality has a hypernetwork that turns a token z into the weights of a smal
     e = W1·z + b1,   Θ(z) = W2·e + b2 = [Θ_down (2r × C), Θ_up (C × r)]                           (Eq. 5)
     E = Θ_up · SwiGLU(Θ_down·z),   logits = φ(E)                                                  (Eq. 4)
 
-Θ is never built. It is linear in ê = [e, 1], so Θ_down·z = Σ_k ê_k (W2_down[k]·z) is one GEMM C → K·2r and a weighted sum
-over k, and φ·Θ_up·s = Σ_k ê_k (φ·W2_up[k])·s, where the K small matrices φ·W2_up[k] (N × r) are the same for all tokens.
-Memory is T·K·2r numbers instead of T·3r·C.
+Θ is never built. It is linear in ê = [e, 1], so Θ_down·z = Σ_k ê_k (W2_down[k]·z) is one GEMM C → K·2r and a
+weighted sum over k, and φ·Θ_up·s = Σ_k ê_k (φ·W2_up[k])·s, where the K small matrices φ·W2_up[k] (N × r) are
+the same for all tokens. Memory is T·K·2r numbers instead of T·3r·C.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"none": lambda e: e, "gelu
 
 
 class HyperWeights(NamedTuple):
-    """One modality's hypernetwork. The last slice of the `weight2_*` along k is the bias b2, the others W2's columns."""
+    """One modality's hypernetwork. The last slice of the `weight2_*` along k is the bias b2, the others W2's
+    columns.
+    """
 
     weight1_hC: Tensor
     bias1_h: Tensor
@@ -36,7 +39,9 @@ class HyperWeights(NamedTuple):
 
 
 class DtrWeights(NamedTuple):
-    """All that one layer's DTR learns. φ is shared by both modalities and has no bias (see docs/router.md)."""
+    """All that one layer's DTR learns. φ is shared by both modalities and has no bias (see
+    docs/router.md).
+    """
 
     text: HyperWeights
     vision: HyperWeights
@@ -54,11 +59,12 @@ def dtr_logits(
 ) -> Tensor:
     """Router logits [T, N] in `dtype`; sums are in `dtype`, whatever z's and the weights' own types are.
 
-    With `gather` each token meets only its own modality's hypernetwork. That needs the number of image tokens on the
-    host, for which a GPU would be waited for. Without it all tokens meet both and the foreign result is thrown away: twice the
-    products, but static shapes, as CUDA graphs demand. There bf16 numbers are multiplied as such where z and the weights both
-    are: exact in fp32 in the forward, while in the backward the projection's gradient is rounded to bf16 first, as any linear
-    layer's is in bf16 training. Both give the other modality's weights gradients of zero.
+    With `gather` each token meets only its own modality's hypernetwork. That needs the number of image tokens
+    on the host, for which a GPU would be waited for. Without it all tokens meet both and the foreign result
+    is thrown away: twice the products, but static shapes, as CUDA graphs demand. There bf16 numbers are
+    multiplied as such where z and the weights both are: exact in fp32 in the forward, while in the backward
+    the projection's gradient is rounded to bf16 first, as any linear layer's is in bf16 training. Both give
+    the other modality's weights gradients of zero.
     """
     z_TC = z_TC.contiguous()
     if not gather:
@@ -67,7 +73,9 @@ def dtr_logits(
     phi_NC = weights.phi_NC.to(dtype)
 
     num_vision = int(is_vision_T.sum())
-    order_T = torch.argsort(is_vision_T.to(torch.uint8), stable=True)  # text tokens first, both in sequence order
+    order_T = torch.argsort(
+        is_vision_T.to(torch.uint8), stable=True
+    )  # text tokens first, both in sequence order
     text_index, vision_index = order_T.split([z_TC.shape[0] - num_vision, num_vision])
     e_text, u_text, e_vision, u_vision = _ProjectByModality.apply(
         z_TC, text_index, vision_index,
@@ -75,7 +83,10 @@ def dtr_logits(
         vision.weight1_hC, vision.weight2_down_KJC.flatten(0, 1),
     )  # fmt: skip
     sorted_TN = torch.cat(
-        [_logits(e_text, u_text, text, phi_NC, activation), _logits(e_vision, u_vision, vision, phi_NC, activation)]
+        [
+            _logits(e_text, u_text, text, phi_NC, activation),
+            _logits(e_vision, u_vision, vision, phi_NC, activation),
+        ]
     )
     return torch.empty_like(sorted_TN).index_copy(0, order_T, sorted_TN)
 
@@ -88,7 +99,9 @@ def naive_dtr_logits(
     activation: str = "none",
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Eq. 4-5 word for word, with Θ(z) built for every token (T·3r·C numbers): the reference for tests and benchmark."""
+    """Eq. 4-5 word for word, with Θ(z) built for every token (T·3r·C numbers): the reference for tests and
+    benchmark.
+    """
     z_TC, phi_NC = z_TC.to(dtype), weights.phi_NC.to(dtype)
     logits_TN = z_TC.new_zeros(z_TC.shape[0], phi_NC.shape[0])
     for hyper, index in ((weights.text, ~is_vision_T), (weights.vision, is_vision_T)):
@@ -105,12 +118,14 @@ def naive_dtr_logits(
 
 @torch.no_grad()
 def init_dtr(weights: DtrWeights, phi_std: float) -> None:
-    """Random start, in place, so that nothing depends on the width C but the logits, and those as in a linear router.
+    """Random start, in place, so that nothing depends on the width C but the logits, and those as in a linear
+    router.
 
-    For z of unit mean square: e has unit variance; Θ_down·z has unit variance and Θ_up·s that of s, in each case half from
-    the token-dependent part and half from b2. So E is about as large as z whatever C, h and r are, and φ, drawn with
-    `phi_std` as megatron draws a linear router, gives logits of standard deviation 0.6·phi_std·√C. No map starts at
-    zero, for a zero W2 would stop the gradient of W1 and a zero Θ_up that of everything before it; only b1 does.
+    For z of unit mean square: e has unit variance; Θ_down·z has unit variance and Θ_up·s that of s, in each
+    case half from the token-dependent part and half from b2. So E is about as large as z whatever C, h and r
+    are, and φ, drawn with `phi_std` as megatron draws a linear router, gives logits of standard deviation
+    0.6·phi_std·√C. No map starts at zero, for a zero W2 would stop the gradient of W1 and a zero Θ_up that of
+    everything before it; only b1 does.
     """
     for hyper in (weights.text, weights.vision):
         K, J, C = hyper.weight2_down_KJC.shape
@@ -127,12 +142,15 @@ def init_dtr(weights: DtrWeights, phi_std: float) -> None:
 class _ProjectByModality(torch.autograd.Function):
     """(e, u) = (W1·z, W2_down·z) of the text tokens, then of the image tokens; e without its bias.
 
-    By hand because autograd would keep a gathered, up-cast copy of z (T·C numbers in fp32) until the backward, and build
-    ∂z out of two scatters into zeros and their sums. docs/router.md has what that is worth.
+    By hand because autograd would keep a gathered, up-cast copy of z (T·C numbers in fp32) until the
+    backward, and build ∂z out of two scatters into zeros and their sums. docs/router.md has what that is
+    worth.
     """
 
     @staticmethod
-    def forward(ctx: Any, z_TC: Tensor, text_index: Tensor, vision_index: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, z_TC: Tensor, text_index: Tensor, vision_index: Tensor, *weights: Tensor
+    ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(z_TC, text_index, vision_index, *weights)
         outputs: list[Tensor] = []
         for index, (weight1, down) in ((text_index, weights[:2]), (vision_index, weights[2:])):
@@ -158,8 +176,8 @@ class _ProjectByModality(torch.autograd.Function):
 
 
 class _ProjectMasked(torch.autograd.Function):
-    """(e, u) = (W1·z, W2_down·z) of each token by its modality, side by side [T, P]; e without its bias. All tokens meet both
-    modalities' weights, [2P, C] with text's first.
+    """(e, u) = (W1·z, W2_down·z) of each token by its modality, side by side [T, P]; e without its bias. All
+    tokens meet both modalities' weights, [2P, C] with text's first.
 
     By hand for the reason that `_ProjectByModality` is: what is kept is z as it came.
     """
@@ -183,7 +201,9 @@ class _ProjectMasked(torch.autograd.Function):
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b; sums and result of bf16 numbers in fp32, on a GPU by its tensor cores, which lose nothing of such products."""
+    """a @ b; sums and result of bf16 numbers in fp32, on a GPU by its tensor cores, which lose nothing of
+    such products.
+    """
     if a.dtype == b.dtype == torch.bfloat16:
         if not a.is_cpu and _HAS_OUT_DTYPE:
             return torch.mm(a, b, out_dtype=torch.float32)
@@ -192,7 +212,9 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return a.to(dtype) @ b.to(dtype)
 
 
-def _static_logits(z_TC: Tensor, is_vision_T1: Tensor, weights: DtrWeights, activation: str, dtype: torch.dtype) -> Tensor:
+def _static_logits(
+    z_TC: Tensor, is_vision_T1: Tensor, weights: DtrWeights, activation: str, dtype: torch.dtype
+) -> Tensor:
     """`dtr_logits` without `gather`."""
     # bf16 weights stay so before bf16 tokens: their products lose nothing
     is_exact = z_TC.dtype == weights.phi_NC.dtype == torch.bfloat16 and dtype == torch.float32
@@ -202,7 +224,9 @@ def _static_logits(z_TC: Tensor, is_vision_T1: Tensor, weights: DtrWeights, acti
     h, phi_NC = weights.text.bias1_h.shape[0], weights.phi_NC.to(dtype)
     bias_Th = torch.where(is_vision_T1, *(w.bias1_h.to(dtype) for w in halves[::-1]))
     e_T1K, s_Tr = _mix(eu_TP[:, :h], eu_TP[:, h:], bias_Th, activation)
-    v_TX = torch.where(is_vision_T1, *(s_Tr @ _folded(w.weight2_up_KrC.to(dtype), phi_NC) for w in halves[::-1]))
+    v_TX = torch.where(
+        is_vision_T1, *(s_Tr @ _folded(w.weight2_up_KrC.to(dtype), phi_NC) for w in halves[::-1])
+    )
     return torch.bmm(e_T1K, v_TX.view(-1, h + 1, phi_NC.shape[0]))[:, 0]
 
 
@@ -214,9 +238,13 @@ def _logits(e_Th: Tensor, u_TKJ: Tensor, hyper: HyperWeights, phi_NC: Tensor, ac
 
 
 def _mix(e_Th: Tensor, u_TKJ: Tensor, bias: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    """ê [T, 1, K] and s = SwiGLU(Θ_down·z) [T, r], from the two projections of T tokens (e without its bias)."""
+    """ê [T, 1, K] and s = SwiGLU(Θ_down·z) [T, r], from the two projections of T tokens (e without its
+    bias).
+    """
     e_T1K = F.pad(ACTIVATIONS[activation](e_Th + bias), (0, 1), value=1.0)[:, None]
-    return e_T1K, _swiglu(torch.bmm(e_T1K, u_TKJ.view(-1, e_T1K.shape[2], u_TKJ.shape[1] // e_T1K.shape[2]))[:, 0])
+    return e_T1K, _swiglu(
+        torch.bmm(e_T1K, u_TKJ.view(-1, e_T1K.shape[2], u_TKJ.shape[1] // e_T1K.shape[2]))[:, 0]
+    )
 
 
 def _folded(weight2_up_KrC: Tensor, phi_NC: Tensor) -> Tensor:

@@ -17,12 +17,16 @@ def check(kernel: str) -> None:
     """Refuse what this machine cannot run.
 
     Raises:
-        ConfigError: `triton` without Triton, or without a GPU (where TRITON_INTERPRET=1 still runs the kernels, very slowly).
+        ConfigError: `triton` without Triton, or without a GPU (where TRITON_INTERPRET=1 still runs the
+            kernels, very slowly).
     """
     if kernel != "triton":
         return
     if importlib.util.find_spec("triton") is None:
-        raise ConfigError("dtr_kernel triton needs Triton, which does not import here; install it, or set dtr_kernel to torch")
+        raise ConfigError(
+            "dtr_kernel triton needs Triton, which does not import here; install it, or set dtr_kernel to "
+            "torch"
+        )
     if not backend.on_gpu() and os.environ.get("TRITON_INTERPRET") != "1":
         raise ConfigError("dtr_kernel triton needs a GPU, and there is none; set dtr_kernel to auto or torch")
 
@@ -37,7 +41,9 @@ def fused(kernel: str, dtype: torch.dtype) -> Callable[..., Tensor] | None:
     if kernel != "triton":
         return None
     if dtype != torch.float32:
-        raise ConfigError(f"dtr_kernel triton computes in fp32, and this router in {dtype}; set dtr_kernel to auto or torch")
+        raise ConfigError(
+            f"dtr_kernel triton computes in fp32, and this router in {dtype}; set dtr_kernel to auto or torch"
+        )
     from megatron_evomoe.moe import dtr_triton
 
     return dtr_triton.dtr_logits

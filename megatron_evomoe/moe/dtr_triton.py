@@ -1,7 +1,9 @@
-"""The DTR on Triton kernels: the function of `dtr.dtr_logits` with nothing read back by the host, so CUDA graphs can hold it.
+"""The DTR on Triton kernels: the function of `dtr.dtr_logits` with nothing read back by the host, so CUDA
+graphs can hold it.
 
-Importing this imports Triton; `dtr_kernel.py` says when that may be done. What each pass reads and writes, and why the passes
-are cut where they are, stands in docs/router.md. None of it has run on a GPU yet: tile sizes are guesses.
+Importing this imports Triton; `dtr_kernel.py` says when that may be done. What each pass reads and writes,
+and why the passes are cut where they are, stands in docs/router.md. None of it has run on a GPU yet: tile
+sizes are guesses.
 
 Shapes as in `dtr.py` and `dtr_triton_kernels.py`.
 """
@@ -29,26 +31,32 @@ BLOCK_MIX = 16  # tokens of the small kernels, which hold a matrix [r, N] for ea
 def dtr_logits(z_TC: Tensor, is_vision_T: Tensor, weights: DtrWeights, *, activation: str = "none") -> Tensor:
     """Router logits [T, N] in fp32.
 
-    Sums are fp32. Where z and the weights are both bf16, products are of bf16 numbers on tensor cores: exact in fp32 in the
-    forward, while in the backward the projection's gradient is rounded to bf16, as any linear layer's is in bf16 training. Any
-    other pair is computed in fp32.
+    Sums are fp32. Where z and the weights are both bf16, products are of bf16 numbers on tensor cores: exact
+    in fp32 in the forward, while in the backward the projection's gradient is rounded to bf16, as any linear
+    layer's is in bf16 training. Any other pair is computed in fp32.
     """
-    order_T = torch.argsort(is_vision_T.to(torch.uint8), stable=True)  # text tokens first, both in sequence order
+    order_T = torch.argsort(
+        is_vision_T.to(torch.uint8), stable=True
+    )  # text tokens first, both in sequence order
     num_text = (~is_vision_T).sum()  # stays on the device
     text, vision, phi_NC = weights.text, weights.vision, weights.phi_NC.float()
     bias_Mh = torch.stack([text.bias1_h, vision.bias1_h]).float()
     folded_MKrN = torch.stack([F.linear(hyper.weight2_up_KrC.float(), phi_NC) for hyper in (text, vision)])
     projections = text.weight1_hC, text.weight2_down_KJC, vision.weight1_hC, vision.weight2_down_KJC
-    return _FusedDtr.apply(z_TC.contiguous(), order_T, num_text, bias_Mh, folded_MKrN, activation, *projections)
+    return _FusedDtr.apply(
+        z_TC.contiguous(), order_T, num_text, bias_Mh, folded_MKrN, activation, *projections
+    )
 
 
 class _FusedDtr(torch.autograd.Function):
-    """Everything with a token axis. Keeps eu (T·P numbers in fp32) beside z: reading it costs less than its products again."""
+    """Everything with a token axis. Keeps eu (T·P numbers in fp32) beside z: reading it costs less than its
+    products again.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, z_TC: Tensor, order_T: Tensor, num_text: Tensor, bias_Mh: Tensor, folded_MKrN: Tensor, activation: str,
-        *projections: Tensor,
+        ctx: Any, z_TC: Tensor, order_T: Tensor, num_text: Tensor, bias_Mh: Tensor, folded_MKrN: Tensor,
+        activation: str, *projections: Tensor,
     ) -> Tensor:  # fmt: skip
         weight_MPC = _side_by_side(projections)
         eu_TP = z_TC.new_empty(z_TC.shape[0], weight_MPC.shape[1], dtype=torch.float32)
@@ -78,11 +86,15 @@ class _FusedDtr(torch.autograd.Function):
 
 
 def _side_by_side(projections: tuple[Tensor, ...] | list[Tensor]) -> Tensor:
-    """W1 over W2_down, text then vision: [M, P, C]. A copy for as long as a pass lasts; the weights are small beside z."""
+    """W1 over W2_down, text then vision: [M, P, C]. A copy for as long as a pass lasts; the weights are small
+    beside z.
+    """
     return torch.cat([weight.flatten(0, -2) for weight in projections]).unflatten(0, (2, -1))
 
 
-def _grouped_product(a: Tensor, b_MND: Tensor, out: Tensor, order_T: Tensor, num_text: Tensor, *, gather: bool) -> None:
+def _grouped_product(
+    a: Tensor, b_MND: Tensor, out: Tensor, order_T: Tensor, num_text: Tensor, *, gather: bool
+) -> None:
     """Fill `out` with each token's row of `a` times its modality's matrix."""
     (num_tokens, depth), num_columns = a.shape, b_MND.shape[1]
     # Column tiles come first: those of the same tokens run together and share these in the L2 cache.
@@ -95,7 +107,12 @@ def _grouped_product(a: Tensor, b_MND: Tensor, out: Tensor, order_T: Tensor, num
 
 
 def _weight_gradient(
-    deu_TP: Tensor, z_TC: Tensor, weight_MPC: Tensor, order_T: Tensor, num_text: Tensor, projections: list[Tensor]
+    deu_TP: Tensor,
+    z_TC: Tensor,
+    weight_MPC: Tensor,
+    order_T: Tensor,
+    num_text: Tensor,
+    projections: list[Tensor],
 ) -> tuple[Tensor, ...]:
     dweight_MPC = torch.empty_like(weight_MPC)
     M, P, C = weight_MPC.shape
@@ -117,20 +134,32 @@ def _precision(z: Tensor, weight: Tensor, *, round_a: bool) -> dict[str, Any]:
 
 
 def _mix_backward(
-    dlogits_TN: Tensor, eu_TP: Tensor, bias_Mh: Tensor, folded_MKrN: Tensor, order_T: Tensor, num_text: Tensor, activation: str
+    dlogits_TN: Tensor,
+    eu_TP: Tensor,
+    bias_Mh: Tensor,
+    folded_MKrN: Tensor,
+    order_T: Tensor,
+    num_text: Tensor,
+    activation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(∂eu, ∂bias, ∂folded)."""
     M, K, r, N = folded_MKrN.shape
     deu_TP = torch.empty_like(eu_TP)
     grid, shape, options = _mix_launch(eu_TP.shape[0], folded_MKrN, activation)
     partial = eu_TP.new_empty(grid[0], K, r * N + 1)
-    kernels.mix_backward[grid](dlogits_TN, eu_TP, bias_Mh, folded_MKrN, deu_TP, partial, order_T, num_text, *shape, **options)
-    is_vision = torch.arange(grid[0], device=partial.device) >= (num_text + BLOCK_MIX - 1) // BLOCK_MIX  # of each tile
+    kernels.mix_backward[grid](
+        dlogits_TN, eu_TP, bias_Mh, folded_MKrN, deu_TP, partial, order_T, num_text, *shape, **options
+    )
+    is_vision = (
+        torch.arange(grid[0], device=partial.device) >= (num_text + BLOCK_MIX - 1) // BLOCK_MIX
+    )  # of each tile
     sums = (torch.stack([~is_vision, is_vision]).float() @ partial.flatten(1)).view(M, K, r * N + 1)
     return deu_TP, sums[:, :-1, -1].contiguous(), sums[..., :-1].reshape(M, K, r, N)
 
 
-def _mix_launch(num_tokens: int, folded_MKrN: Tensor, activation: str) -> tuple[tuple[int], tuple[int, ...], dict[str, Any]]:
+def _mix_launch(
+    num_tokens: int, folded_MKrN: Tensor, activation: str
+) -> tuple[tuple[int], tuple[int, ...], dict[str, Any]]:
     """Grid, sizes and constants that both small kernels share."""
     _, K, r, N = folded_MKrN.shape
     sizes = num_tokens, K - 1 + K * 2 * r, K - 1, r, N

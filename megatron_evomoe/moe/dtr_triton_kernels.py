@@ -1,10 +1,12 @@
-"""Triton kernels of the DTR: grouped products around two small element-wise ones. `dtr_triton.py` launches them.
+"""Triton kernels of the DTR: grouped products around two small element-wise ones. `dtr_triton.py` launches
+them.
 
-Shapes as in `dtr.py`, and: M = 2 modalities (text, vision) · P = h + K·2r columns of a token's projection eu = [W1·z, W2_down·z].
+Shapes as in `dtr.py`, and: M = 2 modalities (text, vision) · P = h + K·2r columns of a token's projection eu
+= [W1·z, W2_down·z].
 
-Rows are tokens sorted by modality, text first; `order[row]` is the token. Where text ends is read from device memory, so no
-shape depends on the data: a launch covers ⌈T / BLOCK_T⌉ + 1 tiles of rows, enough wherever the boundary lies, and a tile holds
-one modality. Sums are fp32 everywhere.
+Rows are tokens sorted by modality, text first; `order[row]` is the token. Where text ends is read from device
+memory, so no shape depends on the data: a launch covers ⌈T / BLOCK_T⌉ + 1 tiles of rows, enough wherever the
+boundary lies, and a tile holds one modality. Sums are fp32 everywhere.
 """
 
 import triton
@@ -56,7 +58,9 @@ def grouped_product(
     for start in range(0, depth, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
         a_TD = tl.load(a_T[:, None] + d[None, :], mask=exists_T[:, None] & (d < depth)[None, :], other=0.0)
-        b_DN = tl.load(b_N[None, :] + d[:, None] * b_depth, mask=(d < depth)[:, None] & is_column_N[None, :], other=0.0)
+        b_DN = tl.load(
+            b_N[None, :] + d[:, None] * b_depth, mask=(d < depth)[:, None] & is_column_N[None, :], other=0.0
+        )
         sums_TN = _dot(a_TD, b_DN, sums_TN, ROUND, OPERAND)
     out_TN = out_ptr + to_T[:, None] * num_columns + column_N[None, :]
     tl.store(out_TN, sums_TN.to(out_ptr.dtype.element_ty), mask=exists_T[:, None] & is_column_N[None, :])
@@ -66,7 +70,8 @@ def grouped_product(
 def weight_gradient(
     deu_ptr, z_ptr, dweight_ptr, order_ptr, num_text_ptr,
     num_tokens, P, C,
-    ROUND: tl.constexpr, OPERAND: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr,
+    ROUND: tl.constexpr, OPERAND: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """dweight[m, p, c] = Σ over m's rows of deu[row, p]·z[token, c]; a modality without tokens gets zeros."""
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -80,8 +85,12 @@ def weight_gradient(
         rows_T = start + tl.arange(0, BLOCK_T)
         exists_T = rows_T < end
         token_T = tl.load(order_ptr + rows_T, mask=exists_T, other=0)
-        deu_PT = tl.load(deu_ptr + rows_T[None, :] * P + p[:, None], mask=exists_T[None, :] & (p < P)[:, None], other=0.0)
-        z_TC = tl.load(z_ptr + token_T[:, None] * C + c[None, :], mask=exists_T[:, None] & (c < C)[None, :], other=0.0)
+        deu_PT = tl.load(
+            deu_ptr + rows_T[None, :] * P + p[:, None], mask=exists_T[None, :] & (p < P)[:, None], other=0.0
+        )
+        z_TC = tl.load(
+            z_ptr + token_T[:, None] * C + c[None, :], mask=exists_T[:, None] & (c < C)[None, :], other=0.0
+        )
         sums_PC = _dot(deu_PT, z_TC, sums_PC, ROUND, OPERAND)
     dweight_PC = dweight_ptr + (modality * P + p[:, None]) * C + c[None, :]
     tl.store(dweight_PC, sums_PC.to(dweight_ptr.dtype.element_ty), mask=(p < P)[:, None] & (c < C)[None, :])
@@ -89,8 +98,12 @@ def weight_gradient(
 
 @triton.jit
 def _term(eu_T, bias_ptr, exists_T, modality, k, h, ACTIVATION: tl.constexpr):
-    """ê_k of every row, and its derivative by e_k. The last, ê_h, is the constant 1 that stands for W2's bias."""
-    x_T = tl.load(eu_T + k, mask=exists_T & (k < h), other=0.0) + tl.load(bias_ptr + modality * h + k, mask=k < h, other=0.0)
+    """ê_k of every row, and its derivative by e_k. The last, ê_h, is the constant 1 that stands for W2's
+    bias.
+    """
+    x_T = tl.load(eu_T + k, mask=exists_T & (k < h), other=0.0) + tl.load(
+        bias_ptr + modality * h + k, mask=k < h, other=0.0
+    )
     if ACTIVATION == "gelu":
         half_T = 0.5 + 0.5 * tl.erf(x_T * 0.7071067811865476)
         term_T, slope_T = x_T * half_T, half_T + x_T * tl.exp(-0.5 * x_T * x_T) * 0.3989422804014327
@@ -124,7 +137,9 @@ def _generated(
     up_TRN = tl.zeros([BLOCK_T, BLOCK_R, BLOCK_N], tl.float32)
     for k in range(0, h + 1):
         term_T, _ = _term(eu_T, bias_ptr, exists_T, modality, k, h, ACTIVATION)
-        u_gate_TR, u_value_TR, folded_RN = _columns(eu_T, folded_ptr, exists_T, modality, k, h, r, N, BLOCK_R, BLOCK_N)
+        u_gate_TR, u_value_TR, folded_RN = _columns(
+            eu_T, folded_ptr, exists_T, modality, k, h, r, N, BLOCK_R, BLOCK_N
+        )
         gate_TR += term_T[:, None] * u_gate_TR
         value_TR += term_T[:, None] * u_value_TR
         up_TRN += term_T[:, None, None] * folded_RN[None, :, :]
@@ -140,20 +155,35 @@ def mix(
     rows_T, exists_T, modality = _tile(tl.program_id(0), num_text_ptr, num_tokens, BLOCK_T)
     token_T = tl.load(order_ptr + rows_T, mask=exists_T, other=0)
     gate_TR, value_TR, up_TRN = _generated(
-        eu_ptr + rows_T * P, bias_ptr, folded_ptr, exists_T, modality, h, r, N, ACTIVATION, BLOCK_T, BLOCK_R, BLOCK_N
+        eu_ptr + rows_T * P,
+        bias_ptr,
+        folded_ptr,
+        exists_T,
+        modality,
+        h,
+        r,
+        N,
+        ACTIVATION,
+        BLOCK_T,
+        BLOCK_R,
+        BLOCK_N,
     )
     s_TR = gate_TR * tl.sigmoid(gate_TR) * value_TR
     n = tl.arange(0, BLOCK_N)
     logits_TN = tl.sum(s_TR[:, :, None] * up_TRN, axis=1)
-    tl.store(logits_ptr + token_T[:, None] * N + n[None, :], logits_TN, mask=exists_T[:, None] & (n < N)[None, :])
+    tl.store(
+        logits_ptr + token_T[:, None] * N + n[None, :], logits_TN, mask=exists_T[:, None] & (n < N)[None, :]
+    )
 
 
 @triton.jit
 def mix_backward(
-    dlogits_ptr, eu_ptr, bias_ptr, folded_ptr, deu_ptr, partial_ptr, order_ptr, num_text_ptr, num_tokens, P, h, r, N,
+    dlogits_ptr, eu_ptr, bias_ptr, folded_ptr, deu_ptr, partial_ptr, order_ptr, num_text_ptr,
+    num_tokens, P, h, r, N,
     ACTIVATION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """∂eu, sorted, and this tile's share of ∂folded and ∂bias: partial[tile, k, :r·N] and partial[tile, k, r·N].
+    """∂eu, sorted, and this tile's share of ∂folded and ∂bias: partial[tile, k, :r·N] and partial[tile, k,
+    r·N].
 
     Shares are added up outside, in a fixed order: atomics would make runs differ in the last bits.
     """
@@ -165,7 +195,9 @@ def mix_backward(
     gate_TR, value_TR, up_TRN = _generated(
         eu_T, bias_ptr, folded_ptr, exists_T, modality, h, r, N, ACTIVATION, BLOCK_T, BLOCK_R, BLOCK_N
     )
-    dlogits_TN = tl.load(dlogits_ptr + token_T[:, None] * N + n[None, :], mask=exists_T[:, None] & (n < N)[None, :], other=0.0)
+    dlogits_TN = tl.load(
+        dlogits_ptr + token_T[:, None] * N + n[None, :], mask=exists_T[:, None] & (n < N)[None, :], other=0.0
+    )
     sigmoid_TR = tl.sigmoid(gate_TR)
     ds_TR = tl.sum(dlogits_TN[:, None, :] * up_TRN, axis=2)
     dvalue_TR = ds_TR * gate_TR * sigmoid_TR
@@ -174,7 +206,9 @@ def mix_backward(
     mask_TR, mask_RN = exists_T[:, None] & (j < r)[None, :], (j < r)[:, None] & (n < N)[None, :]
     for k in range(0, h + 1):
         term_T, slope_T = _term(eu_T, bias_ptr, exists_T, modality, k, h, ACTIVATION)
-        u_gate_TR, u_value_TR, folded_RN = _columns(eu_T, folded_ptr, exists_T, modality, k, h, r, N, BLOCK_R, BLOCK_N)
+        u_gate_TR, u_value_TR, folded_RN = _columns(
+            eu_T, folded_ptr, exists_T, modality, k, h, r, N, BLOCK_R, BLOCK_N
+        )
         du_TR = deu_T[:, None] + h + k * 2 * r + j[None, :]
         tl.store(du_TR, term_T[:, None] * dgate_TR, mask=mask_TR)
         tl.store(du_TR + r, term_T[:, None] * dvalue_TR, mask=mask_TR)
@@ -182,5 +216,7 @@ def mix_backward(
         dterm_T += tl.sum(tl.sum(dup_TRN * folded_RN[None, :, :], axis=2), axis=1)
         tl.store(deu_T + k, dterm_T * slope_T, mask=exists_T & (k < h))
         share = partial_ptr + (tile * (h + 1) + k) * (r * N + 1)
-        tl.store(share + j[:, None] * N + n[None, :], tl.sum(term_T[:, None, None] * dup_TRN, axis=0), mask=mask_RN)
+        tl.store(
+            share + j[:, None] * N + n[None, :], tl.sum(term_T[:, None, None] * dup_TRN, axis=0), mask=mask_RN
+        )
         tl.store(share + r * N, tl.sum(dterm_T * slope_T, axis=0))

@@ -1,12 +1,15 @@
-"""How experts 2…N follow expert 1: the rules of EvoMoE's expert evolution (Eq. 1) as pure tensor maths, and their draws.
+"""How experts 2…N follow expert 1: the rules of EvoMoE's expert evolution (Eq. 1) as pure tensor maths, and
+their draws.
 
-Names: θ_1 is the trained FFN, θ_n an evolved expert, θ_1^prev the trained FFN one optimizer step ago, g_1 that step's
-gradient, β the share of θ_n that is kept. `docs/stages.md` has the printed formula, why there are three rules and what
-each measured. No state, no communication: `moe/evolving.py` holds the first and nothing needs the second.
+Names: θ_1 is the trained FFN, θ_n an evolved expert, θ_1^prev the trained FFN one optimizer step ago, g_1
+that step's gradient, β the share of θ_n that is kept. `docs/stages.md` has the printed formula, why there are
+three rules and what each measured. No state, no communication: `moe/evolving.py` holds the first and nothing
+needs the second.
 
-Every operation below is a single correctly rounded multiplication, addition or subtraction, so the bits are the same on any
-device, vector width and layout. ``add_(…, alpha=…)`` and ``lerp_`` would save a pass, but torch may round their two operations
-as one (its CPU kernels do where they can), and promises nothing about where.
+Every operation below is a single correctly rounded multiplication, addition or subtraction, so the bits are
+the same on any device, vector width and layout. ``add_(…, alpha=…)`` and ``lerp_`` would save a pass, but
+torch may round their two operations as one (its CPU kernels do where they can), and promises nothing about
+where.
 """
 
 from __future__ import annotations
@@ -30,28 +33,47 @@ class Rule:
     """One way to update θ_n after an optimizer step."""
 
     function: RuleFunction
-    """``function(theta_n, theta_1, theta_1_prev, grad, beta)``: updates `theta_n` in place; same shape, all fp32."""
+    """``function(theta_n, theta_1, theta_1_prev, grad, beta)``: updates `theta_n` in place; same shape, all
+    fp32.
+    """
     needs_previous: bool = False
     """Whether `theta_1_prev` is given (one more copy of θ_1 per layer is kept); otherwise it is None."""
     needs_gradient: bool = False
     """Whether `grad` is given (see `check_rule` for what that demands); otherwise it is None."""
 
 
-def delta(theta_n: torch.Tensor, theta_1: torch.Tensor, theta_1_prev: Optional[torch.Tensor],
-          grad: Optional[torch.Tensor], beta: float) -> None:
-    """θ_n ← θ_n + (1−β)·(θ_1 − θ_1^prev): keeps 1−β of every update. β = 0 gives θ_1, β = 1 the stage-I FFN."""
+def delta(
+    theta_n: torch.Tensor,
+    theta_1: torch.Tensor,
+    theta_1_prev: Optional[torch.Tensor],
+    grad: Optional[torch.Tensor],
+    beta: float,
+) -> None:
+    """θ_n ← θ_n + (1−β)·(θ_1 − θ_1^prev): keeps 1−β of every update. β = 0 gives θ_1, β = 1 the stage-I
+    FFN.
+    """
     assert theta_1_prev is not None
     theta_n.add_((theta_1 - theta_1_prev).mul_(1.0 - beta))
 
 
-def ema(theta_n: torch.Tensor, theta_1: torch.Tensor, theta_1_prev: Optional[torch.Tensor],
-        grad: Optional[torch.Tensor], beta: float) -> None:
+def ema(
+    theta_n: torch.Tensor,
+    theta_1: torch.Tensor,
+    theta_1_prev: Optional[torch.Tensor],
+    grad: Optional[torch.Tensor],
+    beta: float,
+) -> None:
     """θ_n ← β·θ_n + (1−β)·θ_1: a running average of θ_1. β = 0 gives θ_1."""
     theta_n.mul_(beta).add_(theta_1 * (1.0 - beta))
 
 
-def printed(theta_n: torch.Tensor, theta_1: torch.Tensor, theta_1_prev: Optional[torch.Tensor],
-            grad: Optional[torch.Tensor], beta: float) -> None:
+def printed(
+    theta_n: torch.Tensor,
+    theta_1: torch.Tensor,
+    theta_1_prev: Optional[torch.Tensor],
+    grad: Optional[torch.Tensor],
+    beta: float,
+) -> None:
     """θ_n ← β·θ_1 + (1−β)·g_1: the paper's Eq. 1 to the letter. θ_n keeps nothing of its past."""
     assert grad is not None
     torch.mul(theta_1, beta, out=theta_n).add_(grad * (1.0 - beta))
@@ -74,10 +96,10 @@ def rule_named(name: str) -> Rule:
 def draw_beta(seed: int, step: int, layer: int, expert: int, low: float, high: float) -> float:
     """β of one expert at one step, uniform in [low, high): a function of its arguments alone.
 
-    The counter-based generator Philox-4x64-10 (Salmon et al., 2011) is keyed with `seed`; its 256-bit counter is
-    (step, layer, expert, 0), and 53 bits of the first word it puts out are the fraction. So every rank draws alike
-    without talking, a resumed run continues the sequence, and no draw depends on which others were made. numpy fixes
-    these raw words on all platforms (NEP 19).
+    The counter-based generator Philox-4x64-10 (Salmon et al., 2011) is keyed with `seed`; its 256-bit counter
+    is (step, layer, expert, 0), and 53 bits of the first word it puts out are the fraction. So every rank
+    draws alike without talking, a resumed run continues the sequence, and no draw depends on which others
+    were made. numpy fixes these raw words on all platforms (NEP 19).
 
     Args:
         seed: the run's seed, 0 ≤ seed < 2¹²⁸.
@@ -96,7 +118,8 @@ def validate_ranges(num_experts: int, ranges: Sequence[tuple[float, float]]) -> 
         raise ConfigError(f"num_experts {num_experts} leaves nothing to evolve; use at least 2")
     if len(ranges) != num_experts - 1:
         raise ConfigError(
-            f"evolution_beta has {len(ranges)} ranges, but num_experts {num_experts} evolves {num_experts - 1} experts "
+            f"evolution_beta has {len(ranges)} ranges, but num_experts {num_experts} evolves "
+            f"{num_experts - 1} experts "
             f"(expert 1 is trained); give one [low, high] each for experts 2 to {num_experts}"
         )
 
@@ -109,6 +132,8 @@ def check_rule(rule: str, use_distributed_optimizer: bool, dp_size: int) -> None
     """
     if rule_named(rule).needs_gradient and use_distributed_optimizer and dp_size > 1:
         raise ConfigError(
-            f"evolution_rule {rule!r} reads the whole gradient of expert 1, but use_distributed_optimizer with data-parallel "
-            f"size {dp_size} leaves each rank only its shard; set use_distributed_optimizer: false, or use 'delta' or 'ema'"
+            f"evolution_rule {rule!r} reads the whole gradient of expert 1, but use_distributed_optimizer "
+            "with data-parallel "
+            f"size {dp_size} leaves each rank only its shard; set use_distributed_optimizer: false, or use "
+            "'delta' or 'ema'"
         )

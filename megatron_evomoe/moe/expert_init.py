@@ -1,8 +1,10 @@
-"""Experts that start as copies of a dense FFN: `replicate`, and `noise` on top. The baselines beside evolution.
+"""Experts that start as copies of a dense FFN: `replicate`, and `noise` on top. The baselines beside
+evolution.
 
-Replication happens while loading: every expert's entry of the sharded state dict is pointed at the dense FFN's key, so
-``dist_checkpointing.load`` fills each expert from ``mlp.linear_fc1.weight`` in whatever layout either side has. There is
-no converter and no second copy on disk. (core's ``upcycling_utils.py`` does the same to a model already in memory.)
+Replication happens while loading: every expert's entry of the sharded state dict is pointed at the dense
+FFN's key, so ``dist_checkpointing.load`` fills each expert from ``mlp.linear_fc1.weight`` in whatever layout
+either side has. There is no converter and no second copy on disk. (core's ``upcycling_utils.py`` does the
+same to a model already in memory.)
 
 Shape legend: N experts, F width of the FFN (2F rows in a gated first layer), C width of the stream.
 """
@@ -26,12 +28,17 @@ from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 from megatron_evomoe.config import ConfigError
 from megatron_evomoe.moe import fresh
 
-_EXPERT_KEY = re.compile(r"^(?P<before>(?:.*\.)?)experts\.experts\.(?:(?P<index>\d+)\.)?(?P<name>linear_fc[12]\..+)$")
-"""Where a checkpoint has an expert: the index is an axis of the tensor, or (core's singleton_local_shards) in the key."""
+_EXPERT_KEY = re.compile(
+    r"^(?P<before>(?:.*\.)?)experts\.experts\.(?:(?P<index>\d+)\.)?(?P<name>linear_fc[12]\..+)$"
+)
+"""Where a checkpoint has an expert: the index is an axis of the tensor, or (core's singleton_local_shards) in
+the key.
+"""
 
 
-def dense_expert_sharded_state_dict(moe_layer: Any, prefix: str = "", sharded_offsets: tuple = (),
-                                    metadata: Optional[dict] = None) -> dict[str, Any]:
+def dense_expert_sharded_state_dict(
+    moe_layer: Any, prefix: str = "", sharded_offsets: tuple = (), metadata: Optional[dict] = None
+) -> dict[str, Any]:
     """The experts of one MoE layer, each to be read from the dense FFN that a checkpoint has at `prefix`.
 
     Args:
@@ -43,13 +50,17 @@ def dense_expert_sharded_state_dict(moe_layer: Any, prefix: str = "", sharded_of
     """
     experts = moe_layer.experts
     if not isinstance(experts, (SequentialMLP, TEGroupedMLP)):
-        raise ConfigError(f"{type(experts).__name__} stores its experts in a form of its own and cannot start from a dense "
-                          "checkpoint; use SequentialMLP (moe_grouped_gemm: false) or TEGroupedMLP")
+        raise ConfigError(
+            f"{type(experts).__name__} stores its experts in a form of its own and cannot start from a dense "
+            "checkpoint; use SequentialMLP (moe_grouped_gemm: false) or TEGroupedMLP"
+        )
     return read_experts_from_dense(experts.sharded_state_dict(f"{prefix}experts.", sharded_offsets, metadata))
 
 
 def read_experts_from_dense(sharded_state_dict: dict[str, Any]) -> dict[str, Any]:
-    """A whole model's sharded state dict with every expert's entry pointed at the dense FFN; the rest as it was."""
+    """A whole model's sharded state dict with every expert's entry pointed at the dense FFN; the rest as it
+    was.
+    """
     return {k: _dense_entry(entry) for k, entry in sharded_state_dict.items()}
 
 
@@ -58,41 +69,56 @@ def _dense_entry(entry: Any) -> Any:
     if not match:
         return entry
     if isinstance(entry, ShardedObject):
-        # A layer's extra state (FP8 scales; None on a CPU): a checkpoint reader gives out one object once, not N times, and
-        # scales are measured anew within a few steps. So each expert keeps what it has.
+        # A layer's extra state (FP8 scales; None on a CPU): a checkpoint reader gives out one object once,
+        # not N times, and scales are measured anew within a few steps. So each expert keeps what it has.
         return LocalNonpersistentObject(entry.data)
     key, index = match["before"] + match["name"], match["index"]
     if isinstance(entry, ShardedTensorFactory):  # a gated fc1, cut in gate and value only when core builds it
         build = entry.build_fn
-        return replace(entry, key=key, build_fn=lambda *args: [_without_expert(part, part.key, index) for part in build(*args)])
+        return replace(
+            entry,
+            key=key,
+            build_fn=lambda *args: [_without_expert(part, part.key, index) for part in build(*args)],
+        )
     return _without_expert(entry, key, index)
 
 
 def _without_expert(entry: ShardedTensor, key: str, index: Optional[str]) -> ShardedTensor:
-    """`entry` under `key`, without its expert axis, which is the last of the prepended ones (none if `index` is given)."""
+    """`entry` under `key`, without its expert axis, which is the last of the prepended ones (none if `index`
+    is given).
+    """
     at = entry.prepend_axis_num - 1
     expert = entry.global_offset[at] if index is None else int(index)
-    # All experts are replicas of one dense tensor now; core wants exactly one holder of each piece to be the main one.
+    # All experts are replicas of one dense tensor now; core wants exactly one holder of each piece to be the
+    # main one.
     replica = (*entry.replica_id[:2], entry.replica_id[2] + expert * torch.distributed.get_world_size())
     if index is not None:
         return replace(entry, key=key, replica_id=replica)
 
     def drop(axes: tuple) -> tuple:
-        return (*axes[:at], *axes[at + 1:])
+        return (*axes[:at], *axes[at + 1 :])
 
-    return replace(entry, key=key, replica_id=replica, prepend_axis_num=at, global_shape=drop(entry.global_shape),
-                   global_offset=drop(entry.global_offset), axis_fragmentations=drop(entry.axis_fragmentations))
+    return replace(
+        entry,
+        key=key,
+        replica_id=replica,
+        prepend_axis_num=at,
+        global_shape=drop(entry.global_shape),
+        global_offset=drop(entry.global_offset),
+        axis_fragmentations=drop(entry.axis_fragmentations),
+    )
 
 
 @torch.no_grad()
 def add_noise(experts: Any, seed: int, layer_number: int, std_units: float) -> None:
-    """Add normal noise to every expert's matrices (not biases), `std_units` times each matrix's own standard deviation.
+    """Add normal noise to every expert's matrices (not biases), `std_units` times each matrix's own standard
+    deviation.
 
-    Communicates over the expert-tensor-parallel group where that has more than one rank. To be called after loading and
-    before the optimizer copies the weights.
+    Communicates over the expert-tensor-parallel group where that has more than one rank. To be called after
+    loading and before the optimizer copies the weights.
 
-    The noise of a matrix is a function of (seed, layer, expert, matrix) and drawn for the whole matrix, of which each rank
-    adds its part: any layout gives the same experts.
+    The noise of a matrix is a function of (seed, layer, expert, matrix) and drawn for the whole matrix, of
+    which each rank adds its part: any layout gives the same experts.
 
     Args:
         experts: ``moe_layer.experts``, a `SequentialMLP` or `TEGroupedMLP`.
@@ -101,7 +127,9 @@ def add_noise(experts: Any, seed: int, layer_number: int, std_units: float) -> N
     ranks, rank = experts.tp_group.size(), experts.tp_group.rank()
     for expert, which, weight in _matrices(experts):
         gates = 2 if which == 1 and experts.config.gated_linear_unit else 1
-        axis = 1 if which == 1 else 2  # of [gates, rows, columns]: fc1 is cut by rows within gate and value, fc2 by columns
+        axis = (
+            1 if which == 1 else 2
+        )  # of [gates, rows, columns]: fc1 is cut by rows within gate and value, fc2 by columns
         local = (gates, weight.shape[0] // gates, weight.shape[1])
         shape = [n * ranks if i == axis else n for i, n in enumerate(local)]
         whole = fresh.expert_noise(seed, layer_number, expert, which, shape)

@@ -1,4 +1,5 @@
-"""Fresh numbers of a mixture as functions of the seed and their place alone: experts' noise and, for imports, routers.
+"""Fresh numbers of a mixture as functions of the seed and their place alone: experts' noise and, for imports,
+routers.
 
 Plain tensor maths; no megatron-core.
 """
@@ -33,7 +34,10 @@ def expert_noise(seed: int, layer_number: int, expert: int, which: int, shape: S
 
 def moments(weight: Tensor) -> Tensor:
     """Sum, sum of squares and number of the elements, in float64."""
-    total, squares = weight.sum(dtype=torch.float64), torch.linalg.vector_norm(weight, dtype=torch.float64).square()
+    total, squares = (
+        weight.sum(dtype=torch.float64),
+        torch.linalg.vector_norm(weight, dtype=torch.float64).square(),
+    )
     return torch.stack([total, squares, torch.full_like(total, weight.numel())])
 
 
@@ -47,7 +51,9 @@ def std_of(moments: Tensor) -> float:
 
 
 def router_weights(config: RunConfig, layer_number: int) -> dict[str, Tensor]:
-    """An untrained router of one layer, fp32, by its parameters' names (moe/router.py), drawn from ``train.seed`` and the layer."""
+    """An untrained router of one layer, fp32, by its parameters' names (moe/router.py), drawn from
+    ``train.seed`` and the layer.
+    """
     moe, C = config.moe, config.language.hidden_size
     N, h, r = moe.num_experts, moe.dtr_hidden_size, moe.dtr_rank
     place = hashlib.sha256(f"{config.train.seed} router {layer_number}".encode()).digest()
@@ -55,12 +61,26 @@ def router_weights(config: RunConfig, layer_number: int) -> dict[str, Tensor]:
         torch.manual_seed(int.from_bytes(place[:8], "little") >> 1)
         if moe.router != "dtr":
             names = ["weight"] if moe.router == "linear" else ["weight_text", "weight_vision"]
-            bias = {"bias": torch.zeros(N)} if moe.router == "linear" and config.language.add_bias_linear else {}
-            return {name: torch.empty(N, C).normal_(std=config.language.init_method_std) for name in names} | bias
-        text, vision = (dtr.HyperWeights(torch.empty(h, C), torch.empty(h), torch.empty(h + 1, 2 * r, C), torch.empty(h + 1, r, C))
-                        for _ in range(2))
+            bias = (
+                {"bias": torch.zeros(N)} if moe.router == "linear" and config.language.add_bias_linear else {}
+            )
+            return {
+                name: torch.empty(N, C).normal_(std=config.language.init_method_std) for name in names
+            } | bias
+        text, vision = (
+            dtr.HyperWeights(
+                torch.empty(h, C), torch.empty(h), torch.empty(h + 1, 2 * r, C), torch.empty(h + 1, r, C)
+            )
+            for _ in range(2)
+        )
         weights = dtr.DtrWeights(text, vision, torch.empty(N, C))
         dtr.init_dtr(weights, moe.dtr_init_std)
     names = ("weight1", "bias1", "weight2_down", "weight2_up")
-    return {"phi": weights.phi_NC, **{f"{side}.{name}": value for side, hyper in (("text", text), ("vision", vision))
-                                      for name, value in zip(names, hyper, strict=True)}}
+    return {
+        "phi": weights.phi_NC,
+        **{
+            f"{side}.{name}": value
+            for side, hyper in (("text", text), ("vision", vision))
+            for name, value in zip(names, hyper, strict=True)
+        },
+    }

@@ -24,8 +24,8 @@ from megatron_evomoe.moe.router import router_builder, to_planes
 class EvoMoELayer(MoELayer):
     """A `MoELayer` that reads token types out of the `padding_mask` argument and hands them to its router.
 
-    Types are an argument all the way down, never state: under pipelining and recompute the backward of one microbatch runs
-    while another is current.
+    Types are an argument all the way down, never state: under pipelining and recompute the backward of one
+    microbatch runs while another is current.
 
     Raises:
         ValueError: a setting under which the core would drop the types on their way here.
@@ -35,8 +35,9 @@ class EvoMoELayer(MoELayer):
         _check_types_arrive(config)
         super().__init__(config, *args, **kwargs)
         if config.expert_tensor_parallel_size != config.tensor_model_parallel_size:
-            # TP ranks then feed their copies of an expert different tokens. At EP 1 the core (0.16.1) still reduces the gradients
-            # as if they were dense parameters', over data parallelism alone, and the copies drift apart.
+            # TP ranks then feed their copies of an expert different tokens. At EP 1 the core (0.16.1) still
+            # reduces the gradients as if they were dense parameters', over data parallelism alone, and the
+            # copies drift apart.
             for parameter in self.experts.parameters():
                 parameter.allreduce = False
 
@@ -45,19 +46,22 @@ class EvoMoELayer(MoELayer):
     ) -> tuple[Tensor, Tensor | None]:
         """Mix experts over hidden_states [s, b, C].
 
-        `padding_mask` is [b, s], of this rank's own tokens: int64 token types (0 text, 1 vision, 2 padding), or bool, True
-        for padding; None makes every token text. Returns the output [s, b, C] and None for a bias.
+        `padding_mask` is [b, s], of this rank's own tokens: int64 token types (0 text, 1 vision, 2 padding),
+        or bool, True for padding; None makes every token text. Returns the output [s, b, C] and None for a
+        bias.
         """
         if padding_mask is not None:
             if padding_mask.shape != (hidden_states.shape[1], hidden_states.shape[0]):
                 raise ValueError(
-                    f"token types of shape {tuple(padding_mask.shape)} for hidden states of shape {tuple(hidden_states.shape)}: "
+                    f"token types of shape {tuple(padding_mask.shape)} for hidden states of shape "
+                    f"{tuple(hidden_states.shape)}: "
                     "they must be [batch, sequence], scattered along the sequence as the hidden states are"
                 )
             padding_mask = to_planes(padding_mask)  # [b, s, 2]; the core transposes it to [s, b, 2]
         if self.moe_layer_recompute and self._has_trainable() and not hidden_states.requires_grad:
-            # A re-entrant checkpoint whose inputs need no gradient gives its parameters none either. In the `route`
-            # stage everything below the first router is frozen, and that router would silently never learn.
+            # A re-entrant checkpoint whose inputs need no gradient gives its parameters none either. In the
+            # `route` stage everything below the first router is frozen, and that router would silently never
+            # learn.
             hidden_states = hidden_states.detach().requires_grad_()
         return super().forward(hidden_states, intermediate_tensors, padding_mask)
 
@@ -66,11 +70,14 @@ class EvoMoELayer(MoELayer):
 
 
 def moe_layer_spec(moe: MoEConfig, use_te: bool) -> Any:
-    """megatron-core's MoE spec with our layer and `moe.router` in it: what `TransformerLayerSubmodules.mlp` takes.
+    """megatron-core's MoE spec with our layer and `moe.router` in it: what `TransformerLayerSubmodules.mlp`
+    takes.
 
     A `ModuleSpec` on 0.16.1, a builder on newer cores, as the core's own is.
     """
-    spec = get_moe_module_spec(use_te=use_te, num_experts=moe.num_experts, moe_grouped_gemm=moe.moe_grouped_gemm)
+    spec = get_moe_module_spec(
+        use_te=use_te, num_experts=moe.num_experts, moe_grouped_gemm=moe.moe_grouped_gemm
+    )
     is_module_spec = isinstance(spec, ModuleSpec)
     submodules = spec.submodules if is_module_spec else spec.keywords["submodules"]
     submodules.router = router_builder(moe)
@@ -81,10 +88,14 @@ def moe_layer_spec(moe: MoEConfig, use_te: bool) -> Any:
 
 
 def _check_types_arrive(config: TransformerConfig) -> None:
-    """Refuse what is known to lose the `padding_mask` on its way: all tokens would count as text, with no error."""
+    """Refuse what is known to lose the `padding_mask` on its way: all tokens would count as text, with no
+    error.
+    """
     losing = {
-        # TransformerBlock calls the layers beyond recompute_num_layers without padding_mask (0.16.1; 0.19.2 mends it).
-        "recompute_method='block' (use 'uniform')": config.recompute_granularity == "full" and config.recompute_method == "block",
+        # TransformerBlock calls the layers beyond recompute_num_layers without padding_mask (0.16.1; 0.19.2
+        # mends it).
+        "recompute_method='block' (use 'uniform')": config.recompute_granularity == "full"
+        and config.recompute_method == "block",
         # TransformerLayer calls mlp(chunk) without it.
         "mlp_chunks_for_prefill > 1": config.mlp_chunks_for_prefill > 1,
         # models/gpt/fine_grained_callables.py calls mlp.route(hidden_states).
@@ -94,4 +105,6 @@ def _check_types_arrive(config: TransformerConfig) -> None:
     }
     for setting, is_on in losing.items():
         if is_on:
-            raise ValueError(f"{setting} loses the token types before they reach the router (a limit of megatron-core)")
+            raise ValueError(
+                f"{setting} loses the token types before they reach the router (a limit of megatron-core)"
+            )

@@ -2,9 +2,9 @@
 
 Shapes: s sequence · b batch · T = s·b tokens · C width · N experts · K experts per token.
 
-The way from a token to its logits, what capacity drops, the z-loss and the scale of an expert's output are ours. Top-k and the
-load-balancing loss are `TopKRouter.routing`, the core's own. Words as in the core: *logits* leave the gate; *probs* scale the
-experts' outputs; *routing_map* says which expert gets which token.
+The way from a token to its logits, what capacity drops, the z-loss and the scale of an expert's output are
+ours. Top-k and the load-balancing loss are `TopKRouter.routing`, the core's own. Words as in the core:
+*logits* leave the gate; *probs* scale the experts' outputs; *routing_map* says which expert gets which token.
 """
 
 from __future__ import annotations
@@ -43,8 +43,9 @@ Intervention = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 def to_planes(token_types: Tensor) -> Tensor:
     """Token types [...] as two bool planes [..., 2]: is it vision, is it padding.
 
-    `MoELayer.forward` casts what it is given to bool, which would merge vision and padding; bool planes pass unharmed, through
-    the core's own recompute too. A bool tensor is taken for what the core calls a padding mask (True = padding).
+    `MoELayer.forward` casts what it is given to bool, which would merge vision and padding; bool planes pass
+    unharmed, through the core's own recompute too. A bool tensor is taken for what the core calls a padding
+    mask (True = padding).
     """
     if token_types.dtype == torch.bool:
         return torch.stack([torch.zeros_like(token_types), token_types], dim=-1)
@@ -52,10 +53,12 @@ def to_planes(token_types: Tensor) -> Tensor:
 
 
 def straight_through(probs_TN: Tensor) -> Tensor:
-    """p / stop_gradient(Σ_selected p): top-1 gives exactly 1, top-K the renormalised weights; the gradient is that of p.
+    """p / stop_gradient(Σ_selected p): top-1 gives exactly 1, top-K the renormalised weights; the gradient is
+    that of p.
 
-    Unlike weights that are renormalised before the gradient is taken, these let every expert's logit learn, also for K = 1.
-    A token that capacity dropped keeps weight 0, and one that lost some of its experts shares 1 among the rest.
+    Unlike weights that are renormalised before the gradient is taken, these let every expert's logit learn,
+    also for K = 1. A token that capacity dropped keeps weight 0, and one that lost some of its experts shares
+    1 among the rest.
     """
     mass_T1 = probs_TN.detach().sum(dim=-1, keepdim=True)
     return probs_TN / mass_T1.masked_fill(mass_T1 == 0, 1.0)
@@ -65,12 +68,18 @@ class TypedRouter(TopKRouter):
     """A `TopKRouter` whose gate may read the token types. Subclasses define `gating`.
 
     Raises:
-        ValueError: the two configurations disagree, or `straight_through` is asked of scores that are no softmax over all
-            experts.
+        ValueError: the two configurations disagree, or `straight_through` is asked of scores that are no
+            softmax over all experts.
     """
 
     def __init__(
-        self, config: TransformerConfig, pg_collection: Any = None, is_mtp_layer: bool = False, *, moe: MoEConfig, **ignored: Any
+        self,
+        config: TransformerConfig,
+        pg_collection: Any = None,
+        is_mtp_layer: bool = False,
+        *,
+        moe: MoEConfig,
+        **ignored: Any,
     ) -> None:
         _check(config, moe)
         super().__init__(config=config, pg_collection=pg_collection)
@@ -79,23 +88,32 @@ class TypedRouter(TopKRouter):
         self.gate_dtype = torch.float64 if config.moe_router_dtype == "fp64" else torch.float32
         self.capacity_factor = config.moe_expert_capacity_factor
         self.config = copy.copy(config)
-        self.config.moe_expert_capacity_factor = None  # the core would drop by what this rank holds (moe/capacity.py)
+        self.config.moe_expert_capacity_factor = (
+            None  # the core would drop by what this rank holds (moe/capacity.py)
+        )
         self.observer: Observer | None = None
         self.intervene: Intervention | None = None
 
     def gating(self, input: Tensor, is_vision: Tensor | None = None) -> Tensor:
-        """Logits [s, b, N] in `self.gate_dtype`, from tokens [s, b, C] and whether each is an image token [s, b]."""
+        """Logits [s, b, N] in `self.gate_dtype`, from tokens [s, b, C] and whether each is an image token [s,
+        b].
+        """
         raise NotImplementedError
 
     def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Route tokens [s, b, C].
 
-        `padding_mask` holds the planes [s, b, 2] of `to_planes`; None makes every token text. Returns probs [T, N] in
-        `self.gate_dtype` and the bool routing_map [T, N]. Padding tokens are routed like any other, which harms nobody: they
-        are left out of the auxiliary losses and nothing attends to them. With a capacity factor, training drops them and what is
-        over capacity; evaluation drops nothing. Communicates over TP x CP.
+        `padding_mask` holds the planes [s, b, 2] of `to_planes`; None makes every token text. Returns probs
+        [T, N] in `self.gate_dtype` and the bool routing_map [T, N]. Padding tokens are routed like any other,
+        which harms nobody: they are left out of the auxiliary losses and nothing attends to them. With a
+        capacity factor, training drops them and what is over capacity; evaluation drops nothing. Communicates
+        over TP x CP.
         """
-        planes = padding_mask if padding_mask is not None else input.new_zeros((*input.shape[:2], 2), dtype=torch.bool)
+        planes = (
+            padding_mask
+            if padding_mask is not None
+            else input.new_zeros((*input.shape[:2], 2), dtype=torch.bool)
+        )
         is_vision, is_padding = planes.unbind(dim=-1)
         logits = self.gating(self.apply_input_jitter(input), is_vision)
         if self.config.moe_router_force_load_balancing:
@@ -103,7 +121,9 @@ class TypedRouter(TopKRouter):
         self._maintain_float32_expert_bias()
         probs, routing_map = self.routing(logits, padding_mask=None if padding_mask is None else is_padding)
         if self.capacity_factor is not None and self.training:
-            probs, routing_map = self._drop(probs, routing_map, None if padding_mask is None else is_padding.flatten())
+            probs, routing_map = self._drop(
+                probs, routing_map, None if padding_mask is None else is_padding.flatten()
+            )
         if self.moe.router_gate == "straight_through":
             probs = straight_through(probs)
         return self._diagnose(logits, probs, routing_map, is_vision, is_padding)
@@ -111,27 +131,39 @@ class TypedRouter(TopKRouter):
     def _drop(self, probs: Tensor, routing_map: Tensor, is_padding: Tensor | None) -> tuple[Tensor, Tensor]:
         """What capacity leaves of the choices. Communicates over the ranks that share the microbatch."""
         kept = within_capacity(
-            probs, routing_map, is_padding, topk=self.topk, factor=self.capacity_factor,
+            probs,
+            routing_map,
+            is_padding,
+            topk=self.topk,
+            factor=self.capacity_factor,
             by_position=self.config.moe_token_drop_policy == "position",
-            group=self.tp_cp_group if self.config.sequence_parallel else self.cp_group)
+            group=self.tp_cp_group if self.config.sequence_parallel else self.cp_group,
+        )
         return probs * kept, kept
 
     def apply_z_loss(self, logits: Tensor, padding_mask: Tensor | None = None) -> Tensor:
-        """Attach the z-loss (ST-MoE, arXiv 2202.08906): coefficient x mean over the microbatch's real tokens of logsumexp².
+        """Attach the z-loss (ST-MoE, arXiv 2202.08906): coefficient x mean over the microbatch's real tokens
+        of logsumexp².
 
-        The core averages the TP x CP ranks' means, which is another number wherever padding lies unevenly on them, and logs one
-        replica's. Communicates over TP x CP.
+        The core averages the TP x CP ranks' means, which is another number wherever padding lies unevenly on
+        them, and logs one replica's. Communicates over TP x CP.
         """
         if self.config.moe_z_loss_coeff is None or not (self.training and torch.is_grad_enabled()):
             return logits
         squares_T = torch.logsumexp(logits, dim=-1).square()
         if padding_mask is not None:
             squares_T = squares_T.masked_fill(padding_mask, 0.0)
-        count = squares_T.new_tensor(squares_T.numel()) if padding_mask is None else (~padding_mask).sum().to(squares_T)
+        count = (
+            squares_T.new_tensor(squares_T.numel())
+            if padding_mask is None
+            else (~padding_mask).sum().to(squares_T)
+        )
         if self.tp_cp_group.size() > 1:
             torch.distributed.all_reduce(count, group=self.tp_cp_group)
         z_loss = squares_T.sum() / count.clamp(min=1)
-        save_to_aux_losses_tracker("z_loss", z_loss, self.layer_number, self.config.num_layers, reduce_group=self.tp_cp_group)
+        save_to_aux_losses_tracker(
+            "z_loss", z_loss, self.layer_number, self.config.num_layers, reduce_group=self.tp_cp_group
+        )
         return MoEAuxLossAutoScaler.apply(logits, self.config.moe_z_loss_coeff * z_loss)
 
     def _diagnose(
@@ -143,7 +175,9 @@ class TypedRouter(TopKRouter):
         types_T = (is_vision * VISION + is_padding * PADDING).flatten()
         if self.intervene is not None:
             if self.training:  # recompute would ask twice and could be told two different things
-                raise ValueError("router.intervene is for evaluation: call eval() on the model, or set it to None")
+                raise ValueError(
+                    "router.intervene is for evaluation: call eval() on the model, or set it to None"
+                )
             probs, routing_map = self.intervene(probs, routing_map, types_T)
         # Recompute's second forward runs inside the backward of the first, where autograd has a task.
         if self.observer is not None and torch._C._current_graph_task_id() == -1:
@@ -158,7 +192,9 @@ class TypedRouter(TopKRouter):
         self.bias = None
 
     def _finish_parameters(self) -> None:
-        """Cast and mark all parameters as the base class does its own: replicated over TP, fed sequence-parallel shards."""
+        """Cast and mark all parameters as the base class does its own: replicated over TP, fed
+        sequence-parallel shards.
+        """
         for parameter in self.parameters():
             parameter.data = parameter.data.to(self.config.params_dtype)
             parameter.sequence_parallel = self.config.sequence_parallel
@@ -174,7 +210,9 @@ class LinearRouter(TypedRouter):
 class ModalityLinearRouter(TypedRouter):
     """One linear map per modality, without bias."""
 
-    def __init__(self, config: TransformerConfig, pg_collection: Any = None, is_mtp_layer: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self, config: TransformerConfig, pg_collection: Any = None, is_mtp_layer: bool = False, **kwargs: Any
+    ) -> None:
         super().__init__(config, pg_collection, is_mtp_layer, **kwargs)
         self._replace_weight()
         for name in ("weight_text", "weight_vision"):
@@ -185,8 +223,11 @@ class ModalityLinearRouter(TypedRouter):
         self._finish_parameters()
 
     def gating(self, input: Tensor, is_vision: Tensor | None = None) -> Tensor:
-        # Both maps on every token: 2N columns cost what N do, since reading the tokens is what takes the time.
-        both = router_gating_linear(input, torch.cat([self.weight_text, self.weight_vision]), None, self.gate_dtype)
+        # Both maps on every token: 2N columns cost what N do, since reading the tokens is what takes the
+        # time.
+        both = router_gating_linear(
+            input, torch.cat([self.weight_text, self.weight_vision]), None, self.gate_dtype
+        )
         of_text, of_vision = both.chunk(2, dim=-1)
         return torch.where(is_vision[..., None], of_vision, of_text).contiguous()
 
@@ -202,18 +243,26 @@ class HyperNetwork(nn.Module):
         self.weight2_up = nn.Parameter(torch.empty(hidden + 1, rank, width))
 
     def forward(self) -> dtr.HyperWeights:
-        """The parameters. Call the module for them: only a call makes `overlap_param_gather` wait for their last update."""
+        """The parameters. Call the module for them: only a call makes `overlap_param_gather` wait for their
+        last update.
+        """
         return dtr.HyperWeights(self.weight1, self.bias1, self.weight2_down, self.weight2_up)
 
 
 class DynamicTokenRouter(TypedRouter):
-    """The paper's DTR: `text` and `vision` hypernetworks write each token's own router, `phi` maps its output to logits."""
+    """The paper's DTR: `text` and `vision` hypernetworks write each token's own router, `phi` maps its output
+    to logits.
+    """
 
-    def __init__(self, config: TransformerConfig, pg_collection: Any = None, is_mtp_layer: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self, config: TransformerConfig, pg_collection: Any = None, is_mtp_layer: bool = False, **kwargs: Any
+    ) -> None:
         super().__init__(config, pg_collection, is_mtp_layer, **kwargs)
         self._replace_weight()
         self.fused = dtr_kernel.fused(self.moe.dtr_kernel, self.gate_dtype)
-        self.gathers = not backend.on_gpu()  # on a GPU it would wait for the number of image tokens, in every layer
+        self.gathers = (
+            not backend.on_gpu()
+        )  # on a GPU it would wait for the number of image tokens, in every layer
         shape = (config.hidden_size, self.moe.dtr_hidden_size, self.moe.dtr_rank)
         self.text, self.vision = HyperNetwork(*shape), HyperNetwork(*shape)
         self.phi = nn.Parameter(torch.empty(config.num_moe_experts, config.hidden_size))
@@ -230,7 +279,12 @@ class DynamicTokenRouter(TypedRouter):
             logits_TN = self.fused(z_TC, is_vision_T, self.weights(), activation=activation)
         else:
             logits_TN = dtr.dtr_logits(
-                z_TC, is_vision_T, self.weights(), activation=activation, dtype=self.gate_dtype, gather=self.gathers
+                z_TC,
+                is_vision_T,
+                self.weights(),
+                activation=activation,
+                dtype=self.gate_dtype,
+                gather=self.gathers,
             )
         return logits_TN.view(*input.shape[:2], -1)
 
@@ -239,7 +293,9 @@ ROUTERS = {"linear": LinearRouter, "modality-linear": ModalityLinearRouter, "dtr
 
 
 def router_builder(moe: MoEConfig) -> Callable[..., TypedRouter]:
-    """What `MoESubmodules(router=…)` wants: a callable of (config, pg_collection, …), with our configuration bound."""
+    """What `MoESubmodules(router=…)` wants: a callable of (config, pg_collection, …), with our configuration
+    bound.
+    """
     return functools.partial(ROUTERS[moe.router], moe=moe)
 
 
@@ -250,12 +306,19 @@ def _check(config: TransformerConfig, moe: MoEConfig) -> None:
             f"MoEConfig has {moe.num_experts}, top-{moe.moe_router_topk}: build the first from the second"
         )
     if config.moe_pad_expert_input_to_capacity:
-        raise ValueError("moe_pad_expert_input_to_capacity fills experts up on each rank, and capacity here is that of the "
-                         "microbatch; leave it off")
-    softmax_over_all = config.moe_router_pre_softmax and config.moe_router_score_function == "softmax"
-    if moe.router_gate == "straight_through" and not (softmax_over_all and config.moe_router_topk_scaling_factor is None):
         raise ValueError(
-            "router_gate 'straight_through' needs moe_router_pre_softmax=True, moe_router_score_function='softmax' and no "
-            f"moe_router_topk_scaling_factor, got {config.moe_router_pre_softmax}, {config.moe_router_score_function!r} and "
+            "moe_pad_expert_input_to_capacity fills experts up on each rank, and capacity here is that of "
+            "the "
+            "microbatch; leave it off"
+        )
+    softmax_over_all = config.moe_router_pre_softmax and config.moe_router_score_function == "softmax"
+    if moe.router_gate == "straight_through" and not (
+        softmax_over_all and config.moe_router_topk_scaling_factor is None
+    ):
+        raise ValueError(
+            "router_gate 'straight_through' needs moe_router_pre_softmax=True, "
+            "moe_router_score_function='softmax' and no "
+            f"moe_router_topk_scaling_factor, got {config.moe_router_pre_softmax}, "
+            f"{config.moe_router_score_function!r} and "
             f"{config.moe_router_topk_scaling_factor}; or use router_gate 'prob'"
         )

@@ -20,7 +20,8 @@ ETA_WINDOW = 50  # steps; long enough to smooth, short enough to forget a slow s
 class ConsoleReport:
     """Progress, messages and tables on `stream`.
 
-    On a terminal the newest step replaces the line before; otherwise every `interval`-th step, and the last, is a line of its own.
+    On a terminal the newest step replaces the line before; otherwise every `interval`-th step, and the last,
+    is a line of its own.
     """
 
     def __init__(self, interval: int, stream: TextIO | None = None):
@@ -40,8 +41,13 @@ class ConsoleReport:
         self._clock.append((time.perf_counter(), start_step))
         if self.is_live:
             self._progress = Progress(
-                TextColumn("[bold]{task.description}"), BarColumn(bar_width=16), MofNCompleteColumn(),
-                TextColumn("{task.fields[facts]}"), console=self._console, refresh_per_second=4)
+                TextColumn("[bold]{task.description}"),
+                BarColumn(bar_width=16),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[facts]}"),
+                console=self._console,
+                refresh_per_second=4,
+            )
             self._progress.add_task(name, total=total_steps, completed=start_step, facts="starting")
             self._progress.start()
 
@@ -60,7 +66,9 @@ class ConsoleReport:
         if self.is_live:
             self._console.print(text, markup=False)
         else:  # not through rich: it would wrap at 80 columns and log files are read with grep
-            with contextlib.suppress(OSError):  # a full disk under it, or a reader that left: the JSONL files have the numbers
+            with contextlib.suppress(
+                OSError
+            ):  # a full disk under it, or a reader that left: the JSONL files have the numbers
                 print(text, file=self._stream or sys.stdout, flush=True)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
@@ -116,7 +124,9 @@ def duration(seconds: float) -> str:
 
 
 def cell(value: Any) -> str:
-    """A table cell: floats to 4 significant digits, none as a dash; strings pass, so callers may format themselves."""
+    """A table cell: floats to 4 significant digits, none as a dash; strings pass, so callers may format
+    themselves.
+    """
     if value is None:
         return "–"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
@@ -129,7 +139,9 @@ def plain_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
     right = [_is_numeric([r[i] for r in rows]) for i in range(len(columns))]
 
     def aligned(row: list[str]) -> str:
-        return "  ".join(t.rjust(w) if r else t.ljust(w) for t, w, r in zip(row, widths, right, strict=True)).rstrip()
+        return "  ".join(
+            t.rjust(w) if r else t.ljust(w) for t, w, r in zip(row, widths, right, strict=True)
+        ).rstrip()
 
     lines = [aligned(row) for row in texts]
     return "\n".join([title, lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
@@ -138,4 +150,6 @@ def plain_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
 def _is_numeric(values: Sequence[Any]) -> bool:
     """Numbers, and strings that begin like one ("91.2 %", "12.3k"), are read from the right."""
     texts = [cell(v) for v in values if v is not None]
-    return bool(texts) and all(t.lstrip("-+<>≤≥ ")[:1].isdigit() or t in ("–", "nan", "inf", "-inf") for t in texts)
+    return bool(texts) and all(
+        t.lstrip("-+<>≤≥ ")[:1].isdigit() or t in ("–", "nan", "inf", "-inf") for t in texts
+    )

@@ -1,8 +1,8 @@
 """Who is alive and where: every rank says so every few seconds, so that a hang has a name.
 
 A thread of each rank keeps its place (stage, step, phase) in the job's key-value store; rank 0's also writes
-`heartbeat.json` for whoever watches from outside, with the ranks that lag behind. When a collective fails or times out, the
-survivors read the same store and can say whom they waited for.
+`heartbeat.json` for whoever watches from outside, with the ranks that lag behind. When a collective fails or
+times out, the survivors read the same store and can say whom they waited for.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ PHASES = ("setup", "features", "data", "step", "save", "evaluate")
 
 
 class CollectiveError(RuntimeError):
-    """A collective failed or timed out; the message names it, where it was called, and the ranks that did not come."""
+    """A collective failed or timed out; the message names it, where it was called, and the ranks that did not
+    come.
+    """
 
 
 class Heartbeat:
@@ -41,8 +43,15 @@ class Heartbeat:
         self._path, self._interval = run_dir / "heartbeat.json", interval
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
         self._store = dist.distributed_c10d._get_default_store().clone()
-        self._place = {"rank": self._rank, "host": socket.gethostname(), "pid": os.getpid(), "stage": "", "step": 0,
-                       "phase": "setup", "since": time.time()}
+        self._place = {
+            "rank": self._rank,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "stage": "",
+            "step": 0,
+            "phase": "setup",
+            "since": time.time(),
+        }
         self._unwritten = 0
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
@@ -72,9 +81,14 @@ class Heartbeat:
         try:
             whom = describe(self._everyone(), time.time(), self._interval)
         except Exception:  # the store went with the process that kept it: torchrun, or rank 0
-            whom = "who is missing cannot be told: the job's key-value store is gone, and with it torchrun or rank 0"
-        return (f"{called} failed in stage {self._place['stage']!r} at step {self._place['step']}: "
-                f"{lines[0] if lines else type(error).__name__}. {whom}")
+            whom = (
+                "who is missing cannot be told: the job's key-value store is gone, and with it torchrun "
+                "or rank 0"
+            )
+        return (
+            f"{called} failed in stage {self._place['stage']!r} at step {self._place['step']}: "
+            f"{lines[0] if lines else type(error).__name__}. {whom}"
+        )
 
     def _run(self) -> None:
         while True:
@@ -89,10 +103,14 @@ class Heartbeat:
         place = {**self._place, "beat": time.time()}
         self._store.set(f"heartbeat/{self._rank}", json.dumps(place))
         if self._rank == 0:
-            self._write(json.dumps({**place, "ranks": describe(self._everyone(), place["beat"], self._interval)}))
+            self._write(
+                json.dumps({**place, "ranks": describe(self._everyone(), place["beat"], self._interval)})
+            )
 
     def _write(self, text: str) -> None:
-        """A full disk or a lost folder costs the file its news, never the thread: said once, and again when it is over."""
+        """A full disk or a lost folder costs the file its news, never the thread: said once, and again when
+        it is over.
+        """
         try:
             jsonl.replace(self._path, text)
         except OSError as error:
@@ -106,7 +124,10 @@ class Heartbeat:
 
     def _everyone(self) -> list[dict[str, Any]]:
         keys = [f"heartbeat/{rank}" for rank in range(self._world)]
-        return [json.loads(self._store.get(key)) if self._store.check([key]) else {"rank": rank} for rank, key in enumerate(keys)]
+        return [
+            json.loads(self._store.get(key)) if self._store.check([key]) else {"rank": rank}
+            for rank, key in enumerate(keys)
+        ]
 
 
 def describe(ranks: list[dict[str, Any]], now: float, interval: float) -> str:
@@ -119,14 +140,21 @@ def describe(ranks: list[dict[str, Any]], now: float, interval: float) -> str:
         return f"ranks {', '.join(map(str, never))} have never spoken"
     silent = [r for r in ranks if now - r.get("beat", now) > 5 * interval]
     if silent:
-        return "; ".join(f"rank {r['rank']} ({r['host']}, pid {r['pid']}) has been silent for {now - r['beat']:.0f} s, last in "
-                         f"{_place(r)}" for r in silent)
+        return "; ".join(
+            f"rank {r['rank']} ({r['host']}, pid {r['pid']}) has been silent for {now - r['beat']:.0f} s, "
+            "last in "
+            f"{_place(r)}"
+            for r in silent
+        )
     spoken = [r for r in ranks if "beat" in r]
     furthest = max((_order(r) for r in spoken), default=None)
     behind = [r for r in spoken if _order(r) != furthest]
     if behind:
-        return "; ".join(f"rank {r['rank']} ({r['host']}, pid {r['pid']}) is still in {_place(r)}, for {now - r['since']:.0f} s"
-                         for r in behind)
+        return "; ".join(
+            f"rank {r['rank']} ({r['host']}, pid {r['pid']}) is still in {_place(r)}, for "
+            f"{now - r['since']:.0f} s"
+            for r in behind
+        )
     return f"all {len(spoken)} ranks are in {_place(spoken[0])}" if spoken else "no rank has spoken yet"
 
 
@@ -146,12 +174,16 @@ def _root(error: BaseException) -> BaseException:
 
 
 def failed_collective(error: BaseException) -> str | None:
-    """The function of torch.distributed that raised `error`, and the function of ours that called it; none for another error."""
+    """The function of torch.distributed that raised `error`, and the function of ours that called it; none
+    for another error.
+    """
     error = _root(error)
     frames = traceback.extract_tb(error.__traceback__)
     inside = [f for f in frames if "distributed_c10d" in f.filename and f.name != "wrapper"]
     if not inside:
         return None
     ours = [f for f in frames if f"{os.sep}megatron_evomoe{os.sep}" in f.filename]
-    where = f", called from {ours[-1].name} ({Path(ours[-1].filename).name}:{ours[-1].lineno})" if ours else ""
+    where = (
+        f", called from {ours[-1].name} ({Path(ours[-1].filename).name}:{ours[-1].lineno})" if ours else ""
+    )
     return f"{inside[-1].name}{where},"

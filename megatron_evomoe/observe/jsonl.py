@@ -1,4 +1,6 @@
-"""Lines of JSON that survive a killed process and any float: the only format plots and tables are made from."""
+"""Lines of JSON that survive a killed process and any float: the only format plots and tables are made
+from.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +19,11 @@ log = logging.getLogger(__name__)
 
 
 def plain(value: Any) -> Any:
-    """`value` as valid JSON: tensors and numpy scalars become numbers or lists, non-finite floats "nan", "inf", "-inf".
+    """`value` as valid JSON: tensors and numpy scalars become numbers or lists, non-finite floats "nan",
+    "inf", "-inf".
 
-    `float("nan")` and `numpy.asarray([...], dtype=float)` read these strings back, so readers need no special case.
+    `float("nan")` and `numpy.asarray([...], dtype=float)` read these strings back, so readers need no special
+    case.
     """
     if isinstance(value, dict):
         return {str(k): plain(v) for k, v in value.items()}
@@ -33,7 +37,10 @@ def plain(value: Any) -> Any:
         return plain(value.tolist())
     if isinstance(value, os.PathLike):
         return str(value)
-    raise TypeError(f"cannot write a {type(value).__name__} as JSON: {value!r}; pass numbers, strings, lists, dicts or tensors")
+    raise TypeError(
+        f"cannot write a {type(value).__name__} as JSON: {value!r}; pass numbers, strings, lists, dicts or "
+        "tensors"
+    )
 
 
 def dumps(record: dict[str, Any]) -> str:
@@ -54,7 +61,8 @@ def append(path: Path, record: dict[str, Any]) -> None:
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
-    """Records of `path` in order; none when the file is missing. A last line cut off by a kill is passed over.
+    """Records of `path` in order; none when the file is missing. A last line cut off by a kill is passed
+    over.
 
     Raises:
         ValueError: a line other than the last is not JSON (the file was damaged, not just cut off).
@@ -65,7 +73,9 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
         bad: tuple[int, str] | None = None
         for number, line in enumerate(file, start=1):
             if bad is not None:
-                raise ValueError(f"{path}, line {bad[0]} is not JSON: {bad[1][:80]!r}; repair or remove that line")
+                raise ValueError(
+                    f"{path}, line {bad[0]} is not JSON: {bad[1][:80]!r}; repair or remove that line"
+                )
             if not line.strip():
                 continue
             try:
@@ -84,7 +94,8 @@ def replace(path: Path, text: str) -> None:
 def rewind(path: Path, stage: str, step: int) -> int:
     """Drop the records of `stage` beyond `step`, and a cut-off last line; returns how many records went.
 
-    Other stages' records stay, as they are. The file is replaced in one move, so a kill leaves the old one or the new one.
+    Other stages' records stay, as they are. The file is replaced in one move, so a kill leaves the old one or
+    the new one.
     """
     if not path.exists():
         return 0
@@ -97,8 +108,8 @@ def rewind(path: Path, stage: str, step: int) -> int:
 class LineFile:
     """A file open for appending, unbuffered so that `tail -f` and a killed run see all of it.
 
-    A line that cannot be written (a full disk) is kept in memory, which is said once, and written before the next one when there is
-    room: the file never holds half a line, nor lines out of order.
+    A line that cannot be written (a full disk) is kept in memory, which is said once, and written before the
+    next one when there is room: the file never holds half a line, nor lines out of order.
 
     Attributes:
         error: why the lines that wait could not be written; none when none waits.
@@ -129,7 +140,9 @@ class LineFile:
                 del self._waiting[0]
         except OSError as error:
             if self.error is None:
-                log.warning("%s cannot be written (%s); its lines are kept in memory until it can", self._path, error)
+                log.warning(
+                    "%s cannot be written (%s); its lines are kept in memory until it can", self._path, error
+                )
             self.error = error
             return
         if self.error is not None:

@@ -1,8 +1,8 @@
 """Where a run's numbers go: JSONL always; console; TensorBoard and wandb when asked.
 
-    metrics.jsonl   {"step", "stage", "time", metrics…, "samples"?}    one line per logged step
-    events.jsonl    {"event", "time", "stage"?, fields…}               what happened: eval, save, resume, …
-    tables.jsonl    {"title", "time", "columns", "rows"}
+metrics.jsonl   {"step", "stage", "time", metrics…, "samples"?}    one line per logged step
+events.jsonl    {"event", "time", "stage"?, fields…}               what happened: eval, save, resume, …
+tables.jsonl    {"title", "time", "columns", "rows"}
 """
 
 from __future__ import annotations
@@ -24,18 +24,27 @@ RESERVED = frozenset({"step", "stage", "time", "samples"})
 
 
 class RunLogger:
-    """All sinks of one run. On other ranks than the main one every method returns at once and nothing is imported or opened.
+    """All sinks of one run. On other ranks than the main one every method returns at once and nothing is
+    imported or opened.
 
-    log_config: read once; `log_interval` spaces the plain console lines, nothing else. How often `log` is called is the caller's.
-    run_dir: JSONL files, and wandb's own.
-    wandb_run_id: from the checkpoint when resuming; none mints a new one. Kept as given when wandb is off, so it is not lost.
+    log_config: read once; `log_interval` spaces the plain console lines, nothing else. How often `log` is
+    called is the caller's. run_dir: JSONL files, and wandb's own. wandb_run_id: from the checkpoint when
+    resuming; none mints a new one. Kept as given when wandb is off, so it is not lost.
 
     Raises:
         RuntimeError: TensorBoard or wandb is asked for and not installed; says what to install or unset.
     """
 
-    def __init__(self, log_config: LogConfig, run_dir: str | Path, *, is_main: bool, run_name: str, config_dict: dict[str, Any],
-                 wandb_run_id: str | None = None):
+    def __init__(
+        self,
+        log_config: LogConfig,
+        run_dir: str | Path,
+        *,
+        is_main: bool,
+        run_name: str,
+        config_dict: dict[str, Any],
+        wandb_run_id: str | None = None,
+    ):
         self.is_main, self.run_dir, self._wandb_run_id = is_main, Path(run_dir), wandb_run_id
         self._stage: str | None = None
         if not is_main:
@@ -45,9 +54,14 @@ class RunLogger:
         if log_config.tensorboard_dir:
             self._sinks.append(TensorBoardSink(log_config.tensorboard_dir))
         if log_config.wandb_project:
-            wandb = WandbSink(project=log_config.wandb_project, entity=log_config.wandb_entity,
-                              name=log_config.wandb_exp_name or run_name, config=jsonl.plain(config_dict),
-                              directory=self.run_dir, run_id=wandb_run_id)
+            wandb = WandbSink(
+                project=log_config.wandb_project,
+                entity=log_config.wandb_entity,
+                name=log_config.wandb_exp_name or run_name,
+                config=jsonl.plain(config_dict),
+                directory=self.run_dir,
+                run_id=wandb_run_id,
+            )
             self._sinks.append(wandb)
             self._wandb_run_id = wandb.run_id
         self._metrics = jsonl.LineFile(self.run_dir / "metrics.jsonl")
@@ -69,8 +83,10 @@ class RunLogger:
         self._console.start_stage(name, total_steps, start_step)
 
     def rewind(self, stage: str, step: int) -> int:
-        """On resume: drop `stage`'s metrics beyond `step` and its diagnostics from `step` on, which will be written again; returns
-        the metric lines dropped. Other stages' lines and events.jsonl, which is a history of what happened, stay."""
+        """On resume: drop `stage`'s metrics beyond `step` and its diagnostics from `step` on, which will be
+        written again; returns the metric lines dropped. Other stages' lines and events.jsonl, which is a
+        history of what happened, stay.
+        """
         if not self.is_main:
             return 0
         self._metrics.close()
@@ -92,7 +108,9 @@ class RunLogger:
             return
         assert self._stage is not None, "start_stage comes before log"
         if not RESERVED.isdisjoint(metrics):
-            raise ValueError(f"metric names {sorted(RESERVED & set(metrics))} are fields of every line; use others")
+            raise ValueError(
+                f"metric names {sorted(RESERVED & set(metrics))} are fields of every line; use others"
+            )
         numbers = {name: _number(name, value) for name, value in metrics.items() if value is not None}
         record = {"step": step, "stage": self._stage, "time": time.time(), **numbers}
         self._metrics.write(record if samples is None else {**record, "samples": samples})
@@ -106,8 +124,12 @@ class RunLogger:
             work()
         except Exception as error:
             if sink not in self._failed:
-                log.warning("%s failed (%s: %s) and may lack numbers from here on; metrics.jsonl has them all", type(sink).__name__,
-                            type(error).__name__, error)
+                log.warning(
+                    "%s failed (%s: %s) and may lack numbers from here on; metrics.jsonl has them all",
+                    type(sink).__name__,
+                    type(error).__name__,
+                    error,
+                )
             self._failed.add(sink)
 
     def flush(self) -> None:
@@ -119,8 +141,8 @@ class RunLogger:
     def event(self, name: str, **fields: Any) -> None:
         """Append to events.jsonl; the current stage is added unless `fields` has one.
 
-        The loss figure marks `event("eval", step=…, accuracy=…, blind=…)`: a number in [0, 1], or {question kind: number};
-        `blind` (images blanked) may be left out.
+        The loss figure marks `event("eval", step=…, accuracy=…, blind=…)`: a number in [0, 1], or {question
+        kind: number}; `blind` (images blanked) may be left out.
         """
         if not self.is_main:
             return
@@ -141,9 +163,15 @@ class RunLogger:
         if not self.is_main:
             return
         if wrong := [row for row in rows if len(row) != len(columns)]:
-            raise ValueError(f"table {title!r} has {len(columns)} columns, but a row with {len(wrong[0])} cells: {wrong[0]!r}")
+            raise ValueError(
+                f"table {title!r} has {len(columns)} columns, but a row with {len(wrong[0])} cells: "
+                f"{wrong[0]!r}"
+            )
         self._console.table(title, columns, rows)
-        jsonl.append(self.run_dir / "tables.jsonl", {"title": title, "time": time.time(), "columns": columns, "rows": rows})
+        jsonl.append(
+            self.run_dir / "tables.jsonl",
+            {"title": title, "time": time.time(), "columns": columns, "rows": rows},
+        )
 
     def close(self) -> None:
         """End the live line and finish every sink; safe to call twice."""

@@ -1,7 +1,8 @@
 """``--profile``: what a few steps of a stage spend their time on, kernel by kernel and phase by phase.
 
-Ranges are placed where a phase happens (`phase`) and cost one comparison while nothing is profiled. Forward and backward of
-a microbatch lie inside megatron-core's schedules; they are marked by standing in for the timers those would call.
+Ranges are placed where a phase happens (`phase`) and cost one comparison while nothing is profiled. Forward
+and backward of a microbatch lie inside megatron-core's schedules; they are marked by standing in for the
+timers those would call.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ def begin_step(step: int) -> None:
 
 
 @contextlib.contextmanager
-def profiling(config: TrainConfig, modules: Sequence[torch.nn.Module], folder: Path, stage: str) -> Iterator[None]:
+def profiling(
+    config: TrainConfig, modules: Sequence[torch.nn.Module], folder: Path, stage: str
+) -> Iterator[None]:
     """Trace the steps of ``config.profile_step_start`` … that begin inside, on the ranks asked for.
 
     modules: the stage's model chunks. folder: where the trace and the table go.
@@ -79,7 +82,8 @@ class _Window:
         if step >= self._end:
             self._finish()
         elif step >= self._start - 1 and self._profiler is None:
-            # one step early where there is one: starting CUPTI takes long, and would be in the first step's time
+            # one step early where there is one: starting CUPTI takes long, and would be in the first step's
+            # time
             self._profiler = torch.profiler.profile(activities=_activities(), record_shapes=True)
             self._profiler.prepare_trace()
         if self._start <= step < self._end:
@@ -92,8 +96,13 @@ class _Window:
         self._mark.close()
         self._finish()
         if not self._steps:
-            log.warning("stage %s took none of the steps %d to %d, so nothing of it was profiled; choose others with "
-                        "--profile-step-start and --profile-step-end", self._stage, self._start, self._end - 1)
+            log.warning(
+                "stage %s took none of the steps %d to %d, so nothing of it was profiled; choose others with "
+                "--profile-step-start and --profile-step-end",
+                self._stage,
+                self._start,
+                self._end - 1,
+            )
 
     def _finish(self) -> None:
         if self._profiler is None:
@@ -113,7 +122,9 @@ class _Window:
 
 
 class _ScheduleTimers:
-    """Stands where megatron-core expects its timers (`core.timers.Timers`): what it would time becomes a range."""
+    """Stands where megatron-core expects its timers (`core.timers.Timers`): what it would time becomes a
+    range.
+    """
 
     def __init__(self) -> None:
         self._open: list[AbstractContextManager[None]] = []
@@ -151,6 +162,8 @@ def _tables(averages: Any, steps: int) -> str:
     by_name = {event.key: event for event in averages}
     for name in PHASES:
         if event := by_name.get(name):
-            lines.append(f"{name:<10} {event.count:>5} x  {event.cpu_time_total / 1000 / steps:>10.3f} ms a step")
+            lines.append(
+                f"{name:<10} {event.count:>5} x  {event.cpu_time_total / 1000 / steps:>10.3f} ms a step"
+            )
     by = "self_cuda_time_total" if backend.on_gpu() else "self_cpu_time_total"
     return "\n".join(lines) + "\n\n" + averages.table(sort_by=by, row_limit=_ROWS) + "\n"

@@ -8,18 +8,24 @@ from typing import Any
 
 
 class TensorBoardSink:
-    """One TensorBoard run per stage (`tensorboard_dir/STAGE`), so that tags keep their names and stages overlay."""
+    """One TensorBoard run per stage (`tensorboard_dir/STAGE`), so that tags keep their names and stages
+    overlay.
+    """
 
     def __init__(self, directory: str | Path):
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise RuntimeError(f"tensorboard_dir is set but TensorBoard does not import ({error}); "
-                               "pip install tensorboard, or unset --tensorboard-dir") from error
+            raise RuntimeError(
+                f"tensorboard_dir is set but TensorBoard does not import ({error}); "
+                "pip install tensorboard, or unset --tensorboard-dir"
+            ) from error
         self._make, self._directory, self._writer = SummaryWriter, Path(directory), None
 
     def start_stage(self, name: str, start_step: int) -> None:
-        """A writer for the stage; TensorBoard hides what an earlier, interrupted run wrote beyond `start_step`."""
+        """A writer for the stage; TensorBoard hides what an earlier, interrupted run wrote beyond
+        `start_step`.
+        """
         self.close()
         self._writer = self._make(str(self._directory / name), purge_step=start_step + 1)
 
@@ -37,20 +43,40 @@ class TensorBoardSink:
 
 
 class WandbSink:
-    """One wandb run for all stages: metrics are `STAGE/name` over `STAGE/step`, since steps start again in each stage."""
+    """One wandb run for all stages: metrics are `STAGE/name` over `STAGE/step`, since steps start again in
+    each stage.
+    """
 
-    def __init__(self, *, project: str, entity: str | None, name: str | None, config: dict[str, Any], directory: Path,
-                 run_id: str | None):
+    def __init__(
+        self,
+        *,
+        project: str,
+        entity: str | None,
+        name: str | None,
+        config: dict[str, Any],
+        directory: Path,
+        run_id: str | None,
+    ):
         try:
             import wandb
         except ImportError as error:
-            raise RuntimeError(f"wandb_project is set but wandb does not import ({error}); "
-                               "pip install wandb, or unset --wandb-project") from error
+            raise RuntimeError(
+                f"wandb_project is set but wandb does not import ({error}); "
+                "pip install wandb, or unset --wandb-project"
+            ) from error
         self.run_id = run_id or new_run_id()
         directory.mkdir(parents=True, exist_ok=True)
         # console off: wandb's capture of stdout and a live progress line garble each other
-        self._run = wandb.init(project=project, entity=entity, name=name, id=self.run_id, resume="allow", config=config,
-                               dir=str(directory), settings=wandb.Settings(console="off"))
+        self._run = wandb.init(
+            project=project,
+            entity=entity,
+            name=name,
+            id=self.run_id,
+            resume="allow",
+            config=config,
+            dir=str(directory),
+            settings=wandb.Settings(console="off"),
+        )
         self._stage = ""
 
     def start_stage(self, name: str, start_step: int) -> None:

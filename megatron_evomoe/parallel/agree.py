@@ -29,7 +29,9 @@ def on_all_ranks(get: Callable[[], T], errors: tuple[type[Exception], ...]) -> T
 
 
 def require_all(problem: str | None, error: type[Exception]) -> None:
-    """Raise `error` on every rank with the first rank's problem, where any has one. Communicates: all ranks call it."""
+    """Raise `error` on every rank with the first rank's problem, where any has one. Communicates: all ranks
+    call it.
+    """
     problems: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem)
     if found := next((p for p in problems if p), None):

@@ -1,9 +1,10 @@
 """A key-value store that no earlier attempt of the job has written to.
 
-torchrun starts workers again after a failure (`--max-restarts`) and hands them the store of the attempt before, in which
-the addresses of dead processes still stand (torch 2.13, `dynamic_rendezvous.py`: the shared store outlives its rendezvous).
-Gloo then connects to ports nobody listens on, NCCL to an id nobody serves. Restart counts cannot tell attempts apart, because
-each node counts its own. So rank 0 draws a token for every attempt, and the others take it from the rank 0 that answers them.
+torchrun starts workers again after a failure (`--max-restarts`) and hands them the store of the attempt
+before, in which the addresses of dead processes still stand (torch 2.13, `dynamic_rendezvous.py`: the shared
+store outlives its rendezvous). Gloo then connects to ports nobody listens on, NCCL to an id nobody serves.
+Restart counts cannot tell attempts apart, because each node counts its own. So rank 0 draws a token for every
+attempt, and the others take it from the rank 0 that answers them.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ def _ask(store: dist.Store, rank: int) -> str:
 
 
 def _welcome(store: dist.Store, world_size: int, timeout: datetime.timedelta) -> str:
-    """Answer every name that stands under a rank, until each rank has heard: names of dead processes may come first."""
+    """Answer every name that stands under a rank, until each rank has heard: names of dead processes may come
+    first.
+    """
     token, silent = uuid.uuid4().hex, list(range(1, world_size))
     answered: set[str] = set()
     deadline = time.monotonic() + timeout.total_seconds()
@@ -55,7 +58,9 @@ def _welcome(store: dist.Store, world_size: int, timeout: datetime.timedelta) ->
                     answered.add(name)
         silent = [rank for rank in silent if not store.check([f"evomoe/{token}/heard/{rank}"])]
         if silent and time.monotonic() > deadline:
-            raise RuntimeError(f"{len(silent)} of {world_size} ranks did not join within {timeout}: ranks "
-                               f"{', '.join(map(str, silent[:16]))}")
+            raise RuntimeError(
+                f"{len(silent)} of {world_size} ranks did not join within {timeout}: ranks "
+                f"{', '.join(map(str, silent[:16]))}"
+            )
         time.sleep(_POLL if silent else 0)
     return token

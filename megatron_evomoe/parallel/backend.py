@@ -1,7 +1,7 @@
 """Which device and which communication backend this process uses, decided by what is there.
 
-Call `prepare()` before anything imports ``megatron.core``; on a machine without CUDA it applies `parallel.cpu`, with
-CUDA it imports none of it.
+Call `prepare()` before anything imports ``megatron.core``; on a machine without CUDA it applies
+`parallel.cpu`, with CUDA it imports none of it.
 """
 
 from __future__ import annotations
@@ -53,17 +53,23 @@ def prepare() -> None:
 
 
 def init_process_group(timeout_minutes: float) -> None:
-    """Join torchrun's world; outside torchrun, be a world of one that nobody outside this machine can connect to."""
+    """Join torchrun's world; outside torchrun, be a world of one that nobody outside this machine can connect
+    to.
+    """
     timeout = datetime.timedelta(minutes=timeout_minutes)
     if "RANK" in os.environ:
         _join(timeout)
         return
     _listen_on_loopback()
-    dist.init_process_group(backend_name(), store=dist.HashStore(), timeout=timeout, rank=0, world_size=1)  # no TCP store
+    dist.init_process_group(
+        backend_name(), store=dist.HashStore(), timeout=timeout, rank=0, world_size=1
+    )  # no TCP store
 
 
 def _listen_on_loopback() -> None:
-    """Gloo and NCCL open listening sockets even in a world of one, by default on the interface that the host's name leads to."""
+    """Gloo and NCCL open listening sockets even in a world of one, by default on the interface that the
+    host's name leads to.
+    """
     loopback = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
     if loopback is not None:
         for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):

@@ -1,7 +1,8 @@
 """The step's tensors, from the one reading rank of a replica to the ranks that need them.
 
-Tokens, labels and token types of the *whole step* are a few hundred kilobytes, so they travel at once: every pipeline
-stage then knows its token types without any coupling per microbatch. Pixels go to the first stage's TP group only.
+Tokens, labels and token types of the *whole step* are a few hundred kilobytes, so they travel at once: every
+pipeline stage then knows its token types without any coupling per microbatch. Pixels go to the first stage's
+TP group only.
 """
 
 from __future__ import annotations
@@ -28,13 +29,17 @@ class Step:
     token_types: torch.Tensor
     """int64 [M, b, s]: text, vision, padding (data/conversation.py)"""
     pixel_values: list[torch.Tensor]
-    """per microbatch uint8 [n, 3, S, S], or cached features [n, t, C]; empty list off the first pipeline stage"""
+    """per microbatch uint8 [n, 3, S, S], or cached features [n, t, C]; empty list off the first pipeline
+    stage
+    """
     keys: list[list[str]] = field(default_factory=list)
     """per microbatch; known to the reading rank only"""
 
 
 def to_replica(step: Step | None, topology: Topology, config: RunConfig) -> Step:
-    """Give the reading rank's `step` to its TP x PP x CP ranks. Communicates unless the replica is one rank."""
+    """Give the reading rank's `step` to its TP x PP x CP ranks. Communicates unless the replica is one
+    rank.
+    """
     from megatron.core import parallel_state as ps
 
     where = backend.device()
@@ -54,8 +59,8 @@ def _broadcast(step: Step | None, topology: Topology, config: RunConfig, where: 
     group = ps.get_model_parallel_group()
     b = config.train.micro_batch_size
     m = config.train.global_batch_size // (b * topology.data_parallel_size)
-    # One message of a length all ranks know, so that none has to be told it first: s, images of each microbatch, then
-    # tokens, labels and types, in int32, which is half the bytes.
+    # One message of a length all ranks know, so that none has to be told it first: s, images of each
+    # microbatch, then tokens, labels and types, in int32, which is half the bytes.
     message = torch.zeros(1 + m + 3 * m * b * config.data.seq_length, dtype=torch.int32, device=where)
     if topology.reads_data:
         assert step is not None
@@ -76,4 +81,6 @@ def _broadcast(step: Step | None, topology: Topology, config: RunConfig, where: 
         if dist.get_world_size(tp_group) > 1 and len(stacked):
             dist.broadcast(stacked, dist.get_global_rank(tp_group, 0), group=tp_group)
         pixels = list(stacked.split(images))
-    return Step(tokens=tokens, labels=labels, token_types=types, pixel_values=pixels, keys=step.keys if step else [])
+    return Step(
+        tokens=tokens, labels=labels, token_types=types, pixel_values=pixels, keys=step.keys if step else []
+    )

@@ -1,8 +1,8 @@
 """What megatron-core asks of CUDA, answered by the CPU.
 
-megatron-core is written for CUDA, yet its maths runs anywhere. This module is the closed list of adaptations that let
-it run over gloo, each with its reason. It is imported by `parallel.backend` only where no CUDA is available, so a GPU
-run contains none of it.
+megatron-core is written for CUDA, yet its maths runs anywhere. This module is the closed list of adaptations
+that let it run over gloo, each with its reason. It is imported by `parallel.backend` only where no CUDA is
+available, so a GPU run contains none of it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ import torch
 
 
 def adapt() -> None:
-    """Apply everything: the CUDA names first (megatron.core reads some at import), then megatron.core's own places."""
+    """Apply everything: the CUDA names first (megatron.core reads some at import), then megatron.core's own
+    places.
+    """
     _answer_cuda_calls()
     _redirect_cuda_device()
     _adapt_rng()
@@ -26,7 +28,9 @@ def adapt() -> None:
 
 
 class _Immediate:
-    """Stands for ``torch.cuda.Stream`` and ``Event``: a CPU op is done when it returns, so there is nothing to wait for."""
+    """Stands for ``torch.cuda.Stream`` and ``Event``: a CPU op is done when it returns, so there is nothing
+    to wait for.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -74,12 +78,25 @@ def _redirect_cuda_device() -> None:
 
         return wrapped
 
-    # torch notes which functions obey ``with torch.device(…)`` when that is first used. It must note its own: with ours noted the
-    # meta device is ignored, and models of transformers 5 are loaded with their position and RoPE buffers never filled.
+    # torch notes which functions obey ``with torch.device(…)`` when that is first used. It must note its own:
+    # with ours noted the meta device is ignored, and models of transformers 5 are loaded with their position
+    # and RoPE buffers never filled.
     with torch.device("cpu"):
         torch.empty(0)
-    for name in ("tensor", "zeros", "empty", "ones", "full", "rand", "randn", "arange",
-                 "zeros_like", "empty_like", "ones_like", "full_like"):
+    for name in (
+        "tensor",
+        "zeros",
+        "empty",
+        "ones",
+        "full",
+        "rand",
+        "randn",
+        "arange",
+        "zeros_like",
+        "empty_like",
+        "ones_like",
+        "full_like",
+    ):
         setattr(torch, name, on_cpu(getattr(torch, name)))
     to = torch.Tensor.to
 
@@ -93,7 +110,9 @@ def _redirect_cuda_device() -> None:
 
 
 def _adapt_rng() -> None:
-    """The RNG tracker and activation recompute keep the CUDA generator's state; here that is the CPU generator's."""
+    """The RNG tracker and activation recompute keep the CUDA generator's state; here that is the CPU
+    generator's.
+    """
     import megatron.core.tensor_parallel.random as rng
 
     rng._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
@@ -116,12 +135,16 @@ def _adapt_dispatcher() -> None:
 
 
 def _adapt_uneven_collectives() -> None:
-    """Expert-tensor-parallel ranks hold unequal numbers of tokens. NCCL gathers and scatters such pieces, gloo refuses them."""
+    """Expert-tensor-parallel ranks hold unequal numbers of tokens. NCCL gathers and scatters such pieces,
+    gloo refuses them.
+    """
     import megatron.core.tensor_parallel.mappings as mappings
 
     gather_even, scatter_even = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
 
-    def gather(input_: torch.Tensor, group: Any, output_split_sizes: Any = None, use_global_buffer: bool = False) -> torch.Tensor:
+    def gather(
+        input_: torch.Tensor, group: Any, output_split_sizes: Any = None, use_global_buffer: bool = False
+    ) -> torch.Tensor:
         if output_split_sizes is None or group.size() == 1:
             return gather_even(input_, group, output_split_sizes, use_global_buffer)
         sizes = [int(n) for n in output_split_sizes]
@@ -131,8 +154,9 @@ def _adapt_uneven_collectives() -> None:
         torch.distributed.all_gather(everyone, mine, group=group)
         return torch.cat([piece[:n] for piece, n in zip(everyone, sizes, strict=True)])
 
-    def reduce_scatter(input_: torch.Tensor, group: Any, input_split_sizes: Any = None,
-                       use_global_buffer: bool = False) -> torch.Tensor:
+    def reduce_scatter(
+        input_: torch.Tensor, group: Any, input_split_sizes: Any = None, use_global_buffer: bool = False
+    ) -> torch.Tensor:
         if input_split_sizes is None or group.size() == 1:
             return scatter_even(input_, group, input_split_sizes, use_global_buffer)
         total = input_.detach().clone(memory_format=torch.contiguous_format)
@@ -144,7 +168,9 @@ def _adapt_uneven_collectives() -> None:
 
 @contextlib.contextmanager
 def _types_named_as_on_cuda() -> Iterator[None]:
-    """The optimizers sort parameters by comparing ``param.type()`` with ``'torch.cuda.FloatTensor'`` and the like."""
+    """The optimizers sort parameters by comparing ``param.type()`` with ``'torch.cuda.FloatTensor'`` and the
+    like.
+    """
     original = torch.Tensor.type
 
     def renamed(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -175,7 +201,8 @@ def _adapt_optimizer() -> None:
     optimizer.clip_grad_by_total_norm_fp32 = renaming(clip_grads.clip_grad_by_total_norm_fp32)
 
     def set_states(self: Any, model_param: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
-        # torch's Adam keeps a `step` in its per-parameter state; the original looks it up in `tensors`: KeyError.
+        # torch's Adam keeps a `step` in its per-parameter state; the original looks it up in `tensors`:
+        # KeyError.
         group, order = self.model_param_group_index_map[model_param]
         main = self.optimizer.param_groups[group]["params"][order]
         for key, target in {"param": main, **self.optimizer.state[main]}.items():

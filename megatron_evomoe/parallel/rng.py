@@ -1,4 +1,6 @@
-"""Every random generator of a run, as tensors a checkpoint can hold: Python's, NumPy's, torch's and megatron-core's."""
+"""Every random generator of a run, as tensors a checkpoint can hold: Python's, NumPy's, torch's and
+megatron-core's.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +23,9 @@ from megatron_evomoe.parallel import backend
 def derived(name: str) -> Iterator[None]:
     """Inside, torch's generators are a function of the run's seed and `name`; afterwards they are as before.
 
-    What is built inside starts from the same weights on whatever rank, beside whatever else: a fresh part of the model then
-    does not depend on the pipeline stage it lies on. (On CUDA megatron-core draws tensor-parallel weights from generators
-    of its own, which do depend on the layout.)
+    What is built inside starts from the same weights on whatever rank, beside whatever else: a fresh part of
+    the model then does not depend on the pipeline stage it lies on. (On CUDA megatron-core draws
+    tensor-parallel weights from generators of its own, which do depend on the layout.)
     """
     seed = int.from_bytes(hashlib.sha256(f"{torch.initial_seed()}/{name}".encode()).digest()[:7], "big")
     cpu, cuda = torch.get_rng_state(), torch.cuda.get_rng_state() if backend.on_gpu() else None
@@ -82,7 +84,9 @@ def set_state(loaded: dict[str, torch.Tensor]) -> None:
     has_gauss, gauss = states["python_gauss"].tolist()
     random.setstate((3, tuple(states["python"].tolist()), gauss if has_gauss else None))
     *keys, position, numpy_has_gauss = states["numpy"].tolist()
-    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, numpy_has_gauss, states["numpy_gauss"].item()))
+    np.random.set_state(
+        ("MT19937", np.array(keys, dtype=np.uint32), position, numpy_has_gauss, states["numpy_gauss"].item())
+    )
     torch.set_rng_state(states["torch"])
     if backend.on_gpu():
         torch.cuda.set_rng_state(states["cuda"])

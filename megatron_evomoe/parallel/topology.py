@@ -34,48 +34,79 @@ def validate(config: RunConfig, world_size: int) -> None:
         ConfigError: names the product and what would fit.
     """
     p, lm = config.parallel, config.language
-    tp, pp, cp, ep, etp = (p.tensor_model_parallel_size, p.pipeline_model_parallel_size, p.context_parallel_size,
-                           p.expert_model_parallel_size, p.expert_tensor_parallel_size)
+    tp, pp, cp, ep, etp = (
+        p.tensor_model_parallel_size,
+        p.pipeline_model_parallel_size,
+        p.context_parallel_size,
+        p.expert_model_parallel_size,
+        p.expert_tensor_parallel_size,
+    )
     model = tp * pp * cp
     if world_size % model:
-        raise ConfigError(f"TP {tp} x PP {pp} x CP {cp} = {model} does not divide the {world_size} ranks of this run; "
-                          f"the product must be one of {_divisors(world_size)}")
+        raise ConfigError(
+            f"TP {tp} x PP {pp} x CP {cp} = {model} does not divide the {world_size} ranks of this run; "
+            f"the product must be one of {_divisors(world_size)}"
+        )
     if world_size % (etp * ep * pp):
-        raise ConfigError(f"expert-TP {etp} x EP {ep} x PP {pp} = {etp * ep * pp} does not divide the {world_size} ranks "
-                          f"of this run; EP x expert-TP must be one of {_divisors(world_size // pp)}")
+        raise ConfigError(
+            f"expert-TP {etp} x EP {ep} x PP {pp} = {etp * ep * pp} does not divide the {world_size} ranks "
+            f"of this run; EP x expert-TP must be one of {_divisors(world_size // pp)}"
+        )
     if config.moe.num_experts % ep:
-        raise ConfigError(f"num_experts {config.moe.num_experts} cannot be split over EP {ep}; EP must be one of "
-                          f"{_divisors(config.moe.num_experts)}")
+        raise ConfigError(
+            f"num_experts {config.moe.num_experts} cannot be split over EP {ep}; EP must be one of "
+            f"{_divisors(config.moe.num_experts)}"
+        )
     if lm.num_attention_heads % tp:
         raise ConfigError(f"{lm.num_attention_heads} attention heads cannot be split over TP {tp}")
     if config.vision.num_attention_heads % tp:
-        raise ConfigError(f"the vision tower's {config.vision.num_attention_heads} heads cannot be split over TP {tp}")
+        raise ConfigError(
+            f"the vision tower's {config.vision.num_attention_heads} heads cannot be split over TP {tp}"
+        )
     if lm.num_layers % pp:
-        raise ConfigError(f"{lm.num_layers} layers cannot be split over PP {pp}; PP must be one of {_divisors(lm.num_layers)}")
-    for what, width, degree in (("hidden_size", lm.hidden_size, tp),
-                                ("ffn_hidden_size", lm.ffn_hidden_size, tp),
-                                ("ffn_hidden_size of an expert,", lm.ffn_hidden_size, etp),
-                                ("vision_ffn_hidden_size", config.vision.ffn_hidden_size, tp)):
+        raise ConfigError(
+            f"{lm.num_layers} layers cannot be split over PP {pp}; PP must be one of "
+            f"{_divisors(lm.num_layers)}"
+        )
+    for what, width, degree in (
+        ("hidden_size", lm.hidden_size, tp),
+        ("ffn_hidden_size", lm.ffn_hidden_size, tp),
+        ("ffn_hidden_size of an expert,", lm.ffn_hidden_size, etp),
+        ("vision_ffn_hidden_size", config.vision.ffn_hidden_size, tp),
+    ):
         if width % degree:
             raise ConfigError(f"{what} {width} cannot be split over {degree} tensor-parallel ranks")
     if tp > 1 and p.sequence_parallel is False and any(stage.kind == "route" for stage in config.stages):
-        raise ConfigError(f"mixtures under TP {tp} need sequence_parallel (a rule of megatron-core's MoELayer); leave it out, or "
-                          "use TP 1")
+        raise ConfigError(
+            f"mixtures under TP {tp} need sequence_parallel (a rule of megatron-core's MoELayer); leave it "
+            "out, or "
+            "use TP 1"
+        )
     if cp > 1:
-        raise ConfigError(f"context_parallel_size {cp} cannot be used: samples are not split over context-parallel ranks yet; use "
-                          "1, and a larger tensor_model_parallel_size for long sequences")
+        raise ConfigError(
+            f"context_parallel_size {cp} cannot be used: samples are not split over context-parallel ranks "
+            "yet; use "
+            "1, and a larger tensor_model_parallel_size for long sequences"
+        )
     if p.overlap_param_gather and not p.use_distributed_optimizer:
-        raise ConfigError("overlap_param_gather gathers what the distributed optimizer shards, and use_distributed_optimizer is "
-                          "false; leave one of the two at its default")
+        raise ConfigError(
+            "overlap_param_gather gathers what the distributed optimizer shards, and "
+            "use_distributed_optimizer is "
+            "false; leave one of the two at its default"
+        )
     dp = world_size // model
     batch = config.train.micro_batch_size * dp
     if config.train.global_batch_size % batch:
-        raise ConfigError(f"global_batch_size {config.train.global_batch_size} is not a multiple of micro_batch_size "
-                          f"{config.train.micro_batch_size} x data parallel {dp} = {batch}")
+        raise ConfigError(
+            f"global_batch_size {config.train.global_batch_size} is not a multiple of micro_batch_size "
+            f"{config.train.micro_batch_size} x data parallel {dp} = {batch}"
+        )
     microbatches = config.train.global_batch_size // batch
     if (virtual_stages(config) or 1) > 1 and microbatches % pp:
-        raise ConfigError(f"the interleaved schedule needs microbatches ({microbatches}) in multiples of PP {pp}; change "
-                          "global_batch_size or micro_batch_size, or do not interleave")
+        raise ConfigError(
+            f"the interleaved schedule needs microbatches ({microbatches}) in multiples of PP {pp}; change "
+            "global_batch_size or micro_batch_size, or do not interleave"
+        )
 
 
 def initialize(config: RunConfig) -> Topology:
@@ -120,13 +151,17 @@ def virtual_stages(config: RunConfig) -> int | None:
         return None
     per_stage = config.language.num_layers // config.parallel.pipeline_model_parallel_size
     if config.parallel.pipeline_model_parallel_size < 2 or per_stage % per_chunk or per_stage == per_chunk:
-        raise ConfigError(f"num_layers_per_virtual_pipeline_stage {per_chunk} must split the {per_stage} layers of each of "
-                          f"{config.parallel.pipeline_model_parallel_size} pipeline stages into at least two chunks")
+        raise ConfigError(
+            f"num_layers_per_virtual_pipeline_stage {per_chunk} must split the {per_stage} layers of each of "
+            f"{config.parallel.pipeline_model_parallel_size} pipeline stages into at least two chunks"
+        )
     return per_stage // per_chunk
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy, torch and megatron-core's per-region generators; weights of replicated parts agree on all ranks."""
+    """Seed Python, NumPy, torch and megatron-core's per-region generators; weights of replicated parts agree
+    on all ranks.
+    """
     import random
 
     import numpy as np

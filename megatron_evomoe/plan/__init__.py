@@ -1,1 +1,3 @@
-"""What a run needs before it is started: memory per rank, communication, and which layouts fit (docs/plan.md)."""
+"""What a run needs before it is started: memory per rank, communication, and which layouts fit
+(docs/plan.md).
+"""

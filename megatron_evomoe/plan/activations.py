@@ -1,13 +1,14 @@
 """Bytes kept for the backward: an estimate, after Korthikanti et al. 2022 (arXiv 2205.05198).
 
-Their layer keeps s·b·h·(34 + 5·a·s/h) bytes: dropout masks, stored s × s scores, a GELU FFN of 4h, everything trained. Here the
-same inventory is taken anew: no dropout; with Transformer Engine a flash attention that keeps its inputs, its output and a
-log-sum-exp instead of scores (without, an fp32 softmax and its copy in the parameters' type); FFNs gated or not, of any width;
-mixtures whose experts share the tokens evenly; a frozen linear layer keeps no input, and one in FP8 an FP8 input. What exists
-for a moment only, the allocator's fragmentation and communication buffers are not in it.
+Their layer keeps s·b·h·(34 + 5·a·s/h) bytes: dropout masks, stored s × s scores, a GELU FFN of 4h, everything
+trained. Here the same inventory is taken anew: no dropout; with Transformer Engine a flash attention that
+keeps its inputs, its output and a log-sum-exp instead of scores (without, an fp32 softmax and its copy in the
+parameters' type); FFNs gated or not, of any width; mixtures whose experts share the tokens evenly; a frozen
+linear layer keeps no input, and one in FP8 an FP8 input. What exists for a moment only, the allocator's
+fragmentation and communication buffers are not in it.
 
-T tokens of a microbatch (all TP ranks' together) · C width · F FFN width · e bytes of an activation · t the TP size. Under sequence
-parallelism what lies between the TP regions is split too.
+T tokens of a microbatch (all TP ranks' together) · C width · F FFN width · e bytes of an activation · t the
+TP size. Under sequence parallelism what lies between the TP regions is split too.
 """
 
 from __future__ import annotations
@@ -48,11 +49,21 @@ def sizes_of(config: RunConfig, seq_length: int | None = None, *, on_gpu: bool =
     seq, t = seq_length or config.data.seq_length, p.tensor_model_parallel_size
     T = seq * config.train.micro_batch_size // p.context_parallel_size
     split = p.sequence_parallel if p.sequence_parallel is not None else t > 1
-    return Sizes(e=element_bytes(config), C=config.language.hidden_size, T=T, R=T // t if split else T, t=t, seq=seq,
-                 fused=layout.transformer_engine(config), on_gpu=on_gpu)
+    return Sizes(
+        e=element_bytes(config),
+        C=config.language.hidden_size,
+        T=T,
+        R=T // t if split else T,
+        t=t,
+        seq=seq,
+        fused=layout.transformer_engine(config),
+        on_gpu=on_gpu,
+    )
 
 
-def activation_bytes(config: RunConfig, kind: str, pp_rank: int, microbatches: int, *, on_gpu: bool = True) -> int:
+def activation_bytes(
+    config: RunConfig, kind: str, pp_rank: int, microbatches: int, *, on_gpu: bool = True
+) -> int:
     """The most one rank of pipeline stage `pp_rank` keeps at a time, the step's images included.
 
     Args:
@@ -72,7 +83,9 @@ def activation_bytes(config: RunConfig, kind: str, pp_rank: int, microbatches: i
 
 
 def in_flight(config: RunConfig, pp_rank: int, microbatches: int) -> list[int]:
-    """For each chunk of the rank, the microbatches whose backward is still to come when most are (1F1B, or interleaved)."""
+    """For each chunk of the rank, the microbatches whose backward is still to come when most are (1F1B, or
+    interleaved).
+    """
     pp, v = config.parallel.pipeline_model_parallel_size, chunks(config)
     if v == 1:
         return [min(microbatches, pp - pp_rank)]
@@ -96,8 +109,11 @@ def recomputed_block(config: RunConfig, z: Sizes, kind: str, pp_rank: int) -> in
         return 0
     n = config.train.recompute_num_layers
     flows = [chunk_flow(config, kind, pp_rank, chunk) for chunk in range(chunks(config))]
-    return max(sum(layer(config, z, flow) for flow in of_chunk[i : i + n])
-               for of_chunk in flows for i in range(0, len(of_chunk), n))
+    return max(
+        sum(layer(config, z, flow) for flow in of_chunk[i : i + n])
+        for of_chunk in flows
+        for i in range(0, len(of_chunk), n)
+    )
 
 
 def layer(config: RunConfig, z: Sizes, flow: LayerFlow) -> int:
@@ -139,12 +155,16 @@ def _inputs(config: RunConfig, z: Sizes, flow: LayerFlow, elements: int) -> int:
 
 
 def _normalized(config: RunConfig, z: Sizes) -> int:
-    """PyTorch's RMSNorm on a CPU is made of parts: the gradient of a trained weight needs the values before scaling."""
+    """PyTorch's RMSNorm on a CPU is made of parts: the gradient of a trained weight needs the values before
+    scaling.
+    """
     return z.R * z.C if not z.fused and config.language.normalization == "RMSNorm" else 0
 
 
 def score_bytes(z: Sizes) -> int:
-    """Per score of an attention that stores them: the fp32 softmax, and its copy where parameters are not fp32."""
+    """Per score of an attention that stores them: the fp32 softmax, and its copy where parameters are not
+    fp32.
+    """
     return 4 if z.e == 4 else 4 + z.e
 
 
@@ -196,11 +216,18 @@ def _mixture(config: RunConfig, z: Sizes, flow: LayerFlow) -> int:
         inputs += routed * z.C * config.parallel.expert_tensor_parallel_size
         inputs += 0 if "moe_act" in recomputed else routed * config.language.ffn_hidden_size
     logits = 4 * z.R * 4 * config.moe.num_experts  # and probabilities, in fp32
-    return kept * z.e + _inputs(config, z, flow, inputs) + logits + (dtr_bytes(config, z) if config.moe.router == "dtr" else 0)
+    return (
+        kept * z.e
+        + _inputs(config, z, flow, inputs)
+        + logits
+        + (dtr_bytes(config, z) if config.moe.router == "dtr" else 0)
+    )
 
 
 def dtr_bytes(config: RunConfig, z: Sizes) -> int:
-    """What the hypernetworks keep beside the tokens and their own parameters, by the form that computes them; all of it fp32."""
+    """What the hypernetworks keep beside the tokens and their own parameters, by the form that computes them;
+    all of it fp32.
+    """
     moe = config.moe
     N, h, r = moe.num_experts, moe.dtr_hidden_size, moe.dtr_rank
     projected = h + (h + 1) * 2 * r
@@ -211,27 +238,33 @@ def dtr_bytes(config: RunConfig, z: Sizes) -> int:
     per_token = (h + 1) * (2 * r + N + 1) + 4 * r + (h if moe.dtr_activation != "none" else 0)
     if not z.on_gpu:  # sorted by modality: their order in int64, and the sorted logits
         return 4 * (z.R * (per_token + 2 + N) + sum(copied.values()))
-    # all tokens by both, of which one result is kept: the mask, and the matrices that project, joined, in the tokens' own dtype
+    # all tokens by both, of which one result is kept: the mask, and the matrices that project, joined, in the
+    # tokens' own dtype
     read = sum(numel for name, numel in copied.items() if name == "phi" or name.endswith("weight2_up"))
     return 4 * (z.R * (per_token + h) + read) + z.R + 2 * projected * z.C * z.e
 
 
 def images(config: RunConfig, microbatches: int) -> int:
-    """A step's, which the first stage holds as long as it lasts: uint8 pixels, or features in place of them. One per sample is
-    assumed."""
+    """A step's, which the first stage holds as long as it lasts: uint8 pixels, or features in place of them.
+    One per sample is assumed.
+    """
     shape, dtype = image_form(config)
     return microbatches * config.train.micro_batch_size * math.prod(shape) * dtype.itemsize
 
 
 def projector(config: RunConfig, z: Sizes, kind: str) -> int:
-    """Tower and projector; a frozen tower runs without autograd, and not at all where its features are cached."""
+    """Tower and projector; a frozen tower runs without autograd, and not at all where its features are
+    cached.
+    """
     parts = trained_parts(config, kind)
     v, images = config.vision, config.train.micro_batch_size
     tokens = images * v.tokens_per_image
     kept = 0
     if "projector" in parts:
         kept += tokens * 2 * z.C // z.t
-        kept += 0 if config.data.cache_vision_features else tokens * v.hidden_size  # cached, they are the step's images
+        kept += (
+            0 if config.data.cache_vision_features else tokens * v.hidden_size
+        )  # cached, they are the step's images
     elif "vision" in parts:
         kept += tokens * z.C // z.t
     if "vision" in parts:
@@ -239,12 +272,23 @@ def projector(config: RunConfig, z: Sizes, kind: str) -> int:
         per_layer = 4 * v.hidden_size + (4 * v.hidden_size + 3 * v.ffn_hidden_size) // z.t
         kept += positions * v.num_layers_used * per_layer
         if not z.fused:
-            kept += positions * v.num_layers_used * positions // images * v.num_attention_heads // z.t * score_bytes(z) // z.e
+            kept += (
+                positions
+                * v.num_layers_used
+                * positions
+                // images
+                * v.num_attention_heads
+                // z.t
+                * score_bytes(z)
+                // z.e
+            )
     return kept * z.e
 
 
 def head(config: RunConfig, z: Sizes, kind: str) -> int:
-    """Last norm, logits and loss: fp32 logits that become their softmax, and under bf16 the gradient's bf16 copy beside them."""
+    """Last norm, logits and loss: fp32 logits that become their softmax, and under bf16 the gradient's bf16
+    copy beside them.
+    """
     from megatron_evomoe.model.language import padded_vocab_size
 
     logits = z.T * padded_vocab_size(config) // z.t * (4 if z.e == 4 else 4 + z.e)

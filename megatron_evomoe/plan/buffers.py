@@ -1,6 +1,8 @@
-"""The gradient buffer of megatron-core's `DistributedDataParallel` in numbers: where a parameter lies, and who keeps which part.
+"""The gradient buffer of megatron-core's `DistributedDataParallel` in numbers: where a parameter lies, and
+who keeps which part.
 
-Source: ``megatron/core/distributed/param_and_grad_buffer.py`` of 0.16.1; in 0.19.2 ``optimizer/param_layout.py`` pads.
+Source: ``megatron/core/distributed/param_and_grad_buffer.py`` of 0.16.1; in 0.19.2
+``optimizer/param_layout.py`` pads.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ class Buffer:
     """Ranks among which it is reduced and, with the distributed optimizer, split."""
 
     def shard(self, rank: int | None) -> int:
-        """Elements that rank `rank` of the group optimizes under the distributed optimizer, who gets one slice of every bucket.
+        """Elements that rank `rank` of the group optimizes under the distributed optimizer, who gets one
+        slice of every bucket.
 
         Padding is nobody's. With no rank, an upper bound: a slice full of parameters.
         """
@@ -44,7 +47,9 @@ class Buffer:
         return total
 
 
-def lay_out(tensors: Sequence[Tensor], group: int, distributed: bool, bucket_size: int | None = None) -> Buffer:
+def lay_out(
+    tensors: Sequence[Tensor], group: int, distributed: bool, bucket_size: int | None = None
+) -> Buffer:
     """Place `tensors`, last one first, as the core does.
 
     Args:

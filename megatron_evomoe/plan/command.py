@@ -1,4 +1,6 @@
-"""``python -m megatron_evomoe plan``: which layouts of a run fit a cluster, and which of them would be fastest."""
+"""``python -m megatron_evomoe plan``: which layouts of a run fit a cluster, and which of them would be
+fastest.
+"""
 
 from __future__ import annotations
 
@@ -19,15 +21,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stage", action="append", help="plan only this stage (may be given several times)")
     parser.add_argument("--nnodes", type=whole(1, 65536), required=True, help="nodes")
     parser.add_argument("--gpus-per-node", type=whole(1, 1024), default=8, help="GPUs per node (default 8)")
-    parser.add_argument("--gpu-memory", type=number(0, 1e6, above=True), default=80, help="GiB per GPU (default 80)")
-    parser.add_argument("--headroom", type=number(0, 0.99), default=0.1, help="share of the memory not to plan with (default 0.1)")
-    parser.add_argument("--tflops", type=number(0, above=True), default=400, help="sustained TFLOP/s of one GPU (default 400)")
-    parser.add_argument("--intra-bandwidth", type=number(0, above=True), default=400,
-                        help="GB/s a GPU sends inside its node (default 400)")
-    parser.add_argument("--inter-bandwidth", type=number(0, above=True), default=40,
-                        help="GB/s a GPU sends to other nodes (default 40)")
-    parser.add_argument("--mean-tokens", type=whole(1, 2**24), help="tokens per sample to reckon time and traffic with (default: "
-                                                        "seq_length, which memory is always reckoned with)")
+    parser.add_argument(
+        "--gpu-memory", type=number(0, 1e6, above=True), default=80, help="GiB per GPU (default 80)"
+    )
+    parser.add_argument(
+        "--headroom",
+        type=number(0, 0.99),
+        default=0.1,
+        help="share of the memory not to plan with (default 0.1)",
+    )
+    parser.add_argument(
+        "--tflops", type=number(0, above=True), default=400, help="sustained TFLOP/s of one GPU (default 400)"
+    )
+    parser.add_argument(
+        "--intra-bandwidth",
+        type=number(0, above=True),
+        default=400,
+        help="GB/s a GPU sends inside its node (default 400)",
+    )
+    parser.add_argument(
+        "--inter-bandwidth",
+        type=number(0, above=True),
+        default=40,
+        help="GB/s a GPU sends to other nodes (default 40)",
+    )
+    parser.add_argument(
+        "--mean-tokens",
+        type=whole(1, 2**24),
+        help="tokens per sample to reckon time and traffic with (default: "
+        "seq_length, which memory is always reckoned with)",
+    )
     parser.add_argument("--top", type=whole(0), default=5, help="layouts printed per stage (default 5)")
     parser.add_argument("--json", help="write everything here")
     add_flags(parser)
@@ -49,12 +72,22 @@ def run(args: argparse.Namespace) -> int:
 
     flags = flags_from(args)
     config = _with_vocabulary(load_config(args.config, flags))
-    machine = Machine(nnodes=args.nnodes, gpus_per_node=args.gpus_per_node, gpu_memory=args.gpu_memory, headroom=args.headroom,
-                      tflops=args.tflops, intra_bandwidth=args.intra_bandwidth, inter_bandwidth=args.inter_bandwidth)
+    machine = Machine(
+        nnodes=args.nnodes,
+        gpus_per_node=args.gpus_per_node,
+        gpu_memory=args.gpu_memory,
+        headroom=args.headroom,
+        tflops=args.tflops,
+        intra_bandwidth=args.intra_bandwidth,
+        inter_bandwidth=args.inter_bandwidth,
+    )
     held = {LAYOUT_FLAGS[name]: value for name, value in flags.items() if name in LAYOUT_FLAGS}
     if "recompute" in held:
         held["recompute"] = held["recompute"] or "none"
-    plans = [search.plan_stage(config, stage, machine, held, args.mean_tokens) for stage in search.stages_of(config, args.stage)]
+    plans = [
+        search.plan_stage(config, stage, machine, held, args.mean_tokens)
+        for stage in search.stages_of(config, args.stage)
+    ]
     for line in report.lines(plans, machine, args.top):
         print(line)
     if args.json:

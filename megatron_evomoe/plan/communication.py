@@ -1,8 +1,10 @@
-"""Bytes that one rank sends per optimizer step, by kind. Counted from the collectives the core makes; an estimate of their sizes.
+"""Bytes that one rank sends per optimizer step, by kind. Counted from the collectives the core makes; an
+estimate of their sizes.
 
-A ring over n ranks sends (n−1)/n of the whole tensor per rank for an all-gather or a reduce-scatter, twice that for an all-reduce.
-Left out, being small: scalars, loss reductions, the step's tokens and pixels (or features), gradients of norms and routers over
-TP, and the resynchronisation of what evolution keeps (it never communicates).
+A ring over n ranks sends (n−1)/n of the whole tensor per rank for an all-gather or a reduce-scatter, twice
+that for an all-reduce. Left out, being small: scalars, loss reductions, the step's tokens and pixels (or
+features), gradients of norms and routers over TP, and the resynchronisation of what evolution keeps (it never
+communicates).
 """
 
 from __future__ import annotations
@@ -39,8 +41,15 @@ class Volume:
         return sum(asdict(self).values())
 
 
-def volume_of(config: RunConfig, kind: str, states: States, *, world_size: int, pp_rank: int,
-              seq_length: int | None = None) -> Volume:
+def volume_of(
+    config: RunConfig,
+    kind: str,
+    states: States,
+    *,
+    world_size: int,
+    pp_rank: int,
+    seq_length: int | None = None,
+) -> Volume:
     """Of a rank in pipeline stage `pp_rank`; `config` has layout and overrides applied."""
     z, m = sizes_of(config, seq_length), layout.microbatches(config, world_size)
     tp = ep = 0
@@ -50,14 +59,17 @@ def volume_of(config: RunConfig, kind: str, states: States, *, world_size: int, 
             ep += _expert_parallel(config, z, flow)
         tp += _ends(config, z, kind, pp_rank, chunk)
     gradients, parameters = _data_parallel(config, states, world_size)
-    return Volume(tp=m * tp, pp=m * _pipeline(config, z, pp_rank), ep=m * ep, gradients=gradients, parameters=parameters)
+    return Volume(
+        tp=m * tp, pp=m * _pipeline(config, z, pp_rank), ep=m * ep, gradients=gradients, parameters=parameters
+    )
 
 
 def _tensor_parallel(config: RunConfig, z: Sizes, flow: LayerFlow) -> int:
-    """Gather and scatter around attention and a dense FFN; a mixture exchanges through its dispatcher instead.
+    """Gather and scatter around attention and a dense FFN; a mixture exchanges through its dispatcher
+    instead.
 
-    One gather and one scatter (or one all-reduce, which is as much) per forward; as much per backward, and with sequence
-    parallelism once more the gather of an input that a trained weight needs.
+    One gather and one scatter (or one all-reduce, which is as much) per forward; as much per backward, and
+    with sequence parallelism once more the gather of an input that a trained weight needs.
     """
     if z.t == 1:
         return 0
@@ -78,7 +90,9 @@ def _expert_parallel(config: RunConfig, z: Sizes, flow: LayerFlow) -> int:
         return 0
     p = config.parallel
     backward = flow.ffn_input_grad or flow.trains_router or flow.trains_ffn
-    recomputes = backward and (config.train.recompute_granularity == "full" or "moe" in recomputed_modules(config))
+    recomputes = backward and (
+        config.train.recompute_granularity == "full" or "moe" in recomputed_modules(config)
+    )
     passes = 1 + int(backward) + int(recomputes)
     tokens = z.R * config.moe.moe_router_topk * z.C * z.e
     over_ep = 2 * _ring(p.expert_model_parallel_size, tokens)
@@ -95,7 +109,9 @@ def _ends(config: RunConfig, z: Sizes, kind: str, pp_rank: int, chunk: int) -> i
     if is_first(pp_rank, chunk):
         v, images = config.vision, config.train.micro_batch_size
         positions = images * ((v.image_size // v.patch_size) ** 2 + int(v.model_type == "clip"))
-        tower = v.num_layers_used * 4 * _ring(z.t, positions * v.hidden_size * z.e)  # two all-reduces per layer
+        tower = (
+            v.num_layers_used * 4 * _ring(z.t, positions * v.hidden_size * z.e)
+        )  # two all-reduces per layer
         total += 0 if config.data.cache_vision_features else tower * (2 if "vision" in parts else 1)
         total += 2 * hidden  # the embedding's all-reduce
         if "language" in parts or "projector" in parts:
@@ -106,11 +122,15 @@ def _ends(config: RunConfig, z: Sizes, kind: str, pp_rank: int, chunk: int) -> i
 
 
 def _pipeline(config: RunConfig, z: Sizes, pp_rank: int) -> int:
-    """Per microbatch: a send forward from every chunk but the model's last, a send backward from every chunk but its first."""
+    """Per microbatch: a send forward from every chunk but the model's last, a send backward from every chunk
+    but its first.
+    """
     if config.parallel.pipeline_model_parallel_size == 1:
         return 0
     hidden = z.R * z.C * z.e
-    sends = sum(int(not is_last(config, pp_rank, c)) + int(not is_first(pp_rank, c)) for c in range(chunks(config)))
+    sends = sum(
+        int(not is_last(config, pp_rank, c)) + int(not is_first(pp_rank, c)) for c in range(chunks(config))
+    )
     return sends * hidden
 
 

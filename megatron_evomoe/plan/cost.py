@@ -1,9 +1,9 @@
 """An estimated step time, to rank layouts by. The machine's speeds are assumptions the report prints.
 
-Arithmetic is counted (2 FLOP per weight and token forward; backward the same again for the input's gradient and for each trained
-weight's; attention by its causal half), traffic is `communication.Volume`, and nothing of it is taken to overlap with arithmetic
-but what ``overlap_grad_reduce`` and ``overlap_param_gather`` say. Kernels' efficiency is taken to be the same in all layouts, which
-favours large TP a little.
+Arithmetic is counted (2 FLOP per weight and token forward; backward the same again for the input's gradient
+and for each trained weight's; attention by its causal half), traffic is `communication.Volume`, and nothing
+of it is taken to overlap with arithmetic but what ``overlap_grad_reduce`` and ``overlap_param_gather`` say.
+Kernels' efficiency is taken to be the same in all layouts, which favours large TP a little.
 """
 
 from __future__ import annotations
@@ -14,7 +14,14 @@ from megatron_evomoe.config import RunConfig
 from megatron_evomoe.plan import layout
 from megatron_evomoe.plan.activations import sizes_of
 from megatron_evomoe.plan.communication import Volume
-from megatron_evomoe.plan.counts import attention_heads, chunks, decoder_layer, is_first, is_last, vision_tower
+from megatron_evomoe.plan.counts import (
+    attention_heads,
+    chunks,
+    decoder_layer,
+    is_first,
+    is_last,
+    vision_tower,
+)
 from megatron_evomoe.plan.flow import LayerFlow, chunk_flow, recomputed_modules
 from megatron_evomoe.train.stages import trained_parts
 
@@ -28,7 +35,9 @@ class Machine:
     gpu_memory: float = 80.0
     """GiB."""
     headroom: float = 0.1
-    """Share of the memory left to the CUDA context, NCCL, the allocator and what is only needed for a moment."""
+    """Share of the memory left to the CUDA context, NCCL, the allocator and what is only needed for a
+    moment.
+    """
     tflops: float = 400.0
     """Sustained TFLOP/s of one GPU in the model's matrix products."""
     intra_bandwidth: float = 400.0
@@ -70,8 +79,14 @@ def bubble_ratio(pp: int, chunks_per_rank: int, microbatches: int) -> float:
     return (pp - 1) / (microbatches * chunks_per_rank)
 
 
-def step_time(config: RunConfig, kind: str, volume: Volume, machine: Machine, pp_rank: int,
-              seq_length: int | None = None) -> StepTime:
+def step_time(
+    config: RunConfig,
+    kind: str,
+    volume: Volume,
+    machine: Machine,
+    pp_rank: int,
+    seq_length: int | None = None,
+) -> StepTime:
     """As if pipeline stage `pp_rank` set the pace; `config` has layout and overrides applied."""
     p, world = config.parallel, machine.world_size
     m = layout.microbatches(config, world)
@@ -93,7 +108,9 @@ def step_time(config: RunConfig, kind: str, volume: Volume, machine: Machine, pp
 
 @dataclass(frozen=True)
 class _Speeds:
-    """Bytes/s by who talks. megatron-core numbers ranks TP first, then replicas (experts: expert-TP, EP, replicas), then stages."""
+    """Bytes/s by who talks. megatron-core numbers ranks TP first, then replicas (experts: expert-TP, EP,
+    replicas), then stages.
+    """
 
     machine: Machine
 
@@ -120,7 +137,9 @@ def flops(config: RunConfig, kind: str, pp_rank: int, seq_length: int | None = N
     return forward, backward
 
 
-def _layer_flops(config: RunConfig, kind: str, flow: LayerFlow, seq_length: int | None) -> tuple[float, float]:
+def _layer_flops(
+    config: RunConfig, kind: str, flow: LayerFlow, seq_length: int | None
+) -> tuple[float, float]:
     z = sizes_of(config, seq_length)
     weights = dict.fromkeys(("attention", "ffn", "router"), 0)
     for name, numel in decoder_layer(config, kind, flow.mixture):
@@ -131,7 +150,8 @@ def _layer_flops(config: RunConfig, kind: str, flow: LayerFlow, seq_length: int 
             weights["router"] += numel
         else:
             weights["ffn" if name.startswith("mlp.") else "attention"] += numel
-    # weights are a rank's own: T tokens meet those that TP splits; a mixture's tokens come to its experts from all ranks alike
+    # weights are a rank's own: T tokens meet those that TP splits; a mixture's tokens come to its experts
+    # from all ranks alike
     etp = config.parallel.expert_tensor_parallel_size
     attention, ffn = 2 * z.T * weights["attention"], 2 * (z.R * etp if flow.mixture else z.T) * weights["ffn"]
     router = z.R * weights["router"]  # half of them: a token meets its own modality's hypernetwork
@@ -148,7 +168,9 @@ def _layer_flops(config: RunConfig, kind: str, flow: LayerFlow, seq_length: int 
     return forward, backward + _recomputed_flops(config, flow, touched, forward, scores, ffn)
 
 
-def _recomputed_flops(config: RunConfig, flow: LayerFlow, touched: bool, forward: float, scores: float, ffn: float) -> float:
+def _recomputed_flops(
+    config: RunConfig, flow: LayerFlow, touched: bool, forward: float, scores: float, ffn: float
+) -> float:
     if config.train.recompute_granularity == "full":
         return forward
     modules = recomputed_modules(config)
@@ -156,14 +178,21 @@ def _recomputed_flops(config: RunConfig, flow: LayerFlow, touched: bool, forward
     return again + (ffn if ("moe" if flow.mixture else "mlp") in modules and touched else 0.0)
 
 
-def _ends_flops(config: RunConfig, kind: str, pp_rank: int, chunk: int, seq_length: int | None) -> tuple[float, float]:
+def _ends_flops(
+    config: RunConfig, kind: str, pp_rank: int, chunk: int, seq_length: int | None
+) -> tuple[float, float]:
     from megatron_evomoe.model.language import padded_vocab_size
 
     z, parts = sizes_of(config, seq_length), trained_parts(config, kind)
     forward = backward = 0.0
     if is_first(pp_rank, chunk) and not config.data.cache_vision_features:
         v = config.vision
-        tower = 2 * config.train.micro_batch_size * (v.image_size // v.patch_size) ** 2 * sum(n for _, n in vision_tower(config))
+        tower = (
+            2
+            * config.train.micro_batch_size
+            * (v.image_size // v.patch_size) ** 2
+            * sum(n for _, n in vision_tower(config))
+        )
         forward, backward = forward + tower, backward + (2 * tower if "vision" in parts else 0)
     if is_last(config, pp_rank, chunk):
         logits = 2 * z.T * z.C * padded_vocab_size(config) / z.t

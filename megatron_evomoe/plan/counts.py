@@ -1,9 +1,11 @@
 """Every parameter of one model chunk on one rank: its name and size, without building anything. Exact.
 
-The list follows `LlavaModel.named_parameters()` (local layers) in names and order; `tests/unit/plan/test_counts.py` compares them.
-Transformer Engine renames norms and experts and changes no size.
+The list follows `LlavaModel.named_parameters()` (local layers) in names and order;
+`tests/unit/plan/test_counts.py` compares them. Transformer Engine renames norms and experts and changes no
+size.
 
-Shapes: C width · F width of the FFN · V padded vocabulary · N experts · h, r the hypernetwork's inner width and rank.
+Shapes: C width · F width of the FFN · V padded vocabulary · N experts · h, r the hypernetwork's inner width
+and rank.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ class Tensor(NamedTuple):
     expert_parallel: bool = False
     """Reduced over the ranks that hold the same experts, rather than over all replicas."""
     own_bucket: bool = False
-    """The tied matrix under PP: the core gives it a gradient bucket of its own, so that both copies shard alike."""
+    """The tied matrix under PP: the core gives it a gradient bucket of its own, so that both copies shard
+    alike.
+    """
 
 
 def chunk_layers(config: RunConfig, pp_rank: int, chunk: int) -> range:
@@ -58,26 +62,37 @@ def is_last(config: RunConfig, pp_rank: int, chunk: int) -> bool:
 
 
 def chunk_tensors(config: RunConfig, kind: str, pp_rank: int, chunk: int = 0) -> list[Tensor]:
-    """The parameters of one chunk, in the model's order; `config` has the layout and the stage's overrides applied."""
+    """The parameters of one chunk, in the model's order; `config` has the layout and the stage's overrides
+    applied.
+    """
     parts = trained_parts(config, kind)
-    moe_layers = {i for i, is_moe in enumerate(config.moe.layer_pattern(config.language.num_layers)) if is_moe}
+    moe_layers = {
+        i for i, is_moe in enumerate(config.moe.layer_pattern(config.language.num_layers)) if is_moe
+    }
     layers = chunk_layers(config, pp_rank, chunk)
     expert_parallel = experts_reduced_apart(config)
     tied_apart = config.language.tie_word_embeddings and config.parallel.pipeline_model_parallel_size > 1
     found = []
     for layer, name, numel in _named(config, kind, pp_rank, chunk):
         part = part_of(name, kind, moe_layers, layers.start)
-        found.append(Tensor(
-            name, numel, part,
-            trains=part in parts or (part in ("experts", "router") and "language" in parts), layer=layer,
-            expert_parallel=part == "experts" and expert_parallel,
-            own_bucket=tied_apart and name.endswith(("word_embeddings.weight", "output_layer.weight")),
-        ))
+        found.append(
+            Tensor(
+                name,
+                numel,
+                part,
+                trains=part in parts or (part in ("experts", "router") and "language" in parts),
+                layer=layer,
+                expert_parallel=part == "experts" and expert_parallel,
+                own_bucket=tied_apart and name.endswith(("word_embeddings.weight", "output_layer.weight")),
+            )
+        )
     return found
 
 
 def experts_reduced_apart(config: RunConfig) -> bool:
-    """Whether experts are reduced over the ranks that hold the same ones, rather than like everything else (moe/layer.py)."""
+    """Whether experts are reduced over the ranks that hold the same ones, rather than like everything else
+    (moe/layer.py).
+    """
     p = config.parallel
     return p.expert_model_parallel_size > 1 or p.expert_tensor_parallel_size != p.tensor_model_parallel_size
 
@@ -94,7 +109,9 @@ def _named(config: RunConfig, kind: str, pp_rank: int, chunk: int) -> Iterator[t
         for name, size in decoder_layer(config, kind, config.moe.is_moe_layer(layer)):
             yield layer, f"language_model.decoder.layers.{i}.{name}", size
     if is_last(config, pp_rank, chunk):
-        yield from ((-1, f"language_model.decoder.{n}", s) for n, s in _norm("final_layernorm", C, lm.normalization))
+        yield from (
+            (-1, f"language_model.decoder.{n}", s) for n, s in _norm("final_layernorm", C, lm.normalization)
+        )
         if not (lm.tie_word_embeddings and is_first(pp_rank, chunk)):
             yield -1, "language_model.output_layer.weight", rows * C
         if lm.lm_head_bias:
@@ -137,8 +154,11 @@ def decoder_layer(config: RunConfig, kind: str, designated: bool) -> Named:
 def attention_heads(config: RunConfig) -> tuple[int, int, int]:
     """Query heads, key/value heads, size of one head; over all TP ranks."""
     lm = config.language
-    return (lm.num_attention_heads, lm.num_query_groups or lm.num_attention_heads,
-            lm.kv_channels or lm.hidden_size // lm.num_attention_heads)
+    return (
+        lm.num_attention_heads,
+        lm.num_query_groups or lm.num_attention_heads,
+        lm.kv_channels or lm.hidden_size // lm.num_attention_heads,
+    )
 
 
 def ffn(config: RunConfig, tp: int) -> Named:
@@ -166,7 +186,12 @@ def router(config: RunConfig) -> Named:
     else:
         yield "phi", moe.num_experts * C
         for modality in ("text", "vision"):
-            sizes = {"weight1": h * C, "bias1": h, "weight2_down": (h + 1) * 2 * r * C, "weight2_up": (h + 1) * r * C}
+            sizes = {
+                "weight1": h * C,
+                "bias1": h,
+                "weight2_down": (h + 1) * 2 * r * C,
+                "weight2_up": (h + 1) * r * C,
+            }
             yield from ((f"{modality}.{name}", size) for name, size in sizes.items())
 
 
@@ -194,8 +219,12 @@ def vision_tower(config: RunConfig) -> Named:
 
 def projector(config: RunConfig) -> Named:
     """Linear, GELU, Linear, with biases."""
-    return _two_linears(config.vision.hidden_size, config.language.hidden_size, config.language.hidden_size,
-                        config.parallel.tensor_model_parallel_size)
+    return _two_linears(
+        config.vision.hidden_size,
+        config.language.hidden_size,
+        config.language.hidden_size,
+        config.parallel.tensor_model_parallel_size,
+    )
 
 
 def _two_linears(inputs: int, inner: int, outputs: int, tp: int) -> Named:

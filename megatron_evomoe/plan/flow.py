@@ -1,8 +1,10 @@
-"""Where gradients flow through a chunk, which decides what is kept for the backward and what is computed there. Exact.
+"""Where gradients flow through a chunk, which decides what is kept for the backward and what is computed
+there. Exact.
 
-A layer keeps activations if its input needs a gradient or something in it trains. The first chunk's input needs one if
-something below the decoder trains; what arrives from another chunk always does, because the core's schedules receive it that
-way. Re-entrant recompute needs an input that does, so `LlavaModel.embed` then makes it so.
+A layer keeps activations if its input needs a gradient or something in it trains. The first chunk's input
+needs one if something below the decoder trains; what arrives from another chunk always does, because the
+core's schedules receive it that way. Re-entrant recompute needs an input that does, so `LlavaModel.embed`
+then makes it so.
 """
 
 from __future__ import annotations
@@ -44,7 +46,13 @@ def chunk_flow(config: RunConfig, kind: str, pp_rank: int, chunk: int) -> list[L
     """The chunk's layers, in order; `config` has layout and overrides applied."""
     parts = trained_parts(config, kind)
     language = "language" in parts
-    grad = not is_first(pp_rank, chunk) or language or "projector" in parts or "vision" in parts or reentrant(config)
+    grad = (
+        not is_first(pp_rank, chunk)
+        or language
+        or "projector" in parts
+        or "vision" in parts
+        or reentrant(config)
+    )
     flows = []
     for layer in chunk_layers(config, pp_rank, chunk):
         designated = config.moe.is_moe_layer(layer)
@@ -60,11 +68,15 @@ def chunk_flow(config: RunConfig, kind: str, pp_rank: int, chunk: int) -> list[L
 
 
 def in_fp8(config: RunConfig, layer: int) -> bool:
-    """Whether decoder layer `layer` (global, from 0) computes in FP8; megatron-core asks `fp8_utils.is_first_last_bf16_layer`."""
+    """Whether decoder layer `layer` (global, from 0) computes in FP8; megatron-core asks
+    `fp8_utils.is_first_last_bf16_layer`.
+    """
     gpu = config.gpu
     if gpu.fp8_format is None or not gpu.first_last_layers_bf16:
         return gpu.fp8_format is not None
-    return gpu.num_layers_at_start_in_bf16 <= layer < config.language.num_layers - gpu.num_layers_at_end_in_bf16
+    return (
+        gpu.num_layers_at_start_in_bf16 <= layer < config.language.num_layers - gpu.num_layers_at_end_in_bf16
+    )
 
 
 def reentrant(config: RunConfig) -> bool:

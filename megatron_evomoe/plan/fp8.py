@@ -1,9 +1,11 @@
-"""What FP8 (`gpu.fp8_format`) adds and saves: copies of weights, and inputs kept for weights' gradients. An estimate.
+"""What FP8 (`gpu.fp8_format`) adds and saves: copies of weights, and inputs kept for weights' gradients. An
+estimate.
 
-Read in Transformer Engine 2.11 (``pytorch/module/``, ``pytorch/tensor/``) and megatron-core 0.16.1, for Hopper; not measured.
-A weight stays in bf16, and each linear layer caches an FP8 copy of it from step to step. FP8 products of that chip want both
-factors with the summed dimension last, so where the input's gradient is computed the copy is kept transposed too. What a layer
-keeps of its input is FP8 in one of the two orders. Padding of rows and scales is not counted.
+Read in Transformer Engine 2.11 (``pytorch/module/``, ``pytorch/tensor/``) and megatron-core 0.16.1, for
+Hopper; not measured. A weight stays in bf16, and each linear layer caches an FP8 copy of it from step to
+step. FP8 products of that chip want both factors with the summed dimension last, so where the input's
+gradient is computed the copy is kept transposed too. What a layer keeps of its input is FP8 in one of the two
+orders. Padding of rows and scales is not counted.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ def input_bytes(config: RunConfig, elements: int) -> int:
 
 
 def projection_keeps_copy(config: RunConfig) -> bool:
-    """Whether the attention's output projection keeps an FP8 copy of what flash attention keeps in bf16 anyway.
+    """Whether the attention's output projection keeps an FP8 copy of what flash attention keeps in bf16
+    anyway.
 
     megatron-core has it keep that original instead, which Transformer Engine does not support with `delayed`.
     """
@@ -50,23 +53,31 @@ def _layer_bytes(config: RunConfig, kind: str, layer: int, flow: LayerFlow) -> i
         linear, _, parameter = name.rpartition(".")
         linear = linear.rpartition(".")[2]
         if linear in transposed and parameter == "weight":
-            total += _bytes(numel, _WEIGHT_PER_SCALE_BYTE.get(config.gpu.fp8_recipe)) * (1 + transposed[linear])
+            total += _bytes(numel, _WEIGHT_PER_SCALE_BYTE.get(config.gpu.fp8_recipe)) * (
+                1 + transposed[linear]
+            )
     return total
 
 
 def _transposed(config: RunConfig, layer: int, flow: LayerFlow) -> dict[str, bool]:
     """Linear layer -> whether its copy is kept transposed too.
 
-    That follows from its input needing a gradient; but with a norm fused into it (model/language.py) it always is.
+    That follows from its input needing a gradient; but with a norm fused into it (model/language.py) it
+    always is.
     """
     fuses = not config.language.parallel_residual
-    # the mixture's recompute makes its input need a gradient, so that what is trained in it learns (moe/layer.py)
-    mixture_input = flow.mixture and (flow.trains_router or flow.trains_ffn) and "moe" in recomputed_modules(config)
+    # the mixture's recompute makes its input need a gradient, so that what is trained in it learns
+    # (moe/layer.py)
+    mixture_input = (
+        flow.mixture and (flow.trains_router or flow.trains_ffn) and "moe" in recomputed_modules(config)
+    )
     return {
         "linear_qkv": fuses or flow.ffn_input_grad,
         "linear_proj": flow.ffn_input_grad,
         "linear_fc1": flow.ffn_input_grad or mixture_input or (fuses and not config.moe.is_moe_layer(layer)),
-        "linear_fc2": flow.ffn_input_grad or flow.trains_ffn or flow.trains_router,  # its input bears the router's probability
+        "linear_fc2": flow.ffn_input_grad
+        or flow.trains_ffn
+        or flow.trains_router,  # its input bears the router's probability
     }
 
 

@@ -1,4 +1,5 @@
-"""A layout: how the ranks are split, and what is recomputed. Which ones to consider, and which cannot run at all.
+"""A layout: how the ranks are split, and what is recomputed. Which ones to consider, and which cannot run at
+all.
 
 Nothing here allocates or communicates. The rules of feasibility are the trainer's own: `topology.validate`,
 `topology.virtual_stages`, `evolution.check_rule` and megatron-core's `TransformerConfig`.
@@ -15,12 +16,16 @@ from megatron_evomoe.parallel import topology
 
 RECOMPUTE = ("none", "selective", "full")
 MOST_CHUNKS = 4
-"""Chunks per rank beyond this gain little bubble for a lot of point-to-point traffic, and are not searched."""
+"""Chunks per rank beyond this gain little bubble for a lot of point-to-point traffic, and are not
+searched.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Degrees as in `ParallelConfig`, and the activation recompute. Data parallelism is what is left of the world."""
+    """Degrees as in `ParallelConfig`, and the activation recompute. Data parallelism is what is left of the
+    world.
+    """
 
     tp: int = 1
     pp: int = 1
@@ -42,9 +47,14 @@ class Layout:
 def of_config(config: RunConfig) -> Layout:
     """The layout a configuration asks for."""
     p = config.parallel
-    return Layout(tp=p.tensor_model_parallel_size, pp=p.pipeline_model_parallel_size, ep=p.expert_model_parallel_size,
-                  etp=p.expert_tensor_parallel_size, layers_per_chunk=p.num_layers_per_virtual_pipeline_stage,
-                  recompute=config.train.recompute_granularity or "none")
+    return Layout(
+        tp=p.tensor_model_parallel_size,
+        pp=p.pipeline_model_parallel_size,
+        ep=p.expert_model_parallel_size,
+        etp=p.expert_tensor_parallel_size,
+        layers_per_chunk=p.num_layers_per_virtual_pipeline_stage,
+        recompute=config.train.recompute_granularity or "none",
+    )
 
 
 def applied(config: RunConfig, layout: Layout) -> RunConfig:
@@ -52,20 +62,25 @@ def applied(config: RunConfig, layout: Layout) -> RunConfig:
     # "true" is the default wherever TP > 1, and refused where TP is 1
     sequence_parallel = config.parallel.sequence_parallel if layout.tp > 1 else None
     parallel = replace(
-        config.parallel, tensor_model_parallel_size=layout.tp, pipeline_model_parallel_size=layout.pp,
-        expert_model_parallel_size=layout.ep, expert_tensor_parallel_size=layout.etp,
-        num_layers_per_virtual_pipeline_stage=layout.layers_per_chunk, sequence_parallel=sequence_parallel,
+        config.parallel,
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.etp,
+        num_layers_per_virtual_pipeline_stage=layout.layers_per_chunk,
+        sequence_parallel=sequence_parallel,
     )
     recompute = None if layout.recompute == "none" else layout.recompute
     return replace(config, parallel=parallel, train=replace(config.train, recompute_granularity=recompute))
 
 
-def candidates(config: RunConfig, *, world_size: int, gpus_per_node: int,
-               held: dict[str, object] | None = None) -> Iterator[Layout]:
+def candidates(
+    config: RunConfig, *, world_size: int, gpus_per_node: int, held: dict[str, object] | None = None
+) -> Iterator[Layout]:
     """Every layout worth asking about, feasible or not.
 
-    TP stays inside a node and expert-TP divides TP; PP covers the divisors of the layers, and powers of two so that a refusal
-    of the usual ones is seen; EP divides the experts.
+    TP stays inside a node and expert-TP divides TP; PP covers the divisors of the layers, and powers of two
+    so that a refusal of the usual ones is seen; EP divides the experts.
 
     Args:
         held: `Layout` field -> the only value to consider.
@@ -83,7 +98,9 @@ def candidates(config: RunConfig, *, world_size: int, gpus_per_node: int,
                 for etp in choose("etp", _divisors(tp)):
                     for chunk in choose("layers_per_chunk", _chunk_lengths(layers, pp)):
                         for recompute in choose("recompute", list(RECOMPUTE)):
-                            yield Layout(tp=tp, pp=pp, ep=ep, etp=etp, layers_per_chunk=chunk, recompute=recompute)
+                            yield Layout(
+                                tp=tp, pp=pp, ep=ep, etp=etp, layers_per_chunk=chunk, recompute=recompute
+                            )
 
 
 def _chunk_lengths(layers: int, pp: int) -> list[int | None]:
@@ -114,15 +131,19 @@ def check(config: RunConfig, kind: str, world_size: int) -> None:
 
 
 def _check_core(config: RunConfig) -> None:
-    """megatron-core's own refusals. Neither Transformer Engine nor a GPU need be here, so what only they can do is taken out
-    first."""
+    """megatron-core's own refusals. Neither Transformer Engine nor a GPU need be here, so what only they can
+    do is taken out first.
+    """
     from megatron_evomoe.model.transformer_config import language_transformer_config
 
     assume_te = transformer_engine(config)
     language, moe, parallel = config.language, replace(config.moe, dtr_kernel="torch"), config.parallel
     train, gpu = config.train, config.gpu
     if assume_te:
-        groups, tp = language.num_query_groups or language.num_attention_heads, config.parallel.tensor_model_parallel_size
+        groups, tp = (
+            language.num_query_groups or language.num_attention_heads,
+            config.parallel.tensor_model_parallel_size,
+        )
         if groups % tp and tp % groups:
             raise ConfigError(f"num_query_groups {groups} must be a multiple or a divisor of TP {tp}")
         language = replace(language, num_query_groups=None)
@@ -130,37 +151,57 @@ def _check_core(config: RunConfig) -> None:
         parallel = replace(parallel, context_parallel_size=1)
         portable = [m for m in train.recompute_modules if m not in ("layernorm", "moe_act")]
         train = replace(train, transformer_impl="local", recompute_modules=portable or ["core_attn"])
-    language_transformer_config(replace(config, language=language, moe=moe, parallel=parallel, train=train, gpu=gpu))
+    language_transformer_config(
+        replace(config, language=language, moe=moe, parallel=parallel, train=train, gpu=gpu)
+    )
 
 
 def transformer_engine(config: RunConfig) -> bool:
-    """Whether the planned run has Transformer Engine: `auto` is taken to find it, wherever the plan itself is made."""
+    """Whether the planned run has Transformer Engine: `auto` is taken to find it, wherever the plan itself is
+    made.
+    """
     return config.train.transformer_impl != "local"
 
 
 def data_parallel(config: RunConfig, world_size: int) -> int:
     """Replicas: ranks that hold the same weights outside the experts and read different samples."""
     p = config.parallel
-    return world_size // (p.tensor_model_parallel_size * p.pipeline_model_parallel_size * p.context_parallel_size)
+    return world_size // (
+        p.tensor_model_parallel_size * p.pipeline_model_parallel_size * p.context_parallel_size
+    )
 
 
 def expert_data_parallel(config: RunConfig, world_size: int) -> int:
     """Ranks that hold the same experts."""
     p = config.parallel
-    return world_size // (p.expert_tensor_parallel_size * p.expert_model_parallel_size * p.pipeline_model_parallel_size)
+    return world_size // (
+        p.expert_tensor_parallel_size * p.expert_model_parallel_size * p.pipeline_model_parallel_size
+    )
 
 
 def microbatches(config: RunConfig, world_size: int) -> int:
     """Forward passes per optimizer step and replica."""
-    return config.train.global_batch_size // (config.train.micro_batch_size * data_parallel(config, world_size))
+    return config.train.global_batch_size // (
+        config.train.micro_batch_size * data_parallel(config, world_size)
+    )
 
 
 def _divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
 
 
-LAYOUT_FLAGS = dict(zip(
-    ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size", "expert_tensor_parallel_size",
-     "num_layers_per_virtual_pipeline_stage", "recompute_granularity"),
-    (f.name for f in fields(Layout)), strict=True))
+LAYOUT_FLAGS = dict(
+    zip(
+        (
+            "tensor_model_parallel_size",
+            "pipeline_model_parallel_size",
+            "expert_model_parallel_size",
+            "expert_tensor_parallel_size",
+            "num_layers_per_virtual_pipeline_stage",
+            "recompute_granularity",
+        ),
+        (f.name for f in fields(Layout)),
+        strict=True,
+    )
+)
 """Configuration field -> `Layout` field: a flag that names one holds it."""

@@ -1,4 +1,6 @@
-"""Every layout of every stage: does it run, does it fit, how long would a step take. Pure arithmetic; nothing is built."""
+"""Every layout of every stage: does it run, does it fit, how long would a step take. Pure arithmetic; nothing
+is built.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ from megatron_evomoe.train.stages import check_feature_cache
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """One layout of one stage. Memory is the fullest rank's, time and traffic the slowest pipeline stage's."""
+    """One layout of one stage. Memory is the fullest rank's, time and traffic the slowest pipeline
+    stage's.
+    """
 
     layout: Layout
     data_parallel: int
@@ -50,7 +54,9 @@ class Refusal:
 
 @dataclass(kw_only=True)
 class TooBig:
-    """Layouts whose fullest rank needs more than there is, with the same largest part and the same way out."""
+    """Layouts whose fullest rank needs more than there is, with the same largest part and the same way
+    out.
+    """
 
     largest: str
     remedy: str
@@ -73,7 +79,9 @@ class StagePlan:
 
 
 def stages_of(config: RunConfig, names: Sequence[str] | None = None) -> list[StageConfig]:
-    """The run's stages (all five kinds where it lists none), or those named. Raises `ConfigError` for an unknown name."""
+    """The run's stages (all five kinds where it lists none), or those named. Raises `ConfigError` for an
+    unknown name.
+    """
     stages = config.stages or [StageConfig(name=kind, kind=kind) for kind in STAGE_KINDS]
     known = {s.name: s for s in stages}
     for name in names or ():
@@ -82,14 +90,20 @@ def stages_of(config: RunConfig, names: Sequence[str] | None = None) -> list[Sta
     return [known[name] for name in names] if names else list(stages)
 
 
-def plan_stage(config: RunConfig, stage: StageConfig, machine: Machine, held: dict[str, object] | None = None,
-               seq_length: int | None = None) -> StagePlan:
+def plan_stage(
+    config: RunConfig,
+    stage: StageConfig,
+    machine: Machine,
+    held: dict[str, object] | None = None,
+    seq_length: int | None = None,
+) -> StagePlan:
     """Try every layout of `stage`.
 
     Args:
         config: the run's; the stage's overrides are applied here.
         held: `Layout` field -> the only value to try.
-        seq_length: tokens per sample to reckon traffic and time with; none takes the longest allowed, as memory always does.
+        seq_length: tokens per sample to reckon traffic and time with; none takes the longest allowed, as
+            memory always does.
 
     Raises:
         ConfigError: features are to be cached of a tower that trains.
@@ -98,11 +112,15 @@ def plan_stage(config: RunConfig, stage: StageConfig, machine: Machine, held: di
     check_feature_cache(config, stage)
     estimates, refused = [], {}
     search = _Search(config, stage.kind, machine, seq_length)
-    for layout in layouts.candidates(config, world_size=machine.world_size, gpus_per_node=machine.gpus_per_node, held=held):
+    for layout in layouts.candidates(
+        config, world_size=machine.world_size, gpus_per_node=machine.gpus_per_node, held=held
+    ):
         try:
             search.check(layout)
         except ConfigError as error:
-            reason = re.sub(r"#(, #)+", "#", re.sub(r"\d+", "#", str(error)))  # one reason, whatever its numbers
+            reason = re.sub(
+                r"#(, #)+", "#", re.sub(r"\d+", "#", str(error))
+            )  # one reason, whatever its numbers
             refused.setdefault(reason, Refusal(example=str(error))).layouts.append(layout)
         else:
             estimates.append(search.estimate(layout))
@@ -110,7 +128,9 @@ def plan_stage(config: RunConfig, stage: StageConfig, machine: Machine, held: di
     fits.sort(key=lambda e: (e.time.total, e.total_bytes))
     too_big = _group_too_big([e for e in estimates if e.total_bytes > machine.usable_bytes], fits, search)
     by_number = sorted(refused.values(), key=lambda r: -len(r.layouts))
-    return StagePlan(name=stage.name, kind=stage.kind, config=config, fits=fits, too_big=too_big, refused=by_number)
+    return StagePlan(
+        name=stage.name, kind=stage.kind, config=config, fits=fits, too_big=too_big, refused=by_number
+    )
 
 
 class _Search:
@@ -123,7 +143,9 @@ class _Search:
         self._estimates: dict[Layout, Estimate] = {}
 
     def check(self, layout: Layout) -> None:
-        """Raises `ConfigError` if it cannot run. Recompute alone refuses nothing that its own degrees do not."""
+        """Raises `ConfigError` if it cannot run. Recompute alone refuses nothing that its own degrees do
+        not.
+        """
         key = (layout.degrees, layout.recompute)
         if key not in self._checked:
             try:
@@ -138,13 +160,16 @@ class _Search:
         """Of a layout that passed `check`. Stages without experts do not care how experts would be split."""
         counted = layout if self.kind == "route" else layout.without_experts()
         if counted not in self._estimates:
-            self._estimates[counted] = estimate(self.config, self.kind, counted, self.machine, self.seq_length,
-                                                self._states_of(counted))
+            self._estimates[counted] = estimate(
+                self.config, self.kind, counted, self.machine, self.seq_length, self._states_of(counted)
+            )
         return replace(self._estimates[counted], layout=layout)
 
     def _states_of(self, layout: Layout) -> list[States]:
         if layout.degrees not in self._states:
-            self._states[layout.degrees] = all_states(layouts.applied(self.config, layout), self.kind, self.machine)
+            self._states[layout.degrees] = all_states(
+                layouts.applied(self.config, layout), self.kind, self.machine
+            )
         return self._states[layout.degrees]
 
 
@@ -154,29 +179,55 @@ def all_states(config: RunConfig, kind: str, machine: Machine) -> list[States]:
     return [states_of(config, kind, world_size=machine.world_size, pp_rank=rank) for rank in ranks]
 
 
-def estimate(config: RunConfig, kind: str, layout: Layout, machine: Machine, seq_length: int | None = None,
-             states: list[States] | None = None) -> Estimate:
-    """Memory, traffic and time of a feasible layout; `config` has the stage's overrides but not the layout."""
+def estimate(
+    config: RunConfig,
+    kind: str,
+    layout: Layout,
+    machine: Machine,
+    seq_length: int | None = None,
+    states: list[States] | None = None,
+) -> Estimate:
+    """Memory, traffic and time of a feasible layout; `config` has the stage's overrides but not the
+    layout.
+    """
     config, world = layouts.applied(config, layout), machine.world_size
     states = all_states(config, kind, machine) if states is None else states
     m = layouts.microbatches(config, world)
     activations = [activation_bytes(config, kind, rank, m) for rank in range(layout.pp)]
     copies = [fp8.weight_bytes(config, kind, rank) for rank in range(layout.pp)]
-    volumes = [volume_of(config, kind, states[rank], world_size=world, pp_rank=rank, seq_length=seq_length)
-               for rank in range(layout.pp)]
+    volumes = [
+        volume_of(config, kind, states[rank], world_size=world, pp_rank=rank, seq_length=seq_length)
+        for rank in range(layout.pp)
+    ]
     times = [step_time(config, kind, volumes[rank], machine, rank, seq_length) for rank in range(layout.pp)]
-    fullest = max(range(layout.pp), key=lambda rank: states[rank].total_bytes + copies[rank] + activations[rank])
+    fullest = max(
+        range(layout.pp), key=lambda rank: states[rank].total_bytes + copies[rank] + activations[rank]
+    )
     slowest = max(range(layout.pp), key=lambda rank: times[rank].total)
-    return Estimate(layout=layout, data_parallel=layouts.data_parallel(config, world), microbatches=m, states=states[fullest],
-                    fp8_bytes=copies[fullest], activation_bytes=activations[fullest], fullest_stage=fullest,
-                    volume=volumes[slowest], time=times[slowest])
+    return Estimate(
+        layout=layout,
+        data_parallel=layouts.data_parallel(config, world),
+        microbatches=m,
+        states=states[fullest],
+        fp8_bytes=copies[fullest],
+        activation_bytes=activations[fullest],
+        fullest_stage=fullest,
+        volume=volumes[slowest],
+        time=times[slowest],
+    )
 
 
 def largest_part(e: Estimate) -> str:
     """The kind of memory that takes most."""
     s = e.states
-    parts = {"parameters": s.parameter_bytes, "gradients": s.gradient_bytes, "optimizer state": s.optimizer_bytes,
-             "evolution state": s.evolution_bytes, "FP8 weights": e.fp8_bytes, "activations": e.activation_bytes}
+    parts = {
+        "parameters": s.parameter_bytes,
+        "gradients": s.gradient_bytes,
+        "optimizer state": s.optimizer_bytes,
+        "evolution state": s.evolution_bytes,
+        "FP8 weights": e.fp8_bytes,
+        "activations": e.activation_bytes,
+    }
     return max(parts, key=lambda name: parts[name])
 
 
@@ -200,16 +251,23 @@ def _remedy(e: Estimate, fitting: set[Layout], search: _Search) -> str:
         if size % smaller == 0 and e.activation_bytes * smaller / size <= room:
             return f"micro_batch_size: {smaller}"
     if not search.config.parallel.use_distributed_optimizer and e.data_parallel > 1:
-        sharded = replace(search.config, parallel=replace(search.config.parallel, use_distributed_optimizer=True))
-        if estimate(sharded, search.kind, e.layout, search.machine, search.seq_length).total_bytes <= search.machine.usable_bytes:
+        sharded = replace(
+            search.config, parallel=replace(search.config.parallel, use_distributed_optimizer=True)
+        )
+        if (
+            estimate(sharded, search.kind, e.layout, search.machine, search.seq_length).total_bytes
+            <= search.machine.usable_bytes
+        ):
             return "use_distributed_optimizer: true"
     return "more TP, PP or EP, or GPUs with more memory"
 
 
 def whole_run(plans: Sequence[StagePlan]) -> list[tuple[Layout, list[Estimate], float]]:
-    """Degrees under which every stage fits, fastest first: (layout, each stage's estimate with its best recompute, seconds).
+    """Degrees under which every stage fits, fastest first: (layout, each stage's estimate with its best
+    recompute, seconds).
 
-    A run has one set of degrees; recompute may be each stage's own. Seconds are step times times ``train_iters``.
+    A run has one set of degrees; recompute may be each stage's own. Seconds are step times times
+    ``train_iters``.
     """
     by_degrees: dict[tuple, list[Estimate]] = {}
     for i, plan in enumerate(plans):
@@ -218,7 +276,10 @@ def whole_run(plans: Sequence[StagePlan]) -> list[tuple[Layout, list[Estimate], 
             if len(found) == i:
                 found.append(e)
     complete = [es for es in by_degrees.values() if len(es) == len(plans)]
-    seconds = {id(es): sum(e.time.total * p.config.train.train_iters for e, p in zip(es, plans, strict=True)) for es in complete}
+    seconds = {
+        id(es): sum(e.time.total * p.config.train.train_iters for e, p in zip(es, plans, strict=True))
+        for es in complete
+    }
     largest = {id(es): max(e.total_bytes for e in es) for es in complete}
     complete.sort(key=lambda es: (seconds[id(es)], largest[id(es)]))
     return [(es[0].layout, es, seconds[id(es)]) for es in complete]

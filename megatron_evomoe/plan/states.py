@@ -1,9 +1,11 @@
-"""Parameters, gradients, optimizer state and evolution state of one rank. Exact (`tests/distributed/test_plan.py`).
+"""Parameters, gradients, optimizer state and evolution state of one rank. Exact
+(`tests/distributed/test_plan.py`).
 
-What is counted: each parameter; the fp32 gradient buffer of what trains, with its padding; Adam's two fp32 moments and, under bf16,
-the fp32 master copy, of the rank's shard under the distributed optimizer and of all its parameters otherwise; the fp32 experts
-2…N of `evolve` that this rank keeps, and its copy of the last step's expert 1. What is not: one step counter per tensor
-(torch's Adam), and whatever an optimizer step needs for a moment.
+What is counted: each parameter; the fp32 gradient buffer of what trains, with its padding; Adam's two fp32
+moments and, under bf16, the fp32 master copy, of the rank's shard under the distributed optimizer and of all
+its parameters otherwise; the fp32 experts 2…N of `evolve` that this rank keeps, and its copy of the last
+step's expert 1. What is not: one step counter per tensor (torch's Adam), and whatever an optimizer step needs
+for a moment.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ MASTER_BYTES = 4
 
 @dataclass(frozen=True, kw_only=True)
 class States:
-    """One rank's resident memory, and what it reduces. `parameters` and `trainable` count elements, the rest bytes."""
+    """One rank's resident memory, and what it reduces. `parameters` and `trainable` count elements, the rest
+    bytes.
+    """
 
     parameters: int
     trainable: int
@@ -49,12 +53,20 @@ def element_bytes(config: RunConfig) -> int:
     return 2 if config.train.bf16 else 4
 
 
-def states_of(config: RunConfig, kind: str, *, world_size: int, pp_rank: int, dp_rank: int | None = None,
-              expert_dp_rank: int | None = None) -> States:
+def states_of(
+    config: RunConfig,
+    kind: str,
+    *,
+    world_size: int,
+    pp_rank: int,
+    dp_rank: int | None = None,
+    expert_dp_rank: int | None = None,
+) -> States:
     """What one rank of pipeline stage `pp_rank` holds; `config` has layout and overrides applied.
 
     Args:
-        dp_rank, expert_dp_rank: its place among the replicas, and among the ranks with the same experts; it decides which
+        dp_rank, expert_dp_rank: its place among the replicas, and among the ranks with the same experts; it
+        decides which
             shard and which evolved experts it keeps. None takes an upper bound over all places.
     """
     tensors = [chunk_tensors(config, kind, pp_rank, chunk) for chunk in range(chunks(config))]
@@ -79,16 +91,31 @@ def states_of(config: RunConfig, kind: str, *, world_size: int, pp_rank: int, dp
     )
 
 
-def _buffer(config: RunConfig, tensors: Sequence[Tensor], world_size: int, pp_rank: int, chunk: int, *, expert: bool) -> Buffer:
-    """Buckets are cut only where reduction overlaps the backward, and then on the first stage's first chunk only."""
+def _buffer(
+    config: RunConfig, tensors: Sequence[Tensor], world_size: int, pp_rank: int, chunk: int, *, expert: bool
+) -> Buffer:
+    """Buckets are cut only where reduction overlaps the backward, and then on the first stage's first chunk
+    only.
+    """
     replicas = data_parallel(config, world_size)
     cut = config.parallel.overlap_grad_reduce and pp_rank == 0 and chunk == 0
-    group = expert_data_parallel(config, world_size) if expert else replicas * config.parallel.context_parallel_size
+    group = (
+        expert_data_parallel(config, world_size)
+        if expert
+        else replicas * config.parallel.context_parallel_size
+    )
     chosen = [t for t in tensors if t.trains and t.expert_parallel == expert]
-    return lay_out(chosen, group, config.parallel.use_distributed_optimizer, max(40_000_000, 1_000_000 * replicas) if cut else None)
+    return lay_out(
+        chosen,
+        group,
+        config.parallel.use_distributed_optimizer,
+        max(40_000_000, 1_000_000 * replicas) if cut else None,
+    )
 
 
-def _evolution_bytes(config: RunConfig, kind: str, tensors: Sequence[Tensor], replicas: int, dp_rank: int | None) -> int:
+def _evolution_bytes(
+    config: RunConfig, kind: str, tensors: Sequence[Tensor], replicas: int, dp_rank: int | None
+) -> int:
     """Experts 2…N are dealt round robin over the replicas (× CP), so the first replica keeps the most."""
     if kind != "evolve":
         return 0

@@ -1,8 +1,9 @@
 """One rank's failure becomes every rank's message within seconds, whatever the others wait for.
 
-A rank that fails says so in the job's key-value store and waits until the others have heard. A thread of each rank looks there
-twice a second: it prints the message, gives the rank a few seconds to end by itself (often it has met the same error, or its
-collective has failed), and then ends it: a collective that waits cannot be interrupted. The status is that of the rank that failed.
+A rank that fails says so in the job's key-value store and waits until the others have heard. A thread of each
+rank looks there twice a second: it prints the message, gives the rank a few seconds to end by itself (often
+it has met the same error, or its collective has failed), and then ends it: a collective that waits cannot be
+interrupted. The status is that of the rank that failed.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from megatron_evomoe.observe.heartbeat import CollectiveError, failed_collective
 from megatron_evomoe.train.step import NonFiniteError
 
 _POLL, _GRACE = 0.5, 5.0
-_PATIENCE = 5.0  # seconds for the others to hear; less where one of them is dead or silent, as a failed collective says
+# seconds for the others to hear; less where one of them is dead or silent, as a failed collective says
+_PATIENCE = 5.0
 USER_ERRORS = (ConfigError, CheckpointError, DataError, NonFiniteError, OSError)
 """Errors whose message says all: no traceback, exit status 2."""
 
@@ -59,7 +61,9 @@ class RankFailedError(RuntimeError):
 
 
 def failure_of(error: BaseException, run_dir: Path | None) -> Failure:
-    """`error` as this rank tells it: in a line, with what stays intact under `run_dir`, where that is known already."""
+    """`error` as this rank tells it: in a line, with what stays intact under `run_dir`, where that is known
+    already.
+    """
     line = " ".join(str(error).split())
     if isinstance(error, (CollectiveError, dist.DistError)) or failed_collective(error) is not None:
         status = 3  # not the cause, wherever another rank has told one
@@ -69,10 +73,19 @@ def failure_of(error: BaseException, run_dir: Path | None) -> Failure:
         line = f"{type(error).__name__}: {line}".removesuffix(": ")
     says_it_itself = isinstance(error, (ConfigError, CheckpointError, NonFiniteError))
     if run_dir is not None and not says_it_itself:
-        line += f". The checkpoints under {run_dir} stay as they were; the same command goes on from the newest"
+        line += (
+            f". The checkpoints under {run_dir} stay as they were; the same command goes on from the newest"
+        )
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    return Failure(rank, world, socket.gethostname(), os.getpid(), line, status,
-                   is_shared=world == 1 or getattr(error, "is_shared", False))
+    return Failure(
+        rank,
+        world,
+        socket.gethostname(),
+        os.getpid(),
+        line,
+        status,
+        is_shared=world == 1 or getattr(error, "is_shared", False),
+    )
 
 
 def tell(failure: Failure, error: BaseException) -> Failure:
@@ -104,12 +117,16 @@ class Alarm:
         if self._world > 1:
             store = dist.distributed_c10d._get_default_store()
             self._store = store.clone()  # a connection each: one waits while the other asks
-            self._thread = threading.Thread(target=self._watch, args=(store.clone(),), name="alarm", daemon=True)
+            self._thread = threading.Thread(
+                target=self._watch, args=(store.clone(),), name="alarm", daemon=True
+            )
             self._thread.start()
         return self
 
     def sound(self, error: BaseException) -> None:
-        """Tell the other ranks what this one met. Only the first failure of all ranks counts; does not wait."""
+        """Tell the other ranks what this one met. Only the first failure of all ranks counts; does not
+        wait.
+        """
         if self._thread is None or self._sounded is not None:
             return
         self._sounded = failure_of(error, self._run_dir)
@@ -122,7 +139,9 @@ class Alarm:
         except Exception:  # whoever kept the store is gone, and the others find out by their collectives
             return
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._thread is None:
             return
         try:
@@ -134,7 +153,9 @@ class Alarm:
             self._ended.set()
 
     def _settle(self, error: BaseException) -> Failure:
-        """The failure this rank ends with, printed: the first of all ranks, unless this one met something of its own."""
+        """The failure this rank ends with, printed: the first of all ranks, unless this one met something of
+        its own.
+        """
         first, mine = self._heard, self._sounded
         if first is None or (first.text != mine.text and mine.status != 3):
             return tell(mine, error)

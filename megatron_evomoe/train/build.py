@@ -44,9 +44,9 @@ class Built:
     def gather_weights(self) -> list[LlavaModel]:
         """The modules, with the last update's weights in place. Communicates: all ranks call it.
 
-        With `overlap_param_gather` the optimizer step leaves each rank with the new values of its own shard, and the next forward
-        gathers the rest. Whatever reads weights between the two (a save, an evaluation, a norm, evolution) takes the modules
-        from here.
+        With `overlap_param_gather` the optimizer step leaves each rank with the new values of its own shard,
+        and the next forward gathers the rest. Whatever reads weights between the two (a save, an evaluation,
+        a norm, evolution) takes the modules from here.
         """
         for wrapped in self.wrapped:
             if wrapped.ddp_config.overlap_param_gather:
@@ -54,8 +54,12 @@ class Built:
         return self.modules
 
     def evolve(self, step: int, seed: int) -> None:
-        """Let the evolved experts follow the first after optimizer step `step`. Communicates as `gather_weights` does."""
-        if evolving := self.evolving:  # on all ranks of a data-parallel group or on none: they hold the same layers
+        """Let the evolved experts follow the first after optimizer step `step`. Communicates as
+        `gather_weights` does.
+        """
+        if (
+            evolving := self.evolving
+        ):  # on all ranks of a data-parallel group or on none: they hold the same layers
             self.gather_weights()
             for mlp in evolving:
                 mlp.evolve(step, seed)
@@ -67,22 +71,30 @@ def build_modules(config: RunConfig, kind: str) -> list[LlavaModel]:
     modules = []
     for vp_stage in range(chunks or 1):
         stage = vp_stage if chunks else None
-        modules.append(LlavaModel(
-            config,
-            stage_kind=kind,
-            pre_process=ps.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
-            post_process=ps.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
-            vp_stage=stage,
-        ))
+        modules.append(
+            LlavaModel(
+                config,
+                stage_kind=kind,
+                pre_process=ps.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
+                post_process=ps.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
+                vp_stage=stage,
+            )
+        )
     return [m.to(backend.device(), dtype=torch.bfloat16 if config.train.bf16 else None) for m in modules]
 
 
 def build_stage(config: RunConfig, stage: StageConfig) -> Built:
-    """Everything for training `stage` (config already resolved for it). Communicates: DDP broadcasts nothing, groups exist."""
+    """Everything for training `stage` (config already resolved for it). Communicates: DDP broadcasts nothing,
+    groups exist.
+    """
     modules = build_modules(config, stage.kind)
     sizes: dict[str, int] = {}
     for module in modules:
-        first = module.language_model.decoder.layers[0].layer_number - 1 if module.language_model.decoder.layers else 0
+        first = (
+            module.language_model.decoder.layers[0].layer_number - 1
+            if module.language_model.decoder.layers
+            else 0
+        )
         for part, count in freeze(module, config, stage.kind, first).items():
             sizes[part] = sizes.get(part, 0) + count
     wrapped = optim.wrap(modules, config)
@@ -101,5 +113,15 @@ def build_stage(config: RunConfig, stage: StageConfig) -> Built:
     for module in modules[1:]:
         other = get_model_config(module)
         other.finalize_model_grads_func, other.grad_scale_func, other.no_sync_func = (
-            core.finalize_model_grads_func, core.grad_scale_func, core.no_sync_func)
-    return Built(modules=modules, wrapped=wrapped, optimizer=optimizer, scheduler=scheduler, part_sizes=sizes, clock=clock)
+            core.finalize_model_grads_func,
+            core.grad_scale_func,
+            core.no_sync_func,
+        )
+    return Built(
+        modules=modules,
+        wrapped=wrapped,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        part_sizes=sizes,
+        clock=clock,
+    )

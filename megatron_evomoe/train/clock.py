@@ -15,8 +15,9 @@ from megatron_evomoe.parallel import backend
 class StepClock:
     """Times a rank from the start of a step to the end of its backward, before gradients are reduced.
 
-    Where ranks meet earlier in the step (tensor, pipeline or expert parallelism) they wait for each other inside that time, so
-    the report tells replicas apart, not the ranks of one. On CUDA events time the device.
+    Where ranks meet earlier in the step (tensor, pipeline or expert parallelism) they wait for each other
+    inside that time, so the report tells replicas apart, not the ranks of one. On CUDA events time the
+    device.
     """
 
     def __init__(self) -> None:
@@ -39,15 +40,20 @@ class StepClock:
             self._steps += 1
 
     def report(self) -> dict[str, float]:
-        """The slowest rank since the last report: its number, its mean seconds a step, the median rank's. Communicates."""
+        """The slowest rank since the last report: its number, its mean seconds a step, the median rank's.
+        Communicates.
+        """
         mean = torch.tensor([self._total / max(1, self._steps)], dtype=torch.float64, device=backend.device())
         everyone = [torch.zeros_like(mean) for _ in range(dist.get_world_size())]
         dist.all_gather(everyone, mean)
         self._total, self._steps = 0.0, 0
         seconds = [float(t) for t in everyone]
         slowest = max(range(len(seconds)), key=seconds.__getitem__)
-        return {"straggler/rank": slowest, "straggler/seconds": seconds[slowest],
-                "straggler/median-seconds": statistics.median(seconds)}
+        return {
+            "straggler/rank": slowest,
+            "straggler/seconds": seconds[slowest],
+            "straggler/median-seconds": statistics.median(seconds),
+        }
 
 
 def _now() -> Any:

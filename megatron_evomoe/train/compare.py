@@ -1,7 +1,8 @@
 """What differs between the configuration a checkpoint was saved under and the present one, field by field.
 
-Both are resolved for the stage first, and values are compared by what they mean: a preset and its fields spelled out are the same,
-so are `num_query_groups` left out and as many groups as heads. Nothing here reads a file or communicates.
+Both are resolved for the stage first, and values are compared by what they mean: a preset and its fields
+spelled out are the same, so are `num_query_groups` left out and as many groups as heads. Nothing here reads a
+file or communicates.
 """
 
 from __future__ import annotations
@@ -18,8 +19,13 @@ from megatron_evomoe.config.run import FLAT, flat_name
 from megatron_evomoe.train.stages import TRAINS
 
 DENSE = ("align", "warmup", "dense")
-_BEGINNING_ONLY = {("language", "init_method_std"), ("vision", "init_method_std"), ("moe", "dtr_init_std"), ("moe", "expert_init"),
-                   ("moe", "expert_init_noise")}
+_BEGINNING_ONLY = {
+    ("language", "init_method_std"),
+    ("vision", "init_method_std"),
+    ("moe", "dtr_init_std"),
+    ("moe", "expert_init"),
+    ("moe", "expert_init_noise"),
+}
 """Fields of how fresh weights are drawn, which say nothing about weights that are loaded."""
 
 
@@ -40,7 +46,9 @@ class Change:
         return flat_name(self.section, self.field)
 
     def __str__(self) -> str:
-        return f"{self.flag} {show(self.before)} → {show(self.now)}" + (f" ({self.note})" if self.note else "")
+        return f"{self.flag} {show(self.before)} → {show(self.now)}" + (
+            f" ({self.note})" if self.note else ""
+        )
 
 
 def show(value: Any) -> str:
@@ -52,8 +60,8 @@ def show(value: Any) -> str:
 def stored_config(raw: dict[str, Any], stage: str | None) -> RunConfig | None:
     """The configuration in a checkpoint, resolved for `stage`; of an older version too.
 
-    Fields it does not have get today's default, those it has and we do not know are left out, and values that would be refused
-    today stay as they are: a comparison needs no runnable configuration.
+    Fields it does not have get today's default, those it has and we do not know are left out, and values that
+    would be refused today stay as they are: a comparison needs no runnable configuration.
 
     Args:
         raw: the mapping in ``run_config.yaml``.
@@ -64,7 +72,11 @@ def stored_config(raw: dict[str, Any], stage: str | None) -> RunConfig | None:
     """
     sections = {name: raw[name] for name in SECTIONS if isinstance(raw.get(name), dict)}
     stages = raw.get("stages")
-    named = [s for s in stages if isinstance(s, dict) and s.get("name") == stage] if isinstance(stages, list) else []
+    named = (
+        [s for s in stages if isinstance(s, dict) and s.get("name") == stage]
+        if isinstance(stages, list)
+        else []
+    )
     if not sections or (stage is not None and not named):
         return None
     values = {name: dict(sections.get(name, {})) for name in SECTIONS}
@@ -112,13 +124,18 @@ def _change(section: str, field: str, before: RunConfig, now: RunConfig, kind: s
     if old == new or _meaning(section, field, before, kind) == _meaning(section, field, now, kind):
         return None
     of_class, note = on_resume(SECTIONS[section], field), ""
-    if of_class is OnResume.MUST_EQUAL and not (_is_used(section, field, before, kind) or _is_used(section, field, now, kind)):
+    if of_class is OnResume.MUST_EQUAL and not (
+        _is_used(section, field, before, kind) or _is_used(section, field, now, kind)
+    ):
         of_class, note = OnResume.SAID, f"of no use to a stage of kind {kind}"
     return Change(section, field, old, new, of_class, note)
 
 
-def model_changes(before: RunConfig, now: RunConfig, source_kind: str, kind: str, parts: list[str]) -> list[Change]:
-    """The must-equal fields by which a checkpoint's weights would mean another model in a stage that begins from them.
+def model_changes(
+    before: RunConfig, now: RunConfig, source_kind: str, kind: str, parts: list[str]
+) -> list[Change]:
+    """The must-equal fields by which a checkpoint's weights would mean another model in a stage that begins
+    from them.
 
     Many of them leave every tensor's shape alone: RoPE, epsilons, activations, windows, how heads are cut.
 
@@ -127,15 +144,30 @@ def model_changes(before: RunConfig, now: RunConfig, source_kind: str, kind: str
         source_kind, kind: of the checkpoint and of the stage.
         parts: top-level parts of the model that the checkpoint covers.
     """
-    sections = {"language": "language_model" in parts, "vision": "vision_model" in parts, "moe": source_kind in ("evolve", "route")}
-    found = [c for c in changes(before, now, kind) if sections.get(c.section) and c.kind is OnResume.MUST_EQUAL
-             and (c.section, c.field) not in _BEGINNING_ONLY]
+    sections = {
+        "language": "language_model" in parts,
+        "vision": "vision_model" in parts,
+        "moe": source_kind in ("evolve", "route"),
+    }
+    found = [
+        c
+        for c in changes(before, now, kind)
+        if sections.get(c.section)
+        and c.kind is OnResume.MUST_EQUAL
+        and (c.section, c.field) not in _BEGINNING_ONLY
+    ]
     if "vision_projection" not in parts:  # nothing has been trained on the tower's features yet
-        found = [c for c in found if (c.section, c.field) not in {("vision", "feature_layer"), ("vision", "feature_select"),
-                                                                  ("vision", "num_layers")}]
+        found = [
+            c
+            for c in found
+            if (c.section, c.field)
+            not in {("vision", "feature_layer"), ("vision", "feature_select"), ("vision", "num_layers")}
+        ]
     if source_kind == "evolve":  # it has no router
         found = [c for c in found if c.section != "moe" or c.field in ("num_experts", "moe_layer_freq")]
-    if source_kind == "route" and before.moe.router != now.moe.router:  # another router starts fresh, and is named
+    if (
+        source_kind == "route" and before.moe.router != now.moe.router
+    ):  # another router starts fresh, and is named
         found = [c for c in found if c.field != "router" and not c.field.startswith("dtr_")]
     return found
 
@@ -149,7 +181,9 @@ def plain(value: Any) -> Any:
 
 def _is_used(section: str, field: str, config: RunConfig, kind: str) -> bool:
     """Whether a stage of `kind` computes or draws anything with a field."""
-    if section != "moe" or field == "moe_layer_freq":  # where mixtures will be decides about names in dense stages too
+    if (
+        section != "moe" or field == "moe_layer_freq"
+    ):  # where mixtures will be decides about names in dense stages too
         return True
     if kind in DENSE:
         return False
@@ -163,23 +197,38 @@ def _is_used(section: str, field: str, config: RunConfig, kind: str) -> bool:
 
 _Meaning = Callable[[RunConfig, str], Any]
 _MEANINGS: dict[tuple[str, str], _Meaning] = {
-    ("language", "num_query_groups"): lambda c, _: c.language.num_query_groups or c.language.num_attention_heads,
-    ("language", "kv_channels"): lambda c, _: c.language.kv_channels or c.language.hidden_size // c.language.num_attention_heads,
-    ("language", "rope_scaling_type"): lambda c, _: c.language.rope_scaling_type if c.language.rope_scaling_factor != 1 else None,
-    ("language", "rope_scaling_factor"): lambda c, _: c.language.rope_scaling_factor if c.language.rope_scaling_type else 1,
+    ("language", "num_query_groups"): lambda c, _: (
+        c.language.num_query_groups or c.language.num_attention_heads
+    ),
+    ("language", "kv_channels"): lambda c, _: (
+        c.language.kv_channels or c.language.hidden_size // c.language.num_attention_heads
+    ),
+    ("language", "rope_scaling_type"): lambda c, _: (
+        c.language.rope_scaling_type if c.language.rope_scaling_factor != 1 else None
+    ),
+    ("language", "rope_scaling_factor"): lambda c, _: (
+        c.language.rope_scaling_factor if c.language.rope_scaling_type else 1
+    ),
     ("vision", "num_layers"): lambda c, _: c.vision.num_layers_used,
     ("vision", "feature_layer"): lambda c, _: c.vision.num_layers_used,
-    ("vision", "feature_select"): lambda c, _: c.vision.feature_select if c.vision.model_type == "clip" else "patch",
+    ("vision", "feature_select"): lambda c, _: (
+        c.vision.feature_select if c.vision.model_type == "clip" else "patch"
+    ),
     ("moe", "evolution_beta"): lambda c, _: c.moe.evolution_ranges,
     ("moe", "moe_layer_freq"): lambda c, _: c.moe.layer_pattern(c.language.num_layers),
     ("optimizer", "lr_decay_iters"): lambda c, _: c.optimizer.lr_decay_iters or c.train.train_iters,
     ("parallel", "sequence_parallel"): lambda c, _: (
-        c.parallel.tensor_model_parallel_size > 1 if c.parallel.sequence_parallel is None else c.parallel.sequence_parallel),
+        c.parallel.tensor_model_parallel_size > 1
+        if c.parallel.sequence_parallel is None
+        else c.parallel.sequence_parallel
+    ),
     ("train", "trainable"): lambda c, kind: sorted({*(c.train.trainable or TRAINS.get(kind, ()))}),
     ("train", "recompute_modules"): lambda c, _: (
-        sorted({*c.train.recompute_modules}) if c.train.recompute_granularity == "selective" else None),
+        sorted({*c.train.recompute_modules}) if c.train.recompute_granularity == "selective" else None
+    ),
     ("train", "recompute_num_layers"): lambda c, _: (
-        c.train.recompute_num_layers if c.train.recompute_granularity == "full" else None),
+        c.train.recompute_num_layers if c.train.recompute_granularity == "full" else None
+    ),
 }
 
 
@@ -187,5 +236,10 @@ def _meaning(section: str, field: str, config: RunConfig, kind: str) -> Any:
     raw = plain(getattr(getattr(config, section), field))
     try:
         return plain(_MEANINGS.get((section, field), lambda *_: raw)(config, kind))
-    except (TypeError, ValueError, IndexError, ZeroDivisionError):  # a value that no version of today would accept
+    except (
+        TypeError,
+        ValueError,
+        IndexError,
+        ZeroDivisionError,
+    ):  # a value that no version of today would accept
         return raw

@@ -1,7 +1,7 @@
 """Held-out exact match by greedy decoding, under any layout.
 
-Answers are decoded by running the whole sequence again for every new token: short answers need no cache, and the very
-forward that trained is the one that is measured.
+Answers are decoded by running the whole sequence again for every new token: short answers need no cache, and
+the very forward that trained is the one that is measured.
 """
 
 from __future__ import annotations
@@ -51,8 +51,16 @@ class Score:
         return {kind: self.correct[kind] / self.total[kind] for kind in self.total}
 
 
-def exact_match(chunks: list[torch.nn.Module], questions: Sequence[Question], tokenizer: Any, *, stop: set[int], batch_size: int,
-                max_new_tokens: int = 8, blind: bool = False) -> Score:
+def exact_match(
+    chunks: list[torch.nn.Module],
+    questions: Sequence[Question],
+    tokenizer: Any,
+    *,
+    stop: set[int],
+    batch_size: int,
+    max_new_tokens: int = 8,
+    blind: bool = False,
+) -> Score:
     """Decode every question and compare texts. Communicates: all ranks call it with the same `questions`.
 
     Args:
@@ -65,12 +73,21 @@ def exact_match(chunks: list[torch.nn.Module], questions: Sequence[Question], to
     rank, world = ps.get_data_parallel_rank(), ps.get_data_parallel_world_size()
     with inference(chunks):
         for start in range(0, len(questions), batch_size * world):
-            batch = questions[start + rank * batch_size : min(len(questions), start + (rank + 1) * batch_size)]
-            # replicas must run equally many forwards, since experts are shared between them; an idle one repeats a question
+            batch = questions[
+                start + rank * batch_size : min(len(questions), start + (rank + 1) * batch_size)
+            ]
+            # replicas must run equally many forwards, since experts are shared between them; an idle one
+            # repeats a question
             rows = batch or questions[:1]
             images = torch.cat([q.images for q in rows])
-            answers = greedy(chunks, [q.prompt for q in rows], torch.zeros_like(images) if blind else images,
-                             stop=stop, max_new_tokens=max_new_tokens, pad_id=tokenizer.pad_id)
+            answers = greedy(
+                chunks,
+                [q.prompt for q in rows],
+                torch.zeros_like(images) if blind else images,
+                stop=stop,
+                max_new_tokens=max_new_tokens,
+                pad_id=tokenizer.pad_id,
+            )
             for question, ids in zip(batch, answers, strict=False):
                 column = kinds.index(question.kind)
                 tally[1, column] += 1
@@ -100,15 +117,22 @@ class inference:
             chunk.train(mode)
 
 
-def greedy(chunks: list[torch.nn.Module], prompts: Sequence[EncodedSample], images: torch.Tensor, *, stop: set[int],
-           max_new_tokens: int, pad_id: int) -> list[list[int]]:
+def greedy(
+    chunks: list[torch.nn.Module],
+    prompts: Sequence[EncodedSample],
+    images: torch.Tensor,
+    *,
+    stop: set[int],
+    max_new_tokens: int,
+    pad_id: int,
+) -> list[list[int]]:
     """The most likely continuation of each prompt, token by token, without the stop token.
 
     Args:
         images: uint8 [n, 3, S, S], in prompt order.
 
-    Communicates: every rank of every replica takes part in every forward, and all stop together. Rows that have ended are
-    left out of the next forward; a replica with none left repeats its first.
+    Communicates: every rank of every replica takes part in every forward, and all stop together. Rows that
+    have ended are left out of the next forward; a replica with none left repeats its first.
     """
     counts = _images_per_prompt(prompts, len(images), _unwrap(chunks[0]).run_config.vision.tokens_per_image)
     pixels = images.to(backend.device()).split(counts)
@@ -137,7 +161,9 @@ def _images_per_prompt(prompts: Sequence[EncodedSample], total: int, tokens_per_
     return counts
 
 
-def _pad(sequences: Sequence[tuple[list[int], list[int]]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _pad(
+    sequences: Sequence[tuple[list[int], list[int]]], pad_id: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Right-padded tokens and types [b, s], s a multiple of TP, and each row's last position [b]."""
     where, multiple = backend.device(), ps.get_tensor_model_parallel_world_size()
     longest = max(len(tokens) for tokens, _ in sequences)
@@ -154,13 +180,22 @@ def _any_open(mine: bool) -> bool:
     return bool(flag.item())
 
 
-def next_tokens(chunks: list[torch.nn.Module], tokens: torch.Tensor, types: torch.Tensor, images: torch.Tensor,
-                at: torch.Tensor) -> torch.Tensor:
-    """Greedy choice after position `at` [b] of every row, int64 [b], on every rank of the replica. Communicates."""
+def next_tokens(
+    chunks: list[torch.nn.Module],
+    tokens: torch.Tensor,
+    types: torch.Tensor,
+    images: torch.Tensor,
+    at: torch.Tensor,
+) -> torch.Tensor:
+    """Greedy choice after position `at` [b] of every row, int64 [b], on every rank of the replica.
+    Communicates.
+    """
     b, s = tokens.shape
     vocab_size = _unwrap(chunks[0]).run_config.language.vocab_size
 
-    def forward_step(batches: Iterator[int], model: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
+    def forward_step(
+        batches: Iterator[int], model: torch.nn.Module
+    ) -> tuple[torch.Tensor, Callable[..., Any]]:
         next(batches)
         logits = model(tokens, types, images)
 
@@ -186,7 +221,9 @@ def next_tokens(chunks: list[torch.nn.Module], tokens: torch.Tensor, types: torc
     )
     choice = found[0] if found else torch.zeros(b, dtype=torch.int64, device=tokens.device)
     if ps.get_pipeline_model_parallel_world_size() > 1:
-        dist.broadcast(choice, ps.get_pipeline_model_parallel_last_rank(), group=ps.get_pipeline_model_parallel_group())
+        dist.broadcast(
+            choice, ps.get_pipeline_model_parallel_last_rank(), group=ps.get_pipeline_model_parallel_group()
+        )
     return choice
 
 

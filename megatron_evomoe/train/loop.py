@@ -61,7 +61,9 @@ def train(config: RunConfig, stage_names: list[str] | None = None) -> Session:
         stop.restore()
 
 
-def _train_stages(session: Session, stage_names: list[str] | None, stop: StopRequests, alarm: Alarm) -> Session:
+def _train_stages(
+    session: Session, stage_names: list[str] | None, stop: StopRequests, alarm: Alarm
+) -> Session:
     try:
         for stage in selected(session.config, stage_names):
             if reason := stop.agreed() or train_stage(session, stage, stop):
@@ -89,16 +91,23 @@ def train_stage(session: Session, stage: StageConfig, stop: StopRequests) -> str
         Why it ended before its last step (saved all the same), or none.
     """
     config = session.config.for_stage(stage.name)
-    if (report.is_measured(session, stage.name) and (done := _finished(session, stage))
-            and not resume.goes_on(session, done, stage, config)):
+    if (
+        report.is_measured(session, stage.name)
+        and (done := _finished(session, stage))
+        and not resume.goes_on(session, done, stage, config)
+    ):
         return None
     found = _checkpoint_of(session, stage, config)
     session.heartbeat.enter("setup", 0, stage.name)
-    samples = training_set(config, session.topology) if found is None or _has_steps_left(found, config) else None
+    samples = (
+        training_set(config, session.topology) if found is None or _has_steps_left(found, config) else None
+    )
     comparison = resume.compare(session, found, stage, config, samples and samples.data) if found else None
     topology.seed_everything(config.train.seed)
     built = build_stage(config, stage)
-    record = _resume(session, found, built, stage, comparison) if found else _begin(session, built, stage, config)
+    record = (
+        _resume(session, found, built, stage, comparison) if found else _begin(session, built, stage, config)
+    )
     record.data = samples.data if samples else record.data
     session.logger.say(f"stage {stage.name}: {course(built.scheduler, config.train.train_iters)}")
     session.logger.start_stage(stage.name, config.train.train_iters, record.step)
@@ -117,8 +126,16 @@ def train_stage(session: Session, stage: StageConfig, stop: StopRequests) -> str
     return None
 
 
-def _take_steps(session: Session, built: Built, record: Record, config: RunConfig, stage: StageConfig, stop: StopRequests,
-                meter: report.StageMeter, dataset: ShardDataset | None) -> str | None:
+def _take_steps(
+    session: Session,
+    built: Built,
+    record: Record,
+    config: RunConfig,
+    stage: StageConfig,
+    stop: StopRequests,
+    meter: report.StageMeter,
+    dataset: ShardDataset | None,
+) -> str | None:
     """From `record.step` to the stage's last step, or to where `stop` ends it (saved). Communicates."""
     features = vision_cache.open_cache(session, built, config, dataset)
     if reason := vision_cache.complete(features, session, built, config, stop):
@@ -171,25 +188,52 @@ def _begin(session: Session, built: Built, stage: StageConfig, config: RunConfig
     lineage: list[records.Ancestor] = []
     if source_path is not None:
         source_path = find.resolve(source_path)
-        comparison = resume.compare_source(source_path, find.record_of(source_path), stage, config, session.fingerprint)
+        comparison = resume.compare_source(
+            source_path, find.record_of(source_path), stage, config, session.fingerprint
+        )
         source, fresh = start_from(source_path, built, config, stage, fingerprint=session.fingerprint)
-        lineage = [*source.lineage, {"stage": source.stage, "kind": source.kind, "step": source.step, "path": str(source_path),
-                                     "run_id": source.run_id}]
+        lineage = [
+            *source.lineage,
+            {
+                "stage": source.stage,
+                "kind": source.kind,
+                "step": source.step,
+                "path": str(source_path),
+                "run_id": source.run_id,
+            },
+        ]
     else:
         comparison, fresh = resume.Comparison(), ["the whole model"]
         for mlp in built.evolving:
             mlp.begin()
     session.logger.rewind(stage.name, 0)  # lines of an attempt that ended before its first checkpoint
-    session.logger.event("begin", stage=stage.name, source=str(source_path) if source_path else None, fresh=fresh,
-                         **comparison.fields())
-    session.logger.say(f"stage {stage.name}: begins from {source_path or 'fresh weights alone'}"
-                       + (f"; starts fresh: {', '.join(fresh)}" if source_path and fresh else ""))
+    session.logger.event(
+        "begin",
+        stage=stage.name,
+        source=str(source_path) if source_path else None,
+        fresh=fresh,
+        **comparison.fields(),
+    )
+    session.logger.say(
+        f"stage {stage.name}: begins from {source_path or 'fresh weights alone'}"
+        + (f"; starts fresh: {', '.join(fresh)}" if source_path and fresh else "")
+    )
     if line := comparison.line():
         session.logger.say(f"stage {stage.name}: other than in {source_path}: {line}")
-    return Record(stage=stage.name, kind=stage.kind, step=0, position=0, finished=False, layout=rng.layout(),
-                  vocab_size=config.language.vocab_size or 0, tokenizer_fingerprint=session.fingerprint,
-                  run_id=session.run_id, wandb_run_id=session.logger.wandb_run_id, lineage=lineage,
-                  num_experts=config.moe.num_experts if stage.kind in ("evolve", "route") else 0)
+    return Record(
+        stage=stage.name,
+        kind=stage.kind,
+        step=0,
+        position=0,
+        finished=False,
+        layout=rng.layout(),
+        vocab_size=config.language.vocab_size or 0,
+        tokenizer_fingerprint=session.fingerprint,
+        run_id=session.run_id,
+        wandb_run_id=session.logger.wandb_run_id,
+        lineage=lineage,
+        num_experts=config.moe.num_experts if stage.kind in ("evolve", "route") else 0,
+    )
 
 
 def _source(session: Session, stage: StageConfig, config: RunConfig) -> str | Path | None:
@@ -210,8 +254,11 @@ def _source(session: Session, stage: StageConfig, config: RunConfig) -> str | Pa
     path = find.resolve(folder, _owner(session, before, folder))
     record = find.record_of(path)
     if not record.finished:
-        raise CheckpointError(f"stage {stage.name!r} starts from the end of stage {before.name!r}, whose newest good checkpoint is "
-                              f"{path}; delete any damaged one after it and run {before.name!r} again, or set `load: {path}`")
+        raise CheckpointError(
+            f"stage {stage.name!r} starts from the end of stage {before.name!r}, whose newest good "
+            "checkpoint is "
+            f"{path}; delete any damaged one after it and run {before.name!r} again, or set `load: {path}`"
+        )
     _check_lineage(session, before, path, record)
     return path
 
@@ -227,8 +274,11 @@ def _check_lineage(session: Session, stage: StageConfig, path: Path, record: Rec
         return
     last = record.lineage[-1] if record.lineage else None
     if last is not None and last.get("run_id") == record.run_id and last["stage"] != parent.name:
-        raise CheckpointError(f"{path} began from stage {last['stage']!r}, and this run's stage {stage.name!r} begins from "
-                              f"{parent.name!r}; run {stage.name!r} again in another --save, or set `load: {path}` to use it as is")
+        raise CheckpointError(
+            f"{path} began from stage {last['stage']!r}, and this run's stage {stage.name!r} begins from "
+            f"{parent.name!r}; run {stage.name!r} again in another --save, or set `load: {path}` to use it "
+            "as is"
+        )
 
 
 def _parent(session: Session, stage: StageConfig) -> StageConfig | None:
@@ -238,7 +288,9 @@ def _parent(session: Session, stage: StageConfig) -> StageConfig | None:
 
 
 def _owner(session: Session, stage: StageConfig, folder: Path) -> find.Owner:
-    """Whose the checkpoints in a stage's folder are: this run's or, under `load`, those of the run they lie in."""
+    """Whose the checkpoints in a stage's folder are: this run's or, under `load`, those of the run they lie
+    in.
+    """
     run_dir = folder.parent
     if run_dir == session.run_dir:
         return session.owner(stage)
@@ -256,7 +308,9 @@ def _finished(session: Session, stage: StageConfig) -> Path | None:
 
 
 def _checkpoint_of(session: Session, stage: StageConfig, config: RunConfig) -> Path | None:
-    """Where the stage goes on from: its newest good checkpoint under `save`, else under `load`. Communicates."""
+    """Where the stage goes on from: its newest good checkpoint under `save`, else under `load`.
+    Communicates.
+    """
     step, load = config.checkpoint.ckpt_step, config.checkpoint.load
     own = stage_dir(session.run_dir, stage)
     wants_own = step is None or load is None or (own / f"iter_{step:07d}").exists()
@@ -271,15 +325,25 @@ def _has_steps_left(found: Path, config: RunConfig) -> bool:
     return not record.finished or record.step < config.train.train_iters
 
 
-def _resume(session: Session, found: Path, built: Built, stage: StageConfig, comparison: resume.Comparison) -> Record:
+def _resume(
+    session: Session, found: Path, built: Built, stage: StageConfig, comparison: resume.Comparison
+) -> Record:
     record = find.record_of(found)
     _check_lineage(session, stage, found, record)
-    store.load_training_state(found, modules=built.modules, optimizer=built.optimizer, scheduler=built.scheduler, record=record,
-                              is_own=found.parent.parent == session.run_dir)
+    store.load_training_state(
+        found,
+        modules=built.modules,
+        optimizer=built.optimizer,
+        scheduler=built.scheduler,
+        record=record,
+        is_own=found.parent.parent == session.run_dir,
+    )
     session.logger.rewind(stage.name, record.step)
     if schedule := str(built.scheduler):
         comparison.notes.append(schedule)
-    session.logger.event("resume", stage=stage.name, step=record.step, checkpoint=str(found), **comparison.fields())
+    session.logger.event(
+        "resume", stage=stage.name, step=record.step, checkpoint=str(found), **comparison.fields()
+    )
     session.logger.say(f"stage {stage.name}: resumed at step {record.step} from {found}")
     if line := comparison.line():
         session.logger.say(f"stage {stage.name}: other than in the checkpoint: {line}")
@@ -289,7 +353,9 @@ def _resume(session: Session, found: Path, built: Built, stage: StageConfig, com
 
 def _is_due(step: int, config: RunConfig) -> bool:
     every = config.checkpoint.save_interval
-    return every > 0 and step % every == 0 and step < config.train.train_iters  # the last step is saved anyway
+    return (
+        every > 0 and step % every == 0 and step < config.train.train_iters
+    )  # the last step is saved anyway
 
 
 def _save(session: Session, built: Built, record: Record, stage: StageConfig) -> None:
@@ -298,17 +364,27 @@ def _save(session: Session, built: Built, record: Record, stage: StageConfig) ->
         session.logger.flush()  # what a resume from here will not log again
         with profile.phase("save"):
             _announce(session, stage, session.saver.poll(wait=True))  # one save at a time
-            path = session.saver.save(stage_dir(session.run_dir, stage), modules=built.gather_weights(), optimizer=built.optimizer,
-                                      scheduler=built.scheduler, record=record, config_yaml=session.config.to_yaml())
+            path = session.saver.save(
+                stage_dir(session.run_dir, stage),
+                modules=built.gather_weights(),
+                optimizer=built.optimizer,
+                scheduler=built.scheduler,
+                record=record,
+                config_yaml=session.config.to_yaml(),
+            )
         _announce(session, stage, path)
 
 
 def _announce(session: Session, stage: StageConfig, published: Path | None) -> None:
     if published is not None:
-        session.logger.event("save", stage=stage.name, step=int(published.name[5:]), checkpoint=str(published))
+        session.logger.event(
+            "save", stage=stage.name, step=int(published.name[5:]), checkpoint=str(published)
+        )
 
 
-def _measure(session: Session, built: Built, config: RunConfig, stage: StageConfig, step: int, meter: report.StageMeter) -> None:
+def _measure(
+    session: Session, built: Built, config: RunConfig, stage: StageConfig, step: int, meter: report.StageMeter
+) -> None:
     """Held-out accuracy, seeing, blind and with shuffled routing, and what the experts do. Communicates."""
     session.heartbeat.enter("evaluate")
     asked = questions(session, config, config.train.eval_samples)
@@ -316,14 +392,22 @@ def _measure(session: Session, built: Built, config: RunConfig, stage: StageConf
         meter.finish({})
         return
     built.gather_weights()
-    ask = functools.partial(evaluate.exact_match, built.wrapped, asked, session.tokenizer, stop=session.stop_ids(config),
-                            batch_size=config.train.eval_batch_size)
+    ask = functools.partial(
+        evaluate.exact_match,
+        built.wrapped,
+        asked,
+        session.tokenizer,
+        stop=session.stop_ids(config),
+        batch_size=config.train.eval_batch_size,
+    )
     mixtures = built.mixtures()
     with collect.watching(mixtures, config) as watch:
         scores = {"accuracy": ask()}
     scores["blind"] = ask(blind=True)
     if stage.kind == "route":
-        collect.save(session.run_dir, stage.name, step, watch, mixtures, config, is_main=session.topology.rank == 0)
+        collect.save(
+            session.run_dir, stage.name, step, watch, mixtures, config, is_main=session.topology.rank == 0
+        )
         for i in range(config.train.eval_shuffles):
             with collect.shuffled(mixtures, seed=config.train.seed + i):
                 scores[f"shuffled {i + 1}"] = ask()

@@ -26,12 +26,15 @@ def wrap(chunks: list[torch.nn.Module], config: RunConfig) -> list[DistributedDa
         overlap_param_gather=config.parallel.overlap_param_gather,
     )
     return [
-        DistributedDataParallel(chunk.config, ddp_config, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(chunks)
+        DistributedDataParallel(chunk.config, ddp_config, chunk, disable_bucketing=i > 0)
+        for i, chunk in enumerate(chunks)
     ]
 
 
 def build_optimizer(chunks: list[DistributedDataParallel], config: RunConfig) -> MegatronOptimizer:
-    """Adam with decoupled weight decay over the parameters that require gradients; fp32 master weights under bf16."""
+    """Adam with decoupled weight decay over the parameters that require gradients; fp32 master weights under
+    bf16.
+    """
     o, bf16 = config.optimizer, config.train.bf16
     core = CoreOptimizerConfig(
         optimizer="adam",
@@ -50,10 +53,11 @@ def build_optimizer(chunks: list[DistributedDataParallel], config: RunConfig) ->
 
 
 class Schedule(OptimizerParamScheduler):
-    """megatron-core's schedule, which on a resume follows either the configuration or the checkpoint, and says in what they differ.
+    """megatron-core's schedule, which on a resume follows either the configuration or the checkpoint, and
+    says in what they differ.
 
-    A learning rate is a function of the step alone. So after a resume under another configuration, every rate is that of a run
-    which had that configuration from its first step on.
+    A learning rate is a function of the step alone. So after a resume under another configuration, every rate
+    is that of a run which had that configuration from its first step on.
     """
 
     _COMPARED = ("max_lr", "min_lr", "lr_warmup_steps", "lr_decay_steps", "lr_decay_style", "start_wd")
@@ -70,12 +74,22 @@ class Schedule(OptimizerParamScheduler):
             CheckpointError: the checkpoint's schedule is to go on, and ends before the run does.
         """
         own = self.state_dict()
-        self.changed = {name: (state_dict[name], own[name]) for name in self._COMPARED if state_dict[name] != own[name]}
+        self.changed = {
+            name: (state_dict[name], own[name]) for name in self._COMPARED if state_dict[name] != own[name]
+        }
         ends, steps = state_dict["lr_decay_steps"], own["lr_decay_steps"]
-        if self.use_checkpoint_opt_param_scheduler and ends < steps and state_dict["lr_decay_style"] != "constant":
-            raise CheckpointError(f"the checkpoint's schedule ends at step {ends}, and steps {ends + 1} to {steps} would train at "
-                                  f"its last rate, {state_dict['min_lr']:g}; leave use_checkpoint_opt_param_scheduler out, and the "
-                                  f"schedule is that of train_iters {steps}; or set train_iters {ends}")
+        if (
+            self.use_checkpoint_opt_param_scheduler
+            and ends < steps
+            and state_dict["lr_decay_style"] != "constant"
+        ):
+            raise CheckpointError(
+                f"the checkpoint's schedule ends at step {ends}, and steps {ends + 1} to {steps} would train "
+                "at "
+                f"its last rate, {state_dict['min_lr']:g}; leave use_checkpoint_opt_param_scheduler out, and "
+                "the "
+                f"schedule is that of train_iters {steps}; or set train_iters {ends}"
+            )
         self.num_steps = 0  # the core adds the checkpoint's to it
         super().load_state_dict(state_dict)
         for group in self.optimizer.param_groups:  # what a group says of these goes before the schedule's own
@@ -87,14 +101,19 @@ class Schedule(OptimizerParamScheduler):
         if not self.changed:
             return ""
         if self.use_checkpoint_opt_param_scheduler:
-            kept = ", ".join(f"{name} {there} (configuration: {here})" for name, (there, here) in self.changed.items())
+            kept = ", ".join(
+                f"{name} {there} (configuration: {here})" for name, (there, here) in self.changed.items()
+            )
             return f"the checkpoint's schedule goes on: {kept}"
         return "the schedule follows the configuration: " + ", ".join(
-            f"{name} {there} → {here}" for name, (there, here) in self.changed.items())
+            f"{name} {there} → {here}" for name, (there, here) in self.changed.items()
+        )
 
 
 def build_scheduler(optimizer: MegatronOptimizer, config: RunConfig) -> Schedule:
-    """Linear warmup from 0, then `lr_decay_style` towards `min_lr`; stepped after each update, so step 1 takes the rate of 0."""
+    """Linear warmup from 0, then `lr_decay_style` towards `min_lr`; stepped after each update, so step 1
+    takes the rate of 0.
+    """
     o, steps = config.optimizer, config.optimizer.lr_decay_iters or config.train.train_iters
     # rounded up, as in Hugging Face's schedules that MoE-LLaVA uses
     warmup = min(steps - 1, math.ceil(o.lr_warmup_fraction * steps))
@@ -128,4 +147,7 @@ def course(scheduler: OptimizerParamScheduler, last: int) -> str:
     rates = [f"{rate(step)} at step {step}" for step in sorted({1, peak, last})]
     style, low, end = schedule.lr_decay_style, schedule.min_lr, schedule.lr_decay_steps
     then = {"constant": "", "inverse-square-root": f", never below min_lr {low:.3g}"}
-    return f"lr {', '.join(rates)} of {last} ({style}{then.get(style, f', at min_lr {low:.3g} after step {end}')})"
+    return (
+        f"lr {', '.join(rates)} of {last} "
+        f"({style}{then.get(style, f', at min_lr {low:.3g} after step {end}')})"
+    )

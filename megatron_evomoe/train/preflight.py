@@ -29,8 +29,11 @@ def check_stage(config: RunConfig, kind: str, world_size: int) -> None:
     topology.validate(config, world_size)
     precision.check_sequence(config)
     trained_parts(config, kind)
-    for build in (transformer_config.language_transformer_config, transformer_config.vision_transformer_config,
-                  transformer_config.projector_transformer_config):
+    for build in (
+        transformer_config.language_transformer_config,
+        transformer_config.vision_transformer_config,
+        transformer_config.projector_transformer_config,
+    ):
         build(config)
     parallel, train = config.parallel, config.train
     if kind == "evolve":
@@ -40,13 +43,20 @@ def check_stage(config: RunConfig, kind: str, world_size: int) -> None:
     if kind == "route" and config.moe.moe_token_dispatcher_type == "flex":
         _check_flex(config)
     if train.profile and (absent := [rank for rank in train.profile_ranks if rank >= world_size]):
-        raise ConfigError(f"profile_ranks names {absent}, and this run has ranks 0 to {world_size - 1}; leave them out")
+        raise ConfigError(
+            f"profile_ranks names {absent}, and this run has ranks 0 to {world_size - 1}; leave them out"
+        )
 
 
 def _check_flex(config: RunConfig) -> None:
     """megatron-core would fail at this only when it builds the first mixture."""
     parallel = config.parallel
     if parallel.expert_tensor_parallel_size * parallel.expert_model_parallel_size == 1:
-        raise ConfigError("moe_token_dispatcher_type flex sends tokens between ranks, and expert-TP x EP is 1; use alltoall")
+        raise ConfigError(
+            "moe_token_dispatcher_type flex sends tokens between ranks, and expert-TP x EP is 1; use alltoall"
+        )
     if importlib.util.find_spec("deep_ep") is None:
-        raise ConfigError("moe_token_dispatcher_type flex needs DeepEP (the package deep_ep), which is not installed; use alltoall")
+        raise ConfigError(
+            "moe_token_dispatcher_type flex needs DeepEP (the package deep_ep), which is not installed; use "
+            "alltoall"
+        )

@@ -69,13 +69,22 @@ class StageMeter:
         self.session.logger.log(step, metrics, {"skipped": samples} if samples else None)
 
     def finish(self, scores: dict[str, Score]) -> None:
-        """Write the stage's line of the table and its event. The steps come from metrics.jsonl, so a stage that was
-        interrupted and resumed has the same line as one that ran through."""
-        row: dict[str, Any] = {"stage": self.stage.name, "kind": self.stage.kind, "steps": self.config.train.train_iters}
+        """Write the stage's line of the table and its event. The steps come from metrics.jsonl, so a stage
+        that was interrupted and resumed has the same line as one that ran through.
+        """
+        row: dict[str, Any] = {
+            "stage": self.stage.name,
+            "kind": self.stage.kind,
+            "steps": self.config.train.train_iters,
+        }
         for name, score in scores.items():
             row[name] = {"overall": score.accuracy(), **score.by_kind()}
         if self.session.topology.rank == 0:
-            steps = [line for line in jsonl.read(self.session.run_dir / "metrics.jsonl") if line["stage"] == self.stage.name]
+            steps = [
+                line
+                for line in jsonl.read(self.session.run_dir / "metrics.jsonl")
+                if line["stage"] == self.stage.name
+            ]
             row |= {
                 "first loss": steps[0]["lm loss"] if steps else None,
                 "loss": statistics.fmean(line["lm loss"] for line in steps[-_LAST:]) if steps else None,
@@ -87,7 +96,9 @@ class StageMeter:
             rows = [r for r in _rows(self.session) if r["stage"] != self.stage.name]
             jsonl.replace(self.session.run_dir / SUMMARY, json.dumps([*rows, row], indent=1))
         if scores:
-            self.session.logger.event("eval", step=self.config.train.train_iters, accuracy=row["accuracy"], blind=row.get("blind"))
+            self.session.logger.event(
+                "eval", step=self.config.train.train_iters, accuracy=row["accuracy"], blind=row.get("blind")
+            )
 
 
 def is_measured(session: Session, stage: str) -> bool:
@@ -103,25 +114,46 @@ def _rows(session: Session) -> list[dict[str, Any]]:
 
 
 def routing_metrics(watch: Watch, config: RunConfig, *, steps: int) -> dict[str, float]:
-    """Shares by modality and auxiliary losses of the last `steps` steps; `watch` counts anew afterwards. Communicates."""
+    """Shares by modality and auxiliary losses of the last `steps` steps; `watch` counts anew afterwards.
+    Communicates.
+    """
     counts = watch.total()
     watch.shares.reset()
-    microbatches = config.train.global_batch_size // (config.train.micro_batch_size * ps.get_data_parallel_world_size())
+    microbatches = config.train.global_batch_size // (
+        config.train.micro_batch_size * ps.get_data_parallel_world_size()
+    )
     captured = _Capture()
     names = ["load_balancing_loss"] if config.moe.moe_aux_loss_coeff else []
     names += ["z_loss"] if config.moe.moe_z_loss_coeff else []
     if names:
         pattern = config.moe.layer_pattern(config.language.num_layers)
-        for name in names:  # a pipeline rank without a mixture would not know whom to reduce with, and leave replicas out
-            moe_utils.save_to_aux_losses_tracker(name, torch.zeros((), device=backend.device()), 1, len(pattern),
-                                                 reduce_group=ps.get_tensor_and_context_parallel_group())
-        moe_utils.track_moe_metrics(loss_scale=1 / (microbatches * steps), iteration=0, writer=captured, per_layer_logging=True,
-                                    force_initialize=True, track_names=names, num_layers=len(pattern), moe_layer_freq=pattern)
+        for name in (
+            names
+        ):  # a pipeline rank without a mixture would not know whom to reduce with, and leave replicas out
+            moe_utils.save_to_aux_losses_tracker(
+                name,
+                torch.zeros((), device=backend.device()),
+                1,
+                len(pattern),
+                reduce_group=ps.get_tensor_and_context_parallel_group(),
+            )
+        moe_utils.track_moe_metrics(
+            loss_scale=1 / (microbatches * steps),
+            iteration=0,
+            writer=captured,
+            per_layer_logging=True,
+            force_initialize=True,
+            track_names=names,
+            num_layers=len(pattern),
+            moe_layer_freq=pattern,
+        )
     return {**share_metrics(counts, watch.layers), **captured.values}
 
 
 def forget_auxiliary_losses() -> None:
-    """megatron-core sums auxiliary losses per process, under names that stay: nothing of another stage may come in."""
+    """megatron-core sums auxiliary losses per process, under names that stay: nothing of another stage may
+    come in.
+    """
     newer = getattr(moe_utils, "get_moe_metrics_tracker", None)  # from 0.17 on
     (newer().metrics if newer else moe_utils.get_moe_layer_wise_logging_tracker()).clear()
 
@@ -137,32 +169,46 @@ class _Capture:
 
 
 def flop_per_gpu(config: RunConfig, kind: str, seq_length: int) -> float:
-    """FLOP of one optimizer step that the model asks for, mean over GPUs: recompute left out, padding and one image a row counted
-    (the formulas: plan/cost.py)."""
+    """FLOP of one optimizer step that the model asks for, mean over GPUs: recompute left out, padding and one
+    image a row counted (the formulas: plan/cost.py).
+    """
     config = replace(config, train=replace(config.train, recompute_granularity=None))
     stages = config.parallel.pipeline_model_parallel_size
-    microbatches = config.train.global_batch_size // (config.train.micro_batch_size * ps.get_data_parallel_world_size())
+    microbatches = config.train.global_batch_size // (
+        config.train.micro_batch_size * ps.get_data_parallel_world_size()
+    )
     return microbatches * sum(sum(flops(config, kind, rank, seq_length)) for rank in range(stages)) / stages
 
 
 @torch.no_grad()
 def params_norm(modules: Sequence[torch.nn.Module]) -> float:
     """L2 norm of the whole model's weights, each counted once whatever the layout. Communicates."""
-    squares = torch.zeros(2, dtype=torch.float64, device=backend.device())  # of experts, and of what all replicas hold
+    squares = torch.zeros(
+        2, dtype=torch.float64, device=backend.device()
+    )  # of experts, and of what all replicas hold
     for parameter in (p for module in modules for p in module.parameters()):
         shared = getattr(parameter, "allreduce", True)  # the core's mark of what is not an expert's
         group = ps.get_tensor_model_parallel_group() if shared else ps.get_expert_tensor_parallel_group()
-        if param_is_not_shared(parameter) and param_is_not_tensor_parallel_duplicate(parameter, tp_group=group):
+        if param_is_not_shared(parameter) and param_is_not_tensor_parallel_duplicate(
+            parameter, tp_group=group
+        ):
             squares[int(shared)] += parameter.double().square().sum()
-    for i, group in enumerate((ps.get_expert_tensor_model_pipeline_parallel_group(), ps.get_model_parallel_group())):
+    for i, group in enumerate(
+        (ps.get_expert_tensor_model_pipeline_parallel_group(), ps.get_model_parallel_group())
+    ):
         dist.all_reduce(squares[i], group=group)
     return float(squares.sum().sqrt())
 
 
 def count_parameters(built: Built, config: RunConfig) -> dict[str, int]:
-    """Parameters of the whole model: all, trained, and active for one token. Communicates over pipeline stages."""
-    tp, ep, etp = (ps.get_tensor_model_parallel_world_size(), ps.get_expert_model_parallel_world_size(),
-                   ps.get_expert_tensor_parallel_world_size())
+    """Parameters of the whole model: all, trained, and active for one token. Communicates over pipeline
+    stages.
+    """
+    tp, ep, etp = (
+        ps.get_tensor_model_parallel_world_size(),
+        ps.get_expert_model_parallel_world_size(),
+        ps.get_expert_tensor_parallel_world_size(),
+    )
     total = trained = idle = 0
     for name, p in ((n, p) for m in built.modules for n, p in m.named_parameters()):
         sharded = getattr(p, "tensor_model_parallel", False)
@@ -172,7 +218,11 @@ def count_parameters(built: Built, config: RunConfig) -> dict[str, int]:
             continue  # the copy of a tied embedding on the last stage
         total += size
         trained += size if p.requires_grad else 0
-        idle += size * (config.moe.num_experts - config.moe.moe_router_topk) // config.moe.num_experts if is_expert else 0
+        idle += (
+            size * (config.moe.num_experts - config.moe.moe_router_topk) // config.moe.num_experts
+            if is_expert
+            else 0
+        )
     counts = torch.tensor([total, trained, idle], dtype=torch.int64, device=backend.device())
     dist.all_reduce(counts, group=ps.get_pipeline_model_parallel_group())
     total, trained, idle = counts.tolist()
@@ -187,8 +237,20 @@ def stage_table(session: Session) -> None:
     session.logger.table(
         "Stages",
         ["stage", "steps", "loss", "accuracy %", "blind %", "tokens/s", "trainable", "active", "seconds"],
-        [[r["stage"], r["steps"], _round(r["loss"], 3), _percent(r, "accuracy"), _percent(r, "blind"), _round(r["tokens/s"], 0),
-          r["trainable"], r["active"], _round(r["seconds"], 0)] for r in rows],
+        [
+            [
+                r["stage"],
+                r["steps"],
+                _round(r["loss"], 3),
+                _percent(r, "accuracy"),
+                _percent(r, "blind"),
+                _round(r["tokens/s"], 0),
+                r["trainable"],
+                r["active"],
+                _round(r["seconds"], 0),
+            ]
+            for r in rows
+        ],
     )
     kinds = sorted({k for r in rows for k in r.get("accuracy", {}) if k != "overall"})
     if kinds:

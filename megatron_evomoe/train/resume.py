@@ -1,7 +1,8 @@
-"""Before a stage goes on from a checkpoint, or begins from one: configuration and data are compared, one verdict for all ranks.
+"""Before a stage goes on from a checkpoint, or begins from one: configuration and data are compared, one
+verdict for all ranks.
 
-What must equal is refused, with the flag that allows it on purpose; what may change is said, in one line and in an event
-(docs/checkpoints.md).
+What must equal is refused, with the flag that allows it on purpose; what may change is said, in one line and
+in an event (docs/checkpoints.md).
 """
 
 from __future__ import annotations
@@ -38,7 +39,11 @@ class Comparison:
 
     def line(self) -> str:
         """All of it, for the log; empty where nothing changed."""
-        return "; ".join([", ".join(map(str, self.changes)), *self.notes]) if self.changes else "; ".join(self.notes)
+        return (
+            "; ".join([", ".join(map(str, self.changes)), *self.notes])
+            if self.changes
+            else "; ".join(self.notes)
+        )
 
     def fields(self) -> dict[str, Any]:
         """The same as fields of an entry in `events.jsonl`."""
@@ -46,20 +51,27 @@ class Comparison:
         return {**found, "notes": self.notes} if self.notes else found
 
 
-def compare(session: Session, folder: Path, stage: StageConfig, config: RunConfig, data: TrainingData | None) -> Comparison:
-    """Hold the checkpoint in `folder`, from which `stage` is to go on, against the present configuration and data. Communicates.
+def compare(
+    session: Session, folder: Path, stage: StageConfig, config: RunConfig, data: TrainingData | None
+) -> Comparison:
+    """Hold the checkpoint in `folder`, from which `stage` is to go on, against the present configuration and
+    data. Communicates.
 
     Args:
         config: resolved for the stage.
         data: what it would train on; none where no step is left.
 
     Raises:
-        CheckpointError: on every rank: it was trained with another tokenizer, belongs to another kind of stage, something that
-            must equal differs and is not allowed, or more steps are done than `train_iters`.
+        CheckpointError: on every rank: it was trained with another tokenizer, belongs to another kind of
+            stage, something that must equal differs and is not allowed, or more steps are done than
+            `train_iters`.
     """
+
     def held() -> Comparison:
         record = records.read(folder)
-        check_tokenizer(record, folder, session.fingerprint)  # first: another tokenizer has another vocabulary size, too
+        check_tokenizer(
+            record, folder, session.fingerprint
+        )  # first: another tokenizer has another vocabulary size, too
         found = _compare(folder, record, stored(folder, record.stage), stage, config, data)
         found.notes += stale(session, record)
         return found
@@ -67,20 +79,38 @@ def compare(session: Session, folder: Path, stage: StageConfig, config: RunConfi
     return on_all_ranks(held, (CheckpointError,))
 
 
-def _compare(folder: Path, record: Record, before: RunConfig | None, stage: StageConfig, config: RunConfig,
-             data: TrainingData | None) -> Comparison:
+def _compare(
+    folder: Path,
+    record: Record,
+    before: RunConfig | None,
+    stage: StageConfig,
+    config: RunConfig,
+    data: TrainingData | None,
+) -> Comparison:
     if record.kind != stage.kind:
-        raise CheckpointError(f"{folder} belongs to a {record.kind!r} stage, {stage.name!r} is {stage.kind!r}; "
-                              "choose another --save")
+        raise CheckpointError(
+            f"{folder} belongs to a {record.kind!r} stage, {stage.name!r} is {stage.kind!r}; "
+            "choose another --save"
+        )
     allowed = config.checkpoint.allow_changed
     found = Comparison(configured_changes(before, config, stage.kind))
     if before is None:
-        found.notes.append(f"{CONFIG_FILE} of the checkpoint has no stage {record.stage!r}, so no configuration could be compared")
-    refuse(found.changes, allowed, f"{folder} was saved under another configuration", "a resume would give numbers of neither")
+        found.notes.append(
+            f"{CONFIG_FILE} of the checkpoint has no stage {record.stage!r}, so no configuration could be "
+            "compared"
+        )
+    refuse(
+        found.changes,
+        allowed,
+        f"{folder} was saved under another configuration",
+        "a resume would give numbers of neither",
+    )
     if config.train.train_iters < record.step:
-        raise CheckpointError(f"{folder} has done {record.step} steps, and train_iters is {config.train.train_iters}; set "
-                              f"train_iters to {record.step} to end the stage there, or go on from an earlier checkpoint with "
-                              "--ckpt-step")
+        raise CheckpointError(
+            f"{folder} has done {record.step} steps, and train_iters is {config.train.train_iters}; set "
+            f"train_iters to {record.step} to end the stage there, or go on from an earlier checkpoint with "
+            "--ckpt-step"
+        )
     if record.layout.get("world") != dist.get_world_size():
         found.notes.append(f"ranks {record.layout.get('world')} → {dist.get_world_size()}")
     if data is not None:
@@ -104,57 +134,87 @@ def stored(folder: Path, stage: str | None) -> RunConfig | None:
 
 def configured_changes(before: RunConfig | None, config: RunConfig, kind: str) -> list[Change]:
     """Changed fields that are not free; none where there is nothing to compare with."""
-    return [c for c in changes(before, config, kind) if c.kind is not OnResume.FREE] if before is not None else []
+    return (
+        [c for c in changes(before, config, kind) if c.kind is not OnResume.FREE]
+        if before is not None
+        else []
+    )
 
 
 def refuse(found: Sequence[Change], allowed: Sequence[str], what: str, why: str) -> None:
-    """Raise `CheckpointError` if a must-equal field changed that is not allowed to; the message begins with `what`."""
+    """Raise `CheckpointError` if a must-equal field changed that is not allowed to; the message begins with
+    `what`.
+    """
     wrong = [c for c in found if c.kind is OnResume.MUST_EQUAL and c.flag not in allowed]
     if wrong:
         values = ", ".join(f"{c.section}.{c.field} was {show(c.before)}, is now {show(c.now)}" for c in wrong)
-        raise CheckpointError(f"{what}: {values}; {why}. Set it back, choose another --save, or allow it on purpose with "
-                              f"--allow-changed {','.join([*allowed, *(c.flag for c in wrong)])}")
+        raise CheckpointError(
+            f"{what}: {values}; {why}. Set it back, choose another --save, or allow it on purpose with "
+            f"--allow-changed {','.join([*allowed, *(c.flag for c in wrong)])}"
+        )
 
 
 def _compare_data(folder: Path, record: Record, data: TrainingData, config: RunConfig) -> list[str]:
-    """What to say of data that is other than the checkpoint's. Raises `CheckpointError` where it may not be."""
+    """What to say of data that is other than the checkpoint's. Raises `CheckpointError` where it may not
+    be.
+    """
     before = record.data
     if before is None:
         return ["the checkpoint does not say which samples it was trained on, so no data could be compared"]
     if before["order"] != data["order"]:
-        raise CheckpointError(f"{folder} took its samples in the order {before['order']!r}, this version of megatron_evomoe has "
-                              f"{data['order']!r}; go on with the version that saved it")
+        raise CheckpointError(
+            f"{folder} took its samples in the order {before['order']!r}, this version of megatron_evomoe "
+            "has "
+            f"{data['order']!r}; go on with the version that saved it"
+        )
     found = changed.differences(before["shards"], data["shards"])
     if found and not config.checkpoint.allow_changed_data:
-        sizes = f"{before['samples']} samples in {len(before['shards'])} shards; now {data['samples']} in {len(data['shards'])}"
-        raise CheckpointError(f"{folder} was trained on other data ({sizes}): {'; '.join(found)}. Samples would repeat and others "
-                              "be left out. Give it the data it had, choose another --save, or go on with --allow-changed-data")
+        sizes = (
+            f"{before['samples']} samples in {len(before['shards'])} shards; now {data['samples']} in "
+            f"{len(data['shards'])}"
+        )
+        raise CheckpointError(
+            f"{folder} was trained on other data ({sizes}): {'; '.join(found)}. Samples would repeat and "
+            "others "
+            "be left out. Give it the data it had, choose another --save, or go on with --allow-changed-data"
+        )
     if found or before["seed"] != data["seed"]:
-        found.append(changed.meaning(before["shards"], before["seed"], data["shards"], data["seed"], record.position))
+        found.append(
+            changed.meaning(before["shards"], before["seed"], data["shards"], data["seed"], record.position)
+        )
     return found
 
 
-def compare_source(folder: Path, source: Record, stage: StageConfig, config: RunConfig, fingerprint: str) -> Comparison:
+def compare_source(
+    folder: Path, source: Record, stage: StageConfig, config: RunConfig, fingerprint: str
+) -> Comparison:
     """Hold the model in `folder`, from which `stage` is to begin, against the present one. Communicates.
 
     Raises:
-        CheckpointError: on every rank: it is another model, though tensors may have the same shapes, and that is not allowed.
+        CheckpointError: on every rank: it is another model, though tensors may have the same shapes, and that
+            is not allowed.
     """
+
     def held() -> Comparison:
         check_tokenizer(source, folder, fingerprint)  # first, as in `compare`
         before = stored(folder, source.stage) or stored(folder, None)  # imported weights have no stages
         if before is None:
             return Comparison(notes=[f"{CONFIG_FILE} of {folder} is empty, so no model could be compared"])
         found = model_changes(before, config, source.kind, stage.kind, source.parts)
-        refuse(found, config.checkpoint.allow_changed, f"{folder}, from which stage {stage.name!r} begins, holds another model",
-               "its weights would mean something else")
+        refuse(
+            found,
+            config.checkpoint.allow_changed,
+            f"{folder}, from which stage {stage.name!r} begins, holds another model",
+            "its weights would mean something else",
+        )
         return Comparison(found)
 
     return on_all_ranks(held, (CheckpointError,))
 
 
 def goes_on(session: Session, folder: Path, stage: StageConfig, config: RunConfig) -> bool:
-    """Whether a finished stage has steps left under the present configuration; what changed is said. Communicates.
+    """Whether a finished stage has steps left under the present configuration; what changed is said.
+    Communicates.
 
     Raises:
         CheckpointError: on every rank: it has, and later stages began from where it ended.
@@ -170,18 +230,28 @@ def goes_on(session: Session, folder: Path, stage: StageConfig, config: RunConfi
     return more
 
 
-def _of_finished(session: Session, folder: Path, stage: StageConfig, config: RunConfig) -> tuple[int, str, list[str]]:
+def _of_finished(
+    session: Session, folder: Path, stage: StageConfig, config: RunConfig
+) -> tuple[int, str, list[str]]:
     record = records.read(folder)
     found = configured_changes(stored(folder, record.stage), config, stage.kind)
     line = "; ".join([*filter(None, [", ".join(map(str, found))]), *stale(session, record)])
     later = []
     if config.train.train_iters > record.step:
-        later = [name for name, other in _newest(session).items() if any(a["stage"] == stage.name for a in other.lineage)]
+        later = [
+            name
+            for name, other in _newest(session).items()
+            if any(a["stage"] == stage.name for a in other.lineage)
+        ]
         if later and "train_iters" not in config.checkpoint.allow_changed:
             raise CheckpointError(
-                f"stage {stage.name!r} finished at step {record.step}, train_iters is now {config.train.train_iters}, and "
-                f"{', '.join(later)} began from its end: more steps would leave them behind. Set train_iters back, delete those "
-                "stages' folders or choose another --save, or allow it on purpose with --allow-changed train_iters")
+                f"stage {stage.name!r} finished at step {record.step}, train_iters is now "
+                f"{config.train.train_iters}, and "
+                f"{', '.join(later)} began from its end: more steps would leave them behind. Set train_iters "
+                "back, delete those "
+                "stages' folders or choose another --save, or allow it on purpose with --allow-changed "
+                "train_iters"
+            )
     return record.step, line, later
 
 
@@ -198,5 +268,7 @@ def stale(session: Session, record: Record) -> list[str]:
 
 def _newest(session: Session) -> dict[str, Record]:
     """The newest record of each stage of the run that has one."""
-    found = {s.name: find.latest(stage_dir(session.run_dir, s), session.owner(s)) for s in session.config.stages}
+    found = {
+        s.name: find.latest(stage_dir(session.run_dir, s), session.owner(s)) for s in session.config.stages
+    }
     return {name: records.read(path) for name, path in found.items() if path is not None}

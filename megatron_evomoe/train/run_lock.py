@@ -1,9 +1,9 @@
 """One run at a time writes to a folder, and a run whose folder is gone ends.
 
-Rank 0 holds a POSIX record lock on `FOLDER/.lock`. The kernel drops it when the process ends, however it ends, and a network file
-system's server does so for a node that died (NFSv4: when its lease has run out). Neither a fork nor a started helper inherits it.
-Where the file system has no locks, the holder changes the file every few seconds instead, and a file that stands still has no
-holder.
+Rank 0 holds a POSIX record lock on `FOLDER/.lock`. The kernel drops it when the process ends, however it
+ends, and a network file system's server does so for a node that died (NFSv4: when its lease has run out).
+Neither a fork nor a started helper inherits it. Where the file system has no locks, the holder changes the
+file every few seconds instead, and a file that stands still has no holder.
 """
 
 from __future__ import annotations
@@ -26,8 +26,14 @@ import torch.distributed as dist
 from megatron_evomoe.checkpoint.record import CheckpointError
 
 NAME = ".lock"
-_HERE, _ELSEWHERE = 15.0, 100.0  # seconds a dying process on this host, and the lease of a dead node, may take
-_BEAT, _STILL = 3.0, 20.0  # seconds between changes of a lease, and without one until its holder counts as dead
+_HERE, _ELSEWHERE = (
+    15.0,
+    100.0,
+)  # seconds a dying process on this host, and the lease of a dead node, may take
+_BEAT, _STILL = (
+    3.0,
+    20.0,
+)  # seconds between changes of a lease, and without one until its holder counts as dead
 _POLL = 0.2
 _SIZE = 1024  # bytes of the file
 _HELD = (errno.EACCES, errno.EAGAIN)
@@ -42,15 +48,20 @@ class RunLock:
     patience: seconds that the ranks may wait for rank 0, at most, while an earlier run is ending.
 
     Raises:
-        CheckpointError: on every rank, when entered: another run holds the folder (it is named), or the folder cannot be made.
+        CheckpointError: on every rank, when entered: another run holds the folder (it is named), or the
+            folder cannot be made.
     """
 
     def __init__(self, folder: Path, patience: float) -> None:
         self._folder, self._path, self._patience = folder, folder / NAME, patience
         self._descriptor: int | None = None
         self._identity = (0, 0)
-        self._me = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-                    "token": uuid.uuid4().hex}
+        self._me = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+            "token": uuid.uuid4().hex,
+        }
         self._lease: threading.Thread | None = None
         self._ended = threading.Event()
         self._lost_to: dict[str, Any] | None = None
@@ -81,21 +92,28 @@ class RunLock:
             CheckpointError: it was deleted or replaced, or another run has taken it.
         """
         if self._lost_to is not None:
-            raise CheckpointError(f"{self._folder} was taken over by {_named(self._lost_to)} while this run stood still for more "
-                                  f"than {_STILL:.0f} s; only one of them may go on")
+            raise CheckpointError(
+                f"{self._folder} was taken over by {_named(self._lost_to)} while this run stood still for "
+                "more "
+                f"than {_STILL:.0f} s; only one of them may go on"
+            )
         try:
             found = os.stat(self._path)
             if (found.st_dev, found.st_ino) != self._identity:
                 self._recognise()
         except OSError as error:
-            raise CheckpointError(f"{self._folder} was deleted or replaced while the run was writing to it: {error}") from None
+            raise CheckpointError(
+                f"{self._folder} was deleted or replaced while the run was writing to it: {error}"
+            ) from None
 
     def _acquire(self) -> None:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError as error:
-            raise CheckpointError(f"--save {self._folder} cannot be written to: {error}; name a folder that can") from None
+            raise CheckpointError(
+                f"--save {self._folder} cannot be written to: {error}; name a folder that can"
+            ) from None
         try:
             self._wait_for_lock()
             with contextlib.suppress(OSError):  # on a full disk the lock has no name, and is one all the same
@@ -108,7 +126,9 @@ class RunLock:
         self._identity = (found.st_dev, found.st_ino)
 
     def _wait_for_lock(self) -> None:
-        """Raises the OSError of a file system without locks; CheckpointError where another run keeps the lock."""
+        """Raises the OSError of a file system without locks; CheckpointError where another run keeps the
+        lock.
+        """
         started = time.monotonic()
         while True:
             try:
@@ -122,7 +142,12 @@ class RunLock:
             if time.monotonic() - started > patience:
                 raise CheckpointError(self._refusal(holder))
             if time.monotonic() - started < _POLL:
-                log.warning("%s is held by %s; waiting up to %.0f s for it to end", self._folder, _named(holder), patience)
+                log.warning(
+                    "%s is held by %s; waiting up to %.0f s for it to end",
+                    self._folder,
+                    _named(holder),
+                    patience,
+                )
             time.sleep(_POLL)
 
     def _take_lease(self) -> None:
@@ -156,11 +181,16 @@ class RunLock:
                 continue
 
     def _refusal(self, holder: dict[str, Any]) -> str:
-        return (f"{self._folder} is in use by another run ({_named(holder)}); two would overwrite each other's checkpoints and "
-                "metrics. End that one first, or choose another --save")
+        return (
+            f"{self._folder} is in use by another run ({_named(holder)}); two would overwrite each other's "
+            "checkpoints and "
+            "metrics. End that one first, or choose another --save"
+        )
 
     def _recognise(self) -> None:
-        """Some file systems number a file anew: it is ours if it holds what we wrote. Reading it drops the lock: take it again."""
+        """Some file systems number a file anew: it is ours if it holds what we wrote. Reading it drops the
+        lock: take it again.
+        """
         token = json.loads(self._path.read_text() or "{}").get("token")
         if token != self._me["token"]:
             raise OSError(f"{self._path} is another file")
@@ -170,7 +200,9 @@ class RunLock:
             fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def _read(self) -> dict[str, Any]:
-        """What the file says of its holder. Through the one descriptor: closing another would drop the lock."""
+        """What the file says of its holder. Through the one descriptor: closing another would drop the
+        lock.
+        """
         try:
             found = json.loads(os.pread(self._descriptor, _SIZE, 0) or b"{}")
         except ValueError:  # caught while being written
@@ -178,11 +210,16 @@ class RunLock:
         return found if isinstance(found, dict) else {}
 
     def _write(self, content: dict[str, Any]) -> None:
-        os.pwrite(self._descriptor, json.dumps(content).encode().ljust(_SIZE), 0)  # in one piece: never seen empty
+        os.pwrite(
+            self._descriptor, json.dumps(content).encode().ljust(_SIZE), 0
+        )  # in one piece: never seen empty
 
 
 def _named(holder: dict[str, Any]) -> str:
-    return f"host {holder.get('host', 'unknown')}, pid {holder.get('pid', 'unknown')}, since {holder.get('since', 'unknown')}"
+    return (
+        f"host {holder.get('host', 'unknown')}, pid {holder.get('pid', 'unknown')}, since "
+        f"{holder.get('since', 'unknown')}"
+    )
 
 
 def _agreed(work: Any) -> None:

@@ -68,19 +68,29 @@ def prepare_config(config: RunConfig) -> tuple[RunConfig, Tokenizer]:
     if not config.stages:
         raise ConfigError("the configuration lists no stages; add stages: [{name: align, …}, …]")
     if not config.data.tokenizer:
-        raise ConfigError("data.tokenizer is not set; give a sentencepiece .model file or a Hugging Face tokenizer directory")
+        raise ConfigError(
+            "data.tokenizer is not set; give a sentencepiece .model file or a Hugging Face tokenizer "
+            "directory"
+        )
     tokenizer = build_tokenizer(config.data.tokenizer)
     size = config.language.vocab_size
     if size is None:
         config = replace(config, language=replace(config.language, vocab_size=tokenizer.vocab_size))
     elif size < tokenizer.vocab_size:
-        raise ConfigError(f"vocab_size {size} is smaller than the tokenizer's {tokenizer.vocab_size}; leave it out or raise it, or "
-                          "import the model with tools/convert_from_hf.py --resize-embeddings, which adds rows to its embedding")
+        raise ConfigError(
+            f"vocab_size {size} is smaller than the tokenizer's {tokenizer.vocab_size}; leave it out or "
+            "raise it, or "
+            "import the model with tools/convert_from_hf.py --resize-embeddings, which adds rows to its "
+            "embedding"
+        )
     for stage in config.stages:
         data = config.for_stage(stage.name).data
         if data.tokenizer != config.data.tokenizer:
-            raise ConfigError(f"stage {stage.name!r} names tokenizer {data.tokenizer}, the run {config.data.tokenizer}; stages "
-                              "share one embedding and so one tokenizer: name it in section data alone")
+            raise ConfigError(
+                f"stage {stage.name!r} names tokenizer {data.tokenizer}, the run {config.data.tokenizer}; "
+                "stages "
+                "share one embedding and so one tokenizer: name it in section data alone"
+            )
         check_template(tokenizer, data.conversation_template)
     return config, tokenizer
 
@@ -91,7 +101,8 @@ def run_folder(config: RunConfig) -> Path:
 
 
 def open_session(config: RunConfig, check_folder: Callable[[], None] = lambda: None) -> Session:
-    """Process groups, logger, tokenizer, the run's id. Communicates: every rank calls it once, after `init_process_group`.
+    """Process groups, logger, tokenizer, the run's id. Communicates: every rank calls it once, after
+    `init_process_group`.
 
     check_folder: raises on rank 0 when the run's folder is no longer there; asked before every save.
     """
@@ -100,10 +111,24 @@ def open_session(config: RunConfig, check_folder: Callable[[], None] = lambda: N
     place = topology.initialize(config)
     run_dir = run_folder(config)
     identity = run_id.of_run(run_dir)
-    logger = RunLogger(config.log, run_dir, is_main=place.rank == 0, run_name=run_dir.name, config_dict=config.to_dict(),
-                       wandb_run_id=_known_wandb_run(config, run_dir, identity) if place.rank == 0 else None)
-    return Session(config=config, topology=place, tokenizer=tokenizer, logger=logger, run_dir=run_dir,
-                   saver=Saver(config.checkpoint, check_folder), heartbeat=Heartbeat(run_dir), run_id=identity)
+    logger = RunLogger(
+        config.log,
+        run_dir,
+        is_main=place.rank == 0,
+        run_name=run_dir.name,
+        config_dict=config.to_dict(),
+        wandb_run_id=_known_wandb_run(config, run_dir, identity) if place.rank == 0 else None,
+    )
+    return Session(
+        config=config,
+        topology=place,
+        tokenizer=tokenizer,
+        logger=logger,
+        run_dir=run_dir,
+        saver=Saver(config.checkpoint, check_folder),
+        heartbeat=Heartbeat(run_dir),
+        run_id=identity,
+    )
 
 
 def _known_wandb_run(config: RunConfig, run_dir: Path, identity: str) -> str | None:
@@ -115,8 +140,14 @@ def _known_wandb_run(config: RunConfig, run_dir: Path, identity: str) -> str | N
     return None
 
 
-def train_loader(session: Session, config: RunConfig, dataset: ShardDataset | None, *, start_position: int,
-                 features: FeatureCache | None) -> TrainLoader | None:
+def train_loader(
+    session: Session,
+    config: RunConfig,
+    dataset: ShardDataset | None,
+    *,
+    start_position: int,
+    features: FeatureCache | None,
+) -> TrainLoader | None:
     """This replica's samples, on the rank that reads them; their images as `features`, if there are any."""
     if dataset is None:
         return None
@@ -138,25 +169,39 @@ def train_loader(session: Session, config: RunConfig, dataset: ShardDataset | No
 
 
 def questions(session: Session, config: RunConfig, limit: int = 0) -> list[Question]:
-    """The held-out questions, the same list on every rank; unusable samples are left out, counted and logged."""
+    """The held-out questions, the same list on every rank; unusable samples are left out, counted and
+    logged.
+    """
     found: list[Question] = []
     skipped: Counter[str] = Counter()
     dataset = ShardDataset(config.data.eval_data) if config.data.eval_data else []
     processor = processor_for(config)
     for i in range(len(dataset)):
         try:
-            samples = prepare_eval(dataset.read(i), session.tokenizer, processor, config.data.conversation_template,
-                                   config.vision.tokens_per_image, max_image_pixels=config.data.max_image_pixels,
-                                   max_length=config.data.seq_length)
+            samples = prepare_eval(
+                dataset.read(i),
+                session.tokenizer,
+                processor,
+                config.data.conversation_template,
+                config.vision.tokens_per_image,
+                max_image_pixels=config.data.max_image_pixels,
+                max_length=config.data.seq_length,
+            )
         except SampleError as error:
             skipped[error.reason] += 1
             continue
-        found += [Question(prompt=s.prompt, answer=s.answer, images=s.images, kind=str(s.metadata.get("kind", "all")))
-                  for s in samples]
+        found += [
+            Question(
+                prompt=s.prompt, answer=s.answer, images=s.images, kind=str(s.metadata.get("kind", "all"))
+            )
+            for s in samples
+        ]
         if limit and len(found) >= limit:
             break
     if skipped:
-        log.warning("held-out samples left out: %s", ", ".join(f"{n} {reason}" for reason, n in skipped.items()))
+        log.warning(
+            "held-out samples left out: %s", ", ".join(f"{n} {reason}" for reason, n in skipped.items())
+        )
     return found[:limit] if limit else found
 
 

@@ -61,17 +61,24 @@ def trained_parts(config: RunConfig, stage_kind: str) -> tuple[str, ...]:
     """The parts that get gradients in this stage. Raises `ConfigError` on parts that the stage has not."""
     parts = tuple(config.train.trainable) or TRAINS[stage_kind]
     has = {"vision", "projector", "language", *HAS_BESIDES.get(stage_kind, ())}
-    if (absent := [part for part in parts if part not in has]) and "language" not in parts:  # whose FFNs they are elsewhere
-        raise ConfigError(f"trainable names {', '.join(absent)}, which a stage of kind {stage_kind} has not apart; it has "
-                          f"{', '.join(part for part in PARTS if part in has)}")
+    if (
+        absent := [part for part in parts if part not in has]
+    ) and "language" not in parts:  # whose FFNs they are elsewhere
+        raise ConfigError(
+            f"trainable names {', '.join(absent)}, which a stage of kind {stage_kind} has not apart; it has "
+            f"{', '.join(part for part in PARTS if part in has)}"
+        )
     return parts
 
 
 def check_feature_cache(config: RunConfig, stage: StageConfig) -> None:
     """Raise `ConfigError` where features are to be kept that change with every step."""
     if config.data.cache_vision_features and "vision" in trained_parts(config, stage.kind):
-        raise ConfigError(f"stage {stage.name!r} trains the vision tower, so its features cannot be kept; leave 'vision' out of "
-                          "trainable, or set cache_vision_features: false for this stage")
+        raise ConfigError(
+            f"stage {stage.name!r} trains the vision tower, so its features cannot be kept; leave 'vision' "
+            "out of "
+            "trainable, or set cache_vision_features: false for this stage"
+        )
 
 
 def freeze(model: torch.nn.Module, config: RunConfig, stage_kind: str, first_layer: int) -> dict[str, int]:

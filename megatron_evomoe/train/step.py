@@ -1,4 +1,6 @@
-"""One optimizer step: forward and backward over the microbatches, reduction of what is logged, and the update."""
+"""One optimizer step: forward and backward over the microbatches, reduction of what is logged, and the
+update.
+"""
 
 from __future__ import annotations
 
@@ -42,10 +44,10 @@ class StepResult:
 def take_step(built: Built, step: Step, number: int) -> StepResult:
     """Forward, backward, update. Communicates.
 
-    The loss is the mean over *all supervised tokens of the global batch*: each microbatch contributes its sum, scaled so
-    that megatron-core's averaging over microbatches and replicas yields that mean. Auxiliary losses keep the core's own
-    scaling, the mean over microbatches and replicas, which `calculate_per_token_loss` would inflate by all tokens / answer
-    tokens.
+    The loss is the mean over *all supervised tokens of the global batch*: each microbatch contributes its
+    sum, scaled so that megatron-core's averaging over microbatches and replicas yields that mean. Auxiliary
+    losses keep the core's own scaling, the mean over microbatches and replicas, which
+    `calculate_per_token_loss` would inflate by all tokens / answer tokens.
 
     Raises:
         NonFiniteError: on every rank alike.
@@ -61,10 +63,18 @@ def take_step(built: Built, step: Step, number: int) -> StepResult:
         grad_norm = float(grad_norm or 0.0)  # waits for the device
     if not torch.isfinite(torch.tensor(grad_norm)):
         _explain("gradient norm", grad_norm, step, losses, number)
-    learning_rate = built.optimizer.param_groups[0]["lr"] if built.optimizer.param_groups else built.scheduler.get_lr({})
+    learning_rate = (
+        built.optimizer.param_groups[0]["lr"] if built.optimizer.param_groups else built.scheduler.get_lr({})
+    )
     built.scheduler.step(increment=1)
-    return StepResult(loss=float(loss), grad_norm=grad_norm, learning_rate=learning_rate,
-                      supervised_tokens=int(counts[0]), tokens=int(counts[1]), seq_length=step.tokens.shape[2])
+    return StepResult(
+        loss=float(loss),
+        grad_norm=grad_norm,
+        learning_rate=learning_rate,
+        supervised_tokens=int(counts[0]),
+        tokens=int(counts[1]),
+        seq_length=step.tokens.shape[2],
+    )
 
 
 def _count(step: Step) -> list[float]:
@@ -120,11 +130,22 @@ def _reduce_loss(losses: list[torch.Tensor]) -> torch.Tensor:
 def _explain(what: str, value: float, step: Step, losses: list[torch.Tensor], number: int) -> None:
     """Gather which ranks and samples it was, and stop everywhere. Communicates."""
     bad = [i for i, loss in enumerate(losses) if not torch.isfinite(loss)]
-    mine = {"rank": dist.get_rank(), "microbatches": bad, "keys": [k for i in bad if i < len(step.keys) for k in step.keys[i]]}
+    mine = {
+        "rank": dist.get_rank(),
+        "microbatches": bad,
+        "keys": [k for i in bad if i < len(step.keys) for k in step.keys[i]],
+    }
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     guilty = [e for e in everyone if e["microbatches"]]
-    where = "; ".join(f"rank {e['rank']}, microbatches {e['microbatches']}, samples {', '.join(e['keys']) or 'unknown'}"
-                      for e in guilty) or "no microbatch's loss alone: the backward pass produced it"
-    raise NonFiniteError(f"{what} is {value} at step {number} ({where}). The last checkpoint is untouched; "
-                         "lower the learning rate, look at the samples with inspect-data, or resume from it")
+    where = (
+        "; ".join(
+            f"rank {e['rank']}, microbatches {e['microbatches']}, samples {', '.join(e['keys']) or 'unknown'}"
+            for e in guilty
+        )
+        or "no microbatch's loss alone: the backward pass produced it"
+    )
+    raise NonFiniteError(
+        f"{what} is {value} at step {number} ({where}). The last checkpoint is untouched; "
+        "lower the learning rate, look at the samples with inspect-data, or resume from it"
+    )

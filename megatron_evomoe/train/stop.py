@@ -1,4 +1,6 @@
-"""Leaving a run early, and all ranks at the same step: a signal, a time limit, a number of steps, a launcher that is gone."""
+"""Leaving a run early, and all ranks at the same step: a signal, a time limit, a number of steps, a launcher
+that is gone.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,8 @@ class StopRequests:
     def __init__(self, config: TrainConfig) -> None:
         self._config, self._started, self._owner = config, time.monotonic(), os.getpid()
         self._code = 0
-        # only torchrun's workers: a process started by hand may outlive its shell (nohup, setsid, a closed terminal)
+        # only torchrun's workers: a process started by hand may outlive its shell (nohup, setsid, a closed
+        # terminal)
         self._launcher = os.getppid() if dist.is_torchelastic_launched() else None
         self._previous = {}
         if config.exit_signal_handler:
@@ -50,14 +53,18 @@ class StopRequests:
         self._previous = {}
 
     def agreed(self, step: int | None = None) -> str | None:
-        """Why all ranks stop now, or none. Communicates: every rank calls it after the same `step` (none between stages)."""
+        """Why all ranks stop now, or none. Communicates: every rank calls it after the same `step` (none
+        between stages).
+        """
         limit = self._config.exit_duration_in_mins
         if not self._code and limit is not None and time.monotonic() - self._started > limit * 60:
             self._code = _TIME
         if not self._code and step and self._config.exit_interval and step % self._config.exit_interval == 0:
             self._code = _STEPS
         if not self._code and self._launcher is not None and os.getppid() != self._launcher:
-            self._code = _ORPHANED  # torchrun was killed: nobody would end, restart or even see what goes on here
+            self._code = (
+                _ORPHANED  # torchrun was killed: nobody would end, restart or even see what goes on here
+            )
         code = torch.tensor(self._code, device=backend.device())
         dist.all_reduce(code, op=dist.ReduceOp.MAX)
         return self._name(int(code.item()))
@@ -73,8 +80,9 @@ class StopRequests:
 
 
 def _shield_helpers() -> None:
-    """Keep signals meant for this rank from its helpers. torchrun signals a rank's whole process group, and a save or a
-    loader whose helper has died fails, so that nothing would be saved."""
+    """Keep signals meant for this rank from its helpers. torchrun signals a rank's whole process group, and a
+    save or a loader whose helper has died fails, so that nothing would be saved.
+    """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     if filesystem_async._results_queue is None:
@@ -84,7 +92,9 @@ def _shield_helpers() -> None:
         filesystem_async._results_queue = manager.Queue()
     global _forks_leave
     if not _forks_leave:
-        os.register_at_fork(after_in_child=os.setpgrp)  # data workers and writers; what is sent to them alone still arrives
+        os.register_at_fork(
+            after_in_child=os.setpgrp
+        )  # data workers and writers; what is sent to them alone still arrives
         _forks_leave = True
 
 

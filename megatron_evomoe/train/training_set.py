@@ -1,4 +1,6 @@
-"""The samples a stage trains on, opened once, the same on all nodes, and known to all ranks by name and digest."""
+"""The samples a stage trains on, opened once, the same on all nodes, and known to all ranks by name and
+digest.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,8 @@ def training_set(config: RunConfig, place: Topology) -> TrainingSet:
     """The shards of `train_data`, opened where samples are read. Communicates.
 
     Raises:
-        ConfigError: on every rank: there are none, or some rank cannot read them or finds other samples than rank 0.
+        ConfigError: on every rank: there are none, or some rank cannot read them or finds other samples than
+            rank 0.
     """
     dataset, contents, problem = None, [], None
     if place.reads_data:
@@ -44,7 +47,15 @@ def training_set(config: RunConfig, place: Topology) -> TrainingSet:
     first = [contents]
     dist.broadcast_object_list(first, src=0)  # rank 0 reads samples in every layout
     found = changed.differences(first[0], contents) if dataset is not None else []
-    require_all(f"rank {place.rank} finds other samples under train_data than rank 0: {'; '.join(found)}; copy the same "
-                "shards to every node" if found else None, ConfigError)
+    require_all(
+        f"rank {place.rank} finds other samples under train_data than rank 0: {'; '.join(found)}; copy the "
+        "same "
+        "shards to every node"
+        if found
+        else None,
+        ConfigError,
+    )
     samples = sum(count for _, count, _ in first[0])
-    return TrainingSet(dataset, {"order": order.NAME, "seed": config.train.seed, "samples": samples, "shards": first[0]})
+    return TrainingSet(
+        dataset, {"order": order.NAME, "seed": config.train.seed, "samples": samples, "shards": first[0]}
+    )

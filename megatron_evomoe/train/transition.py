@@ -25,7 +25,9 @@ _NORM_NAMES = (".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_")
 _EVOLUTION = r"\.mlp\.(experts|evolution)\."
 
 
-def start_from(folder: Path, built: Built, config: RunConfig, stage: StageConfig, *, fingerprint: str) -> tuple[Record, list[str]]:
+def start_from(
+    folder: Path, built: Built, config: RunConfig, stage: StageConfig, *, fingerprint: str
+) -> tuple[Record, list[str]]:
     """Load a checkpoint's weights into a stage that is beginning. Communicates.
 
     Args:
@@ -35,17 +37,23 @@ def start_from(folder: Path, built: Built, config: RunConfig, stage: StageConfig
         The source's record, for the lineage; and what starts fresh on any rank, by name.
 
     Raises:
-        CheckpointError: the source is of a kind this stage cannot start from, of another model (also one of which this model is
-            a part), or trained with another tokenizer.
+        CheckpointError: the source is of a kind this stage cannot start from, of another model (also one of
+            which this model is a part), or trained with another tokenizer.
     """
     source = find.record_of(folder)
     _check_source(source, folder, stage, config, fingerprint)
     dense_to_mixture = stage.kind == "route" and source.kind not in ("evolve", "route")
     if dense_to_mixture and config.moe.expert_init == "evolve":
-        raise CheckpointError(f"stage {stage.name!r} wants evolved experts (expert_init: evolve), but {folder} is a "
-                              f"{source.kind!r} checkpoint; put an evolve stage before it, or choose replicate or noise")
+        raise CheckpointError(
+            f"stage {stage.name!r} wants evolved experts (expert_init: evolve), but {folder} is a "
+            f"{source.kind!r} checkpoint; put an evolve stage before it, or choose replicate or noise"
+        )
     fresh_allowed = [_ROUTER, _EVOLUTION] if stage.kind == "evolve" else [_ROUTER]
-    fresh_allowed += [rf"^{part}\." for part in ("vision_model", "vision_projection", "language_model") if part not in source.parts]
+    fresh_allowed += [
+        rf"^{part}\."
+        for part in ("vision_model", "vision_projection", "language_model")
+        if part not in source.parts
+    ]
     states = []
     for module in built.modules:
         state = module.sharded_state_dict(metadata=store.metadata())
@@ -55,8 +63,12 @@ def start_from(folder: Path, built: Built, config: RunConfig, stage: StageConfig
             state = {k: v for k, v in state.items() if not re.search(_EVOLUTION, getattr(v, "key", k))}
         states.append(state)
     states = _under_stored_names(states, folder)
-    loaded, fresh = store.load_weights(folder, states, may_be_fresh=re.compile("|".join(fresh_allowed)),
-                                       may_be_left=_may_be_left(source, stage))
+    loaded, fresh = store.load_weights(
+        folder,
+        states,
+        may_be_fresh=re.compile("|".join(fresh_allowed)),
+        may_be_left=_may_be_left(source, stage),
+    )
     for module, tensors in zip(built.modules, loaded, strict=True):
         module.load_state_dict(_tensors(tensors), strict=False)
     built.optimizer.reload_model_params()  # the master weights follow what was just loaded
@@ -64,24 +76,35 @@ def start_from(folder: Path, built: Built, config: RunConfig, stage: StageConfig
         mlp.begin()
     if dense_to_mixture and config.moe.expert_init == "noise":
         for layer in built.mixtures():
-            expert_init.add_noise(layer.experts, config.train.seed, layer.layer_number, config.moe.expert_init_noise)
+            expert_init.add_noise(
+                layer.experts, config.train.seed, layer.layer_number, config.moe.expert_init_noise
+            )
         built.optimizer.reload_model_params()
     return source, _families(fresh)
 
 
 def _may_be_left(source: Record, stage: StageConfig) -> re.Pattern[str]:
     """Keys of the checkpoint that the stage need not take: nothing else may be left behind."""
-    keys = [_ROUTER, r"\.mlp\.evolution\."]  # another router starts fresh; the evolved experts in fp32 are for a resume
+    keys = [
+        _ROUTER,
+        r"\.mlp\.evolution\.",
+    ]  # another router starts fresh; the evolved experts in fp32 are for a resume
     if source.kind == "evolve":
-        keys.append(r"\.mlp\.linear_fc[12]\.")  # of mixtures: the first expert, which is among the experts too
+        keys.append(
+            r"\.mlp\.linear_fc[12]\."
+        )  # of mixtures: the first expert, which is among the experts too
     if "vision_projection" not in source.parts:
-        keys.append(r"^vision_model\.")  # a tower imported whole: layers above `feature_layer` are never built
+        keys.append(
+            r"^vision_model\."
+        )  # a tower imported whole: layers above `feature_layer` are never built
     return re.compile("|".join(keys))
 
 
 def _under_stored_names(states: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
-    """The norm before an FFN has one name in layers designated as mixtures and another elsewhere; a checkpoint may come from a run
-    (or an import) that designated others. Each norm is read under the name it was stored by."""
+    """The norm before an FFN has one name in layers designated as mixtures and another elsewhere; a
+    checkpoint may come from a run (or an import) that designated others. Each norm is read under the name it
+    was stored by.
+    """
     stored = store.tensor_shapes(folder)
 
     def entry_for(entry: Any) -> Any:
@@ -94,27 +117,43 @@ def _under_stored_names(states: list[dict[str, Any]], folder: Path) -> list[dict
     return [{name: entry_for(entry) for name, entry in state.items()} for state in states]
 
 
-def _check_source(source: Record, folder: Path, stage: StageConfig, config: RunConfig, fingerprint: str) -> None:
+def _check_source(
+    source: Record, folder: Path, stage: StageConfig, config: RunConfig, fingerprint: str
+) -> None:
     if source.kind not in STARTS_FROM[stage.kind]:
-        raise CheckpointError(f"stage {stage.name!r} ({stage.kind}) cannot start from {folder}, a {source.kind!r} checkpoint; "
-                              f"it starts from {' or '.join(STARTS_FROM[stage.kind])}")
+        raise CheckpointError(
+            f"stage {stage.name!r} ({stage.kind}) cannot start from {folder}, a {source.kind!r} checkpoint; "
+            f"it starts from {' or '.join(STARTS_FROM[stage.kind])}"
+        )
     check_tokenizer(source, folder, fingerprint)
     if "language_model" in source.parts and source.vocab_size != config.language.vocab_size:
         # megatron-core itself lets embeddings differ in size, because their padding depends on the layout
-        raise CheckpointError(f"{folder} has a vocabulary of {source.vocab_size}, this run one of {config.language.vocab_size}")
+        raise CheckpointError(
+            f"{folder} has a vocabulary of {source.vocab_size}, this run one of {config.language.vocab_size}"
+        )
     if stage.kind == "route" and source.num_experts not in (0, config.moe.num_experts):
-        raise CheckpointError(f"{folder} holds {source.num_experts} experts per layer, this run asks for {config.moe.num_experts}")
+        raise CheckpointError(
+            f"{folder} holds {source.num_experts} experts per layer, this run asks for "
+            f"{config.moe.num_experts}"
+        )
 
 
 def check_tokenizer(source: Record, folder: Path, fingerprint: str) -> None:
     """Weights and token ids must belong together. Raises `CheckpointError`."""
     if "language_model" in source.parts and not same_tokenizer(source.tokenizer_fingerprint, fingerprint):
-        (theirs, their_rules), (ours, our_rules) = (f.split(".") if "." in f else (f, "") for f in (
-            source.tokenizer_fingerprint, fingerprint))
-        what = (f"fingerprint {theirs[:12]}; this run's is {ours[:12]}" if theirs != ours else
-                f"the same pieces by other rules or scores, {their_rules}; this run's are {our_rules}")
-        raise CheckpointError(f"{folder} was trained with another tokenizer (vocabulary {source.vocab_size}, {what}); token ids "
-                              "would mean other words. Point --tokenizer at the one it was trained with")
+        (theirs, their_rules), (ours, our_rules) = (
+            f.split(".") if "." in f else (f, "") for f in (source.tokenizer_fingerprint, fingerprint)
+        )
+        what = (
+            f"fingerprint {theirs[:12]}; this run's is {ours[:12]}"
+            if theirs != ours
+            else f"the same pieces by other rules or scores, {their_rules}; this run's are {our_rules}"
+        )
+        raise CheckpointError(
+            f"{folder} was trained with another tokenizer (vocabulary {source.vocab_size}, {what}); token "
+            "ids "
+            "would mean other words. Point --tokenizer at the one it was trained with"
+        )
 
 
 def _tensors(tree: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -124,4 +163,6 @@ def _tensors(tree: dict[str, Any]) -> dict[str, torch.Tensor]:
 def _families(keys: list[str]) -> list[str]:
     """Whole parts by their name; other keys with layer numbers folded, so that a message stays short."""
     parts = {key.split(".", 1)[0] for key in keys if not re.search(_ROUTER, key)}
-    return sorted({*parts, *(re.sub(r"\.\d+\.", ".*.", key) for key in keys if key.split(".", 1)[0] not in parts)})
+    return sorted(
+        {*parts, *(re.sub(r"\.\d+\.", ".*.", key) for key in keys if key.split(".", 1)[0] not in parts)}
+    )

@@ -1,7 +1,7 @@
 """Run a frozen vision tower over every training image once, before the first step, and keep what came out.
 
-Replicas take turns part by part (`data.feature_cache`); parts that are there already, of an earlier stage or an attempt that was
-killed, are kept. The ranks of a replica's first stage compute together, as in training.
+Replicas take turns part by part (`data.feature_cache`); parts that are there already, of an earlier stage or
+an attempt that was killed, are kept. The ranks of a replica's first stage compute together, as in training.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ _SAY_EVERY = 30.0  # seconds between lines about progress
 _MASK = 2**64 - 1
 
 
-def open_cache(session: Session, built: Built, config: RunConfig, dataset: ShardDataset | None) -> FeatureCache | None:
+def open_cache(
+    session: Session, built: Built, config: RunConfig, dataset: ShardDataset | None
+) -> FeatureCache | None:
     """What this rank reads training images' features with; none where it reads none. Communicates over TP."""
     if not config.data.cache_vision_features or not session.topology.first_stage:
         return None
@@ -47,7 +49,9 @@ def open_cache(session: Session, built: Built, config: RunConfig, dataset: Shard
     return FeatureCache(dataset, config, folder, tower)
 
 
-def complete(cache: FeatureCache | None, session: Session, built: Built, config: RunConfig, stop: StopRequests) -> str | None:
+def complete(
+    cache: FeatureCache | None, session: Session, built: Built, config: RunConfig, stop: StopRequests
+) -> str | None:
     """Compute the features that are missing, if the configuration wants a cache. Communicates.
 
     Returns:
@@ -84,7 +88,9 @@ def _digest(tensor: ShardedTensor) -> int:
     shape = (1,) * tensor.prepend_axis_num + tuple(tensor.local_shape)
     data = tensor.data.detach().reshape(shape)
     place = torch.zeros(shape, dtype=torch.int64, device=data.device)
-    for dim, (size, offset, whole) in enumerate(zip(shape, tensor.global_offset, tensor.global_shape, strict=True)):
+    for dim, (size, offset, whole) in enumerate(
+        zip(shape, tensor.global_offset, tensor.global_shape, strict=True)
+    ):
         index = torch.arange(offset, offset + size, device=data.device)
         place = place * whole + index.view(-1, *(1,) * (len(shape) - dim - 1))
     drawn = (place + 1) * 0x1E3779B97F4A7C15  # arithmetic of int64 wraps around
@@ -105,7 +111,9 @@ def _missing(cache: FeatureCache | None, session: Session) -> list[Part]:
         found = [missing, _no_room(cache, images)]
         if images and found[1] is None:
             size = images * cache.bytes_per_image / 1e6
-            session.logger.say(f"vision features: computing {images} of {total} images, {size:,.1f} MB, in {cache.folder}")
+            session.logger.say(
+                f"vision features: computing {images} of {total} images, {size:,.1f} MB, in {cache.folder}"
+            )
         elif not images:
             session.logger.say(f"vision features: all {total} images are in {cache.folder}")
     dist.broadcast_object_list(found, src=0)
@@ -119,22 +127,35 @@ def _no_room(cache: FeatureCache, images: int) -> str | None:
     need, free = images * cache.bytes_per_image, shutil.disk_usage(cache.folder).free
     if need <= free:
         return None
-    return (f"vision features of {images} images take {need / 1e9:.3g} GB, and {cache.folder} has {free / 1e9:.3g} GB free; set "
-            "feature_cache_dir to a larger disk, or leave cache_vision_features out")
+    return (
+        f"vision features of {images} images take {need / 1e9:.3g} GB, and {cache.folder} has "
+        f"{free / 1e9:.3g} GB free; set "
+        "feature_cache_dir to a larger disk, or leave cache_vision_features out"
+    )
 
 
 class _Extraction:
-    """The missing parts' way through the tower: one part per replica in a round, so that nobody waits longer than for one."""
+    """The missing parts' way through the tower: one part per replica in a round, so that nobody waits longer
+    than for one.
+    """
 
-    def __init__(self, missing: list[Part], cache: FeatureCache | None, model: LlavaModel, session: Session,
-                 config: RunConfig) -> None:
+    def __init__(
+        self,
+        missing: list[Part],
+        cache: FeatureCache | None,
+        model: LlavaModel,
+        session: Session,
+        config: RunConfig,
+    ) -> None:
         self.missing, self.cache, self.model, self.session = missing, cache, model, session
         self.side = config.vision.image_size
         place = session.topology
         self.replica, self.replicas = place.data_parallel_rank, place.data_parallel_size
         self.computes = place.first_stage and ps.get_context_parallel_rank() == 0
         mine = missing[self.replica :: self.replicas]
-        self.batches = iter(_pixels(mine, cache, processor_for(config), config)) if cache is not None else None
+        self.batches = (
+            iter(_pixels(mine, cache, processor_for(config), config)) if cache is not None else None
+        )
 
     def run(self, stop: StopRequests) -> str | None:
         """Why it ended early, or none. Communicates."""
@@ -150,7 +171,9 @@ class _Extraction:
             done += sum(part.count for part in parts)
             if time.monotonic() - said > _SAY_EVERY:
                 said = time.monotonic()
-                self.session.logger.say(f"vision features: {done} of {total} images, {done / (said - started):.0f} per second")
+                self.session.logger.say(
+                    f"vision features: {done} of {total} images, {done / (said - started):.0f} per second"
+                )
         return None
 
     def _compute(self, part: Part) -> None:
@@ -167,7 +190,9 @@ class _Extraction:
             self.cache.write(part, torch.cat(features), problems)
 
     def _next_batch(self, count: int) -> tuple[torch.Tensor, dict[int, SampleError]]:
-        """uint8 [count, 3, S, S] on every TP rank; what was wrong with images, where they are read. Communicates over TP."""
+        """uint8 [count, 3, S, S] on every TP rank; what was wrong with images, where they are read.
+        Communicates over TP.
+        """
         pixels = torch.empty(count, 3, self.side, self.side, dtype=torch.uint8, device=backend.device())
         problems: dict[int, SampleError] = {}
         if self.batches is not None:
@@ -196,8 +221,13 @@ class _Images(Dataset):
         return pixels, problems
 
 
-def _pixels(parts: list[Part], cache: FeatureCache, processor: ImageProcessor, config: RunConfig) -> DataLoader:
+def _pixels(
+    parts: list[Part], cache: FeatureCache, processor: ImageProcessor, config: RunConfig
+) -> DataLoader:
     """Batches of each part in turn: (uint8 [n, 3, S, S], row -> problem)."""
-    chunks = [[(part.shard, image) for image in range(first, min(first + BATCH, part.first + part.count))]
-              for part in parts for first in range(part.first, part.first + part.count, BATCH)]
+    chunks = [
+        [(part.shard, image) for image in range(first, min(first + BATCH, part.first + part.count))]
+        for part in parts
+        for first in range(part.first, part.first + part.count, BATCH)
+    ]
     return fetching(_Images(cache.dataset, processor, config.data.max_image_pixels), chunks, config.data)

@@ -26,12 +26,22 @@ STAGES = {
     "evolve": Stage(kind="evolve"),
     "route, linear": Stage(kind="route", sections={"moe": {"router": "linear"}}),
     "route, dtr": Stage(kind="route"),
-    "route, experts too": Stage(kind="route", sections={"moe": {"router": "linear", "moe_z_loss_coeff": 1e-2},
-                                                        "train": {"trainable": ["router", "experts"]}}),
-    # Where dropped tokens leave a gradient that is all rounding, Adam's first steps are as long as any: at the usual rate the
-    # gradient norm of a DTR differs by 2e-5 after three.
-    "route, capacity": Stage(kind="route", sections={"moe": {"moe_expert_capacity_factor": 0.6, "moe_router_topk": 2},
-                                                     "optimizer": {"lr": 1e-4}}),
+    "route, experts too": Stage(
+        kind="route",
+        sections={
+            "moe": {"router": "linear", "moe_z_loss_coeff": 1e-2},
+            "train": {"trainable": ["router", "experts"]},
+        },
+    ),
+    # Where dropped tokens leave a gradient that is all rounding, Adam's first steps are as long as any: at
+    # the usual rate the gradient norm of a DTR differs by 2e-5 after three.
+    "route, capacity": Stage(
+        kind="route",
+        sections={
+            "moe": {"moe_expert_capacity_factor": 0.6, "moe_router_topk": 2},
+            "optimizer": {"lr": 1e-4},
+        },
+    ),
     "route, collapsed": Stage(kind="route", sections={"moe": {"router": "linear"}}, collapse=True),
 }
 
@@ -39,7 +49,9 @@ STAGES = {
 class Campaign:
     """Runs jobs and keeps what they came to: `results[stage][layout]`, steps of each."""
 
-    def __init__(self, folder: Path, options: dict[str, Any] | None = None, layouts: dict[str, Layout] | None = None) -> None:
+    def __init__(
+        self, folder: Path, options: dict[str, Any] | None = None, layouts: dict[str, Layout] | None = None
+    ) -> None:
         self.folder, self.options = folder, options or {}
         self.layouts = {**LAYOUTS, **COMBINED, **(layouts or {})}
         self.trained: dict[tuple[str, str], list[dict[str, float]]] = {}
@@ -74,7 +86,11 @@ class Campaign:
     def run_pairs(self, pairs: list[tuple[str, str]]) -> None:
         """Each (stage, layout) for three steps, saved."""
         for world in sorted({self.layouts[name].world for _, name in pairs}):
-            jobs = [self._job(stage, name, save=True) for stage, name in pairs if self.layouts[name].world == world]
+            jobs = [
+                self._job(stage, name, save=True)
+                for stage, name in pairs
+                if self.layouts[name].world == world
+            ]
             for name, steps in self._run(world, jobs).items():
                 stage, layout, _ = name.split("|")
                 self.trained[stage, layout] = steps
@@ -88,16 +104,31 @@ class Campaign:
                 stage, to, source = name.split("|")
                 self.resumed[stage, source, to] = steps
 
-    def _job(self, name: str, layout: str, *, last: int = STEPS, save: bool = False, resume: str | None = None) -> Job:
+    def _job(
+        self, name: str, layout: str, *, last: int = STEPS, save: bool = False, resume: str | None = None
+    ) -> Job:
         stage = STAGES[name]
-        sections = {key: {**stage.sections.get(key, {}), **self.options.get(key, {})} for key in {*stage.sections, *self.options}}
-        start = self.folder / "saved" / "first" if stage.kind != "route" else self.checkpoint("evolve", "one rank")
+        sections = {
+            key: {**stage.sections.get(key, {}), **self.options.get(key, {})}
+            for key in {*stage.sections, *self.options}
+        }
+        start = (
+            self.folder / "saved" / "first"
+            if stage.kind != "route"
+            else self.checkpoint("evolve", "one rank")
+        )
         return Job(
-            name=f"{name}|{layout}|{resume or last}", layout=self.layouts[layout], kind=stage.kind, sections=sections,
+            name=f"{name}|{layout}|{resume or last}",
+            layout=self.layouts[layout],
+            kind=stage.kind,
+            sections=sections,
             collapse=stage.collapse,
-            start=None if resume else str(start), resume=str(self.checkpoint(name, resume)) if resume else None,
-            first=STEPS + 1 if resume else 1, last=ALL if resume else last,
-            save=str(self.checkpoint(name, layout)) if save else None)
+            start=None if resume else str(start),
+            resume=str(self.checkpoint(name, resume)) if resume else None,
+            first=STEPS + 1 if resume else 1,
+            last=ALL if resume else last,
+            save=str(self.checkpoint(name, layout)) if save else None,
+        )
 
     def _run(self, world: int, jobs: list[Job]) -> dict[str, list[dict[str, float]]]:
         self._calls += 1
@@ -105,7 +136,8 @@ class Campaign:
 
 
 def deviation(wanted: list[dict[str, float]], got: list[dict[str, float]]) -> float:
-    """The largest difference over all steps and metrics, relative to the metric (to 1 for shares and losses below 1).
+    """The largest difference over all steps and metrics, relative to the metric (to 1 for shares and losses
+    below 1).
 
     Raises:
         AssertionError: a metric is missing on one side.
@@ -114,5 +146,7 @@ def deviation(wanted: list[dict[str, float]], got: list[dict[str, float]]) -> fl
     assert len(wanted) == len(got)
     for a, b in zip(wanted, got, strict=True):
         assert a.keys() == b.keys(), a.keys() ^ b.keys()
-        worst = max(worst, *(abs(a[k] - b[k]) / max(abs(a[k]), 1e-2 if k in ("lr", "grad norm") else 1.0) for k in a))
+        worst = max(
+            worst, *(abs(a[k] - b[k]) / max(abs(a[k]), 1e-2 if k in ("lr", "grad norm") else 1.0) for k in a)
+        )
     return worst

@@ -1,8 +1,9 @@
-"""`python -m megatron_evomoe`, with faults added: what a file asks for, on the rank it names, while the file is there.
+"""`python -m megatron_evomoe`, with faults added: what a file asks for, on the rank it names, while the file
+is there.
 
-    {"rank": 1, "kind": "nan"}                                      a gradient that turns NaN, once
-    {"rank": 0, "kind": "write", "files": "common.pt*", "errno": 28}     files that cannot be written
-    {"rank": 1, "kind": "raise", "where": "build_stage"}            MemoryError out of a function of the training loop
+{"rank": 1, "kind": "nan"}                                      a gradient that turns NaN, once
+{"rank": 0, "kind": "write", "files": "common.pt*", "errno": 28}  files that cannot be written
+{"rank": 1, "kind": "raise", "where": "build_stage"}  MemoryError out of a function of the training loop
 """
 
 from __future__ import annotations

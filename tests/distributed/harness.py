@@ -1,7 +1,8 @@
 """Run the same training under many layouts, in gloo processes, and hand back what each came to.
 
-A `Job` is a few optimizer steps of one stage under one layout, from a checkpoint and to a checkpoint. Jobs of one world size
-run one after the other in the same processes (`worker.py`), because starting Python four times costs more than training.
+A `Job` is a few optimizer steps of one stage under one layout, from a checkpoint and to a checkpoint. Jobs of
+one world size run one after the other in the same processes (`worker.py`), because starting Python four times
+costs more than training.
 """
 
 from __future__ import annotations
@@ -23,7 +24,16 @@ from tests.tiny import IMAGE_TOKENS, VOCAB
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = 8
 LENGTH = 24
-IMAGES = (1, 0, 0, 0, 2, 1, 0, 0)  # per row; with DP 2 and two rows a microbatch, the second replica sees no image
+IMAGES = (
+    1,
+    0,
+    0,
+    0,
+    2,
+    1,
+    0,
+    0,
+)  # per row; with DP 2 and two rows a microbatch, the second replica sees no image
 SHORT = {3: 10, 6: 9}  # rows that are mostly padding: a sequence-parallel shard of them is nothing else
 
 
@@ -50,15 +60,24 @@ class Layout:
         rows = options.get("train", {}).get("micro_batch_size", 2)
         microbatches, rest = divmod(ROWS, rows * self.replicas)
         shards = options.get("parallel", {}).get("use_distributed_optimizer", True)
-        return not rest and (self.layers_per_chunk is None or microbatches % self.pp == 0) and (shards or not self.overlap)
+        return (
+            not rest
+            and (self.layers_per_chunk is None or microbatches % self.pp == 0)
+            and (shards or not self.overlap)
+        )
 
     @property
     def flags(self) -> dict[str, Any]:
         """The `parallel` section."""
-        return {"tensor_model_parallel_size": self.tp, "pipeline_model_parallel_size": self.pp,
-                "expert_model_parallel_size": self.ep, "expert_tensor_parallel_size": self.etp,
-                "num_layers_per_virtual_pipeline_stage": self.layers_per_chunk,
-                "overlap_grad_reduce": self.overlap, "overlap_param_gather": self.overlap}
+        return {
+            "tensor_model_parallel_size": self.tp,
+            "pipeline_model_parallel_size": self.pp,
+            "expert_model_parallel_size": self.ep,
+            "expert_tensor_parallel_size": self.etp,
+            "num_layers_per_virtual_pipeline_stage": self.layers_per_chunk,
+            "overlap_grad_reduce": self.overlap,
+            "overlap_param_gather": self.overlap,
+        }
 
 
 LAYOUTS = {
@@ -114,10 +133,24 @@ class Job:
 def configuration(job: Job) -> dict[str, Any]:
     """Four layers, the second and fourth mixtures; α large enough for its gradient to matter."""
     raw: dict[str, Any] = {
-        "language": {"num_layers": 4, "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 4, "num_query_groups": 2,
-                     "vocab_size": VOCAB, "init_method_std": 0.1},
-        "vision": {"image_size": 16, "patch_size": 8, "hidden_size": 16, "num_layers": 2, "num_attention_heads": 2,
-                   "ffn_hidden_size": 32, "init_method_std": 0.1},
+        "language": {
+            "num_layers": 4,
+            "hidden_size": 32,
+            "ffn_hidden_size": 48,
+            "num_attention_heads": 4,
+            "num_query_groups": 2,
+            "vocab_size": VOCAB,
+            "init_method_std": 0.1,
+        },
+        "vision": {
+            "image_size": 16,
+            "patch_size": 8,
+            "hidden_size": 16,
+            "num_layers": 2,
+            "num_attention_heads": 2,
+            "ffn_hidden_size": 32,
+            "init_method_std": 0.1,
+        },
         "moe": {"dtr_hidden_size": 4, "dtr_rank": 4, "moe_aux_loss_coeff": 0.02},
         "data": {"seq_length": 64},
         "optimizer": {"lr": 1e-2, "lr_decay_style": "cosine", "lr_warmup_fraction": 0.0},
@@ -147,7 +180,9 @@ def global_batch(step: int) -> dict[str, Any]:
     return {"tokens": tokens, "labels": labels, "types": types, "pixels": pixels}
 
 
-def run(world: int, jobs: list[Job], folder: Path, *, timeout: float = 1200) -> dict[str, list[dict[str, float]]]:
+def run(
+    world: int, jobs: list[Job], folder: Path, *, timeout: float = 1200
+) -> dict[str, list[dict[str, float]]]:
     """Run `jobs` on `world` processes; job name -> its steps. Fails with the worker's output."""
     folder.mkdir(parents=True, exist_ok=True)
     asked, answered = folder / f"jobs{world}.json", folder / f"results{world}.json"
@@ -159,12 +194,27 @@ def run(world: int, jobs: list[Job], folder: Path, *, timeout: float = 1200) -> 
     path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)
     logs, processes = [], []
     for rank in range(world):
-        env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank),
-               "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        env = {
+            **os.environ,
+            "PYTHONPATH": path,
+            "OMP_NUM_THREADS": "1",
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
         logs.append(folder / f"world{world}_rank{rank}.log")
         with logs[-1].open("w") as log:
-            processes.append(subprocess.Popen([sys.executable, "-m", "tests.distributed.worker", str(asked), str(answered)],
-                                              env=env, cwd=ROOT, stdout=log, stderr=log))
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "tests.distributed.worker", str(asked), str(answered)],
+                    env=env,
+                    cwd=ROOT,
+                    stdout=log,
+                    stderr=log,
+                )
+            )
     try:
         codes = [p.wait(timeout=timeout) for p in processes]
     finally:

@@ -1,6 +1,8 @@
-"""One rank of `test_plan`: builds stages under one layout, takes an optimizer step, and counts what it holds, in bytes.
+"""One rank of `test_plan`: builds stages under one layout, takes an optimizer step, and counts what it holds,
+in bytes.
 
-Arguments: a JSON file with {"parallel": …, "cases": [[kind, section overrides], …]}, and the folder for each rank's answer.
+Arguments: a JSON file with {"parallel": …, "cases": [[kind, section overrides], …]}, and the folder for each
+rank's answer.
 """
 
 from __future__ import annotations
@@ -15,10 +17,23 @@ import torch
 from megatron_evomoe.parallel import backend
 
 MODEL: dict[str, Any] = {
-    "language": {"num_layers": 4, "hidden_size": 64, "ffn_hidden_size": 96, "num_attention_heads": 4, "num_query_groups": 2,
-                 "vocab_size": 500, "add_qkv_bias": True},
-    "vision": {"image_size": 16, "patch_size": 8, "hidden_size": 16, "num_layers": 2, "num_attention_heads": 2,
-               "ffn_hidden_size": 32},
+    "language": {
+        "num_layers": 4,
+        "hidden_size": 64,
+        "ffn_hidden_size": 96,
+        "num_attention_heads": 4,
+        "num_query_groups": 2,
+        "vocab_size": 500,
+        "add_qkv_bias": True,
+    },
+    "vision": {
+        "image_size": 16,
+        "patch_size": 8,
+        "hidden_size": 16,
+        "num_layers": 2,
+        "num_attention_heads": 2,
+        "ffn_hidden_size": 32,
+    },
     "moe": {"dtr_hidden_size": 4, "dtr_rank": 4},
     "data": {"seq_length": 64},
     "train": {"micro_batch_size": 1, "global_batch_size": 4},
@@ -46,10 +61,15 @@ def main(request: str, folder: str) -> None:
 
     asked = json.loads(Path(request).read_text())
     topology.initialize(case_config(asked["parallel"], "warmup", {}))
-    place = {"pp_rank": ps.get_pipeline_model_parallel_rank(), "dp_rank": ps.get_data_parallel_rank(with_context_parallel=True),
-             "expert_dp_rank": ps.get_expert_data_parallel_rank()}
+    place = {
+        "pp_rank": ps.get_pipeline_model_parallel_rank(),
+        "dp_rank": ps.get_data_parallel_rank(with_context_parallel=True),
+        "expert_dp_rank": ps.get_expert_data_parallel_rank(),
+    }
     measured = [measure(asked["parallel"], kind, sections) for kind, sections in asked["cases"]]
-    Path(folder, f"{torch.distributed.get_rank()}.json").write_text(json.dumps({"place": place, "measured": measured}))
+    Path(folder, f"{torch.distributed.get_rank()}.json").write_text(
+        json.dumps({"place": place, "measured": measured})
+    )
     torch.distributed.destroy_process_group()
 
 
@@ -82,7 +102,9 @@ def size(tensors: Any) -> int:
 
 
 def optimizer_tensors(optimizer: Any) -> list[torch.Tensor]:
-    """Adam's moments, and the fp32 master copies of bf16 parameters. Step counters are scalars and left out."""
+    """Adam's moments, and the fp32 master copies of bf16 parameters. Step counters are scalars and left
+    out.
+    """
     found: list[torch.Tensor] = []
     for one in getattr(optimizer, "chained_optimizers", [optimizer]):
         if one.optimizer is None:  # nothing trains here

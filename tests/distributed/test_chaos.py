@@ -1,7 +1,8 @@
-"""Training under torchrun that is killed, stopped, starved and poisoned, and ends where the undisturbed run ends.
+"""Training under torchrun that is killed, stopped, starved and poisoned, and ends where the undisturbed run
+ends.
 
-The faults come in an order drawn from a seed, each when training has gone on for a few steps. After each one the same command is
-started again (or torchrun restarts its workers itself).
+The faults come in an order drawn from a seed, each when training has gone on for a few steps. After each one
+the same command is started again (or torchrun restarts its workers itself).
 """
 
 from __future__ import annotations
@@ -30,13 +31,24 @@ from tests.integration.conftest import ROOT, digits, environment, metrics, tiny_
 from tests.integration.test_stages import steady
 
 # many short stages: a transition is never far
-STAGES = [{"name": "align", "train_iters": 8},
-          *({"name": f"warmup {i}", "kind": "warmup", "train_iters": 80} for i in range(1, 9)),
-          {"name": "evolve", "train_iters": 80},
-          *({"name": f"route {i}", "kind": "route", "train_iters": 80} for i in range(1, 10))]
-QUICK = [{"name": "align", "train_iters": 2}, *({"name": name, "train_iters": 8} for name in ("warmup", "evolve", "route"))]
-QUICK_FAULTS = ["SIGUSR1 to a rank", "NaN gradient on a rank", "full disk at metadata.json", "SIGKILL of torchrun",
-                "SIGKILL of a rank, torchrun restarts", "hung rank"]
+STAGES = [
+    {"name": "align", "train_iters": 8},
+    *({"name": f"warmup {i}", "kind": "warmup", "train_iters": 80} for i in range(1, 9)),
+    {"name": "evolve", "train_iters": 80},
+    *({"name": f"route {i}", "kind": "route", "train_iters": 80} for i in range(1, 10)),
+]
+QUICK = [
+    {"name": "align", "train_iters": 2},
+    *({"name": name, "train_iters": 8} for name in ("warmup", "evolve", "route")),
+]
+QUICK_FAULTS = [
+    "SIGUSR1 to a rank",
+    "NaN gradient on a rank",
+    "full disk at metadata.json",
+    "SIGKILL of torchrun",
+    "SIGKILL of a rank, torchrun restarts",
+    "hung rank",
+]
 PATIENCE, WHOLE_RUN = 120.0, 900.0  # seconds, for what a fault brings about and for all steps
 ENOUGH = 84  # faults: four of each kind
 
@@ -57,9 +69,25 @@ class Job:
         self.log = self.config.parent / f"launch{self.launches}.log"
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-                 f"--max-restarts={restarts}", "-m", "tests.distributed.chaos_worker", "train", "--config", str(self.config)],
-                env=environment(CHAOS_TRIGGER=str(self.trigger), CHAOS_SAVE=str(self.out)), cwd=ROOT, stdout=log, stderr=log)
+                [
+                    sys.executable,
+                    "-m",
+                    "torch.distributed.run",
+                    "--standalone",
+                    "--nproc-per-node",
+                    "2",
+                    f"--max-restarts={restarts}",
+                    "-m",
+                    "tests.distributed.chaos_worker",
+                    "train",
+                    "--config",
+                    str(self.config),
+                ],
+                env=environment(CHAOS_TRIGGER=str(self.trigger), CHAOS_SAVE=str(self.out)),
+                cwd=ROOT,
+                stdout=log,
+                stderr=log,
+            )
 
     def workers(self) -> list[psutil.Process]:
         """The training processes, rank 0 first."""
@@ -140,7 +168,9 @@ def kill_rank_and_let_torchrun_restart(job: Job, draw: random.Random) -> None:
         before = job.steps()
         job.workers()[draw.randrange(2)].kill()
         # one step may be logged again or still be on its way; training goes on when there are more
-        assert wait_for(lambda: job.steps() > before + 2, job) or job.process.returncode == 0, job.text()[-3000:]
+        assert wait_for(lambda: job.steps() > before + 2, job) or job.process.returncode == 0, job.text()[
+            -3000:
+        ]
 
 
 def kill_job(job: Job, draw: random.Random) -> None:
@@ -162,13 +192,17 @@ def kill_in_transition(job: Job, draw: random.Random) -> None:
 def terminate_rank(job: Job, draw: random.Random) -> None:
     job.workers()[draw.randrange(2)].send_signal(signal.SIGTERM)
     assert job.ended() == 0
-    assert "exiting on SIGTERM" in job.text() or "Held-out exact match by kind" in job.text()  # the run's end came first
+    assert (
+        "exiting on SIGTERM" in job.text() or "Held-out exact match by kind" in job.text()
+    )  # the run's end came first
 
 
 def usr1_rank(job: Job, draw: random.Random) -> None:
     job.workers()[draw.randrange(2)].send_signal(signal.SIGUSR1)
     assert job.ended() == 0
-    assert "exiting on SIGUSR1" in job.text() or "Held-out exact match by kind" in job.text()  # the run's end came first
+    assert (
+        "exiting on SIGUSR1" in job.text() or "Held-out exact match by kind" in job.text()
+    )  # the run's end came first
 
 
 def terminate_job(job: Job, draw: random.Random) -> None:
@@ -223,13 +257,16 @@ def fill_disk(job: Job, draw: random.Random) -> None:
 
 def unwritable(files: str, rank: int, code: int) -> Callable[[Job, random.Random], None]:
     """The next save meets it, and every rank says which file it was and on which rank."""
+
     def fault(job: Job, draw: random.Random) -> None:
         job.ask(kind="write", rank=rank, files=files + "*", errno=code)
         status = job.ended()
         job.trigger.unlink()
         said = [line for line in job.text().splitlines() if line.startswith("error: ")]
         assert status != 0 and len(said) == 2, job.text()[-3000:]
-        assert all(f"rank {rank} (" in line and f"[Errno {code}]" in line and files in line for line in said), said
+        assert all(
+            f"rank {rank} (" in line and f"[Errno {code}]" in line and files in line for line in said
+        ), said
 
     return fault
 
@@ -271,12 +308,20 @@ def kill_torchrun(job: Job, draw: random.Random) -> None:
     _, alive = psutil.wait_procs(orphans, timeout=PATIENCE)
     said = job.text()
     assert not alive, said[-3000:]
-    assert "its ranks behind; the same command goes on" in said or "Held-out exact match by kind" in said, said[-3000:]
+    assert "its ranks behind; the same command goes on" in said or "Held-out exact match by kind" in said, (
+        said[-3000:]
+    )
 
 
 def delete_stage(job: Job, draw: random.Random) -> None:
-    """What is being saved goes with it; the run ends with an error or saves anew. Other stages are not touched."""
-    folder = max((path.parent for path in job.out.glob("*/iter_*")), key=lambda path: path.stat().st_mtime, default=None)
+    """What is being saved goes with it; the run ends with an error or saves anew. Other stages are not
+    touched.
+    """
+    folder = max(
+        (path.parent for path in job.out.glob("*/iter_*")),
+        key=lambda path: path.stat().st_mtime,
+        default=None,
+    )
     if folder is not None:
         folder.rename(job.out / "deleted")
         shutil.rmtree(job.out / "deleted")
@@ -290,13 +335,24 @@ KINDS = {
     "full disk at common.pt": unwritable("common.pt", 0, errno.ENOSPC),
     "full disk at metadata.json": unwritable("metadata.json", 0, errno.ENOSPC),
     "full disk at evomoe.json": unwritable("evomoe.json", 0, errno.ENOSPC),
-    "EIO at a rank's tensors": unwritable("__1_", 1, errno.EIO), "full disk at metrics.jsonl": fill_disk_under_metrics,
-    "MemoryError in one rank's set-up": break_setup, "second run on one folder": start_twice,
-    "SIGKILL of torchrun": kill_torchrun, "stage folder deleted": delete_stage,
-    "SIGKILL of a rank": kill_rank, "SIGKILL of a rank, torchrun restarts": kill_rank_and_let_torchrun_restart,
-    "SIGKILL of the job": kill_job, "SIGKILL during a save": kill_while_saving, "SIGKILL in a stage transition": kill_in_transition,
-    "SIGTERM to a rank": terminate_rank, "SIGUSR1 to a rank": usr1_rank, "SIGTERM to torchrun": terminate_job,
-    "hung rank": hang_rank, "NaN gradient on a rank": poison, "shards gone": lose_shard, "disk full": fill_disk,
+    "EIO at a rank's tensors": unwritable("__1_", 1, errno.EIO),
+    "full disk at metrics.jsonl": fill_disk_under_metrics,
+    "MemoryError in one rank's set-up": break_setup,
+    "second run on one folder": start_twice,
+    "SIGKILL of torchrun": kill_torchrun,
+    "stage folder deleted": delete_stage,
+    "SIGKILL of a rank": kill_rank,
+    "SIGKILL of a rank, torchrun restarts": kill_rank_and_let_torchrun_restart,
+    "SIGKILL of the job": kill_job,
+    "SIGKILL during a save": kill_while_saving,
+    "SIGKILL in a stage transition": kill_in_transition,
+    "SIGTERM to a rank": terminate_rank,
+    "SIGUSR1 to a rank": usr1_rank,
+    "SIGTERM to torchrun": terminate_job,
+    "hung rank": hang_rank,
+    "NaN gradient on a rank": poison,
+    "shards gone": lose_shard,
+    "disk full": fill_disk,
 }
 
 
@@ -305,7 +361,9 @@ def small_disk(tmp_path):
     """A file system of 48 MiB for the run, which needs 26, where this machine lets us have one."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", str(folder)], capture_output=True, check=False)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", str(folder)], capture_output=True, check=False
+    )
     yield folder if mounted.returncode == 0 else None
     if mounted.returncode == 0:
         subprocess.run(["umount", "-l", str(folder)], check=True)
@@ -328,12 +386,22 @@ def test_eighty_faults(tmp_path, digits, tiny_yaml, small_disk, row):  # noqa: F
 
 
 def disturbed(tmp_path, digits, tiny_yaml, disk, order, *, seed, stages) -> Counter[str]:  # noqa: F811
-    """Run undisturbed and disturbed; what they came to must be the same. Returns the faults injected, by kind."""
-    stages = [{**stages[0], "train_data": [str(digits / "captions")], "conversation_template": "plain"}, *stages[1:]]
+    """Run undisturbed and disturbed; what they came to must be the same. Returns the faults injected, by
+    kind.
+    """
+    stages = [
+        {**stages[0], "train_data": [str(digits / "captions")], "conversation_template": "plain"},
+        *stages[1:],
+    ]
     steps = {stage["name"]: stage["train_iters"] for stage in stages}
-    # routing metrics sum over the steps since their last line, and a sum begun before a kill is gone: a line for every step
-    common = {"stages": stages, "train": {"eval_samples": 4}, "log": {"log_interval": 2, "moe_metrics_interval": 1},
-              "parallel": {"expert_model_parallel_size": 2, "distributed_timeout_minutes": 0.2}}
+    # routing metrics sum over the steps since their last line, and a sum begun before a kill is gone: a line
+    # for every step
+    common = {
+        "stages": stages,
+        "train": {"eval_samples": 4},
+        "log": {"log_interval": 2, "moe_metrics_interval": 1},
+        "parallel": {"expert_model_parallel_size": 2, "distributed_timeout_minutes": 0.2},
+    }
     (tmp_path / "calm").mkdir()
     calm = tiny_yaml(tmp_path / "calm", **common)
     job = Job(calm, tmp_path / "calm" / "run", tmp_path / "never")
@@ -368,7 +436,9 @@ def disturbed(tmp_path, digits, tiny_yaml, disk, order, *, seed, stages) -> Coun
 
 
 def same(calm: Path, wild: Path, steps: dict[str, int]) -> None:
-    """Every step once and in order, with the same bits; the same weights at every stage's end; the same accuracy."""
+    """Every step once and in order, with the same bits; the same weights at every stage's end; the same
+    accuracy.
+    """
     assert steady(metrics(wild)) == steady(metrics(calm))
     for stage, count in steps.items():
         a, b = (tensors(folder / stage / f"iter_{count:07d}") for folder in (calm, wild))

@@ -1,4 +1,6 @@
-"""Whatever fails on one rank is the message of every rank, and all end, long before any collective times out."""
+"""Whatever fails on one rank is the message of every rank, and all end, long before any collective times
+out.
+"""
 
 from __future__ import annotations
 
@@ -25,22 +27,50 @@ def run_two(home: Path, config: Path, fault: dict[str, Any]) -> tuple[int, list[
     trigger = home / "trigger"
     trigger.write_text(json.dumps(fault))
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--redirects", "3", "--log-dir",
-         str(home / "logs"), "-m", "tests.distributed.chaos_worker", "train", "--config", str(config)],
-        env=environment(CHAOS_TRIGGER=str(trigger), CHAOS_SAVE=str(home / "run")), cwd=ROOT, timeout=PATIENCE, capture_output=True)
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            "--redirects",
+            "3",
+            "--log-dir",
+            str(home / "logs"),
+            "-m",
+            "tests.distributed.chaos_worker",
+            "train",
+            "--config",
+            str(config),
+        ],
+        env=environment(CHAOS_TRIGGER=str(trigger), CHAOS_SAVE=str(home / "run")),
+        cwd=ROOT,
+        timeout=PATIENCE,
+        capture_output=True,
+    )
     trigger.unlink(missing_ok=True)
-    return done.returncode, [next((home / "logs").glob(f"*/attempt_0/{rank}/stderr.log")).read_text() for rank in range(2)]
+    return done.returncode, [
+        next((home / "logs").glob(f"*/attempt_0/{rank}/stderr.log")).read_text() for rank in range(2)
+    ]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("save_interval", [1, 0])
 def test_folder_deleted_under_a_run_ends_it_with_an_error(tmp_path, tiny_yaml, save_interval):  # noqa: F811
     """At the next save; at the end, where none comes before."""
-    config = tiny_yaml(tmp_path, stages=[{"name": "warmup", "train_iters": 200}], checkpoint={"save_interval": save_interval})
+    config = tiny_yaml(
+        tmp_path, stages=[{"name": "warmup", "train_iters": 200}], checkpoint={"save_interval": save_interval}
+    )
     log = tmp_path / "log"
     with log.open("w") as file:
-        process = subprocess.Popen([sys.executable, "-m", "megatron_evomoe", "train", "--config", str(config)], env=environment(),
-                                   cwd=ROOT, stdout=file, stderr=file)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "megatron_evomoe", "train", "--config", str(config)],
+            env=environment(),
+            cwd=ROOT,
+            stdout=file,
+            stderr=file,
+        )
     try:
         deadline = time.monotonic() + PATIENCE
         metrics = tmp_path / "run" / "metrics.jsonl"
@@ -59,28 +89,58 @@ def write(files: str, rank: int = 0, code: int = errno.ENOSPC) -> dict[str, Any]
     return {"kind": "write", "files": files, "rank": rank, "errno": code}
 
 
-FILES = [*(write(files) for files in ("common.pt*", "metadata.json*", "evomoe.json*", ".metadata*", "run_config.yaml*")),
-         write("__1_*.distcp", 1, errno.EIO)]
+FILES = [
+    *(
+        write(files)
+        for files in ("common.pt*", "metadata.json*", "evomoe.json*", ".metadata*", "run_config.yaml*")
+    ),
+    write("__1_*.distcp", 1, errno.EIO),
+]
 OTHERS = [
     write("summary.json*"),
-    *({"kind": "raise", "where": where, "rank": rank} for where, rank in (
-        ("open_session", 0), ("build_stage", 1), ("build_stage", 0), ("train_loader", 1), ("questions", 1), ("take_step", 0),
-        ("_load", 1), ("load_config", 1))),
+    *(
+        {"kind": "raise", "where": where, "rank": rank}
+        for where, rank in (
+            ("open_session", 0),
+            ("build_stage", 1),
+            ("build_stage", 0),
+            ("train_loader", 1),
+            ("questions", 1),
+            ("take_step", 0),
+            ("_load", 1),
+            ("load_config", 1),
+        )
+    ),
 ]
 
 
-@pytest.mark.parametrize(("fault", "background"), [
-    pytest.param({"kind": "raise", "where": "take_step", "rank": 1}, False, id="quick"),
-    *(pytest.param(fault, False, id=" ".join(map(str, fault.values())), marks=pytest.mark.slow) for fault in (*FILES, *OTHERS)),
-    *(pytest.param(fault, True, id=f"background {fault['files']}", marks=pytest.mark.slow) for fault in FILES),
-])
+@pytest.mark.parametrize(
+    ("fault", "background"),
+    [
+        pytest.param({"kind": "raise", "where": "take_step", "rank": 1}, False, id="quick"),
+        *(
+            pytest.param(fault, False, id=" ".join(map(str, fault.values())), marks=pytest.mark.slow)
+            for fault in (*FILES, *OTHERS)
+        ),
+        *(
+            pytest.param(fault, True, id=f"background {fault['files']}", marks=pytest.mark.slow)
+            for fault in FILES
+        ),
+    ],
+)
 def test_every_rank_ends_with_the_message_of_the_one_that_failed(tmp_path, tiny_yaml, fault, background):  # noqa: F811
-    config = tiny_yaml(tmp_path, stages=STAGES, train={"eval_samples": 2, "global_batch_size": 4, "train_iters": 2},
-                       checkpoint={"save_interval": 1, "async_save": background},
-                       parallel={"expert_model_parallel_size": 2, "distributed_timeout_minutes": 60})
+    config = tiny_yaml(
+        tmp_path,
+        stages=STAGES,
+        train={"eval_samples": 2, "global_batch_size": 4, "train_iters": 2},
+        checkpoint={"save_interval": 1, "async_save": background},
+        parallel={"expert_model_parallel_size": 2, "distributed_timeout_minutes": 60},
+    )
     status, texts = run_two(tmp_path, config, fault)
     assert status != 0
-    wanted = "MemoryError: injected into" if fault["kind"] == "raise" else "Errno" if not background else "Error"
+    wanted = (
+        "MemoryError: injected into" if fault["kind"] == "raise" else "Errno" if not background else "Error"
+    )
     for text in texts:
         said = [line for line in text.splitlines() if line.startswith("error: ")]
         assert len(said) == 1 and wanted in said[0], text[-3000:]

@@ -1,8 +1,8 @@
 """A layout changes the speed, never the result: every stage under every layout against one rank.
 
-Every difference here is a matter of summation order in fp32. Measured over the whole matrix (docs/layouts.md): metrics differ by
-8e-7 at most, relative, with default options, by 5.4e-6 with others and after a move; tensors by 5e-5 of their largest entry. The
-bounds leave a factor of ten for other processors.
+Every difference here is a matter of summation order in fp32. Measured over the whole matrix
+(docs/layouts.md): metrics differ by 8e-7 at most, relative, with default options, by 5.4e-6 with others and
+after a move; tensors by 5e-5 of their largest entry. The bounds leave a factor of ten for other processors.
 """
 
 from __future__ import annotations
@@ -25,48 +25,79 @@ RESUMED = ["warmup", "evolve", "route, dtr", "route, experts too"]
 MATRIX = ["warmup", "evolve", "route, linear", "route, dtr"]
 OPTIONS: dict[str, dict[str, Any]] = {
     f"{recompute}, {'distributed' if distributed else 'plain'} optimizer": {
-        "train": train, "parallel": {"use_distributed_optimizer": distributed}}
+        "train": train,
+        "parallel": {"use_distributed_optimizer": distributed},
+    }
     for (recompute, train), distributed in itertools.product(
-        {"no recompute": {}, "full recompute": {"recompute_granularity": "full"},
-         "selective recompute": {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "moe"]}}.items(),
-        (True, False))
+        {
+            "no recompute": {},
+            "full recompute": {"recompute_granularity": "full"},
+            "selective recompute": {
+                "recompute_granularity": "selective",
+                "recompute_modules": ["core_attn", "moe"],
+            },
+        }.items(),
+        (True, False),
+    )
     if recompute != "no recompute" or not distributed
 } | {f"{size} rows a microbatch": {"train": {"micro_batch_size": size}} for size in (1, 4)}
 
-HEADS = {"language": {"num_attention_heads": 8, "num_query_groups": 4}, "vision": {"num_attention_heads": 4}}  # TP 4 can split them
+HEADS = {
+    "language": {"num_attention_heads": 8, "num_query_groups": 4},
+    "vision": {"num_attention_heads": 4},
+}  # TP 4 can split them
 EXPERTS: dict[str, dict[str, Any]] = {
     "as they are": {},
-    "two of 8, capacity 0.6": {"moe": {"num_experts": 8, "moe_router_topk": 2, "moe_expert_capacity_factor": 0.6},
-                               "optimizer": {"lr": 1e-4}},
+    "two of 8, capacity 0.6": {
+        "moe": {"num_experts": 8, "moe_router_topk": 2, "moe_expert_capacity_factor": 0.6},
+        "optimizer": {"lr": 1e-4},
+    },
     "two of 8, capacity 0.6, full recompute, one row": {
         "moe": {"num_experts": 8, "moe_router_topk": 2, "moe_expert_capacity_factor": 0.6},
-        "train": {"recompute_granularity": "full", "micro_batch_size": 1}, "optimizer": {"lr": 1e-4}},
+        "train": {"recompute_granularity": "full", "micro_batch_size": 1},
+        "optimizer": {"lr": 1e-4},
+    },
 }
 TRAINED = [(stage, layout) for stage in STAGES if stage != "route, capacity" for layout in WIDE] + [
-    ("route, capacity", layout) for layout in ("TP 2", "TP 2 x ETP 2", "TP 2 x EP 2", "TP 2 x EP 2 x ETP 2",
-                                               "PP 2, 2 chunks x DP 2, overlapped")]
+    ("route, capacity", layout)
+    for layout in (
+        "TP 2",
+        "TP 2 x ETP 2",
+        "TP 2 x EP 2",
+        "TP 2 x EP 2 x ETP 2",
+        "PP 2, 2 chunks x DP 2, overlapped",
+    )
+]
 
 
 @pytest.fixture(scope="session")
 def campaign(tmp_path_factory) -> Campaign:
-    """All stages under all layouts with default options, and every stage's state moved from and to one rank."""
+    """All stages under all layouts with default options, and every stage's state moved from and to one
+    rank.
+    """
     found = Campaign(tmp_path_factory.mktemp("campaign"))
     found.run_references(list(STAGES))
     found.run_pairs(TRAINED)
-    found.run_resumes(RESUMED, [("one rank", layout) for layout in WIDE] + [(layout, "one rank") for layout in WIDE])
+    found.run_resumes(
+        RESUMED, [("one rank", layout) for layout in WIDE] + [(layout, "one rank") for layout in WIDE]
+    )
     return found
 
 
 @pytest.mark.parametrize(("stage", "layout"), TRAINED)
 def test_layout_agrees_with_one_rank(campaign, stage, layout):
-    """Loss, gradient norm, learning rate, token counts, shares by modality and auxiliary losses of each step."""
+    """Loss, gradient norm, learning rate, token counts, shares by modality and auxiliary losses of each
+    step.
+    """
     assert deviation(campaign.unbroken(stage)[:STEPS], campaign.trained[stage, layout]) < METRICS
 
 
 @pytest.mark.parametrize("layout", WIDE)
 @pytest.mark.parametrize("stage", RESUMED)
 def test_state_moves_from_and_to_one_rank(campaign, stage, layout):
-    """Saved under one layout, loaded under the other, and three steps on: as the run that was never stopped."""
+    """Saved under one layout, loaded under the other, and three steps on: as the run that was never
+    stopped.
+    """
     for pair in [("one rank", layout), (layout, "one rank")]:
         assert deviation(campaign.unbroken(stage)[STEPS:], campaign.resumed[(stage, *pair)]) < METRICS, pair
 
@@ -103,8 +134,14 @@ def test_options_agree_with_one_rank(tmp_path, option, row):
     layouts = [name for name in WIDE if LAYOUTS[name].takes(OPTIONS[option])]
     found.run_references(MATRIX)
     found.run_layouts(MATRIX, layouts)
-    report(row, option, {(stage, layout): deviation(found.unbroken(stage)[:STEPS], found.trained[stage, layout])
-                         for stage, layout in itertools.product(MATRIX, layouts)})
+    report(
+        row,
+        option,
+        {
+            (stage, layout): deviation(found.unbroken(stage)[:STEPS], found.trained[stage, layout])
+            for stage, layout in itertools.product(MATRIX, layouts)
+        },
+    )
 
 
 @pytest.mark.slow
@@ -112,8 +149,14 @@ def test_options_agree_with_one_rank(tmp_path, option, row):
 def test_state_moves_between_any_two_layouts(campaign, source, row):
     pairs = [(source, layout) for layout in WIDE]
     campaign.run_resumes(RESUMED, pairs)
-    report(row, f"{source} →", {(stage, to): deviation(campaign.unbroken(stage)[STEPS:], campaign.resumed[stage, source, to])
-                                for stage, (_, to) in itertools.product(RESUMED, pairs)})
+    report(
+        row,
+        f"{source} →",
+        {
+            (stage, to): deviation(campaign.unbroken(stage)[STEPS:], campaign.resumed[stage, source, to])
+            for stage, (_, to) in itertools.product(RESUMED, pairs)
+        },
+    )
 
 
 @pytest.mark.slow
@@ -125,13 +168,17 @@ def test_combined_layouts_agree_with_one_rank(tmp_path, experts, row):
     layouts = [name for name in COMBINED if COMBINED[name].takes(EXPERTS[experts])]
     found.run_references(stages)
     found.run_layouts(stages, layouts)
-    deviations = {(stage, layout): deviation(found.unbroken(stage)[:STEPS], found.trained[stage, layout])
-                  for stage, layout in itertools.product(stages, layouts)}
+    deviations = {
+        (stage, layout): deviation(found.unbroken(stage)[:STEPS], found.trained[stage, layout])
+        for stage, layout in itertools.product(stages, layouts)
+    }
     if experts == "as they are":
         pairs = [("one rank", layout) for layout in layouts] + [(layout, "one rank") for layout in layouts]
         found.run_resumes(["route, experts too"], pairs)
-        deviations |= {("moved", f"{source} to {to}"): deviation(found.unbroken(stage)[STEPS:], steps)
-                       for (stage, source, to), steps in found.resumed.items()}
+        deviations |= {
+            ("moved", f"{source} to {to}"): deviation(found.unbroken(stage)[STEPS:], steps)
+            for (stage, source, to), steps in found.resumed.items()
+        }
     report(row, f"combined, {experts}", deviations)
 
 
@@ -139,4 +186,6 @@ def report(row: Callable[[str], None], what: str, deviations: dict[tuple[str, st
     """A row of the table in docs/layouts.md, and the assertion."""
     worst = max(deviations, key=lambda place: deviations[place])
     row(f"| {what} | {len(deviations)} | {deviations[worst]:.1e} | {', '.join(worst)} |")
-    assert deviations[worst] < METRICS_OF_OPTIONS, {place: d for place, d in deviations.items() if not d < METRICS_OF_OPTIONS}
+    assert deviations[worst] < METRICS_OF_OPTIONS, {
+        place: d for place, d in deviations.items() if not d < METRICS_OF_OPTIONS
+    }

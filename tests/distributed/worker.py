@@ -1,4 +1,6 @@
-"""One rank of `harness.run`: does each job in turn, in process groups that are made anew when the layout changes."""
+"""One rank of `harness.run`: does each job in turn, in process groups that are made anew when the layout
+changes.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,8 @@ def run_job(job: Job) -> list[dict[str, float]]:
     lay_out(config)
     topology.seed_everything(config.train.seed)
     optimizer.DistributedDataParallelConfig = functools.partial(
-        DistributedDataParallelConfig, bucket_size=SMALL_BUCKET if job.layout.overlap else None)
+        DistributedDataParallelConfig, bucket_size=SMALL_BUCKET if job.layout.overlap else None
+    )
     built = build_stage(config.for_stage(job.kind), config.stages[0])
     check_vision_place(built)
     load(job, built, config)
@@ -64,9 +67,16 @@ def run_job(job: Job) -> list[dict[str, float]]:
     for number in range(job.first, job.last + 1):
         result = take_step(built, replica_step(number, config), number)
         built.evolve(number, config.train.seed)
-        measured = {"loss": result.loss, "grad norm": result.grad_norm, "tokens": result.tokens,
-                    "supervised": result.supervised_tokens, "lr": built.optimizer.param_groups[0]["lr"]}
-        if number % 2 == 0:  # not always, because it gathers weights, which the next forward must do by itself as well
+        measured = {
+            "loss": result.loss,
+            "grad norm": result.grad_norm,
+            "tokens": result.tokens,
+            "supervised": result.supervised_tokens,
+            "lr": built.optimizer.param_groups[0]["lr"],
+        }
+        if (
+            number % 2 == 0
+        ):  # not always, because it gathers weights, which the next forward must do by itself as well
             measured["params norm"] = params_norm(built.gather_weights())
         if watch is not None:
             measured |= routing_metrics(watch, config, steps=1)
@@ -74,8 +84,13 @@ def run_job(job: Job) -> list[dict[str, float]]:
     check_ranks_agree(steps)
     if job.save:
         store.Saver(CheckpointConfig(keep=0)).save(
-            Path(job.save), modules=built.gather_weights(), optimizer=built.optimizer, scheduler=built.scheduler,
-            config_yaml="{}\n", record=record_of(job, config))
+            Path(job.save),
+            modules=built.gather_weights(),
+            optimizer=built.optimizer,
+            scheduler=built.scheduler,
+            config_yaml="{}\n",
+            record=record_of(job, config),
+        )
     assert job.resume is None or find.record_of(find.resolve(Path(job.resume))).step == job.first - 1
     return steps
 
@@ -120,8 +135,13 @@ def load(job: Job, built: Any, config: Any) -> None:
 
     if job.resume:
         path = find.resolve(Path(job.resume))
-        store.load_training_state(path, modules=built.modules, optimizer=built.optimizer, scheduler=built.scheduler,
-                                  record=find.record_of(path))
+        store.load_training_state(
+            path,
+            modules=built.modules,
+            optimizer=built.optimizer,
+            scheduler=built.scheduler,
+            record=find.record_of(path),
+        )
     elif job.start:
         start_from(find.resolve(Path(job.start)), built, config, config.stages[0], fingerprint="abc")
     else:
@@ -133,15 +153,24 @@ def record_of(job: Job, config: Any) -> Any:
     from megatron_evomoe.checkpoint.record import Record
     from megatron_evomoe.parallel import rng
 
-    return Record(stage=job.kind, kind=job.kind, step=job.last, position=ROWS * job.last, finished=False, layout=rng.layout(),
-                  vocab_size=config.language.vocab_size, tokenizer_fingerprint="abc",
-                  num_experts=config.moe.num_experts if job.kind in ("evolve", "route") else 0)
+    return Record(
+        stage=job.kind,
+        kind=job.kind,
+        step=job.last,
+        position=ROWS * job.last,
+        finished=False,
+        layout=rng.layout(),
+        vocab_size=config.language.vocab_size,
+        tokenizer_fingerprint="abc",
+        num_experts=config.moe.num_experts if job.kind in ("evolve", "route") else 0,
+    )
 
 
 def replica_step(number: int, config: Any) -> Any:
     """This replica's microbatches, read by one rank and broadcast as in training. Communicates.
 
-    Microbatch c of the global batch goes to replica c mod DP, so every DP size computes the same microbatches.
+    Microbatch c of the global batch goes to replica c mod DP, so every DP size computes the same
+    microbatches.
     """
     from megatron_evomoe.parallel import broadcast, topology
 

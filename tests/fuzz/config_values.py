@@ -39,7 +39,13 @@ stages:
 """
 
 SMALL: dict[str, dict[str, Any]] = {
-    "language": {"num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 2, "vocab_size": VOCAB},
+    "language": {
+        "num_layers": 2,
+        "hidden_size": 32,
+        "ffn_hidden_size": 48,
+        "num_attention_heads": 2,
+        "vocab_size": VOCAB,
+    },
     "vision": {
         "image_size": 16,
         "patch_size": 8,
@@ -154,7 +160,16 @@ VALUES: dict[str, dict[str, list[Any]]] = {
         ],
         "seed": [0, 2**32 - 1],
         "deterministic_mode": BOTH,
-        "trainable": [[], ["vision"], ["projector"], ["language"], ["first_expert"], ["experts"], ["router"], ["router", "vision"]],
+        "trainable": [
+            [],
+            ["vision"],
+            ["projector"],
+            ["language"],
+            ["first_expert"],
+            ["experts"],
+            ["router"],
+            ["router", "vision"],
+        ],
     },
     "gpu": {
         "fp8_format": [None, None, "hybrid"],

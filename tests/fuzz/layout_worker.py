@@ -1,7 +1,8 @@
-"""Build the stages of generated configurations as one rank of a world that is not there, for tests/fuzz/test_layouts.py.
+"""Build the stages of generated configurations as one rank of a world that is not there, for
+tests/fuzz/test_layouts.py.
 
-torch's fake process group has any size and moves nothing, so a rank of eight builds in one process: groups, model, gradient
-buffers, optimizer and what it would save are made for real.
+torch's fake process group has any size and moves nothing, so a rank of eight builds in one process: groups,
+model, gradient buffers, optimizer and what it would save are made for real.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ WHOLE_VOCABULARY = ("word_embeddings.", "output_layer.")  # padded by TP, which 
 
 
 def main(asked: str, answered: str) -> None:
-    """Each case's outcome, as JSON: how it was refused, how it failed, or shapes of what it would save, there and on one rank."""
+    """Each case's outcome, as JSON: how it was refused, how it failed, or shapes of what it would save, there
+    and on one rank.
+    """
     backend.prepare()
     new_group = dist.new_group
     # the core asks for groups over gloo besides: these are as fake as the others

@@ -1,4 +1,6 @@
-"""What the fuzz tests of records, tars and indices share: samples by the way that training takes, and what may come of them."""
+"""What the fuzz tests of records, tars and indices share: samples by the way that training takes, and what
+may come of them.
+"""
 
 from __future__ import annotations
 
@@ -30,9 +32,15 @@ def reasons() -> frozenset[str]:
 
 @functools.cache
 def tokenizer():
-    lines = ["Which digit is this? It is seven.", "USER: ASSISTANT: A chat between a curious user", "system user assistant"] * 5
+    lines = [
+        "Which digit is this? It is seven.",
+        "USER: ASSISTANT: A chat between a curious user",
+        "system user assistant",
+    ] * 5
     path = Path(tempfile.mkdtemp()) / "tiny.model"
-    return build_tokenizer(train_sentencepiece(lines, path, 400, user_defined_symbols=["<|im_start|>", "<|im_end|>", "\n"]))
+    return build_tokenizer(
+        train_sentencepiece(lines, path, 400, user_defined_symbols=["<|im_start|>", "<|im_end|>", "\n"])
+    )
 
 
 @functools.cache
@@ -41,8 +49,12 @@ def picture(shade: int = 0) -> bytes:
 
 
 def rows(dataset: ShardDataset, *, length: int = 256, template: str = "v1") -> list[Row]:
-    """All samples as training gets them; each one left out has a documented reason and a message of one line."""
-    preparer = Preparer(dataset, tokenizer(), ImageProcessor(8), template, TOKENS_PER_IMAGE, length, "skip", 10**6)
+    """All samples as training gets them; each one left out has a documented reason and a message of one
+    line.
+    """
+    preparer = Preparer(
+        dataset, tokenizer(), ImageProcessor(8), template, TOKENS_PER_IMAGE, length, "skip", 10**6
+    )
     found = [preparer.row(i) for i in range(len(dataset))]
     for row in found:
         if row.problem is not None:

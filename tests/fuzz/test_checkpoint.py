@@ -22,14 +22,36 @@ from megatron_evomoe.checkpoint import record as records
 from megatron_evomoe.checkpoint.record import CheckpointError, Record
 from megatron_evomoe.checkpoint.stream import CheckpointReader, CheckpointWriter
 
-TENSORS = {"a": torch.arange(6.0), "b": torch.zeros(2, 3).bfloat16(), "optimizer.state.exp_avg.b": torch.ones(2, 3)}
+TENSORS = {
+    "a": torch.arange(6.0),
+    "b": torch.zeros(2, 3).bfloat16(),
+    "optimizer.state.exp_avg.b": torch.ones(2, 3),
+}
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> Path:
-    record = Record(stage="warmup", kind="warmup", step=12, position=96, finished=False, layout={"world": 2}, vocab_size=8,
-                    tokenizer_fingerprint="abc", run_id="5" * 32, wandb_run_id="w1",
-                    lineage=[{"stage": "align", "kind": "align", "step": 3, "path": "run/align/iter_0000003", "run_id": "5" * 32}])
+    record = Record(
+        stage="warmup",
+        kind="warmup",
+        step=12,
+        position=96,
+        finished=False,
+        layout={"world": 2},
+        vocab_size=8,
+        tokenizer_fingerprint="abc",
+        run_id="5" * 32,
+        wandb_run_id="w1",
+        lineage=[
+            {
+                "stage": "align",
+                "kind": "align",
+                "step": 3,
+                "path": "run/align/iter_0000003",
+                "run_id": "5" * 32,
+            }
+        ],
+    )
     with CheckpointWriter(tmp_path_factory.mktemp("fuzz") / "warmup", record, "{}\n") as writer:
         for key, tensor in TENSORS.items():
             writer.put(key, tensor)
@@ -37,13 +59,23 @@ def saved(tmp_path_factory) -> Path:
 
 
 def damaged(draw: random.Random, content: bytes, pieces: list[bytes]) -> bytes:
-    """The same bytes with one to three faults: bits, cuts, repeats, exchanged blocks, and `pieces` in any place."""
+    """The same bytes with one to three faults: bits, cuts, repeats, exchanged blocks, and `pieces` in any
+    place.
+    """
     for _ in range(draw.choice([1, 1, 1, 2, 3])):
         a, b, c = sorted(draw.randrange(len(content) + 1) for _ in range(3))
         piece, gone = draw.choice(pieces), draw.randint(1, 8)
-        content = draw.choice([flipped(draw, content), content[:b], content[:a] + content[c:], content[:b] + content[a:],
-                               content[:a] + content[b:c] + content[a:b] + content[c:], content[:a] + piece + content[a:],
-                               content[:a] + piece + content[a + gone:]])
+        content = draw.choice(
+            [
+                flipped(draw, content),
+                content[:b],
+                content[:a] + content[c:],
+                content[:b] + content[a:],
+                content[:a] + content[b:c] + content[a:b] + content[c:],
+                content[:a] + piece + content[a:],
+                content[:a] + piece + content[a + gone :],
+            ]
+        )
     return content
 
 
@@ -53,7 +85,27 @@ def flipped(draw: random.Random, content: bytes) -> bytes:
     return bytes(changed)
 
 
-VALUES = [None, True, -1, 0, 2, 2.5, 1e300, 10**40, "", "x", "../x", "/dev/zero", "a\0", "\ud800", [], {}, [[]], {"a": 1}, [1, 2]]
+VALUES = [
+    None,
+    True,
+    -1,
+    0,
+    2,
+    2.5,
+    1e300,
+    10**40,
+    "",
+    "x",
+    "../x",
+    "/dev/zero",
+    "a\0",
+    "\ud800",
+    [],
+    {},
+    [[]],
+    {"a": 1},
+    [1, 2],
+]
 
 
 def places(value: Any) -> list[tuple[dict[str, Any], str]]:
@@ -71,7 +123,9 @@ def invented(draw: random.Random, data: dict[str, Any]) -> dict[str, Any]:
         if draw.random() < 0.2:
             owner.pop(key, None)
         else:
-            owner[key if draw.random() < 0.8 else draw.choice(["y", "step", "../z", "new.distcp"])] = draw.choice(VALUES)
+            owner[key if draw.random() < 0.8 else draw.choice(["y", "step", "../z", "new.distcp"])] = (
+                draw.choice(VALUES)
+            )
     if draw.random() < 0.5:
         data |= {"format": 1}
         data.pop("run_id", None), data.pop("digest", None)
@@ -82,33 +136,59 @@ def invented(draw: random.Random, data: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_checkpoint_records(saved, tally):
-    """Damage is never another record. Where someone writes a record anew, with a digest, it is what it says."""
+    """Damage is never another record. Where someone writes a record anew, with a digest, it is what it
+    says.
+    """
     path = saved / records.FILE_NAME
     content = path.read_bytes()
-    wanted, pieces = records.parse(content, path), [b'"', b"{", b"}", b",", b"\\", b"0", b"e9", b"null", b"\xff", b"[" * 2000]
+    wanted, pieces = (
+        records.parse(content, path),
+        [b'"', b"{", b"}", b",", b"\\", b"0", b"e9", b"null", b"\xff", b"[" * 2000],
+    )
     for draw in tally.draws(3000):
         is_damage = draw.random() < 0.7
         data = invented(draw, json.loads(content))
         try:
-            found = records.parse(damaged(draw, content, pieces) if is_damage else json.dumps(data).encode(), path)
+            found = records.parse(
+                damaged(draw, content, pieces) if is_damage else json.dumps(data).encode(), path
+            )
         except CheckpointError as error:
             assert str(path) in str(error) and "\n" not in str(error)
             tally.add("named")
             continue
         data.pop("digest", None)
-        assert found == wanted if is_damage else dataclasses.asdict(found) == {**dataclasses.asdict(Record(**data)), **data}
+        assert (
+            found == wanted
+            if is_damage
+            else dataclasses.asdict(found) == {**dataclasses.asdict(Record(**data)), **data}
+        )
         tally.add("right")
 
 
 OPCODES = [bytes([code]) for code in range(256)] + [
-    b"cos\nsystem\n", b"X\x02\x00\x00\x00osX\x06\x00\x00\x00system\x93", b"X\x04\x00\x00\x00echo\x85R", b"\x8a\xff", b"(" * 500,
-    b"\x95" + struct.pack("<Q", 1 << 50), b"r\xff\xff\xff\x7f", b"j\xff\xff\xff\x7f", b"N}h\x01h\x02s\x86b", b")\x81",
-    b"X\x08\x00\x00\x00builtinsX\x07\x00\x00\x00getattr\x93", b"h\x00h\x01\x86R", b"\x8d" + b"\xff" * 8, b"]\x94h\x00a",
-    b"h\x03h\x03\x86", b"\x85" * 5000]
+    b"cos\nsystem\n",
+    b"X\x02\x00\x00\x00osX\x06\x00\x00\x00system\x93",
+    b"X\x04\x00\x00\x00echo\x85R",
+    b"\x8a\xff",
+    b"(" * 500,
+    b"\x95" + struct.pack("<Q", 1 << 50),
+    b"r\xff\xff\xff\x7f",
+    b"j\xff\xff\xff\x7f",
+    b"N}h\x01h\x02s\x86b",
+    b")\x81",
+    b"X\x08\x00\x00\x00builtinsX\x07\x00\x00\x00getattr\x93",
+    b"h\x00h\x01\x86R",
+    b"\x8d" + b"\xff" * 8,
+    b"]\x94h\x00a",
+    b"h\x03h\x03\x86",
+    b"\x85" * 5000,
+]
 
 
 def test_checkpoint_metadata(saved, tally):
-    """What is read holds only places inside the files, survives being written and read again, and nothing was looked up."""
+    """What is read holds only places inside the files, survives being written and read again, and nothing was
+    looked up.
+    """
     content = (saved / metadata.FILE_NAME).read_bytes()
     sizes = {path.name: path.stat().st_size for path in saved.iterdir()}
     wanted = metadata.parse(content, sizes)
@@ -120,7 +200,9 @@ def test_checkpoint_metadata(saved, tally):
             continue
         assert all(p.offset + p.length <= sizes[p.relative_path] for p in found.storage_data.values())
         assert metadata.parse(pickle.dumps(found, protocol=4), sizes) == found
-        assert {type(v) for v in found.state_dict_metadata.values()} <= {type(v) for v in wanted.state_dict_metadata.values()}
+        assert {type(v) for v in found.state_dict_metadata.values()} <= {
+            type(v) for v in wanted.state_dict_metadata.values()
+        }
         tally.add("right")
 
 
@@ -146,12 +228,18 @@ FAULTS: list[Callable[[random.Random, Path], Any]] = [
     lambda draw, path: path.unlink(),
     lambda draw, path: _other(path, Path.mkdir),
     lambda draw, path: _other(path, os.mkfifo),
-    lambda draw, path: _other(path, lambda p: p.symlink_to(draw.choice(["/dev/zero", "gone", p.name, "/etc/passwd", "common.pt"]))),
+    lambda draw, path: _other(
+        path, lambda p: p.symlink_to(draw.choice(["/dev/zero", "gone", p.name, "/etc/passwd", "common.pt"]))
+    ),
     lambda draw, path: _other(path, lambda p: p.write_bytes(b"")),
     lambda draw, path: os.truncate(path, draw.randrange(2 * path.stat().st_size + 1)),
     lambda draw, path: path.rename(path.with_name(draw.choice(["x", "__1_0.distcp", ".metadata.bck"]))),
-    lambda draw, path: (path.parent / draw.choice(["x", "__0_1.distcp", "evomoe.json.new"])).write_bytes(b"x"),
-    lambda draw, path: path.parent.rename(path.parent.with_name(draw.choice(["iter_0000011", "iter_12", "iter_00000012"]))),
+    lambda draw, path: (path.parent / draw.choice(["x", "__0_1.distcp", "evomoe.json.new"])).write_bytes(
+        b"x"
+    ),
+    lambda draw, path: path.parent.rename(
+        path.parent.with_name(draw.choice(["iter_0000011", "iter_12", "iter_00000012"]))
+    ),
     _changed,
     _changed_knowingly,
     _changed_knowingly,

@@ -1,4 +1,6 @@
-"""Configurations of every kind: a checked `RunConfig` that reads back the same, or one line that says why not."""
+"""Configurations of every kind: a checked `RunConfig` that reads back the same, or one line that says why
+not.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,16 @@ from typing import Any
 
 import pytest
 
-from megatron_evomoe.config import SECTIONS, STAGE_KINDS, ConfigError, RunConfig, add_flags, flags_from, from_mapping, load_config
+from megatron_evomoe.config import (
+    SECTIONS,
+    STAGE_KINDS,
+    ConfigError,
+    RunConfig,
+    add_flags,
+    flags_from,
+    from_mapping,
+    load_config,
+)
 from megatron_evomoe.config.run import FLAT, STAGE_SECTIONS
 from tests.fuzz.config_values import FILE, SMALL, VALUES
 from tests.tiny import VOCAB, rows, step_of
@@ -100,7 +111,9 @@ def named(error: ConfigError) -> str:
 
 
 def reads_back(config: RunConfig, folder: Path, draw: random.Random) -> None:
-    """The resolved configuration, as a mapping and (in one case of ten, for its time) as a file, is the configuration."""
+    """The resolved configuration, as a mapping and (in one case of ten, for its time) as a file, is the
+    configuration.
+    """
     assert from_mapping(config.to_dict()) == config
     if draw.random() > 0.1:
         return
@@ -115,15 +128,23 @@ def _with_a_strange_value(draw: random.Random) -> dict[str, Any]:
         section, field = FLAT[key]
         likely = VALUES.get(section, {}).get(field, BAD)
         bad = draw.choice(draw.choice([BAD, likely]))
-        where = draw.choice(["field", "field", "field", "stage", "section", "entry", "name", "preset", "list"])
+        where = draw.choice(
+            ["field", "field", "field", "stage", "section", "entry", "name", "preset", "list"]
+        )
         if where == "field":
-            raw[section] = {**raw[section], field: bad} if isinstance(raw.get(section), dict) else {field: bad}
+            raw[section] = (
+                {**raw[section], field: bad} if isinstance(raw.get(section), dict) else {field: bad}
+            )
         elif where == "stage" and section in STAGE_SECTIONS and isinstance(raw["stages"], list):
             raw["stages"] = [*raw["stages"], {"name": "more", "kind": "align", key: bad}]
         elif where == "name":
-            raw["stages"] = [{"name": bad, "kind": draw.choice(["align", bad]), "load": draw.choice([None, bad])}]
+            raw["stages"] = [
+                {"name": bad, "kind": draw.choice(["align", bad]), "load": draw.choice([None, bad])}
+            ]
         else:
-            raw[{"section": section, "preset": "preset"}.get(where, "stages")] = bad if where != "entry" else [bad]
+            raw[{"section": section, "preset": "preset"}.get(where, "stages")] = (
+                bad if where != "entry" else [bad]
+            )
     return raw
 
 
@@ -193,7 +214,8 @@ def _mutated(draw: random.Random) -> bytes:
         kind = draw.randrange(7)
         if kind > 4:  # another number
             text = b"".join(
-                bytes([c]) if c not in b"0123456789" or draw.random() > 0.05 else b"%d" % draw.randrange(10) for c in text
+                bytes([c]) if c not in b"0123456789" or draw.random() > 0.05 else b"%d" % draw.randrange(10)
+                for c in text
             )
         elif kind == 0:
             text = text[:at] + draw.choice(FRAGMENTS) + text[at:]
@@ -201,7 +223,9 @@ def _mutated(draw: random.Random) -> bytes:
             text = text[:at] + text[at + draw.randrange(1, 30) :]
         elif kind == 2:  # on a line of its own, or as the value of one
             lines = text.split(b"\n")
-            lines.insert(draw.randrange(len(lines)), draw.choice([b"", b"  ", b"  x: "]) + draw.choice(FRAGMENTS))
+            lines.insert(
+                draw.randrange(len(lines)), draw.choice([b"", b"  ", b"  x: "]) + draw.choice(FRAGMENTS)
+            )
             text = b"\n".join(lines)
         elif kind == 3:
             lines = text.split(b"\n")
@@ -278,7 +302,15 @@ TEXTS = (
     "cosine",
     "gelu",
 )
-TEXT_FIELDS = ("save", "load", "tokenizer", "wandb_exp_name", "tensorboard_dir", "feature_cache_dir", "pretrained_checkpoint")
+TEXT_FIELDS = (
+    "save",
+    "load",
+    "tokenizer",
+    "wandb_exp_name",
+    "tensorboard_dir",
+    "feature_cache_dir",
+    "pretrained_checkpoint",
+)
 
 
 def test_configuration_flags(tally, tmp_path):
@@ -358,7 +390,10 @@ def test_configurations_planned(tally):
     for draw in tally.draws(quick=60):
         raw = _small(draw)
         if draw.random() < 0.3:
-            raw["language"] |= {draw.choice(sizes): draw.choice([1024, 4096, 2**20, 2**24]), "max_position_embeddings": 2**24}
+            raw["language"] |= {
+                draw.choice(sizes): draw.choice([1024, 4096, 2**20, 2**24]),
+                "max_position_embeddings": 2**24,
+            }
         kind = draw.choice(STAGE_KINDS)
         machine = Machine(nnodes=draw.choice([1, 2, 3]), gpus_per_node=draw.choice([1, 2, 8]))
         try:

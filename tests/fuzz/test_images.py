@@ -1,4 +1,6 @@
-"""Pictures of every format and mode, whole and damaged: what comes out is what the bytes mean, or the sample is counted."""
+"""Pictures of every format and mode, whole and damaged: what comes out is what the bytes mean, or the sample
+is counted.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,13 @@ from PIL import Image, ImageOps
 from megatron_evomoe.data.errors import SampleError
 from megatron_evomoe.data.image import decode_image
 
-MODES = {"PNG": ("1", "L", "LA", "I;16", "P", "RGB", "RGBA"), "JPEG": ("L", "RGB", "CMYK"), "WEBP": ("RGB", "RGBA", "L"),
-         "GIF": ("L", "P", "RGB", "RGBA"), "BMP": ("1", "L", "P", "RGB", "RGBA")}
+MODES = {
+    "PNG": ("1", "L", "LA", "I;16", "P", "RGB", "RGBA"),
+    "JPEG": ("L", "RGB", "CMYK"),
+    "WEBP": ("RGB", "RGBA", "L"),
+    "GIF": ("L", "P", "RGB", "RGBA"),
+    "BMP": ("1", "L", "P", "RGB", "RGBA"),
+}
 MAX_PIXELS = 20_000
 REASONS = {"corrupt-image", "image-too-large", "image-shape"}
 
@@ -26,8 +33,13 @@ def picture(draw: random.Random) -> bytes:
     mode = draw.choice(MODES[kind])
     shape = (draw.randrange(1, 60), draw.randrange(1, 60), 4)
     noise = np.random.default_rng(draw.randrange(2**32)).integers(0, 256, shape, dtype=np.uint8)
-    image = Image.fromarray(noise if draw.random() < 0.5 else (noise[:1, :1] // 2 + np.arange(shape[1])[None, :, None] % 99).astype(
-        np.uint8).repeat(shape[0], 0))
+    image = Image.fromarray(
+        noise
+        if draw.random() < 0.5
+        else (noise[:1, :1] // 2 + np.arange(shape[1])[None, :, None] % 99)
+        .astype(np.uint8)
+        .repeat(shape[0], 0)
+    )
     save: dict = {}
     if mode == "I;16":
         image = Image.fromarray(noise[..., 0].astype(np.uint16) * 257)
@@ -36,8 +48,12 @@ def picture(draw: random.Random) -> bytes:
     elif mode != "RGBA":
         image = (image if mode == "LA" else image.convert("RGB")).convert(mode)
     if kind in ("PNG", "GIF") and draw.random() < 0.4:
-        save["transparency"] = {"P": draw.choice([0, 1, bytes(range(100))] if kind == "PNG" else [0, 1]), "L": draw.randrange(256),
-                                "RGB": image.getpixel((0, 0)) if kind == "PNG" else None, "I;16": draw.randrange(65536)}.get(mode)
+        save["transparency"] = {
+            "P": draw.choice([0, 1, bytes(range(100))] if kind == "PNG" else [0, 1]),
+            "L": draw.randrange(256),
+            "RGB": image.getpixel((0, 0)) if kind == "PNG" else None,
+            "I;16": draw.randrange(65536),
+        }.get(mode)
     if kind in ("PNG", "JPEG", "WEBP") and draw.random() < 0.4:
         save["exif"] = Image.Exif()
         save["exif"][0x0112] = draw.randrange(1, 9)
@@ -57,7 +73,11 @@ def meaning(data: bytes) -> np.ndarray | None:
             transparency = image.info.get("transparency")
             if image.mode.startswith("I"):
                 wide = np.asarray(image).astype(int)
-                grey = np.where(wide == transparency, 255, wide // 256) if transparency is not None else wide // 256
+                grey = (
+                    np.where(wide == transparency, 255, wide // 256)
+                    if transparency is not None
+                    else wide // 256
+                )
                 return np.stack([grey] * 3, -1)
             if "A" not in image.getbands() and transparency is None:
                 return np.asarray(image.convert("RGB")).astype(int)
@@ -93,7 +113,9 @@ def damaged(data: bytes, draw: random.Random) -> bytes:
 
 
 def _change_png(out: bytearray, draw: random.Random, *, size: bool) -> None:
-    """Another size in the header, or any byte of any chunk; with the chunk's checksum set right, so that it is read."""
+    """Another size in the header, or any byte of any chunk; with the chunk's checksum set right, so that it
+    is read.
+    """
     at, places = 8, []
     while at + 12 <= len(out):
         (length,) = struct.unpack_from(">I", out, at)
@@ -101,7 +123,9 @@ def _change_png(out: bytearray, draw: random.Random, *, size: bool) -> None:
         at += 12 + length
     at, length = places[0] if size else draw.choice([place for place in places if place[1]] or places)
     if size:
-        struct.pack_into(">II", out, at + 8, *(draw.choice([0, 1, 3, 300, 30_000, 2**31 - 1]) for _ in range(2)))
+        struct.pack_into(
+            ">II", out, at + 8, *(draw.choice([0, 1, 3, 300, 30_000, 2**31 - 1]) for _ in range(2))
+        )
     elif length:
         out[at + 8 + draw.randrange(length)] = draw.randrange(256)
     struct.pack_into(">I", out, at + 8 + length, zlib.crc32(out[at + 4 : at + 8 + length]))
@@ -114,10 +138,17 @@ def outcome(data: bytes) -> str:
     except SampleError as error:
         assert error.reason in REASONS and "\n" not in error.message
         return "counted"
-    assert pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3 and pixels.size <= 3 * MAX_PIXELS
+    assert (
+        pixels.dtype == np.uint8
+        and pixels.ndim == 3
+        and pixels.shape[2] == 3
+        and pixels.size <= 3 * MAX_PIXELS
+    )
     wanted = meaning(data)
     assert wanted is not None and wanted.shape == pixels.shape
-    assert np.abs(pixels - wanted).max() <= (8 if data[:2] == b"\xff\xd8" else 1)  # JPEG: another build of libjpeg-turbo
+    assert np.abs(pixels - wanted).max() <= (
+        8 if data[:2] == b"\xff\xd8" else 1
+    )  # JPEG: another build of libjpeg-turbo
     return "right"
 
 

@@ -1,8 +1,9 @@
-"""Models to import: headers, indices, pickles and config.json changed at random, through what `tools/convert_from_hf.py` calls.
+"""Models to import: headers, indices, pickles and config.json changed at random, through what
+`tools/convert_from_hf.py` calls.
 
-A try is right if what is written equals, bit for bit, what the unchanged model gives (or what the same change means to
-transformers: a few fields of its configuration have no part in the tensors); it is named if it ends in one of the converter's
-own errors and leaves nothing behind.
+A try is right if what is written equals, bit for bit, what the unchanged model gives (or what the same change
+means to transformers: a few fields of its configuration have no part in the tensors); it is named if it ends
+in one of the converter's own errors and leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -25,17 +26,81 @@ from megatron_evomoe.hf.importing import Request, import_model
 from tests.unit.hf.sources import TEXT, tensors, write
 
 INDEX = "model.safetensors.index.json"
-ODD = [None, True, False, 0, -1, 1, 2, 3.5, 1e308, float("nan"), float("inf"), 2**31, 2**63, -(2**70), 10**400, "", "4", "linear",
-       "\ud800", "../../etc/passwd", "\0", [], [[]], [1], {}, {"a": 1}, {"type": "yarn"}, ["x"] * 50, "x" * 5000]
-KEYS = ["rope_scaling", "rope_parameters", "rope_theta", "quantization_config", "layer_types", "use_sliding_window",
-        "sliding_window", "head_dim", "auto_map", "text_config", "vision_config", "model_type", "attention_bias", "mlp_bias",
-        "num_local_experts", "vision_feature_layer", "vision_feature_select_strategy", "tie_word_embeddings",
-        "partial_rotary_factor", "evomoe_config", "projector_hidden_act", "image_grid_pinpoints", "no_rope_layers",
-        "final_logit_softcapping", "num_key_value_heads"]
+ODD = [
+    None,
+    True,
+    False,
+    0,
+    -1,
+    1,
+    2,
+    3.5,
+    1e308,
+    float("nan"),
+    float("inf"),
+    2**31,
+    2**63,
+    -(2**70),
+    10**400,
+    "",
+    "4",
+    "linear",
+    "\ud800",
+    "../../etc/passwd",
+    "\0",
+    [],
+    [[]],
+    [1],
+    {},
+    {"a": 1},
+    {"type": "yarn"},
+    ["x"] * 50,
+    "x" * 5000,
+]
+KEYS = [
+    "rope_scaling",
+    "rope_parameters",
+    "rope_theta",
+    "quantization_config",
+    "layer_types",
+    "use_sliding_window",
+    "sliding_window",
+    "head_dim",
+    "auto_map",
+    "text_config",
+    "vision_config",
+    "model_type",
+    "attention_bias",
+    "mlp_bias",
+    "num_local_experts",
+    "vision_feature_layer",
+    "vision_feature_select_strategy",
+    "tie_word_embeddings",
+    "partial_rotary_factor",
+    "evomoe_config",
+    "projector_hidden_act",
+    "image_grid_pinpoints",
+    "no_rope_layers",
+    "final_logit_softcapping",
+    "num_key_value_heads",
+]
 KINDS = ["llama", "mistral", "qwen2", "qwen3", "stablelm", "phi"]
-ROPES = [{"rope_type": "linear", "factor": 2.0}, {"type": "linear", "factor": 4}, {"rope_type": "default"},
-         {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 8192}, {"rope_theta": 500000.0}, 16, 500000, 0.5]
+ROPES = [
+    {"rope_type": "linear", "factor": 2.0},
+    {"type": "linear", "factor": 4},
+    {"rope_type": "default"},
+    {
+        "rope_type": "llama3",
+        "factor": 8,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+    {"rope_theta": 500000.0},
+    16,
+    500000,
+    0.5,
+]
 
 
 def deep(levels: int) -> Any:
@@ -99,12 +164,20 @@ def outcome(folder: Path, place: Path, reference: dict[str, torch.Tensor], what:
     shutil.rmtree(place / "out")
     assert found.keys() == reference.keys()
     for key, tensor in found.items():
-        assert tensor.dtype == reference[key].dtype and torch.equal(tensor, reference[key]), f"{key} is not what it was"
+        assert tensor.dtype == reference[key].dtype and torch.equal(tensor, reference[key]), (
+            f"{key} is not what it was"
+        )
     return "right"
 
 
-def mutants(tally: Any, source: Path, folder: Path, quick: int, spoil: Callable[[Path, random.Random], None],
-            what: str = "model") -> None:
+def mutants(
+    tally: Any,
+    source: Path,
+    folder: Path,
+    quick: int,
+    spoil: Callable[[Path, random.Random], None],
+    what: str = "model",
+) -> None:
     """Copies of a source, each spoilt, each with an outcome."""
     reference = written(source, folder / "reference", what)
     for rng in tally.draws(quick):
@@ -136,7 +209,9 @@ def test_config_of_a_decoder(tally, decoder, tmp_path):
 
 
 def test_reading_of_a_configuration(tally):
-    """What is made of a configuration is what transformers' own class makes of it, where that takes it too."""
+    """What is made of a configuration is what transformers' own class makes of it, where that takes it
+    too.
+    """
     transformers = pytest.importorskip("transformers")
     for rng in tally.draws(250):
         config: Any = {**TEXT, "model_type": rng.choice(KINDS), "layer_norm_eps": 1e-5}
@@ -158,7 +233,9 @@ def test_reading_of_a_configuration(tally):
 def spoil_bytes(file: Path, rng: random.Random) -> None:
     """Flip, cut, double or insert bytes of a text, or of a header."""
     data = bytearray(file.read_bytes())
-    end = min(len(data), 8 + int.from_bytes(data[:8], "little")) if file.suffix == ".safetensors" else len(data)
+    end = (
+        min(len(data), 8 + int.from_bytes(data[:8], "little")) if file.suffix == ".safetensors" else len(data)
+    )
     for _ in range(rng.choice((1, 1, 3))):
         i = rng.randrange(end)
         kind = rng.random()
@@ -174,6 +251,7 @@ def spoil_bytes(file: Path, rng: random.Random) -> None:
 
 def test_header_of_an_import(tally, source, tmp_path):
     """Bits and pieces of the header's text, or values of its JSON."""
+
     def spoil(folder: Path, rng: random.Random) -> None:
         file = folder / "model.safetensors"
         if rng.random() < 0.4:
@@ -197,13 +275,17 @@ def in_shards(source: Path, folder: Path) -> Path:
     for file, inside in files.items():
         save_file({name: content[name] for name in inside}, folder / file)
     (folder / "model.safetensors").unlink()
-    index = {"metadata": {"total_size": 3}, "weight_map": {name: file for file, inside in files.items() for name in inside}}
+    index = {
+        "metadata": {"total_size": 3},
+        "weight_map": {name: file for file, inside in files.items() for name in inside},
+    }
     (folder / INDEX).write_text(json.dumps(index))
     return folder
 
 
 def test_index_of_an_import(tally, source, tmp_path):
     """Names, files and types of an index; its text; a file that is gone, empty, a folder or another's."""
+
     def spoil(folder: Path, rng: random.Random) -> None:
         index, kind = folder / INDEX, rng.random()
         if kind < 0.5:
@@ -214,14 +296,23 @@ def test_index_of_an_import(tally, source, tmp_path):
             file = folder / rng.choice(("model-1.safetensors", "model-2.safetensors"))
             data = file.read_bytes()
             file.unlink()
-            rng.choice((lambda: None, file.mkdir, lambda: file.write_bytes(data[: rng.randrange(len(data))]),
-                        lambda: file.symlink_to("/dev/zero"), lambda: shutil.copyfile(next(folder.glob("model-*")), file)))()
+            rng.choice(
+                (
+                    lambda: None,
+                    file.mkdir,
+                    lambda: file.write_bytes(data[: rng.randrange(len(data))]),
+                    lambda: file.symlink_to("/dev/zero"),
+                    lambda: shutil.copyfile(next(folder.glob("model-*")), file),
+                )
+            )()
 
     mutants(tally, in_shards(source, tmp_path / "shards"), tmp_path, 50, spoil)
 
 
 def test_pickle_of_an_import(tally, source, tmp_path):
-    """pytorch_model.bin with bytes changed: an archive has checksums of its own, a pickle may name anything."""
+    """pytorch_model.bin with bytes changed: an archive has checksums of its own, a pickle may name
+    anything.
+    """
     from safetensors.torch import load_file
 
     shutil.copytree(source, tmp_path / "bin")

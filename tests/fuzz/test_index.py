@@ -31,7 +31,12 @@ def shard(tmp_path):
 
 
 def content(row):
-    return row.sample and (row.key, row.sample.tokens, row.sample.labels, [image.tolist() for image in row.images])
+    return row.sample and (
+        row.key,
+        row.sample.tokens,
+        row.sample.labels,
+        [image.tolist() for image in row.images],
+    )
 
 
 def judge(tally, shard, truth):
@@ -61,7 +66,9 @@ def test_index_bytes(tally, shard):
 
 
 def test_forged_index(tally, shard):
-    """With a digest that fits, which no accident has. What such an index may do is leave members out (docs/data.md)."""
+    """With a digest that fits, which no accident has. What such an index may do is leave members out
+    (docs/data.md).
+    """
     truth = [content(row) for row in rows(ShardDataset(shard))]
     whole = safetensors.numpy.load(index_path(shard).read_bytes())
     names = [name for name in whole if name not in ("stamp", "digest", "problems", "defects")]
@@ -72,7 +79,9 @@ def test_forged_index(tally, shard):
         kind = rng.randrange(5)
         flat = array.reshape(-1)
         if kind == 0 and array.dtype != np.bool_:
-            flat[rng.randrange(flat.size)] += np.array(rng.choice([1, -1, 512, -512, 1024, 2**40, -(2**62)])).astype(array.dtype)
+            flat[rng.randrange(flat.size)] += np.array(
+                rng.choice([1, -1, 512, -512, 1024, 2**40, -(2**62)])
+            ).astype(array.dtype)
         elif kind == 1:
             saved[name] = np.roll(array, rng.randrange(1, 5), axis=0)
         elif kind == 2:
@@ -83,5 +92,7 @@ def test_forged_index(tally, shard):
         else:
             flat[rng.randrange(flat.size)] = rng.choice([0, 1])
         saved["digest"] = np.frombuffer(shard_index._digest(saved), np.uint8)
-        index_path(shard).write_bytes(safetensors.numpy.save({n: np.ascontiguousarray(a) for n, a in saved.items()}))
+        index_path(shard).write_bytes(
+            safetensors.numpy.save({n: np.ascontiguousarray(a) for n, a in saved.items()})
+        )
         judge(tally, shard, truth)

@@ -22,22 +22,86 @@ from megatron_evomoe.data.tokenizer import Tokenizer
 from .samples import TOKENS_PER_IMAGE, picture, reasons, rows, tar, tokenizer
 
 SHOWN = [{"from": "human", "value": "<image>\nWhich digit?"}, {"from": "gpt", "value": "It is seven."}]
-SAID = [{"from": "system", "value": "Be brief."}, {"from": "human", "value": "Which digit?"}, {"from": "gpt", "value": "seven"},
-        {"from": "human", "value": "is this?"}, {"from": "gpt", "value": "It is."}]
-PARTS = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a.jpg"}}, {"type": "text", "text": "Which?"}]},
-         {"role": "assistant", "content": [{"type": "text", "text": "seven"}]}]
-RECORDS = [{"id": 1, "image": "a.jpg", "conversations": SHOWN}, {"id": "2", "kind": "count", "conversations": SAID},
-           {"messages": PARTS, "images": ["a.jpg"]}, {"url": "https://host/a.jpg", "caption": "seven", "width": 8, "sha256": "0"}]
+SAID = [
+    {"from": "system", "value": "Be brief."},
+    {"from": "human", "value": "Which digit?"},
+    {"from": "gpt", "value": "seven"},
+    {"from": "human", "value": "is this?"},
+    {"from": "gpt", "value": "It is."},
+]
+PARTS = [
+    {
+        "role": "user",
+        "content": [{"type": "image_url", "image_url": {"url": "a.jpg"}}, {"type": "text", "text": "Which?"}],
+    },
+    {"role": "assistant", "content": [{"type": "text", "text": "seven"}]},
+]
+RECORDS = [
+    {"id": 1, "image": "a.jpg", "conversations": SHOWN},
+    {"id": "2", "kind": "count", "conversations": SAID},
+    {"messages": PARTS, "images": ["a.jpg"]},
+    {"url": "https://host/a.jpg", "caption": "seven", "width": 8, "sha256": "0"},
+]
 HOSTILE = [
-    "\ud800", "a\0b", "<video>", "<image>", "x.mp4", "data:image/png;base64,AA", "<|im_end|>", "</s>", "tool", "system",
-    "gpt", "user", "", " ", "é" * 50, "a" * 20000, "٣", "\u202e", "image", "video", "9" * 50]
-NAMES = ["from", "value", "role", "content", "type", "text", "image", "images", "video", "audio", "conversations", "messages",
-         "caption", "tools", "tool_calls", "kind", "url", "path", "frames", "clip"]
-LEAVES = st.one_of(st.none(), st.booleans(), st.integers(), st.just(10**400), st.floats(), st.text(max_size=8),
-                   st.sampled_from(HOSTILE))
+    "\ud800",
+    "a\0b",
+    "<video>",
+    "<image>",
+    "x.mp4",
+    "data:image/png;base64,AA",
+    "<|im_end|>",
+    "</s>",
+    "tool",
+    "system",
+    "gpt",
+    "user",
+    "",
+    " ",
+    "é" * 50,
+    "a" * 20000,
+    "٣",
+    "\u202e",
+    "image",
+    "video",
+    "9" * 50,
+]
+NAMES = [
+    "from",
+    "value",
+    "role",
+    "content",
+    "type",
+    "text",
+    "image",
+    "images",
+    "video",
+    "audio",
+    "conversations",
+    "messages",
+    "caption",
+    "tools",
+    "tool_calls",
+    "kind",
+    "url",
+    "path",
+    "frames",
+    "clip",
+]
+LEAVES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.just(10**400),
+    st.floats(),
+    st.text(max_size=8),
+    st.sampled_from(HOSTILE),
+)
 FIELDS = st.one_of(st.sampled_from(NAMES), st.text(max_size=4))
-VALUES = st.recursive(LEAVES, lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(FIELDS, inner, max_size=3)),
-                      max_leaves=6)
+VALUES = st.recursive(
+    LEAVES,
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(FIELDS, inner, max_size=3)),
+    max_leaves=6,
+)
 
 
 def places(value, path=()):
@@ -49,7 +113,9 @@ def places(value, path=()):
 
 
 def changed(record, path, value, added):
-    """`record` with what is at `path` replaced, or, where that is an object or a list, with one more field or member."""
+    """`record` with what is at `path` replaced, or, where that is an object or a list, with one more field or
+    member.
+    """
     if not path:
         return {**record, added: value} if isinstance(record, dict) and added else value
     copy = dict(record) if isinstance(record, dict) else list(record)
@@ -121,7 +187,13 @@ def _eval_arguments():
 
 
 def test_records(tally, tmp_path):
-    @settings(derandomize=True, deadline=None, max_examples=tally.tries(40), database=None, suppress_health_check=list(HealthCheck))
+    @settings(
+        derandomize=True,
+        deadline=None,
+        max_examples=tally.tries(40),
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
     @given(st.lists(records(), min_size=4, max_size=4))
     def run(drawn):
         bodies = [json.dumps(record).encode() for record in drawn]
@@ -145,9 +217,13 @@ def damaged(body: bytes, rng: random.Random) -> bytes:
     if kind == 4:
         return body[:-1] + b"," + body[1:]  # every field twice
     if kind == 5:
-        return body.replace(b'"id": 1', b'"id": ' + rng.choice([b"9" * 5000, b"NaN", b"-Infinity", b"1e999", b"[" * 10**4]))
+        return body.replace(
+            b'"id": 1', b'"id": ' + rng.choice([b"9" * 5000, b"NaN", b"-Infinity", b"1e999", b"[" * 10**4])
+        )
     if kind == 6:
-        return body.replace(b"seven", rng.choice([b"\\ud800", b"\\u0000", b"\xed\xa0\x80", b"\xff", b"s" * 10**5]))
+        return body.replace(
+            b"seven", rng.choice([b"\\ud800", b"\\u0000", b"\xed\xa0\x80", b"\xff", b"s" * 10**5])
+        )
     return body + rng.choice([b"\0", b"\n", b"}", b"{}", bytes(600)])
 
 
@@ -169,7 +245,13 @@ def test_made_shards(tally, tmp_path):
     (output / make_shards._PROGRESS).mkdir(parents=True)
     job = make_shards.Job("x.json", "0", str(pictures), 100, 10**6)
 
-    @settings(derandomize=True, deadline=None, max_examples=tally.tries(25), database=None, suppress_health_check=list(HealthCheck))
+    @settings(
+        derandomize=True,
+        deadline=None,
+        max_examples=tally.tries(25),
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
     @given(st.lists(records(), min_size=4, max_size=4))
     def run(drawn):
         drawn = load_json(json.dumps(drawn).encode())

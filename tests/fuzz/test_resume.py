@@ -1,4 +1,6 @@
-"""A checkpoint's configuration and data with anything in them changed, held against a run's: said, or refused by name."""
+"""A checkpoint's configuration and data with anything in them changed, held against a run's: said, or refused
+by name.
+"""
 
 from __future__ import annotations
 
@@ -23,18 +25,49 @@ pytestmark = pytest.mark.usefixtures("one_rank")
 CONFIGS = {kind: tiny_config(kind) for kind in STAGE_KINDS}
 ALLOWING = {kind: tiny_config(kind, checkpoint={"allow_changed_data": True}) for kind in STAGE_KINDS}
 RAW = {kind: config.to_dict() for kind, config in CONFIGS.items()}
-ODD = [None, True, False, 0, 1, -1, 3, 7, 2**70, 0.5, -0.25, float("nan"), "", "a", "auto", [], [1], ["x"], [[0.1, 0.2]], {},
-       {"a": 1}]
+ODD = [
+    None,
+    True,
+    False,
+    0,
+    1,
+    -1,
+    3,
+    7,
+    2**70,
+    0.5,
+    -0.25,
+    float("nan"),
+    "",
+    "a",
+    "auto",
+    [],
+    [1],
+    ["x"],
+    [[0.1, 0.2]],
+    {},
+    {"a": 1},
+]
 
 
 def record_of(kind: str, data: TrainingData | None) -> Record:
-    return Record(stage=kind, kind=kind, step=3, position=12, finished=False, layout={"world": dist.get_world_size()},
-                  vocab_size=64, tokenizer_fingerprint="abc", data=data)
+    return Record(
+        stage=kind,
+        kind=kind,
+        step=3,
+        position=12,
+        finished=False,
+        layout={"world": dist.get_world_size()},
+        vocab_size=64,
+        tokenizer_fingerprint="abc",
+        data=data,
+    )
 
 
 def test_changed_configurations(tally: Tally, tmp_path: Path) -> None:
-    """One to four fields of the configuration in the checkpoint get any value. What must equal and does not is refused with
-    section and field; nothing else is; what may change is in the line."""
+    """One to four fields of the configuration in the checkpoint get any value. What must equal and does not
+    is refused with section and field; nothing else is; what may change is in the line.
+    """
     for draw in tally.draws(2000):
         kind = draw.choice(STAGE_KINDS)
         raw, places = copy.deepcopy(RAW[kind]), draw.sample(sorted(FLAT.values()), draw.randint(1, 4))
@@ -54,7 +87,9 @@ def outcome(folder: Path, kind: str, raw: dict[str, Any], places: list[tuple[str
         refused = [(s, f) for s, f in differ if f" {s}.{f} was " in str(error)]
         assert refused and "\n" not in str(error) and "--allow-changed " in str(error)
         assert all(on_resume(SECTIONS[s], f) is OnResume.MUST_EQUAL for s, f in refused)
-        assert str(error).count(" was ") - 1 == len(refused), f"one 'was saved', and one 'was' a field: {error}"
+        assert str(error).count(" was ") - 1 == len(refused), (
+            f"one 'was saved', and one 'was' a field: {error}"
+        )
         return "named"
     said = {(c.section, c.field) for c in found.changes}
     assert said <= set(differ)
@@ -69,10 +104,13 @@ def value(config: RunConfig, section: str, field: str) -> Any:
 
 
 def test_changed_data(tally: Tally, tmp_path: Path) -> None:
-    """Shards dropped, added, moved, renewed, renamed; samples dropped. Whatever gives another order of samples is refused, or
-    allowed and said."""
+    """Shards dropped, added, moved, renewed, renamed; samples dropped. Whatever gives another order of
+    samples is refused, or allowed and said.
+    """
     for draw in tally.draws(2000):
-        shards = [(f"{i}.tar", draw.randint(1, 9), f"{draw.randint(0, 9**9)}") for i in range(draw.randint(1, 6))]
+        shards = [
+            (f"{i}.tar", draw.randint(1, 9), f"{draw.randint(0, 9**9)}") for i in range(draw.randint(1, 6))
+        ]
         before, now = data_of(shards), data_of(changed(draw, shards))
         kind = draw.choice(STAGE_KINDS)
         record = record_of(kind, before)
@@ -83,7 +121,10 @@ def test_changed_data(tally: Tally, tmp_path: Path) -> None:
             tally.add("right")
         except CheckpointError as error:
             assert not same and "--allow-changed-data" in str(error) and "\n" not in str(error)
-            sizes = f"({before['samples']} samples in {len(shards)} shards; now {now['samples']} in {len(now['shards'])})"
+            sizes = (
+                f"({before['samples']} samples in {len(shards)} shards; now {now['samples']} in "
+                f"{len(now['shards'])})"
+            )
             assert sizes in str(error)
             allowed = resume._compare_data(tmp_path, record, now, ALLOWING[kind])
             assert "come again before it ends" in allowed[-1]
@@ -91,7 +132,12 @@ def test_changed_data(tally: Tally, tmp_path: Path) -> None:
 
 
 def data_of(shards: list[tuple[str, int, str]]) -> TrainingData:
-    return {"order": "argsort of Philox", "seed": 1, "samples": sum(n for _, n, _ in shards), "shards": shards}
+    return {
+        "order": "argsort of Philox",
+        "seed": 1,
+        "samples": sum(n for _, n, _ in shards),
+        "shards": shards,
+    }
 
 
 def changed(draw: random.Random, shards: list[tuple[str, int, str]]) -> list[tuple[str, int, str]]:

@@ -1,4 +1,6 @@
-"""A save in which one call, or all from some call on, fails in any way: named truthfully, and the newest good checkpoint stays."""
+"""A save in which one call, or all from some call on, fails in any way: named truthfully, and the newest good
+checkpoint stays.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,16 @@ from megatron_evomoe.checkpoint.record import CheckpointError
 from tests.faults import failing
 from tests.unit.checkpoint.test_store import built_for, save
 
-CODES = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE, errno.EACCES, errno.EPERM, errno.ENOMEM)
+CODES = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EIO,
+    errno.EROFS,
+    errno.ESTALE,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOMEM,
+)
 CALLS = ("fsync", "replace", "rename", "mkdir")
 
 
@@ -62,7 +73,9 @@ def error_of(draw: random.Random) -> Callable[[], Exception]:
     return draw.choice([lambda: of_disk, lambda: MemoryError("injected"), lambda: RuntimeError("injected")])
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # torch's second writing thread
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnhandledThreadExceptionWarning"
+)  # torch's second writing thread
 def test_saving(tally, tmp_path, one_rank):
     _, built = built_for("align", trained=1)
     save(tmp_path, built, "align", 1)
@@ -70,7 +83,9 @@ def test_saving(tally, tmp_path, one_rank):
     with counted(probe, tmp_path):
         newest = save(tmp_path, built, "align", 2, keep=2)
     for step, draw in enumerate(tally.draws(25), start=3):
-        number = draw.choice([draw.randint(1, probe.count), probe.count - draw.randint(0, 7)])  # the last ones publish
+        number = draw.choice(
+            [draw.randint(1, probe.count), probe.count - draw.randint(0, 7)]
+        )  # the last ones publish
         calls = Calls(number, stays=draw.random() < 0.5, error=error_of(draw))
         final = tmp_path / f"iter_{step:07d}"
         try:
@@ -82,7 +97,9 @@ def test_saving(tally, tmp_path, one_rank):
             if "is published and whole" in said:
                 newest = final
             else:
-                assert f"Nothing was published; {newest} stays the newest" in said and not final.exists(), said
+                assert f"Nothing was published; {newest} stays the newest" in said and not final.exists(), (
+                    said
+                )
             tally.add("named")
         else:
             assert saved == final and not calls.met, "a failure went unsaid"

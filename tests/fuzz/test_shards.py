@@ -1,4 +1,6 @@
-"""Tars of every dialect, put together, with holes and with damage: read as `tarfile` reads them, or said to be what they are."""
+"""Tars of every dialect, put together, with holes and with damage: read as `tarfile` reads them, or said to
+be what they are.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,18 @@ from megatron_evomoe.data.tar import BLOCK, Member, TarError, members
 from .samples import picture, rows, tokenizer
 
 FORMATS = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
-TYPES = (tarfile.REGTYPE, tarfile.REGTYPE, tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE, tarfile.DIRTYPE, tarfile.SYMTYPE,
-         tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE)
+TYPES = (
+    tarfile.REGTYPE,
+    tarfile.REGTYPE,
+    tarfile.REGTYPE,
+    tarfile.AREGTYPE,
+    tarfile.CONTTYPE,
+    tarfile.DIRTYPE,
+    tarfile.SYMTYPE,
+    tarfile.LNKTYPE,
+    tarfile.FIFOTYPE,
+    tarfile.CHRTYPE,
+)
 
 
 def info(name: str, size: int, rng: random.Random, form: int) -> tarfile.TarInfo:
@@ -25,9 +37,14 @@ def info(name: str, size: int, rng: random.Random, form: int) -> tarfile.TarInfo
     found.size = size
     found.mtime = rng.choice([0, 1, 2**33 - 1])
     if form != tarfile.USTAR_FORMAT:
-        found.uid, found.mtime = rng.choice([0, 2**40]), rng.choice([0, -5, 2**40, 1.5 if form == tarfile.PAX_FORMAT else 7])
+        found.uid, found.mtime = (
+            rng.choice([0, 2**40]),
+            rng.choice([0, -5, 2**40, 1.5 if form == tarfile.PAX_FORMAT else 7]),
+        )
     if form == tarfile.PAX_FORMAT and rng.random() < 0.3:
-        found.pax_headers = rng.choice([{"comment": "x" * rng.randrange(3000)}, {"size": str(size)}, {"SCHILY.xattr.user.a": "ä"}])
+        found.pax_headers = rng.choice(
+            [{"comment": "x" * rng.randrange(3000)}, {"size": str(size)}, {"SCHILY.xattr.user.a": "ä"}]
+        )
     return found
 
 
@@ -41,7 +58,12 @@ def sparse(name: str, data: bytes, rng: random.Random) -> bytes:
     """A member stored without its holes: GNU's old kind, with up to 40 pieces, or the pax kind."""
     stored = data + bytes(-len(data) % BLOCK)
     if rng.random() < 0.5:
-        fields = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": name, "GNU.sparse.realsize": "5000"}
+        fields = {
+            "GNU.sparse.major": "1",
+            "GNU.sparse.minor": "0",
+            "GNU.sparse.name": name,
+            "GNU.sparse.realsize": "5000",
+        }
         head = tarfile.TarInfo("GNUSparseFile.0/x")
         head.pax_headers, body = fields, b"1\n0\n%d\n" % len(data)
         body += bytes(-len(body) % BLOCK) + stored
@@ -66,12 +88,22 @@ def any_archive(rng: random.Random) -> bytes:
     form, out = rng.choice(FORMATS), io.BytesIO()
     with tarfile.open(fileobj=out, mode="w", format=form) as archive:
         for i in range(rng.randrange(1, 6)):
-            longest = 5 if i == 0 else rng.choice([5, 90, 99, 100, 101, 200 if form == tarfile.USTAR_FORMAT else 400])
+            longest = (
+                5
+                if i == 0
+                else rng.choice([5, 90, 99, 100, 101, 200 if form == tarfile.USTAR_FORMAT else 400])
+            )
             name = "/".join([f"{i}" + "d" * 48] * (longest // 50)) + f"/{rng.choice('aä')}{i}.json"
             kind = rng.choice(TYPES)
-            if kind == tarfile.AREGTYPE and longest > 90:  # tarfile takes one whose name is cut at a slash for a folder
+            if (
+                kind == tarfile.AREGTYPE and longest > 90
+            ):  # tarfile takes one whose name is cut at a slash for a folder
                 kind = tarfile.REGTYPE
-            data = rng.randbytes(rng.choice([0, 1, 511, 512, 513, 2000])) if kind in tarfile.REGULAR_TYPES else b""
+            data = (
+                rng.randbytes(rng.choice([0, 1, 511, 512, 513, 2000]))
+                if kind in tarfile.REGULAR_TYPES
+                else b""
+            )
             member = info(name, len(data), rng, form)
             member.type = kind
             if kind in (tarfile.SYMTYPE, tarfile.LNKTYPE):
@@ -92,8 +124,18 @@ def theirs(data: bytes) -> tuple[list[tuple], bool]:
     try:
         with tarfile.open(fileobj=io.BytesIO(data), ignore_zeros=True) as archive:
             while (member := archive.next()) is not None and len(found) < 100:
-                kind = "sparse" if member.issparse() else "file" if member.isreg() else "directory" if member.isdir() else "other"
-                place = None if kind == "sparse" else (member.offset_data, member.size if kind == "file" else 0)
+                kind = (
+                    "sparse"
+                    if member.issparse()
+                    else "file"
+                    if member.isreg()
+                    else "directory"
+                    if member.isdir()
+                    else "other"
+                )
+                place = (
+                    None if kind == "sparse" else (member.offset_data, member.size if kind == "file" else 0)
+                )
                 found.append((member.name.rstrip("/").encode(errors="surrogateescape"), kind, place))
     except (tarfile.TarError, ValueError, LookupError, OverflowError, RecursionError, EOFError, OSError):
         return found, True
@@ -120,11 +162,30 @@ def mutated(data: bytes, rng: random.Random) -> bytes:
     starts = [at for at in range(0, len(data), BLOCK) if data[at + 257 : at + 262] == b"ustar"]
     at = rng.choice(starts)
     block = bytearray(data[at : at + BLOCK])
-    field = rng.choice([(0, 100), (124, 136), (124, 136), (156, 157), (157, 257),
-                        (345, 500) if block[257:263] == b"ustar\0" else (0, 100)])  # GNU keeps other things there
+    field = rng.choice(
+        [
+            (0, 100),
+            (124, 136),
+            (124, 136),
+            (156, 157),
+            (157, 257),
+            (345, 500) if block[257:263] == b"ustar\0" else (0, 100),
+        ]
+    )  # GNU keeps other things there
     length = field[1] - field[0]
-    content = rng.choice([rng.randbytes(length), b"\xff" * length, b"\x80" + b"\xff" * (length - 1), b"\x80" + bytes(length - 1),
-                          b"-1", b"7" * length, b"0000000", b" 12 \0", bytes([rng.choice(b"xgLK15V7")]) * length])
+    content = rng.choice(
+        [
+            rng.randbytes(length),
+            b"\xff" * length,
+            b"\x80" + b"\xff" * (length - 1),
+            b"\x80" + bytes(length - 1),
+            b"-1",
+            b"7" * length,
+            b"0000000",
+            b" 12 \0",
+            bytes([rng.choice(b"xgLK15V7")]) * length,
+        ]
+    )
     block[field[0] : field[1]] = content[:length].ljust(length, b"\0")
     if block[156:157] == b"S":  # what tarfile makes of a sparse map that is none depends on its version
         block[156:157] = b"V"
@@ -153,14 +214,18 @@ def test_damaged_headers_against_tarfile(tally):
 
 
 def sample_archive(rng: random.Random, first: int, form: int) -> bytes:
-    """Three samples, with names, order and neighbours of many kinds; some with a member that makes them unusable."""
+    """Three samples, with names, order and neighbours of many kinds; some with a member that makes them
+    unusable.
+    """
     out, parts = io.BytesIO(), []
     for i in range(first, first + 3):
         key = rng.choice([f"{i}", f"folder/{i}", "d" * 120 + f"/{i}"])
         turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": f"it is {i}"}]
         parts += [(f"{key}.json", json.dumps({"conversations": turns}).encode()), (f"{key}.jpg", picture(i))]
         if rng.random() < 0.3:
-            parts.append((f"{key}.{rng.choice(['cls', 'cls', 'meta.json', 'mp4', '2.npy', 'pt', 'seg.png'])}", b"x"))
+            parts.append(
+                (f"{key}.{rng.choice(['cls', 'cls', 'meta.json', 'mp4', '2.npy', 'pt', 'seg.png'])}", b"x")
+            )
     rng.shuffle(parts)
     with tarfile.open(fileobj=out, mode="w", format=form) as archive:
         for name, data in parts:
@@ -178,11 +243,17 @@ def with_fault(data: bytes, rng: random.Random) -> bytes:
     """As it is; cut; a flipped bit in a header; or a member turned to zeros, headers and all."""
     kind = rng.randrange(4)
     if kind == 1:
-        return data[: rng.randrange(BLOCK, len(data)) // BLOCK * BLOCK + 1]  # a cut between two archives cannot be told
+        return data[
+            : rng.randrange(BLOCK, len(data)) // BLOCK * BLOCK + 1
+        ]  # a cut between two archives cannot be told
     with tarfile.open(fileobj=io.BytesIO(data), ignore_zeros=True) as archive:
         files = [member for member in archive if member.isreg() and not member.issparse()]
     chosen = rng.choice(files)
-    start, body, end = chosen.offset, chosen.offset_data, chosen.offset_data + -(-chosen.size // BLOCK) * BLOCK
+    start, body, end = (
+        chosen.offset,
+        chosen.offset_data,
+        chosen.offset_data + -(-chosen.size // BLOCK) * BLOCK,
+    )
     if kind == 2:
         at = rng.randrange(body - BLOCK, body)
         return data[:at] + bytes([data[at] ^ 1 << rng.randrange(8)]) + data[at + 1 :]
@@ -190,7 +261,9 @@ def with_fault(data: bytes, rng: random.Random) -> bytes:
 
 
 def judge(tally, dataset: ShardDataset, expected: int) -> None:
-    """Each sample is the one of its key, or counted; one that is not there is among the problems of the shard."""
+    """Each sample is the one of its key, or counted; one that is not there is among the problems of the
+    shard.
+    """
     found = rows(dataset)
     for row in found:
         if row.problem is None:

@@ -1,4 +1,6 @@
-"""A damaged tokenizer is refused by name, or is the same tokenizer, or is told from it by checksum and by fingerprint."""
+"""A damaged tokenizer is refused by name, or is the same tokenizer, or is told from it by checksum and by
+fingerprint.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,28 @@ from megatron_evomoe.config import ConfigError
 from megatron_evomoe.data.tokenizer import build_tokenizer, same_tokenizer, train_sentencepiece
 from tests.unit.data import helpers
 
-TEXTS = ["Hello world, 123 ça 漢字 <|im_end|>", "USER: x ASSISTANT: It is seven. How many are there of 3?", *helpers.LINES,
-         "a\u0301 ﬁ  two  spaces\n\n\ttab 🙂\x00"]
-VALUES: list[Any] = [None, True, 0, -1, 2**40, 1e400, "", "x", "\ud800", [], {}, [[]], {"type": "Split"}, "a" * 9999]
+TEXTS = [
+    "Hello world, 123 ça 漢字 <|im_end|>",
+    "USER: x ASSISTANT: It is seven. How many are there of 3?",
+    *helpers.LINES,
+    "a\u0301 ﬁ  two  spaces\n\n\ttab 🙂\x00",
+]
+VALUES: list[Any] = [
+    None,
+    True,
+    0,
+    -1,
+    2**40,
+    1e400,
+    "",
+    "x",
+    "\ud800",
+    [],
+    {},
+    [[]],
+    {"type": "Split"},
+    "a" * 9999,
+]
 
 
 def damaged(data: bytes, draw: random.Random) -> bytes:
@@ -45,7 +66,9 @@ def rewritten(data: bytes, draw: random.Random) -> bytes:
     """One node of a JSON file taken out or given another value."""
     whole = json.loads(data)
     places = list(_places(whole))
-    few = [(parent, key) for parent, key in places if isinstance(parent, dict) and len(parent) < 20]  # not mostly the vocabulary
+    few = [
+        (parent, key) for parent, key in places if isinstance(parent, dict) and len(parent) < 20
+    ]  # not mostly the vocabulary
     parent, key = draw.choice(draw.choice([places, few]))
     if draw.random() < 0.4:
         del parent[key]
@@ -74,13 +97,26 @@ def outcome(path: Path, good: Any) -> str:
     assert [found.encode(text) for text in TEXTS] == [good.encode(text) for text in TEXTS]
     assert all(found.decode(good.encode(text)) == good.decode(good.encode(text)) for text in TEXTS)
     assert (found.bos_id, found.eos_id, found.pad_id, found.vocab_size, found.text_prefix) == (
-        good.bos_id, good.eos_id, good.pad_id, good.vocab_size, good.text_prefix)
+        good.bos_id,
+        good.eos_id,
+        good.pad_id,
+        good.vocab_size,
+        good.text_prefix,
+    )
     return "right"
 
 
 def test_sentencepiece_models(tally, tmp_path):
-    paths = [train_sentencepiece(helpers.LINES * 5, tmp_path / f"{kind}.model", 400, model_type=kind,
-                                 user_defined_symbols=[*helpers.MARKUP, "\n"]) for kind in ("unigram", "bpe")]
+    paths = [
+        train_sentencepiece(
+            helpers.LINES * 5,
+            tmp_path / f"{kind}.model",
+            400,
+            model_type=kind,
+            user_defined_symbols=[*helpers.MARKUP, "\n"],
+        )
+        for kind in ("unigram", "bpe")
+    ]
     goods, bad = [(path, build_tokenizer(path), path.read_bytes()) for path in paths], tmp_path / "bad.model"
     for draw in tally.draws(240):
         path, good, data = draw.choice(goods)
@@ -109,7 +145,9 @@ def test_tokenizer_directories(tally, tmp_path):
         folder.mkdir()
         for name, data in files.items():
             (folder / name).write_bytes(data)
-        name = draw.choice(sorted({"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"} & set(files)))
+        name = draw.choice(
+            sorted({"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"} & set(files))
+        )
         (folder / name).write_bytes((rewritten if draw.random() < 0.5 else damaged)(files[name], draw))
         found = outcome(folder, good)
         if found == "another":

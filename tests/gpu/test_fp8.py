@@ -20,10 +20,23 @@ STEPS, WINDOW, TOLERANCE = 200, 20, 0.01
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory) -> Path:
-    pytest.importorskip("sklearn", reason="scikit-learn, whose digits the quickstart learns, is not installed")
+    pytest.importorskip(
+        "sklearn", reason="scikit-learn, whose digits the quickstart learns, is not installed"
+    )
     folder = tmp_path_factory.mktemp("digits")
-    run("examples/digits/build_data.py", "--output", folder, "--instruct-samples", STEPS * 32, "--caption-samples", 32,
-        "--heldout-samples", 16, "--tower-pictures", 64)
+    run(
+        "examples/digits/build_data.py",
+        "--output",
+        folder,
+        "--instruct-samples",
+        STEPS * 32,
+        "--caption-samples",
+        32,
+        "--heldout-samples",
+        16,
+        "--tower-pictures",
+        64,
+    )
     return folder
 
 
@@ -35,10 +48,19 @@ def run(*argv: object) -> None:
 def losses(data: Path, folder: Path, steps: int = STEPS, **gpu: str) -> list[float]:
     """Loss of each step of one process in bf16, from fresh weights; `gpu` is the configuration's section."""
     config = yaml.safe_load((ROOT / "examples/digits/quickstart.yaml").read_text())
-    config["data"] |= {"tokenizer": str(data / "tokenizer.model"), "train_data": [str(data / "instruct")], "eval_data": []}
+    config["data"] |= {
+        "tokenizer": str(data / "tokenizer.model"),
+        "train_data": [str(data / "instruct")],
+        "eval_data": [],
+    }
     config["train"] |= {"bf16": True, "train_iters": steps}
-    config |= {"parallel": {}, "gpu": gpu, "checkpoint": {"save": str(folder)}, "log": {"log_interval": 1},
-               "stages": [{"name": "warmup"}]}
+    config |= {
+        "parallel": {},
+        "gpu": gpu,
+        "checkpoint": {"save": str(folder)},
+        "log": {"log_interval": 1},
+        "stages": [{"name": "warmup"}],
+    }
     folder.mkdir()
     (folder / "run.yaml").write_text(yaml.safe_dump(config))
     run("-m", "megatron_evomoe", "train", "--config", folder / "run.yaml")

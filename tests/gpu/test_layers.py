@@ -1,4 +1,6 @@
-"""Transformer Engine's layers against the local ones: the same weights and batch, losses and gradients in bf16."""
+"""Transformer Engine's layers against the local ones: the same weights and batch, losses and gradients in
+bf16.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,15 @@ def build(kind: str, implementation: str):
     """A model of the tiny preset, and its configuration."""
     from megatron_evomoe.train.build import build_modules
 
-    config = from_mapping({"preset": "tiny", "language": {"vocab_size": 256}, "data": {"seq_length": 64},
-                           "train": {"bf16": True, "transformer_impl": implementation}, "stages": [{"name": kind}]})
+    config = from_mapping(
+        {
+            "preset": "tiny",
+            "language": {"vocab_size": 256},
+            "data": {"seq_length": 64},
+            "train": {"bf16": True, "transformer_impl": implementation},
+            "stages": [{"name": kind}],
+        }
+    )
     topology.seed_everything(1)
     return build_modules(config, kind)[0], config
 
@@ -29,7 +38,9 @@ def copy_weights(source: torch.nn.Module, target: torch.nn.Module) -> None:
     """Transformer Engine keeps some norms in the linear layer after them."""
     given = dict(source.named_parameters())
     for name, parameter in target.named_parameters():
-        apart = name.replace(".linear_qkv.layer_norm_", ".input_layernorm.").replace(".self_attention.input_", ".input_")
+        apart = name.replace(".linear_qkv.layer_norm_", ".input_layernorm.").replace(
+            ".self_attention.input_", ".input_"
+        )
         apart = apart.replace(".mlp.linear_fc1.layer_norm_", ".pre_mlp_layernorm.")
         parameter.copy_(given[name if name in given else apart])
 
@@ -40,10 +51,14 @@ def loss_and_gradients(model: torch.nn.Module, images: int) -> tuple[torch.Tenso
     tokens, labels = torch.randint(0, 256, (2, 2, 64), generator=generator).to(backend.device())
     types = torch.zeros_like(tokens)
     types[:, 1 : 1 + images] = 1
-    pixels = torch.randint(0, 256, (2, 3, 32, 32), generator=generator, dtype=torch.uint8).to(backend.device())
+    pixels = torch.randint(0, 256, (2, 3, 32, 32), generator=generator, dtype=torch.uint8).to(
+        backend.device()
+    )
     loss = model(tokens, types, pixels, labels=labels).float().mean()
     loss.backward()
-    return loss.detach(), {n: p.grad.float() for n, p in model.named_parameters() if p.grad is not None and "norm" not in n}
+    return loss.detach(), {
+        n: p.grad.float() for n, p in model.named_parameters() if p.grad is not None and "norm" not in n
+    }
 
 
 @pytest.mark.parametrize("kind", ["warmup", "route"])
@@ -51,9 +66,14 @@ def test_losses_and_gradients_agree(kind):
     (local, config), (fused, _) = build(kind, "local"), build(kind, "auto")
     copy_weights(local, fused)
     images = config.vision.tokens_per_image
-    (wanted, local_grads), (got, fused_grads) = loss_and_gradients(local, images), loss_and_gradients(fused, images)
+    (wanted, local_grads), (got, fused_grads) = (
+        loss_and_gradients(local, images),
+        loss_and_gradients(fused, images),
+    )
     assert got.item() == pytest.approx(wanted.item(), rel=LOSS_TOLERANCE)
     for name in local_grads.keys() & fused_grads.keys():
-        if ".mlp." not in name or kind == "warmup":  # one token that goes to another expert changes the experts' gradients
+        if (
+            ".mlp." not in name or kind == "warmup"
+        ):  # one token that goes to another expert changes the experts' gradients
             error = (fused_grads[name] - local_grads[name]).norm() / local_grads[name].norm().clamp(min=1e-6)
             assert error < GRADIENT_TOLERANCE, f"{name}: {error:.3f}"

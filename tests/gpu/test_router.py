@@ -1,4 +1,5 @@
-"""DTR as a GPU computes it, masked and on Triton kernels, with training's sizes, against the paper's equations in float64.
+"""DTR as a GPU computes it, masked and on Triton kernels, with training's sizes, against the paper's
+equations in float64.
 
 `tests/unit/moe/test_dtr_triton.py` has the corner cases, with small tiles; on a GPU it runs there too.
 """
@@ -37,7 +38,10 @@ def leaves(z: torch.Tensor, weights: DtrWeights) -> list[torch.Tensor]:
 
 
 def doubled(weights: DtrWeights) -> DtrWeights:
-    text, vision = (HyperWeights(*(w.detach().double().requires_grad_() for w in half)) for half in (weights.text, weights.vision))
+    text, vision = (
+        HyperWeights(*(w.detach().double().requires_grad_() for w in half))
+        for half in (weights.text, weights.vision)
+    )
     return DtrWeights(text, vision, weights.phi_NC.detach().double().requires_grad_())
 
 
@@ -55,7 +59,10 @@ def logits_of(form: str, *arguments) -> torch.Tensor:
 def test_logits_and_gradients_equal_float64(shape, dtype, form):
     z, is_vision, weights = problem(*shape, dtype)
     exact_z, exact = z.detach().double().requires_grad_(), doubled(weights)
-    logits, wanted = logits_of(form, z, is_vision, weights), naive_dtr_logits(exact_z, is_vision, exact, dtype=torch.float64)
+    logits, wanted = (
+        logits_of(form, z, is_vision, weights),
+        naive_dtr_logits(exact_z, is_vision, exact, dtype=torch.float64),
+    )
     direction = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(1)).to("cuda")
     assert_near(logits, wanted, TOLERANCE[torch.float32])  # from bf16 too: its products are exact
     grads = torch.autograd.grad((logits * direction).sum(), leaves(z, weights))

@@ -1,4 +1,6 @@
-"""Commands of one process, each in a process of its own that is forked from one with everything imported: one second, not five."""
+"""Commands of one process, each in a process of its own that is forked from one with everything imported: one
+second, not five.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ _server.set_forkserver_preload(["tests.integration.preload"])
 
 
 def run(*argv: str, expect: int = 0, folder: Path) -> str:
-    """What ``python -m megatron_evomoe ARGV`` prints, with one thread; checks the status. `folder` takes the output meanwhile."""
+    """What ``python -m megatron_evomoe ARGV`` prints, with one thread; checks the status. `folder` takes the
+    output meanwhile.
+    """
     if backend.on_gpu():  # CUDA cannot be forked
         done = conftest.run(*argv, expect=expect)
         return done.stdout + done.stderr
@@ -36,7 +40,11 @@ def _main(argv: tuple[str, ...], output: str) -> None:
 
     os.environ |= {"WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
     torch.set_num_threads(1)
-    with open(output, "w", buffering=1) as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+    with (
+        open(output, "w", buffering=1) as file,
+        contextlib.redirect_stdout(file),
+        contextlib.redirect_stderr(file),
+    ):
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
         status = cli.main(list(argv))

@@ -9,7 +9,9 @@ from tests.integration.conftest import ROOT, environment
 
 
 def python(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), cwd=ROOT, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment(), cwd=ROOT, timeout=120
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -54,7 +56,9 @@ assert torch.zeros(1, device="cuda").device.type == "cpu"
 
 
 def test_a_single_process_listens_on_loopback_only():
-    """Also where the host's name leads to an address of the network, which gloo takes unless told otherwise."""
+    """Also where the host's name leads to an address of the network, which gloo takes unless told
+    otherwise.
+    """
     code = """
 import psutil, torch
 import torch.distributed as dist

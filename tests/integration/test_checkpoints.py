@@ -22,7 +22,9 @@ STAGES = [{"name": "align", "train_iters": 2}, {"name": "warmup"}]
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, tiny_yaml) -> Path:
-    """A run of two stages that was told to end in the second after 4 of 6 steps, with checkpoints of its steps 2 and 4."""
+    """A run of two stages that was told to end in the second after 4 of 6 steps, with checkpoints of its
+    steps 2 and 4.
+    """
     folder = tmp_path_factory.mktemp("begun")
     tiny_yaml(folder, stages=STAGES, data={"eval_data": []})
     train(folder, "--stage", "align")
@@ -38,7 +40,9 @@ def copy(finished, tmp_path) -> Path:
 def copied(source: Path, folder: Path) -> Path:
     """A copy of a run, whose configuration leads to the copy."""
     shutil.copytree(source / "run", folder / "run")
-    (folder / "run.yaml").write_text((source / "run.yaml").read_text().replace(str(source / "run"), str(folder / "run")))
+    (folder / "run.yaml").write_text(
+        (source / "run.yaml").read_text().replace(str(source / "run"), str(folder / "run"))
+    )
     return folder
 
 
@@ -66,7 +70,10 @@ def test_another_s_checkpoint_in_a_stage_s_folder_is_named_and_the_one_before_is
     rewritten(copy / "run" / "warmup" / "iter_0000004", **changes)
     said = train(copy)
     whose = f"run {'0' * 32}" if "run_id" in changes else "stage 'align'"
-    assert f"iter_0000004 is one of {whose}, and lies in the" in said and "falling back to the checkpoint before it" in said
+    assert (
+        f"iter_0000004 is one of {whose}, and lies in the" in said
+        and "falling back to the checkpoint before it" in said
+    )
     assert "resumed at step 2 from" in said
 
 
@@ -139,20 +146,32 @@ def test_a_hostile_checkpoint_runs_nothing_and_is_named(copy, tmp_path, kind):
         content = pickle.dumps(harm)
         index, place = next((i, p) for i, p in found.storage_data.items() if i.offset is None)
         data = path / place.relative_path
-        found.storage_data[index] = dataclasses.replace(place, offset=data.stat().st_size, length=len(content))
+        found.storage_data[index] = dataclasses.replace(
+            place, offset=data.stat().st_size, length=len(content)
+        )
         data.write_bytes(data.read_bytes() + content)
-    if kind == "state on a class":  # the first reader's way to another meaning: a setter of state that is getattr
-        content = (b"\x80\x04" + CLASS + b"N}" + text("__setstate__") + GETATTR + b"s\x86b0" + unframed(found)[2:])
+    if (
+        kind == "state on a class"
+    ):  # the first reader's way to another meaning: a setter of state that is getattr
+        content = (
+            b"\x80\x04" + CLASS + b"N}" + text("__setstate__") + GETATTR + b"s\x86b0" + unframed(found)[2:]
+        )
     else:
         content = pickle.dumps(harm if kind == "a call" else found)
     (path / ".metadata").write_bytes(content)
-    sums = {p.name: [p.stat().st_size, zlib.crc32(p.read_bytes())] for p in path.iterdir() if p.name != records.FILE_NAME}
+    sums = {
+        p.name: [p.stat().st_size, zlib.crc32(p.read_bytes())]
+        for p in path.iterdir()
+        if p.name != records.FILE_NAME
+    }
     rewritten(path, files=sums)
     shutil.rmtree(copy / "run" / "warmup")
     for source in (path, path.parent):
         raw = yaml.safe_load((copy / "run.yaml").read_text())
         raw["stages"][1]["load"] = str(source)
         (tmp_path / "from.yaml").write_text(yaml.safe_dump(raw))
-        said = run("train", "--config", str(tmp_path / "from.yaml"), "--stage", "warmup", expect=2, folder=tmp_path)
+        said = run(
+            "train", "--config", str(tmp_path / "from.yaml"), "--stage", "warmup", expect=2, folder=tmp_path
+        )
         assert str(path) in said and "nothing was loaded" in said, said
     assert not canary.exists()

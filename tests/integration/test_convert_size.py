@@ -13,7 +13,8 @@ GIGABYTES = 4.1
 
 @pytest.mark.slow
 def test_memory(tmp_path):
-    """Peak memory of the whole process: at most three times the largest tensor and 500 MB, in both directions of a 4 GB model.
+    """Peak memory of the whole process: at most three times the largest tensor and 500 MB, in both directions
+    of a 4 GB model.
 
     Speed is for `benchmarks/convert.py` to measure.
     """

@@ -22,7 +22,9 @@ from megatron_evomoe.hf.exporting import Exported, Request, export_model
 from megatron_evomoe.train.evaluate import greedy
 from tests.integration.conftest import ROOT, environment, run
 
-pytest.importorskip("transformers", minversion="4.56", reason="transformers 4.56 or later is not installed (extra [hf])")
+pytest.importorskip(
+    "transformers", minversion="4.56", reason="transformers 4.56 or later is not installed (extra [hf])"
+)
 pytestmark = pytest.mark.slow
 NEW_TOKENS = 8
 MOST = 200
@@ -32,8 +34,11 @@ MOST = 200
 def trained(tmp_path_factory, tiny_yaml):
     """A run of all four stages, long enough for answers that depend on the question."""
     folder = tmp_path_factory.mktemp("trained")
-    path = tiny_yaml(folder, train={"micro_batch_size": 8, "global_batch_size": 8, "seed": 1, "train_iters": 40},
-                     checkpoint={"save": str(folder / "run"), "save_interval": 0})
+    path = tiny_yaml(
+        folder,
+        train={"micro_batch_size": 8, "global_batch_size": 8, "seed": 1, "train_iters": 40},
+        checkpoint={"save": str(folder / "run"), "save_interval": 0},
+    )
     run("train", "--config", str(path))
     return folder / "run"
 
@@ -45,7 +50,9 @@ def held_out(config):
     try:
         for i in range(min(len(data), MOST)):
             raw = data.read(i)
-            samples = prepare_eval(raw, tokenizer, processor, config.data.conversation_template, config.vision.tokens_per_image)
+            samples = prepare_eval(
+                raw, tokenizer, processor, config.data.conversation_template, config.vision.tokens_per_image
+            )
             yield raw.record["conversations"][:-1], [decode_image(image) for image in raw.images], samples[0]
     finally:
         data.close()
@@ -56,14 +63,23 @@ def megatrons_answers(exported: Exported) -> list[str]:
     tokenizer = build_tokenizer(config.data.tokenizer)
     samples = [sample for *_, sample in held_out(config)]
     with verify_out.core_model(exported) as model, torch.no_grad():
-        ids = greedy([model], [s.prompt for s in samples], torch.cat([s.images for s in samples]), pad_id=tokenizer.pad_id,
-                     stop=stop_ids(tokenizer, config.data.conversation_template), max_new_tokens=NEW_TOKENS)
+        ids = greedy(
+            [model],
+            [s.prompt for s in samples],
+            torch.cat([s.images for s in samples]),
+            pad_id=tokenizer.pad_id,
+            stop=stop_ids(tokenizer, config.data.conversation_template),
+            max_new_tokens=NEW_TOKENS,
+        )
     return [tokenizer.decode(answer).strip() for answer in ids]
 
 
 def message(turn: dict[str, str]) -> dict[str, Any]:
-    parts = [{"type": "image"} if part == IMAGE_TOKEN else {"type": "text", "text": part}
-             for part in re.split(f"({IMAGE_TOKEN})", turn["value"]) if part]
+    parts = [
+        {"type": "image"} if part == IMAGE_TOKEN else {"type": "text", "text": part}
+        for part in re.split(f"({IMAGE_TOKEN})", turn["value"])
+        if part
+    ]
     return {"role": {"human": "user"}.get(turn["from"], turn["from"]), "content": parts}
 
 
@@ -77,12 +93,16 @@ def transformers_answers(exported: Exported) -> list[str]:
     model = AutoModelForImageTextToText.from_pretrained(exported.output).eval()
     texts, pictures = [], []
     for turns, images, _ in held_out(exported.config):
-        texts.append(processor.apply_chat_template([message(turn) for turn in turns], add_generation_prompt=True, tokenize=False))
+        texts.append(
+            processor.apply_chat_template(
+                [message(turn) for turn in turns], add_generation_prompt=True, tokenize=False
+            )
+        )
         pictures += [np.asarray(image) for image in images]
     batch = processor(text=texts, images=pictures, padding=True, return_tensors="pt")
     with torch.no_grad():
         tokens = model.generate(**batch, max_new_tokens=NEW_TOKENS)
-    new = tokens[:, batch["input_ids"].shape[1]:]
+    new = tokens[:, batch["input_ids"].shape[1] :]
     return [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
 
 
@@ -97,18 +117,40 @@ def test_held_out_answers_are_the_same(trained, stage, tmp_path):
 
 
 def test_the_command_after_training(trained, tmp_path):
-    done = subprocess.run([sys.executable, str(ROOT / "tools" / "convert_to_hf.py"), str(trained / "route"), "--output",
-                           str(tmp_path / "out"), "--verify"], capture_output=True, text=True, env={**os.environ, **environment()})
+    done = subprocess.run(
+        [
+            sys.executable,
+            str(ROOT / "tools" / "convert_to_hf.py"),
+            str(trained / "route"),
+            "--output",
+            str(tmp_path / "out"),
+            "--verify",
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment()},
+    )
     assert done.returncode == 0 and "FAILED" not in done.stdout, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("parallel", [{"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2},
-                                      {"expert_model_parallel_size": 2}], ids=["TP 2", "PP 2", "EP 2"])
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        {"tensor_model_parallel_size": 2},
+        {"pipeline_model_parallel_size": 2},
+        {"expert_model_parallel_size": 2},
+    ],
+    ids=["TP 2", "PP 2", "EP 2"],
+)
 def test_every_layout_exports(tiny_yaml, parallel, tmp_path):
     """Two processes train; the export of what they saved is compared with the checkpoint loaded on one."""
-    path = tiny_yaml(tmp_path, parallel=parallel, checkpoint={"save": str(tmp_path / "run"), "save_interval": 0})
+    path = tiny_yaml(
+        tmp_path, parallel=parallel, checkpoint={"save": str(tmp_path / "run"), "save_interval": 0}
+    )
     run("train", "--config", str(path), "--train-iters", "2", "--eval-samples", "2", processes=2)
     for stage in ("warmup", "route"):
-        exported = export_model(Request(checkpoint=str(tmp_path / "run" / stage), output=str(tmp_path / stage)))
+        exported = export_model(
+            Request(checkpoint=str(tmp_path / "run" / stage), output=str(tmp_path / stage))
+        )
         rows = verify_out.compare(exported)
         assert all(row.good for row in rows), verify_out.table(rows)

@@ -1,4 +1,6 @@
-"""``benchmarks/gpu.sh`` on tiny models: its steps, what it reports of them, and how it installs. Nothing here is a measurement."""
+"""``benchmarks/gpu.sh`` on tiny models: its steps, what it reports of them, and how it installs. Nothing here
+is a measurement.
+"""
 
 from __future__ import annotations
 
@@ -31,8 +33,11 @@ def wheel(folder: Path, name: str) -> Path:
     """A package of one empty module."""
     folder.mkdir(exist_ok=True)
     info = f"{name}-1.0.dist-info"
-    files = {f"{name}.py": "", f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n",
-             f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"}
+    files = {
+        f"{name}.py": "",
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
     with zipfile.ZipFile(folder / f"{name}-1.0-py3-none-any.whl", "w") as archive:
         for path, text in files.items():
             archive.writestr(path, text)
@@ -50,7 +55,10 @@ def test_without_a_gpu_it_says_so_and_ends_well(tmp_path):
 def test_all_steps_fit_the_limit_of_the_whole():
     """So that none is cut short by those before it."""
     script = SCRIPT.read_text()
-    full = script[: script.index('if [ -n "$TINY" ]; then\n    ROUTER')] + script[script.index("ROUTER=(--dtype bf16") :]
+    full = (
+        script[: script.index('if [ -n "$TINY" ]; then\n    ROUTER')]
+        + script[script.index("ROUTER=(--dtype bf16") :]
+    )
     seconds = [int(found) for found in re.findall(r"^ +step [\w-]+ (\d+) ", full, re.MULTILINE)]
     assert len(seconds) == 8 and sum(seconds) <= int(re.search(r"LIMIT=(\d+)", script)[1])
 
@@ -62,7 +70,10 @@ def test_steps_are_run_and_reported(tmp_path):
     assert [(s["name"], s["status"]) for s in report["steps"]] == [("tests", 0), ("step", 0)]
     assert report["tests"]["failures"] == report["tests"]["errors"] == 0 < report["tests"]["tests"]
     assert {"device", "versions", "commit", "command"} <= report["circumstances"].keys()
-    assert [(r["stage"], r["precision"]) for r in report["step"]["rows"][:2]] == [("warmup", "bf16"), ("route", "bf16")]
+    assert [(r["stage"], r["precision"]) for r in report["step"]["rows"][:2]] == [
+        ("warmup", "bf16"),
+        ("route", "bf16"),
+    ]
     ceiling = report["step"]["ceilings"]["bf16"]["gemm_tflops"]
     for row in report["step"]["rows"]:
         assert row["tokens_per_s"] == pytest.approx(row["tokens"] / row["seconds"])
@@ -80,7 +91,9 @@ def test_the_routers_figures_follow_from_time_and_work(tmp_path):
     for row in report["router"]["rows"]:
         product = ceilings["products"][row["precision"]]["gemm_tflops"]
         assert row["flop_share"] == pytest.approx(row["flop"] / row["seconds"] / 1e12 / product)
-        assert row["bytes_share"] == pytest.approx(row["bytes"] / row["seconds"] / 1e9 / ceilings["copy_gbytes"])
+        assert row["bytes_share"] == pytest.approx(
+            row["bytes"] / row["seconds"] / 1e9 / ceilings["copy_gbytes"]
+        )
         assert (row["bound"] == "copy") == (row["bytes_share"] >= row["flop_share"])
     linear, dtr = layers[0], layers[1]
     assert (linear["router"], dtr["router"], linear["train"]) == ("linear", "dtr torch", "router")

@@ -1,4 +1,6 @@
-"""An imported model goes into training by the very command that the import prints, under a layout of its own."""
+"""An imported model goes into training by the very command that the import prints, under a layout of its
+own.
+"""
 
 from __future__ import annotations
 
@@ -13,22 +15,43 @@ from megatron_evomoe.hf.importing import Request, describe, import_model
 from tests.integration.conftest import metrics, run
 from tests.unit.hf.sources import LLAVA, TEXT, TOWER, write
 
-STAGES = [{"name": "warmup", "train_iters": 2}, {"name": "route", "train_iters": 1, "expert_init": "replicate"}]
+STAGES = [
+    {"name": "warmup", "train_iters": 2},
+    {"name": "route", "train_iters": 1, "expert_init": "replicate"},
+]
 
 
 def test_train_from_an_import(tmp_path, digits, tiny_yaml):
     tokenizer = digits / "tokenizer.model"
-    config = {**LLAVA, "text_config": {**TEXT, "vocab_size": build_tokenizer(tokenizer).vocab_size, "max_position_embeddings": 128},
-              "vision_config": {**TOWER, "image_size": 32}}
-    imported = import_model(Request(model=str(write(tmp_path / "hf", config)), output=str(tmp_path / "imported")))
+    config = {
+        **LLAVA,
+        "text_config": {
+            **TEXT,
+            "vocab_size": build_tokenizer(tokenizer).vocab_size,
+            "max_position_embeddings": 128,
+        },
+        "vision_config": {**TOWER, "image_size": 32},
+    }
+    imported = import_model(
+        Request(model=str(write(tmp_path / "hf", config)), output=str(tmp_path / "imported"))
+    )
     printed = describe(imported).splitlines()[-1].split()
-    arguments = printed[printed.index("--preset"):]
-    run_yaml = tiny_yaml(tmp_path, language=None, vision=None, parallel={"tensor_model_parallel_size": 2}, stages=STAGES)
+    arguments = printed[printed.index("--preset") :]
+    run_yaml = tiny_yaml(
+        tmp_path, language=None, vision=None, parallel={"tensor_model_parallel_size": 2}, stages=STAGES
+    )
     run("train", "--config", str(run_yaml), *arguments, processes=2)
     route = latest(tmp_path / "run" / "route")
     assert [step["kind"] for step in read(route).lineage] == ["pretrained", "warmup"]
     used = yaml.safe_load((route / "run_config.yaml").read_text())
-    assert used["language"]["vocab_size"] == config["text_config"]["vocab_size"] and used["vision"]["image_size"] == 32
+    assert (
+        used["language"]["vocab_size"] == config["text_config"]["vocab_size"]
+        and used["vision"]["image_size"] == 32
+    )
     assert all(step["lm loss"] > 0 for step in metrics(tmp_path / "run"))
-    begun = [e for e in map(json.loads, (tmp_path / "run" / "events.jsonl").read_text().splitlines()) if e["event"] == "begin"]
+    begun = [
+        e
+        for e in map(json.loads, (tmp_path / "run" / "events.jsonl").read_text().splitlines())
+        if e["event"] == "begin"
+    ]
     assert begun[0]["source"] == str(imported.checkpoint)

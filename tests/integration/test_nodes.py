@@ -25,10 +25,31 @@ def start(config: Path, nodes: int, *train_flags: str) -> list[subprocess.Popen[
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}", "--nproc-per-node=1", "--rdzv-backend=c10d",
-                f"--rdzv-endpoint=localhost:{port}", "--rdzv-id=test", SCRIPT, "--config", str(config), *train_flags]
-    return [subprocess.Popen(torchrun, env=environment(), cwd=config.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                             text=True) for _ in range(nodes)]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        f"--nnodes={nodes}",
+        "--nproc-per-node=1",
+        "--rdzv-backend=c10d",
+        f"--rdzv-endpoint=localhost:{port}",
+        "--rdzv-id=test",
+        SCRIPT,
+        "--config",
+        str(config),
+        *train_flags,
+    ]
+    return [
+        subprocess.Popen(
+            torchrun,
+            env=environment(),
+            cwd=config.parent,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for _ in range(nodes)
+    ]
 
 
 def wait_for_line(file: Path, part: str, nodes: list[subprocess.Popen[str]]) -> None:
@@ -58,8 +79,12 @@ def test_a_signal_on_one_node_ends_all_and_the_run_goes_on(tiny_yaml, tmp_path):
     """Only the second node is told to stop, and all ranks save at the same step."""
     for name in ("unbroken", "stopped"):
         (tmp_path / name).mkdir()
-    setting = {"data": {"eval_data": []}, "train": {"train_iters": 80, "global_batch_size": 4}, "checkpoint": {"save_interval": 0},
-               "log": {"moe_metrics_interval": 1}}
+    setting = {
+        "data": {"eval_data": []},
+        "train": {"train_iters": 80, "global_batch_size": 4},
+        "checkpoint": {"save_interval": 0},
+        "log": {"moe_metrics_interval": 1},
+    }
     unbroken, stopped = (tiny_yaml(tmp_path / name, **setting) for name in ("unbroken", "stopped"))
     stages = ("--stage", "align", "--stage", "warmup")
     run("train", "--config", str(unbroken), *stages, processes=2)
@@ -69,7 +94,8 @@ def test_a_signal_on_one_node_ends_all_and_the_run_goes_on(tiny_yaml, tmp_path):
     wait_for_line(out / "metrics.jsonl", '"step": 10, "stage": "warmup"', nodes)
     nodes[1].send_signal(signal.SIGTERM)
     wait_for_line(out / "events.jsonl", '"event": "stop"', nodes[:1])
-    # the other node's workers are done, but its torchrun would wait five minutes for the one that was signalled
+    # the other node's workers are done, but its torchrun would wait five minutes for the one that was
+    # signalled
     nodes[0].send_signal(signal.SIGTERM)
     said = [node.communicate(timeout=400)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [1, 1], said
@@ -77,5 +103,7 @@ def test_a_signal_on_one_node_ends_all_and_the_run_goes_on(tiny_yaml, tmp_path):
 
     run("train", "--config", str(stopped), *stages, processes=2)
     happened = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
-    assert [(e["stage"], 10 <= e["step"] < 80) for e in happened if e["event"] == "resume"] == [("warmup", True)]
+    assert [(e["stage"], 10 <= e["step"] < 80) for e in happened if e["event"] == "resume"] == [
+        ("warmup", True)
+    ]
     assert steady(metrics(tmp_path / "stopped" / "run")) == steady(metrics(tmp_path / "unbroken" / "run"))

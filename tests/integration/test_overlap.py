@@ -1,4 +1,6 @@
-"""A run whose weights are gathered during the forward pass saves, measures and logs what one without that does."""
+"""A run whose weights are gathered during the forward pass saves, measures and logs what one without that
+does.
+"""
 
 from __future__ import annotations
 
@@ -23,19 +25,28 @@ def saved(path: Path) -> dict[str, torch.Tensor]:
 
 def train(folder: Path, tiny_yaml, **parallel: Any) -> Path:
     stages = [{"name": name, "train_iters": 4} for name in ("warmup", "evolve", "route")]
-    path = tiny_yaml(folder, parallel=parallel, stages=stages, checkpoint={"save_interval": 1, "keep": 0},
-                     log={"log_params_norm": True, "log_interval": 2, "moe_metrics_interval": 1})
+    path = tiny_yaml(
+        folder,
+        parallel=parallel,
+        stages=stages,
+        checkpoint={"save_interval": 1, "keep": 0},
+        log={"log_params_norm": True, "log_interval": 2, "moe_metrics_interval": 1},
+    )
     run("train", "--config", str(path), processes=2)
     return folder / "run"
 
 
 @pytest.mark.slow
 def test_nothing_reads_weights_that_are_still_on_their_way(tmp_path, tiny_yaml, one_rank):
-    """Two replicas: a save within each stage (step 1, before the norm is logged) and at its end, evolution, and the measurement."""
+    """Two replicas: a save within each stage (step 1, before the norm is logged) and at its end, evolution,
+    and the measurement.
+    """
     runs = []
     for name, overlaps in (("plain", False), ("overlapped", True)):
         (tmp_path / name).mkdir()
-        runs.append(train(tmp_path / name, tiny_yaml, overlap_param_gather=overlaps, overlap_grad_reduce=overlaps))
+        runs.append(
+            train(tmp_path / name, tiny_yaml, overlap_param_gather=overlaps, overlap_grad_reduce=overlaps)
+        )
     for a, b in zip(*(metrics(folder) for folder in runs), strict=True):
         assert a.keys() == b.keys()
         for name in ("lm loss", "grad-norm", "params-norm", "load_balancing_loss"):
@@ -45,5 +56,10 @@ def test_nothing_reads_weights_that_are_still_on_their_way(tmp_path, tiny_yaml, 
             wanted, got = (saved(folder / stage / f"iter_{step:07d}") for folder in runs)
             assert wanted.keys() == got.keys()
             for name, tensor in wanted.items():
-                torch.testing.assert_close(got[name], tensor, rtol=0, atol=TENSORS * float(tensor.abs().max()),
-                                           msg=f"{stage} {step} {name}")
+                torch.testing.assert_close(
+                    got[name],
+                    tensor,
+                    rtol=0,
+                    atol=TENSORS * float(tensor.abs().max()),
+                    msg=f"{stage} {step} {name}",
+                )

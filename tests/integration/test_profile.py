@@ -1,4 +1,6 @@
-"""``--profile``: the trace of the steps asked for, with their phases, and a run that is otherwise the same."""
+"""``--profile``: the trace of the steps asked for, with their phases, and a run that is otherwise the
+same.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,10 @@ EVOLVE = [{"name": "evolve", "train_iters": 5}]
 def runs(tmp_path_factory, tiny_yaml) -> tuple[Path, Path]:
     """The run directories of one process, profiled in steps 2 and 3 and not."""
     found = []
-    for name, flags in (("profiled", ["--profile", "--profile-step-start", "2", "--profile-step-end", "4"]), ("plain", [])):
+    for name, flags in (
+        ("profiled", ["--profile", "--profile-step-start", "2", "--profile-step-end", "4"]),
+        ("plain", []),
+    ):
         path = tiny_yaml(tmp_path_factory.mktemp(name), stages=EVOLVE, data={"eval_data": []})
         run("train", "--config", str(path), *flags)
         found.append(path.parent / "run")
@@ -30,7 +35,11 @@ def runs(tmp_path_factory, tiny_yaml) -> tuple[Path, Path]:
 
 def names_in(trace: Path) -> list[str]:
     with gzip.open(trace, "rt") as file:
-        return [event.get("name", "") for event in json.load(file)["traceEvents"] if event.get("cat") == "user_annotation"]
+        return [
+            event.get("name", "")
+            for event in json.load(file)["traceEvents"]
+            if event.get("cat") == "user_annotation"
+        ]
 
 
 def test_the_trace_holds_the_phases_of_the_steps_asked_for(runs):
@@ -43,7 +52,9 @@ def test_the_trace_holds_the_phases_of_the_steps_asked_for(runs):
 
 def test_the_table_names_phases_and_operators(runs):
     text = (runs[0] / "profile" / "evolve-rank0-steps2-3.txt").read_text()
-    assert all(re.search(rf"^{phase} +\d+ x +[\d.]+ ms a step$", text, re.MULTILINE) for phase in profile.PHASES)
+    assert all(
+        re.search(rf"^{phase} +\d+ x +[\d.]+ ms a step$", text, re.MULTILINE) for phase in profile.PHASES
+    )
     assert "aten::mm" in text and "Self CPU" in text
 
 
@@ -55,20 +66,40 @@ def test_metrics_are_those_of_a_run_without(runs):
 
 def test_a_stage_that_never_gets_there_says_so(tmp_path, tiny_yaml):
     path = tiny_yaml(tmp_path, stages=[{"name": "warmup", "train_iters": 1}], data={"eval_data": []})
-    done = run("train", "--config", str(path), "--profile", "--profile-step-start", "2", "--profile-step-end", "4")
+    done = run(
+        "train", "--config", str(path), "--profile", "--profile-step-start", "2", "--profile-step-end", "4"
+    )
     assert "took none of the steps 2 to 3" in done.stdout + done.stderr
     assert not (tmp_path / "run" / "profile").exists()
 
 
 def test_pipeline_stages_are_profiled_where_asked(tmp_path, tiny_yaml):
     """Two chunks on each of two stages; the core's own ranges (messages between stages) lie among ours."""
-    path = tiny_yaml(tmp_path, stages=[{"name": "warmup", "train_iters": 3}], data={"eval_data": []},
-                     language={"num_layers": 4, "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 2},
-                     parallel={"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1})
-    run("train", "--config", str(path), "--profile", "--profile-step-start", "3", "--profile-step-end", "9",
-        "--profile-ranks", "[1]", processes=2)
+    path = tiny_yaml(
+        tmp_path,
+        stages=[{"name": "warmup", "train_iters": 3}],
+        data={"eval_data": []},
+        language={"num_layers": 4, "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 2},
+        parallel={"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1},
+    )
+    run(
+        "train",
+        "--config",
+        str(path),
+        "--profile",
+        "--profile-step-start",
+        "3",
+        "--profile-step-end",
+        "9",
+        "--profile-ranks",
+        "[1]",
+        processes=2,
+    )
     found = sorted(p.name for p in (tmp_path / "run" / "profile").iterdir())
-    assert found == ["warmup-rank1-steps3-3.json.gz", "warmup-rank1-steps3-3.txt"]  # the stage ends before the window does
+    assert found == [
+        "warmup-rank1-steps3-3.json.gz",
+        "warmup-rank1-steps3-3.txt",
+    ]  # the stage ends before the window does
     names = names_in(tmp_path / "run" / "profile" / found[0])
     # four microbatches through two chunks
     assert names.count("forward") == names.count("backward") == 8 and names.count("forward-backward") == 1

@@ -17,7 +17,8 @@ README = (ROOT / "README.md").read_text()
 COMMANDS = re.findall(r"^    (\S.*)$", README, re.M)
 ELSEWHERE = {
     "bash tests/run.sh": "this suite is what it runs",
-    "pip install .": "every installation of examples/setup_venv.sh does it, and test_wheel_is_complete looks at the result",
+    "pip install .": "every installation of examples/setup_venv.sh does it, and test_wheel_is_complete looks "
+    "at the result",
 }
 
 
@@ -40,8 +41,12 @@ def checkout(tmp_path_factory, digits) -> Path:
             (folder / "data" / "images" / entry["image"]).write_bytes(raw.images[0])
         entries.append(entry)
     (folder / "data" / "llava.json").write_text(json.dumps(entries))
-    gqa_questions(folder / "data" / "gqa", [folder / "data" / "images" / e["image"] for e in entries if "image" in e])
-    pretrained_llava(folder / "models" / "llava", [turn["value"] for e in entries for turn in e["conversations"]])
+    gqa_questions(
+        folder / "data" / "gqa", [folder / "data" / "images" / e["image"] for e in entries if "image" in e]
+    )
+    pretrained_llava(
+        folder / "models" / "llava", [turn["value"] for e in entries for turn in e["conversations"]]
+    )
     yaml_block = re.search(r"```yaml\n(# run\.yaml.*?)```", README, re.S)
     (folder / "run.yaml").write_text(yaml_block.group(1))
     return folder
@@ -54,8 +59,16 @@ def gqa_questions(folder: Path, pictures: list[Path]) -> None:
     (folder / "images").mkdir(parents=True)
     for i, picture in enumerate(pictures):
         Image.open(picture).convert("RGB").save(folder / "images" / f"{i}.jpg")
-    asked = {str(i): {"imageId": str(i), "question": "Which digit is this?", "answer": "four", "isBalanced": True,
-                      "types": {"structural": "query", "semantic": "obj"}} for i in range(len(pictures))}
+    asked = {
+        str(i): {
+            "imageId": str(i),
+            "question": "Which digit is this?",
+            "answer": "four",
+            "isBalanced": True,
+            "types": {"structural": "query", "semantic": "obj"},
+        }
+        for i in range(len(pictures))
+    }
     (folder / "testdev_balanced_questions.json").write_text(json.dumps(asked))
 
 
@@ -67,15 +80,37 @@ def pretrained_llava(folder: Path, corpus: list[str]) -> None:
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = tokenizers.decoders.ByteLevel()
-    bpe.train_from_iterator(corpus, tokenizers.trainers.BpeTrainer(
-        vocab_size=384, special_tokens=["<s>", "</s>", "<pad>"], initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
-    transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="<pad>",
-                                         add_bos_token=True).save_pretrained(folder)
-    text = transformers.LlamaConfig(vocab_size=bpe.get_vocab_size(), hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-                                    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512)
-    tower = transformers.CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
-                                          image_size=32, patch_size=8)
-    config = transformers.LlavaConfig(text_config=text, vision_config=tower, image_token_index=text.vocab_size - 1)
+    bpe.train_from_iterator(
+        corpus,
+        tokenizers.trainers.BpeTrainer(
+            vocab_size=384,
+            special_tokens=["<s>", "</s>", "<pad>"],
+            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="<pad>", add_bos_token=True
+    ).save_pretrained(folder)
+    text = transformers.LlamaConfig(
+        vocab_size=bpe.get_vocab_size(),
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+    )
+    tower = transformers.CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=32,
+        patch_size=8,
+    )
+    config = transformers.LlavaConfig(
+        text_config=text, vision_config=tower, image_token_index=text.vocab_size - 1
+    )
     transformers.LlavaForConditionalGeneration(config).save_pretrained(folder)
 
 
@@ -91,19 +126,36 @@ def test_command_runs(command, checkout, digits, tmp_path_factory):
         small = tmp_path_factory.mktemp("recipe")
         for name in ("llava-558k", "hybrid-pt", "llava-mix-665k"):
             (small / name).symlink_to(digits / ("captions" if name == "llava-558k" else "instruct"))
-        extra |= {"DATA": str(small), "TOKENIZER": str(digits / "tokenizer.model"), "PRESET": "tiny", "SAVE": str(small / "run")}
+        extra |= {
+            "DATA": str(small),
+            "TOKENIZER": str(digits / "tokenizer.model"),
+            "PRESET": "tiny",
+            "SAVE": str(small / "run"),
+        }
         command += " --train-iters 2 --global-batch-size 4 --micro-batch-size 1 --num-workers 0"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=checkout, env=environment(**extra),
-                          timeout=600)
+    done = subprocess.run(
+        ["bash", "-c", command],
+        capture_output=True,
+        text=True,
+        cwd=checkout,
+        env=environment(**extra),
+        timeout=600,
+    )
     assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     if command.startswith("bash examples/quickstart.sh"):
-        assert (checkout / "runs/quickstart/figures/loss.png").exists() and "Held-out exact match" in done.stdout
+        assert (
+            checkout / "runs/quickstart/figures/loss.png"
+        ).exists() and "Held-out exact match" in done.stdout
 
 
 def test_wheel_is_complete(tmp_path):
     """`pip install .` packs every module: nothing of the package lives outside what setup.py finds."""
-    subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(tmp_path), str(ROOT)],
-                   check=True, timeout=300, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(tmp_path), str(ROOT)],
+        check=True,
+        timeout=300,
+        capture_output=True,
+    )
     import zipfile
 
     packed = set(zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist())

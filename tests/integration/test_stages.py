@@ -14,8 +14,16 @@ import pytest
 from tests.integration.conftest import ROOT, environment, metrics, run
 
 STAGES = ("align", "warmup", "evolve", "route")
-VOLATILE = {"time", "iteration-time", "tokens/s", "throughput", "samples", "straggler/rank", "straggler/seconds",
-            "straggler/median-seconds"}
+VOLATILE = {
+    "time",
+    "iteration-time",
+    "tokens/s",
+    "throughput",
+    "samples",
+    "straggler/rank",
+    "straggler/seconds",
+    "straggler/median-seconds",
+}
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +42,14 @@ def steady(lines):
 def test_every_stage_trains_saves_and_is_measured(two_ranks):
     out = two_ranks / "run"
     lines = metrics(out)
-    assert [(x["stage"], x["step"]) for x in lines] == [(s, i + 1) for s in STAGES for i in range(2 if s == "align" else 6)]
+    assert [(x["stage"], x["step"]) for x in lines] == [
+        (s, i + 1) for s in STAGES for i in range(2 if s == "align" else 6)
+    ]
     summary = {row["stage"]: row for row in json.loads((out / "summary.json").read_text())}
     for stage in STAGES:
-        assert (out / stage / "latest_checkpointed_iteration.txt").read_text() == ("2" if stage == "align" else "6")
+        assert (out / stage / "latest_checkpointed_iteration.txt").read_text() == (
+            "2" if stage == "align" else "6"
+        )
         assert 0 <= summary[stage]["accuracy"]["overall"] <= 1 and "blind" in summary[stage]
     assert summary["route"]["parameters"] > summary["route"]["active"] > summary["route"]["trainable"] > 0
     assert all(x["throughput"] > 0 for x in lines)
@@ -72,18 +84,25 @@ def test_finished_run_is_not_run_again_and_plots(two_ranks, tmp_path):
     assert (two_ranks / "run" / "metrics.jsonl").read_text() == before
     run("plot", "--run", str(two_ranks / "run"), "--output", str(tmp_path))
     assert sorted(p.name for p in tmp_path.glob("*.png")) == [
-        "expert_similarity.png", "loss.png", "modality_share.png", "router_logits.png"]
+        "expert_similarity.png",
+        "loss.png",
+        "modality_share.png",
+        "router_logits.png",
+    ]
 
 
 def test_killed_in_every_stage_and_resumed_gives_the_same_bits(two_ranks, tiny_yaml, tmp_path):
-    """SIGKILL of all processes once per stage; every later step must equal the unbroken run's, to the last bit."""
+    """SIGKILL of all processes once per stage; every later step must equal the unbroken run's, to the last
+    bit.
+    """
     path = tiny_yaml(tmp_path, parallel={"expert_model_parallel_size": 2})
     out = tmp_path / "run"
     for stage in ("warmup", "evolve", "route"):
         _run_until(path, out, stage, step=3)
     run("train", "--config", str(path), processes=2)
     resumed, unbroken = metrics(out), metrics(two_ranks / "run")
-    # routing metrics sum over the steps since the last line, so the interval of 2 divides the resume points of 2
+    # routing metrics sum over the steps since the last line, so the interval of 2 divides the resume points
+    # of 2
     assert steady(resumed) == steady(unbroken)
     events = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
     assert [e["stage"] for e in events if e["event"] == "resume"] == ["warmup", "evolve", "route"]
@@ -92,17 +111,39 @@ def test_killed_in_every_stage_and_resumed_gives_the_same_bits(two_ranks, tiny_y
 def _run_until(path: Path, out: Path, stage: str, step: int) -> None:
     """Start the job and kill every process of it as soon as `stage` has logged `step`."""
     job = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "megatron_evomoe", "train",
-         "--config", str(path)],
-        env=environment(), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            "-m",
+            "megatron_evomoe",
+            "train",
+            "--config",
+            str(path),
+        ],
+        env=environment(),
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline and job.poll() is None:
         file = out / "metrics.jsonl"
-        lines = [json.loads(x) for x in file.read_text().splitlines(keepends=True) if x.endswith("\n")] if file.exists() else []
+        lines = (
+            [json.loads(x) for x in file.read_text().splitlines(keepends=True) if x.endswith("\n")]
+            if file.exists()
+            else []
+        )
         if any(x["stage"] == stage and x["step"] >= step for x in lines):
             break
         time.sleep(0.02)
-    assert job.poll() is None, f"the job ended before {stage} reached step {step}: {job.stderr.read()[-3000:]}"
+    assert job.poll() is None, (
+        f"the job ended before {stage} reached step {step}: {job.stderr.read()[-3000:]}"
+    )
     # torchrun's workers lead sessions of their own: a kill of its process group would leave them training on
     for process in [*psutil.Process(job.pid).children(recursive=True), job]:
         process.kill()
@@ -110,16 +151,31 @@ def _run_until(path: Path, out: Path, stage: str, step: int) -> None:
 
 
 def test_limits_end_a_run_saved_and_the_same_command_goes_on(two_ranks, tiny_yaml, tmp_path):
-    path = tiny_yaml(tmp_path, parallel={"expert_model_parallel_size": 2},
-                     checkpoint={"save": str(tmp_path / "run"), "save_interval": 0})
+    path = tiny_yaml(
+        tmp_path,
+        parallel={"expert_model_parallel_size": 2},
+        checkpoint={"save": str(tmp_path / "run"), "save_interval": 0},
+    )
     first = run("train", "--config", str(path), "--exit-interval", "4", processes=2)
     assert "exiting on exit_interval 4; the same command goes on from here" in first.stdout
     assert metrics(tmp_path / "run")[-1]["step"] == 4
     assert (tmp_path / "run" / "warmup" / "latest_checkpointed_iteration.txt").read_text() == "4"
-    second = run("train", "--config", str(path), "--exit-duration-in-mins", "0.0001", "--stage", "warmup", processes=2)
+    second = run(
+        "train", "--config", str(path), "--exit-duration-in-mins", "0.0001", "--stage", "warmup", processes=2
+    )
     assert "exiting on the limit of 0.0001 minutes" in second.stdout
-    run("train", "--config", str(path), "--stage", "warmup", "--load", str(tmp_path / "run"), "--save", str(tmp_path / "other"),
-        processes=2)
+    run(
+        "train",
+        "--config",
+        str(path),
+        "--stage",
+        "warmup",
+        "--load",
+        str(tmp_path / "run"),
+        "--save",
+        str(tmp_path / "other"),
+        processes=2,
+    )
     resumed = [x for x in metrics(tmp_path / "other") if x["stage"] == "warmup"]
     unbroken = [x for x in metrics(two_ranks / "run") if x["stage"] == "warmup"]
     assert steady(resumed) == steady(unbroken)[4:], "taken up from --load, in a folder of its own"
@@ -128,13 +184,29 @@ def test_limits_end_a_run_saved_and_the_same_command_goes_on(two_ranks, tiny_yam
 def test_baselines_run_from_a_dense_checkpoint(two_ranks, tiny_yaml, tmp_path):
     """MoE-LLaVA's setting: replicated experts, one linear router, both trained; and the dense control."""
     warmup = str(two_ranks / "run" / "warmup")
-    path = tiny_yaml(tmp_path, stages=[
-        {"name": "replicate-linear", "kind": "route", "load": warmup, "router": "linear", "expert_init": "replicate",
-         "trainable": ["router", "experts"], "train_iters": 2},
-        {"name": "noise-modality", "kind": "route", "load": warmup, "router": "modality-linear", "expert_init": "noise",
-         "train_iters": 2},
-        {"name": "dense", "load": warmup, "train_iters": 2},
-    ])
+    path = tiny_yaml(
+        tmp_path,
+        stages=[
+            {
+                "name": "replicate-linear",
+                "kind": "route",
+                "load": warmup,
+                "router": "linear",
+                "expert_init": "replicate",
+                "trainable": ["router", "experts"],
+                "train_iters": 2,
+            },
+            {
+                "name": "noise-modality",
+                "kind": "route",
+                "load": warmup,
+                "router": "modality-linear",
+                "expert_init": "noise",
+                "train_iters": 2,
+            },
+            {"name": "dense", "load": warmup, "train_iters": 2},
+        ],
+    )
     run("train", "--config", str(path))
     rows = {r["stage"]: r for r in json.loads((tmp_path / "run" / "summary.json").read_text())}
     experts = 4 * 3 * 32 * 48

@@ -12,11 +12,15 @@ import pytest
 from megatron_evomoe.data.shards import ShardDataset, write_shards
 from tests.integration.conftest import metrics, run
 
-LAYOUTS = {"two replicas": {"expert_model_parallel_size": 2}, "TP 2": {"tensor_model_parallel_size": 2},
-           "PP 2": {"pipeline_model_parallel_size": 2}}
+LAYOUTS = {
+    "two replicas": {"expert_model_parallel_size": 2},
+    "TP 2": {"tensor_model_parallel_size": 2},
+    "PP 2": {"pipeline_model_parallel_size": 2},
+}
 STEPS = 4
-# A matrix product over 32 images and one over those of a microbatch may sum in another order. Measured here: 0 on one thread
-# (metrics equal to the last bit); the bound is that of layouts (tests/distributed/test_layouts.py).
+# A matrix product over 32 images and one over those of a microbatch may sum in another order. Measured here:
+# 0 on one thread (metrics equal to the last bit); the bound is that of layouts
+# (tests/distributed/test_layouts.py).
 METRICS = 1e-5
 
 
@@ -26,14 +30,21 @@ def shards(digits, tmp_path_factory):
     data = tmp_path_factory.mktemp("data") / "shards"
     dataset = ShardDataset([str(digits / "instruct")])
     raw = [dataset.read(i) for i in range(60)]
-    samples = [(r.record, [b"no image", *r.images[1:]] if i % 6 == 1 and r.images else r.images) for i, r in enumerate(raw)]
+    samples = [
+        (r.record, [b"no image", *r.images[1:]] if i % 6 == 1 and r.images else r.images)
+        for i, r in enumerate(raw)
+    ]
     write_shards(iter(samples), data, samples_per_shard=25)
     return data
 
 
 def train(folder: Path, tiny_yaml, shards: Path, *flags: str, expect: int | None = 0, **parallel: int):
-    path = tiny_yaml(folder, parallel=parallel, data={"train_data": [str(shards)], "eval_data": [], "max_bad_sample_rate": 1.0},
-                     stages=[{"name": "align", "train_iters": STEPS}, {"name": "warmup", "train_iters": STEPS}])
+    path = tiny_yaml(
+        folder,
+        parallel=parallel,
+        data={"train_data": [str(shards)], "eval_data": [], "max_bad_sample_rate": 1.0},
+        stages=[{"name": "align", "train_iters": STEPS}, {"name": "warmup", "train_iters": STEPS}],
+    )
     return run("train", "--config", str(path), *flags, processes=2, expect=expect)
 
 
@@ -48,7 +59,9 @@ def from_pixels(tmp_path_factory, tiny_yaml, shards) -> Path:
 def cached(tmp_path_factory, tiny_yaml, shards) -> tuple[Path, str]:
     """A run from cached features by two replicas, and what it said; its cache is in `run/vision_features`."""
     folder = tmp_path_factory.mktemp("cached")
-    done = train(folder, tiny_yaml, shards, "--cache-vision-features", "--num-workers", "2", **LAYOUTS["two replicas"])
+    done = train(
+        folder, tiny_yaml, shards, "--cache-vision-features", "--num-workers", "2", **LAYOUTS["two replicas"]
+    )
     return folder / "run", done.stdout
 
 
@@ -62,8 +75,12 @@ def compare(one: Path, other: Path) -> None:
 
 def test_loss_is_that_of_pixels(from_pixels, cached):
     compare(from_pixels, cached[0])
-    assert [line.get("samples") for line in metrics(cached[0])] == [line.get("samples") for line in metrics(from_pixels)]
-    assert metrics(cached[0])[STEPS - 1]["samples"]["skipped"]["corrupt-image"] > 0  # images that are none were met
+    assert [line.get("samples") for line in metrics(cached[0])] == [
+        line.get("samples") for line in metrics(from_pixels)
+    ]
+    assert (
+        metrics(cached[0])[STEPS - 1]["samples"]["skipped"]["corrupt-image"] > 0
+    )  # images that are none were met
 
 
 def test_second_stage_finds_the_features_of_the_first(cached):
@@ -72,22 +89,44 @@ def test_second_stage_finds_the_features_of_the_first(cached):
 
 
 @pytest.mark.parametrize("layout", ["TP 2", "PP 2"])
-def test_other_layouts_find_the_same_features_and_make_what_is_missing(layout, from_pixels, cached, tiny_yaml, shards, tmp_path):
-    """They read what two replicas wrote, but for a part that is gone and one that is cut short: these they write themselves."""
+def test_other_layouts_find_the_same_features_and_make_what_is_missing(
+    layout, from_pixels, cached, tiny_yaml, shards, tmp_path
+):
+    """They read what two replicas wrote, but for a part that is gone and one that is cut short: these they
+    write themselves.
+    """
     folder = tmp_path / "features"
     shutil.copytree(cached[0] / "vision_features", folder)
     gone, cut = sorted(folder.rglob("*.safetensors"))[:2]
     sizes = [path.stat().st_size for path in (gone, cut)]
     gone.unlink()
     os.truncate(cut, sizes[1] // 2)
-    done = train(tmp_path, tiny_yaml, shards, "--cache-vision-features", "--feature-cache-dir", str(folder), **LAYOUTS[layout])
+    done = train(
+        tmp_path,
+        tiny_yaml,
+        shards,
+        "--cache-vision-features",
+        "--feature-cache-dir",
+        str(folder),
+        **LAYOUTS[layout],
+    )
     said = re.findall(r"computing (\d+) of (\d+) images", done.stdout)
-    assert len(said) == 1 and 0 < int(said[0][0]) < int(said[0][1])  # another name for the tower would mean all of them
+    assert len(said) == 1 and 0 < int(said[0][0]) < int(
+        said[0][1]
+    )  # another name for the tower would mean all of them
     compare(from_pixels, tmp_path / "run")
     assert [path.stat().st_size for path in (gone, cut)] == sizes
 
 
 def test_refused_where_the_tower_trains(tiny_yaml, shards, tmp_path):
-    done = train(tmp_path, tiny_yaml, shards, "--cache-vision-features", "--trainable", "[projector, vision]", expect=None)
+    done = train(
+        tmp_path,
+        tiny_yaml,
+        shards,
+        "--cache-vision-features",
+        "--trainable",
+        "[projector, vision]",
+        expect=None,
+    )
     assert done.returncode != 0 and "trains the vision tower" in done.stderr + done.stdout
     assert not (tmp_path / "run" / "align").exists()

@@ -1,4 +1,6 @@
-"""Tiny random transformers models of every architecture that can be imported, saved by transformers itself."""
+"""Tiny random transformers models of every architecture that can be imported, saved by transformers
+itself.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +11,33 @@ import torch
 
 VOCAB, IMAGE_TOKEN, HIDDEN, SIDE, PATCHES = 139, 138, 64, 16, 4
 
-TEXT = {"vocab_size": VOCAB, "hidden_size": HIDDEN, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
-        "max_position_embeddings": 128, "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
-TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": SIDE,
-         "patch_size": 8}
-_LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-           "original_max_position_embeddings": 8192}
+TEXT = {
+    "vocab_size": VOCAB,
+    "hidden_size": HIDDEN,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+TOWER = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "image_size": SIDE,
+    "patch_size": 8,
+}
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 
 # name: (class of the language model's configuration, its arguments)
 LANGUAGE: dict[str, tuple[str, dict[str, Any]]] = {
@@ -25,9 +48,14 @@ LANGUAGE: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("MistralConfig", {"num_key_value_heads": 2, "sliding_window": 6}),
     "qwen2": ("Qwen2Config", {"num_key_value_heads": 2, "rope_theta": 1e6}),
     "qwen2-tied": ("Qwen2Config", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
-    "qwen2-window": ("Qwen2Config", {"num_key_value_heads": 2, "use_sliding_window": True, "sliding_window": 6,
-                                     "max_window_layers": 0}),
-    "qwen3-no-window": ("Qwen3Config", {"num_key_value_heads": 2, "head_dim": 24, "use_sliding_window": True, "sliding_window": 6}),
+    "qwen2-window": (
+        "Qwen2Config",
+        {"num_key_value_heads": 2, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 0},
+    ),
+    "qwen3-no-window": (
+        "Qwen3Config",
+        {"num_key_value_heads": 2, "head_dim": 24, "use_sliding_window": True, "sliding_window": 6},
+    ),
     "llama-one-layer": ("LlamaConfig", {"num_hidden_layers": 1}),
     "qwen3": ("Qwen3Config", {"num_key_value_heads": 2, "head_dim": 24}),
     "stablelm": ("StableLmConfig", {"num_key_value_heads": 4, "use_qkv_bias": True}),
@@ -39,8 +67,16 @@ LANGUAGE: dict[str, tuple[str, dict[str, Any]]] = {
 LLAVA: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llava": ("llama", "clip", {}),
     "llava-mistral-class-token": ("mistral", "clip", {"vision_feature_select_strategy": "full"}),
-    "llava-qwen2-siglip": ("qwen2-tied", "siglip", {"vision_feature_select_strategy": "full", "tie_word_embeddings": True}),
-    "llava-phi-last-layer": ("phi", "siglip", {"vision_feature_select_strategy": "full", "vision_feature_layer": -1}),
+    "llava-qwen2-siglip": (
+        "qwen2-tied",
+        "siglip",
+        {"vision_feature_select_strategy": "full", "tie_word_embeddings": True},
+    ),
+    "llava-phi-last-layer": (
+        "phi",
+        "siglip",
+        {"vision_feature_select_strategy": "full", "vision_feature_layer": -1},
+    ),
 }
 
 
@@ -76,7 +112,9 @@ def language_model(name: str) -> Any:
     """A decoder with its output layer."""
     import transformers
 
-    return randomised(transformers.AutoModelForCausalLM.from_config(language_config(name), attn_implementation="eager"))
+    return randomised(
+        transformers.AutoModelForCausalLM.from_config(language_config(name), attn_implementation="eager")
+    )
 
 
 def tower(kind: str) -> Any:
@@ -92,8 +130,13 @@ def llava(name: str) -> Any:
     import transformers
 
     text, kind, arguments = LLAVA[name]
-    config = transformers.LlavaConfig(text_config=language_config(text), vision_config=tower_config(kind),
-                                      image_token_index=IMAGE_TOKEN, attn_implementation="eager", **arguments)
+    config = transformers.LlavaConfig(
+        text_config=language_config(text),
+        vision_config=tower_config(kind),
+        image_token_index=IMAGE_TOKEN,
+        attn_implementation="eager",
+        **arguments,
+    )
     return randomised(transformers.LlavaForConditionalGeneration(config))
 
 

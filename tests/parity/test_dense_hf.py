@@ -1,9 +1,10 @@
 """Our builders against transformers: tiny random models, the same weights, fp32 on CPU.
 
-Norms and biases are randomised, since fresh ones (1 and 0) would hide most errors. Tolerance: measured on torch 2.13 CPU with
-transformers 5.23 and megatron-core 0.16.1 and 0.19.2, logits and features are bit-identical but for Phi's (2.7e-7 of the
-largest: its tanh GELU is written out), gradients differ by at most 6e-7 (sums in another order). 5e-6 leaves room for other
-BLAS builds, and is well below the smallest known mistake, 5e-5 (`test_a_wrong_detail_shows`, exact for tanh GELU).
+Norms and biases are randomised, since fresh ones (1 and 0) would hide most errors. Tolerance: measured on
+torch 2.13 CPU with transformers 5.23 and megatron-core 0.16.1 and 0.19.2, logits and features are
+bit-identical but for Phi's (2.7e-7 of the largest: its tanh GELU is written out), gradients differ by at most
+6e-7 (sums in another order). 5e-6 leaves room for other BLAS builds, and is well below the smallest known
+mistake, 5e-5 (`test_a_wrong_detail_shows`, exact for tanh GELU).
 """
 
 from __future__ import annotations
@@ -26,25 +27,63 @@ pytestmark = pytest.mark.usefixtures("one_rank")
 TOLERANCE = 5e-6  # of the largest value
 VOCAB, LAYERS, HIDDEN, FFN, HEADS = 140, 3, 64, 96, 4
 
-HF_BASE = {"vocab_size": VOCAB, "num_hidden_layers": LAYERS, "hidden_size": HIDDEN, "intermediate_size": FFN,
-           "num_attention_heads": HEADS, "attn_implementation": "eager", "tie_word_embeddings": False}
-OUR_BASE = {"vocab_size": VOCAB, "num_layers": LAYERS, "hidden_size": HIDDEN, "ffn_hidden_size": FFN,
-            "num_attention_heads": HEADS, "make_vocab_size_divisible_by": 4, "tie_word_embeddings": False}
+HF_BASE = {
+    "vocab_size": VOCAB,
+    "num_hidden_layers": LAYERS,
+    "hidden_size": HIDDEN,
+    "intermediate_size": FFN,
+    "num_attention_heads": HEADS,
+    "attn_implementation": "eager",
+    "tie_word_embeddings": False,
+}
+OUR_BASE = {
+    "vocab_size": VOCAB,
+    "num_layers": LAYERS,
+    "hidden_size": HIDDEN,
+    "ffn_hidden_size": FFN,
+    "num_attention_heads": HEADS,
+    "make_vocab_size_divisible_by": 4,
+    "tie_word_embeddings": False,
+}
 
 # name: (transformers' configuration class, its arguments, our arguments)
 LANGUAGE = {
     "llama": ("LlamaConfig", {"rms_norm_eps": 1e-5}, {"norm_epsilon": 1e-5}),
     "llama-tied": ("LlamaConfig", {"tie_word_embeddings": True}, {"tie_word_embeddings": True}),
-    "qwen2": ("Qwen2Config", {"num_key_value_heads": 2, "rope_theta": 1e6},
-              {"num_query_groups": 2, "rotary_base": 1000000, "add_qkv_bias": True}),
-    "qwen3": ("Qwen3Config", {"num_key_value_heads": 2, "head_dim": 24},
-              {"num_query_groups": 2, "kv_channels": 24, "qk_layernorm": True}),
-    "mistral": ("MistralConfig", {"num_key_value_heads": 2, "sliding_window": 6}, {"num_query_groups": 2, "window_size": 6}),
-    "stablelm": ("StableLmConfig", {"num_key_value_heads": 4, "use_qkv_bias": True, "layer_norm_eps": 1e-5},
-                 {"normalization": "LayerNorm", "norm_epsilon": 1e-5, "add_qkv_bias": True, "rotary_percent": 0.25}),
-    "phi": ("PhiConfig", {"layer_norm_eps": 1e-5, "partial_rotary_factor": 0.5, "resid_pdrop": 0.0, "embd_pdrop": 0.0},
-            {"normalization": "LayerNorm", "norm_epsilon": 1e-5, "add_bias_linear": True, "parallel_residual": True,
-             "lm_head_bias": True, "activation": "gelu_tanh", "gated_linear_unit": False, "rotary_percent": 0.5}),
+    "qwen2": (
+        "Qwen2Config",
+        {"num_key_value_heads": 2, "rope_theta": 1e6},
+        {"num_query_groups": 2, "rotary_base": 1000000, "add_qkv_bias": True},
+    ),
+    "qwen3": (
+        "Qwen3Config",
+        {"num_key_value_heads": 2, "head_dim": 24},
+        {"num_query_groups": 2, "kv_channels": 24, "qk_layernorm": True},
+    ),
+    "mistral": (
+        "MistralConfig",
+        {"num_key_value_heads": 2, "sliding_window": 6},
+        {"num_query_groups": 2, "window_size": 6},
+    ),
+    "stablelm": (
+        "StableLmConfig",
+        {"num_key_value_heads": 4, "use_qkv_bias": True, "layer_norm_eps": 1e-5},
+        {"normalization": "LayerNorm", "norm_epsilon": 1e-5, "add_qkv_bias": True, "rotary_percent": 0.25},
+    ),
+    "phi": (
+        "PhiConfig",
+        {"layer_norm_eps": 1e-5, "partial_rotary_factor": 0.5, "resid_pdrop": 0.0, "embd_pdrop": 0.0},
+        {
+            "normalization": "LayerNorm",
+            "norm_epsilon": 1e-5,
+            "add_bias_linear": True,
+            "parallel_residual": True,
+            "lm_head_bias": True,
+            "activation": "gelu_tanh",
+            "gated_linear_unit": False,
+            "rotary_percent": 0.5,
+        },
+    ),
 }
 
 
@@ -62,7 +101,9 @@ def randomised(module: torch.nn.Module) -> torch.nn.Module:
 
 def fuse_qkv(parts: list[torch.Tensor], groups: int) -> torch.Tensor:
     """Per key/value group: its queries, its key, its value."""
-    return torch.cat([p.reshape(groups, -1, *p.shape[1:]) for p in parts], dim=1).reshape(-1, *parts[0].shape[1:])
+    return torch.cat([p.reshape(groups, -1, *p.shape[1:]) for p in parts], dim=1).reshape(
+        -1, *parts[0].shape[1:]
+    )
 
 
 def core_language_weights(hf: dict[str, torch.Tensor], config: RunConfig) -> dict[str, torch.Tensor]:
@@ -83,8 +124,11 @@ def core_language_weights(hf: dict[str, torch.Tensor], config: RunConfig) -> dic
         theirs, ours = f"model.layers.{i}", f"decoder.layers.{i}"
         move(f"{ours}.input_layernorm", f"{theirs}.input_layernorm")
         move(f"{ours}.pre_mlp_layernorm", f"{theirs}.post_attention_layernorm")
-        move(f"{ours}.self_attention.linear_qkv", *(f"{theirs}.self_attn.{x}_proj" for x in "qkv"),
-             fuse=lambda parts: fuse_qkv(parts, groups))
+        move(
+            f"{ours}.self_attention.linear_qkv",
+            *(f"{theirs}.self_attn.{x}_proj" for x in "qkv"),
+            fuse=lambda parts: fuse_qkv(parts, groups),
+        )
         move(f"{ours}.self_attention.linear_proj", f"{theirs}.self_attn.o_proj")
         move(f"{ours}.self_attention.linear_proj", f"{theirs}.self_attn.dense")
         for x in "qk":
@@ -137,13 +181,16 @@ def test_logits_and_gradients_agree(name):
     assert relative_error(model.embedding.word_embeddings.weight.grad, embedding) < TOLERANCE
 
 
-@pytest.mark.parametrize(("name", "change", "at_least"), [
-    ("llama", {"norm_epsilon": 1e-6}, 1e-4),
-    ("mistral", {"window_size": None}, 1e-2),
-    ("stablelm", {"rotary_percent": 0.5}, 1e-2),
-    ("qwen2", {"rotary_base": 10000}, 1e-3),
-    ("phi", {"activation": "gelu"}, 2e-5),
-])
+@pytest.mark.parametrize(
+    ("name", "change", "at_least"),
+    [
+        ("llama", {"norm_epsilon": 1e-6}, 1e-4),
+        ("mistral", {"window_size": None}, 1e-2),
+        ("stablelm", {"rotary_percent": 0.5}, 1e-2),
+        ("qwen2", {"rotary_base": 10000}, 1e-3),
+        ("phi", {"activation": "gelu"}, 2e-5),
+    ],
+)
 def test_a_wrong_detail_shows(name, change, at_least):
     """The comparison can tell apart what it must: each of these is the only difference."""
     hf, model = language_pair(name, **change)
@@ -151,27 +198,38 @@ def test_a_wrong_detail_shows(name, change, at_least):
         assert relative_error(model(IDS, POSITIONS, None), hf(input_ids=IDS).logits) > at_least
 
 
-TOWERS = {"clip": ("CLIPVisionConfig", "CLIPVisionModel"), "siglip": ("SiglipVisionConfig", "SiglipVisionModel")}
+TOWERS = {
+    "clip": ("CLIPVisionConfig", "CLIPVisionModel"),
+    "siglip": ("SiglipVisionConfig", "SiglipVisionModel"),
+}
 
 
 def core_tower_weights(hf: dict[str, torch.Tensor], layers: int) -> dict[str, torch.Tensor]:
     hf = {k.removeprefix("vision_model."): v for k, v in hf.items()}
-    out = {"conv1.weight": hf["embeddings.patch_embedding.weight"],
-           "position_embeddings.weight": hf["embeddings.position_embedding.weight"]}
+    out = {
+        "conv1.weight": hf["embeddings.patch_embedding.weight"],
+        "position_embeddings.weight": hf["embeddings.position_embedding.weight"],
+    }
     if "embeddings.class_embedding" in hf:
         out["class_token"] = hf["embeddings.class_embedding"][None, None]
         out["ln_pre.weight"], out["ln_pre.bias"] = hf["pre_layrnorm.weight"], hf["pre_layrnorm.bias"]
     else:
         out["conv1.bias"] = hf["embeddings.patch_embedding.bias"]
-    names = {"input_layernorm": "layer_norm1", "pre_mlp_layernorm": "layer_norm2", "mlp.linear_fc1": "mlp.fc1",
-             "mlp.linear_fc2": "mlp.fc2", "self_attention.linear_proj": "self_attn.out_proj"}
+    names = {
+        "input_layernorm": "layer_norm1",
+        "pre_mlp_layernorm": "layer_norm2",
+        "mlp.linear_fc1": "mlp.fc1",
+        "mlp.linear_fc2": "mlp.fc2",
+        "self_attention.linear_proj": "self_attn.out_proj",
+    }
     for i in range(layers):
         theirs, ours = f"encoder.layers.{i}", f"decoder.layers.{i}"
         for kind in ("weight", "bias"):
             for our_name, their_name in names.items():
                 out[f"{ours}.{our_name}.{kind}"] = hf[f"{theirs}.{their_name}.{kind}"]
             out[f"{ours}.self_attention.linear_qkv.{kind}"] = fuse_qkv(
-                [hf[f"{theirs}.self_attn.{x}_proj.{kind}"] for x in "qkv"], HEADS)
+                [hf[f"{theirs}.self_attn.{x}_proj.{kind}"] for x in "qkv"], HEADS
+            )
     return out
 
 
@@ -180,13 +238,34 @@ def core_tower_weights(hf: dict[str, torch.Tensor], layers: int) -> dict[str, to
 def test_features_agree(kind, select, feature_layer):
     config_name, model_name = TOWERS[kind]
     hf_config = getattr(transformers, config_name)(
-        hidden_size=HIDDEN, intermediate_size=FFN, num_hidden_layers=LAYERS, num_attention_heads=HEADS, image_size=32,
-        patch_size=8, layer_norm_eps=1e-5, attn_implementation="eager")
+        hidden_size=HIDDEN,
+        intermediate_size=FFN,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        image_size=32,
+        patch_size=8,
+        layer_norm_eps=1e-5,
+        attn_implementation="eager",
+    )
     hf = randomised(getattr(transformers, model_name)(hf_config))
-    config = from_mapping({"vision": {
-        "model_type": kind, "image_size": 32, "patch_size": 8, "hidden_size": HIDDEN, "num_layers": LAYERS,
-        "num_attention_heads": HEADS, "ffn_hidden_size": FFN, "feature_layer": feature_layer, "feature_select": select}})
-    tower = load_all(build_vision_model(config), core_tower_weights(hf.state_dict(), config.vision.num_layers_used))
+    config = from_mapping(
+        {
+            "vision": {
+                "model_type": kind,
+                "image_size": 32,
+                "patch_size": 8,
+                "hidden_size": HIDDEN,
+                "num_layers": LAYERS,
+                "num_attention_heads": HEADS,
+                "ffn_hidden_size": FFN,
+                "feature_layer": feature_layer,
+                "feature_select": select,
+            }
+        }
+    )
+    tower = load_all(
+        build_vision_model(config), core_tower_weights(hf.state_dict(), config.vision.num_layers_used)
+    )
     pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         wanted = hf(pixels, output_hidden_states=True).hidden_states[feature_layer]
@@ -200,10 +279,18 @@ def test_features_agree(kind, select, feature_layer):
 def test_projector_is_llavas():
     """Exact GELU: the core's fused bias+GELU, the tanh one, would differ by 5e-5."""
     config = from_mapping({"language": OUR_BASE})
-    reference = randomised(torch.nn.Sequential(torch.nn.Linear(64, HIDDEN), torch.nn.GELU(), torch.nn.Linear(HIDDEN, HIDDEN)))
+    reference = randomised(
+        torch.nn.Sequential(torch.nn.Linear(64, HIDDEN), torch.nn.GELU(), torch.nn.Linear(HIDDEN, HIDDEN))
+    )
     projector = build_projector(config)
-    load_all(projector, {f"encoder.linear_fc{i // 2 + 1}.{kind}": getattr(reference[i], kind)
-                         for i in (0, 2) for kind in ("weight", "bias")})
+    load_all(
+        projector,
+        {
+            f"encoder.linear_fc{i // 2 + 1}.{kind}": getattr(reference[i], kind)
+            for i in (0, 2)
+            for kind in ("weight", "bias")
+        },
+    )
     features = torch.randn(2, 16, 64, generator=torch.Generator().manual_seed(1)) * 3
     tanh = copy.deepcopy(reference)
     tanh[1] = torch.nn.GELU(approximate="tanh")
@@ -215,7 +302,10 @@ def test_projector_is_llavas():
 PUBLISHED = {
     "qwen2-0.5b": ("Qwen2Config", {"num_key_value_heads": 2}),
     "stablelm-2-1.6b": ("StableLmConfig", {"use_qkv_bias": True, "num_key_value_heads": 32}),
-    "qwen-1.8b": ("Qwen2Config", {"num_key_value_heads": 16}),  # its own class is remote code; Qwen2's has the same parts
+    "qwen-1.8b": (
+        "Qwen2Config",
+        {"num_key_value_heads": 16},
+    ),  # its own class is remote code; Qwen2's has the same parts
     "phi-2": ("PhiConfig", {}),
     "openchat-7b": ("MistralConfig", {"num_key_value_heads": 8}),
 }
@@ -227,9 +317,14 @@ def test_presets_have_transformers_parameter_counts(name):
     lm = config.language
     kind, arguments = PUBLISHED[name]
     hf_config = getattr(transformers, kind)(
-        vocab_size=padded_vocab_size(config), num_hidden_layers=lm.num_layers, hidden_size=lm.hidden_size,
-        intermediate_size=lm.ffn_hidden_size, num_attention_heads=lm.num_attention_heads,
-        tie_word_embeddings=lm.tie_word_embeddings, **arguments)
+        vocab_size=padded_vocab_size(config),
+        num_hidden_layers=lm.num_layers,
+        hidden_size=lm.hidden_size,
+        intermediate_size=lm.ffn_hidden_size,
+        num_attention_heads=lm.num_attention_heads,
+        tie_word_embeddings=lm.tie_word_embeddings,
+        **arguments,
+    )
     with torch.device("meta"), shapes_only():
         theirs = transformers.AutoModelForCausalLM.from_config(hf_config)
         ours = build_language_model(config, stage_kind="dense")
@@ -243,11 +338,21 @@ def test_towers_have_transformers_parameter_counts(name):
     vision = config.vision
     config_name, model_name = TOWERS[vision.model_type]
     with torch.device("meta"), shapes_only():
-        theirs = getattr(transformers, model_name)(getattr(transformers, config_name)(
-            hidden_size=vision.hidden_size, intermediate_size=vision.ffn_hidden_size, num_hidden_layers=vision.num_layers,
-            num_attention_heads=vision.num_attention_heads, image_size=vision.image_size, patch_size=vision.patch_size))
+        theirs = getattr(transformers, model_name)(
+            getattr(transformers, config_name)(
+                hidden_size=vision.hidden_size,
+                intermediate_size=vision.ffn_hidden_size,
+                num_hidden_layers=vision.num_layers,
+                num_attention_heads=vision.num_attention_heads,
+                image_size=vision.image_size,
+                patch_size=vision.patch_size,
+            )
+        )
         ours = build_vision_model(config)
     unused = ("post_layernorm.", "head.", f"encoder.layers.{vision.num_layers - 1}.")
-    wanted = sum(p.numel() for n, p in theirs.named_parameters()
-                 if not n.removeprefix("vision_model.").startswith(unused))
+    wanted = sum(
+        p.numel()
+        for n, p in theirs.named_parameters()
+        if not n.removeprefix("vision_model.").startswith(unused)
+    )
     assert sum(p.numel() for p in ours.parameters()) == wanted

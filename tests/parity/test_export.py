@@ -1,4 +1,6 @@
-"""Exports compute what megatron-core computes: logits, each token's expert in each layer, in every way of loading them."""
+"""Exports compute what megatron-core computes: logits, each token's expert in each layer, in every way of
+loading them.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +19,16 @@ from megatron_evomoe.data.tokenizer import train_sentencepiece
 from megatron_evomoe.hf.exporting import Request, export_model
 from tests.parity.export_models import CUSTOM, LANGUAGES, TOLERANCE, answer_of, core_answer, saved_model
 
-pytest.importorskip("transformers", minversion="4.56", reason="transformers 4.56 or later is not installed (extra [hf])")
+pytest.importorskip(
+    "transformers", minversion="4.56", reason="transformers 4.56 or later is not installed (extra [hf])"
+)
 pytestmark = pytest.mark.usefixtures("one_rank")
 FRESH = Path(__file__).parents[1] / "unit" / "hf" / "fresh_process.py"
 CLEAN_REPORT = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": [], "error_msgs": []}
-LINES = ["USER: <image>\nWhich digit is this? ASSISTANT: It is seven.", "A chat between a curious user and an assistant."] * 20
+LINES = [
+    "USER: <image>\nWhich digit is this? ASSISTANT: It is seven.",
+    "A chat between a curious user and an assistant.",
+] * 20
 
 
 @pytest.fixture(scope="session")
@@ -35,7 +42,9 @@ def make(tmp_path, tokenizer_path):
 
     def build(kind, *, export=None, **model):
         saved = saved_model(tmp_path / "run", tokenizer_path, kind, **model)
-        return saved, export_model(Request(checkpoint=str(saved.folder), output=str(tmp_path / "out"), **(export or {})))
+        return saved, export_model(
+            Request(checkpoint=str(saved.folder), output=str(tmp_path / "out"), **(export or {}))
+        )
 
     return build
 
@@ -58,20 +67,31 @@ def assert_same(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -
     assert error < TOLERANCE, f"logits differ by {error:.1e}"
     assert got.keys() == wanted.keys()
     for name in wanted.keys() - {"logits"}:
-        assert torch.equal(got[name], wanted[name]), f"{name}: {(got[name] != wanted[name]).any(-1).sum()} tokens differ"
+        assert torch.equal(got[name], wanted[name]), (
+            f"{name}: {(got[name] != wanted[name]).any(-1).sum()} tokens differ"
+        )
 
 
 @pytest.mark.parametrize("name", CUSTOM)
 def test_routed_models_of_every_language(make, name):
     saved, exported = make("route", language=CUSTOM[name])
     wanted = core_answer(saved, 0)
-    assert {"experts.0", "experts.1"} < wanted.keys() and len(set(wanted["experts.0"].int().argmax(-1).tolist())) > 1
+    assert {"experts.0", "experts.1"} < wanted.keys() and len(
+        set(wanted["experts.0"].int().argmax(-1).tolist())
+    ) > 1
     assert_same(load_here(exported.output), wanted)
 
 
-@pytest.mark.parametrize("moe", [{"router": "linear"}, {"router": "modality-linear", "moe_router_topk": 2},
-                                 {"router_gate": "prob"}, {"dtr_activation": "gelu", "moe_router_topk": 3}],
-                         ids=lambda moe: "-".join(map(str, moe.values())))
+@pytest.mark.parametrize(
+    "moe",
+    [
+        {"router": "linear"},
+        {"router": "modality-linear", "moe_router_topk": 2},
+        {"router_gate": "prob"},
+        {"dtr_activation": "gelu", "moe_router_topk": 3},
+    ],
+    ids=lambda moe: "-".join(map(str, moe.values())),
+)
 def test_routers_and_gates(make, moe):
     saved, exported = make("route", moe=moe)
     assert_same(load_here(exported.output), core_answer(saved, 0))
@@ -82,7 +102,9 @@ def test_a_linear_router_with_a_bias(make):
     assert_same(load_here(exported.output), core_answer(saved, 0))
 
 
-@pytest.mark.parametrize("vision", [{"model_type": "siglip"}, {"feature_layer": -1, "num_layers": 2}], ids=["siglip", "last"])
+@pytest.mark.parametrize(
+    "vision", [{"model_type": "siglip"}, {"feature_layer": -1, "num_layers": 2}], ids=["siglip", "last"]
+)
 @pytest.mark.parametrize("kind", ["warmup", "route"])
 def test_towers(make, vision, kind):
     saved, exported = make(kind, vision=vision)
@@ -107,10 +129,16 @@ def fresh(path: Path, mode: str, tmp_path: Path, python: str = sys.executable) -
     """What `fresh_process.py` says; its environment knows neither the checkout nor a cache of remote code."""
     root = str(FRESH.parents[3])
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    env |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1",
-            **({"PYTHONPATH": root} if mode == "installed" else {})}
+    env |= {
+        "HF_HUB_OFFLINE": "1",
+        "HF_MODULES_CACHE": str(tmp_path / "modules"),
+        "OMP_NUM_THREADS": "1",
+        **({"PYTHONPATH": root} if mode == "installed" else {}),
+    }
     out = tmp_path / f"{mode}.pt"
-    done = subprocess.run([python, str(FRESH), str(path), mode, str(out)], env=env, cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [python, str(FRESH), str(path), mode, str(out)], env=env, cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(out, weights_only=False)
 
@@ -125,7 +153,11 @@ def test_three_ways_of_loading(make, kind, modes, tmp_path):
 
 def check_fresh(found, wanted, config, mode):
     assert found["report"] == CLEAN_REPORT, mode
-    origin = {"installed": "megatron_evomoe.hf.code", "remote": "transformers_modules.", "plain": "transformers.models.llava"}[mode]
+    origin = {
+        "installed": "megatron_evomoe.hf.code",
+        "remote": "transformers_modules.",
+        "plain": "transformers.models.llava",
+    }[mode]
     assert found["class"].startswith(origin)
     assert_same(found["answer"], wanted)
     assert all(found["generation"].values()), (mode, found["generation"])
@@ -141,10 +173,20 @@ def check_processor(found, config):
 
     tokenizer, images = build_tokenizer(config.data.tokenizer), processor_for(config)
     question = "Which digit is this?"
-    for i, (text, count) in enumerate([(f"<image>\n{question}", 1), (f"<image><image>{question}", 2), (question, 0)]):
-        sample = encode_prompt([{"from": "human", "value": text}], count, tokenizer, config.data.conversation_template,
-                               config.vision.tokens_per_image)
-        wanted = [tokenizer.vocab_size if kind == VISION else t for t, kind in zip(sample.tokens, sample.token_types, strict=True)]
+    for i, (text, count) in enumerate(
+        [(f"<image>\n{question}", 1), (f"<image><image>{question}", 2), (question, 0)]
+    ):
+        sample = encode_prompt(
+            [{"from": "human", "value": text}],
+            count,
+            tokenizer,
+            config.data.conversation_template,
+            config.vision.tokens_per_image,
+        )
+        wanted = [
+            tokenizer.vocab_size if kind == VISION else t
+            for t, kind in zip(sample.tokens, sample.token_types, strict=True)
+        ]
         assert found["input_ids"][i][found["attention_mask"][i].bool()].tolist() == wanted
     pictures = [np.asarray(as_rgb(Image.fromarray(p))) for p in found["pictures"]]
     ours = images.normalize(torch.stack([images(p) for p in pictures]), torch.float32)

@@ -1,9 +1,11 @@
-"""transformers' models, imported, loaded through megatron-core under several layouts: the same logits, the same greedy text.
+"""transformers' models, imported, loaded through megatron-core under several layouts: the same logits, the
+same greedy text.
 
-fp32 on a CPU. The weights are random, norms and biases too. Tolerance: measured with torch 2.13, transformers 5.23 and
-megatron-core 0.16.1, the logits are bit-identical on one rank and under PP 2 but for Phi's (3.6e-7 of the largest: its tanh GELU
-is written out there), and differ by at most 9.8e-7 under TP 2, which sums in another order. 5e-6 leaves room for other BLAS
-builds; the smallest mistake of `test_a_wrong_detail_shows` is far above.
+fp32 on a CPU. The weights are random, norms and biases too. Tolerance: measured with torch 2.13, transformers
+5.23 and megatron-core 0.16.1, the logits are bit-identical on one rank and under PP 2 but for Phi's (3.6e-7
+of the largest: its tanh GELU is written out there), and differ by at most 9.8e-7 under TP 2, which sums in
+another order. 5e-6 leaves room for other BLAS builds; the smallest mistake of `test_a_wrong_detail_shows` is
+far above.
 """
 
 from __future__ import annotations
@@ -46,7 +48,9 @@ def question(tokens_per_image: int | None) -> dict[str, Any]:
     if tokens_per_image:
         types[0, 2 : 2 + tokens_per_image] = types[1, 7 : 7 + tokens_per_image] = 1
         tokens[types == 1] = IMAGE_TOKEN
-    pixels = torch.randint(0, 256, (rows if tokens_per_image else 0, 3, SIDE, SIDE), generator=g, dtype=torch.uint8)
+    pixels = torch.randint(
+        0, 256, (rows if tokens_per_image else 0, 3, SIDE, SIDE), generator=g, dtype=torch.uint8
+    )
     return {"tokens": tokens, "types": types, "pixels": pixels}
 
 
@@ -104,19 +108,41 @@ def run(jobs: dict[str, Path], layout: str, folder: Path) -> dict[str, Any]:
     tag = layout.replace(" ", "") + "-" + str(len(jobs))
     asked, answered, questions = (folder / f"{tag}.{x}" for x in ("json", "results", "questions"))
     torch.save(QUESTIONS, questions)
-    asked.write_text(json.dumps({"questions": str(questions), "parallel": LAYOUTS[layout],
-                                 "jobs": {name: str(path) for name, path in jobs.items()}}))
+    asked.write_text(
+        json.dumps(
+            {
+                "questions": str(questions),
+                "parallel": LAYOUTS[layout],
+                "jobs": {name: str(path) for name, path in jobs.items()},
+            }
+        )
+    )
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)
     logs, processes = [folder / f"{tag}-{rank}.log" for rank in range(world)], []
     for rank in range(world):
-        env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank),
-               "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        env = {
+            **os.environ,
+            "PYTHONPATH": path,
+            "OMP_NUM_THREADS": "1",
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
         with logs[rank].open("w") as log:
-            processes.append(subprocess.Popen([sys.executable, "-m", "tests.parity.import_worker", str(asked), str(answered)],
-                                              env=env, cwd=ROOT, stdout=log, stderr=log))
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "tests.parity.import_worker", str(asked), str(answered)],
+                    env=env,
+                    cwd=ROOT,
+                    stdout=log,
+                    stderr=log,
+                )
+            )
     try:
         codes = [p.wait(timeout=600) for p in processes]
     finally:
@@ -143,7 +169,9 @@ def agree(names: tuple[str, ...], layout: str, imported: Any, folder: Path) -> N
     assert not problems, problems
 
 
-@pytest.mark.parametrize(("name", "change"), [("llama3", {"rope_scaling_type": None}), ("llama", {"norm_epsilon": 1e-4})])
+@pytest.mark.parametrize(
+    ("name", "change"), [("llama3", {"rope_scaling_type": None}), ("llama", {"norm_epsilon": 1e-4})]
+)
 def test_a_wrong_detail_shows(name, change, imported, folder, tmp_path):
     """Each change of the configuration is the only difference, and the comparison sees it."""
     model, good = imported(name)
@@ -165,27 +193,50 @@ def test_more_ranks_than_groups_are_refused(imported):
     from megatron_evomoe.model.transformer_config import language_transformer_config
 
     _, path = imported("llama3")
-    config = from_mapping({**yaml.safe_load((path / "model.yaml").read_text()), "data": {"seq_length": 64},
-                           "train": {"transformer_impl": "local"}, "parallel": {"tensor_model_parallel_size": 4}})
-    with pytest.raises(ConfigError, match="num_query_groups 2 is not a multiple of tensor_model_parallel_size 4"):
+    config = from_mapping(
+        {
+            **yaml.safe_load((path / "model.yaml").read_text()),
+            "data": {"seq_length": 64},
+            "train": {"transformer_impl": "local"},
+            "parallel": {"tensor_model_parallel_size": 4},
+        }
+    )
+    with pytest.raises(
+        ConfigError, match="num_query_groups 2 is not a multiple of tensor_model_parallel_size 4"
+    ):
         language_transformer_config(config)
 
 
 @pytest.mark.parametrize("expert_init", ["none", "replicate"])
 def test_verify_agrees(one_rank, imported, folder, tmp_path, expert_init):
     imported("llava")
-    rows = rows_of(Request(model=str(folder / "hf" / "llava"), output=str(tmp_path / "out"), expert_init=expert_init))
-    assert [row.what.split(":")[0] for row in rows] == ["tensors", "logits, one image", "logits, positions up to 127"]
+    rows = rows_of(
+        Request(model=str(folder / "hf" / "llava"), output=str(tmp_path / "out"), expert_init=expert_init)
+    )
+    assert [row.what.split(":")[0] for row in rows] == [
+        "tensors",
+        "logits, one image",
+        "logits, positions up to 127",
+    ]
     assert all(row.good for row in rows)
 
 
 def test_verify_of_parts(one_rank, imported, folder, tmp_path):
     imported("qwen3")
     hf_models.save(hf_models.tower("siglip"), tmp_path / "tower")
-    rows = rows_of(Request(language_model=str(folder / "hf" / "qwen3"), vision_model=str(tmp_path / "tower"),
-                           output=str(tmp_path / "out")))
-    assert [row.what.split(":")[0] for row in rows] == ["tensors", "logits, text", "logits, positions up to 127",
-                                                            "tower's features"]
+    rows = rows_of(
+        Request(
+            language_model=str(folder / "hf" / "qwen3"),
+            vision_model=str(tmp_path / "tower"),
+            output=str(tmp_path / "out"),
+        )
+    )
+    assert [row.what.split(":")[0] for row in rows] == [
+        "tensors",
+        "logits, text",
+        "logits, positions up to 127",
+        "tower's features",
+    ]
     assert all(row.good for row in rows)
 
 
@@ -207,14 +258,26 @@ def test_verify_sees_a_changed_source(one_rank, imported, folder, tmp_path):
 
 
 # of a model that was stretched from 1024, and 8192, positions; every number but RoPE's is the same
-STRETCHED = {"linear": ({"rope_type": "linear", "factor": 3.0}, 3072),
-             "llama3": ({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                         "original_max_position_embeddings": 8192}, 65536)}
+STRETCHED = {
+    "linear": ({"rope_type": "linear", "factor": 3.0}, 3072),
+    "llama3": (
+        {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+        65536,
+    ),
+}
 
 
 def stretched(kind: str, folder: Path) -> str:
     rope, length = STRETCHED[kind]
-    config = transformers.LlamaConfig(**{**hf_models.TEXT, "max_position_embeddings": length, "rope_scaling": rope})
+    config = transformers.LlamaConfig(
+        **{**hf_models.TEXT, "max_position_embeddings": length, "rope_scaling": rope}
+    )
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     return str(hf_models.save(hf_models.randomised(model), folder / kind))
 
@@ -224,11 +287,20 @@ def test_verify_looks_where_rope_is_stretched(one_rank, tmp_path, kind):
     request = Request(language_model=stretched(kind, tmp_path), output=str(tmp_path / "out"))
     rows = rows_of(request)
     print(verify_out.table(rows))
-    assert rows[-1].what.startswith(f"logits, positions up to {STRETCHED[kind][1] - 1}") and all(row.good for row in rows)
+    assert rows[-1].what.startswith(f"logits, positions up to {STRETCHED[kind][1] - 1}") and all(
+        row.good for row in rows
+    )
 
 
-@pytest.mark.parametrize(("kind", "change"), [("linear", {"rope_scaling_factor": 3.05}), ("llama3", {"rope_scaling_factor": 8.5}),
-                                              ("llama3", {"rope_scaling_type": None}), ("linear", {"rotary_base": 10100})])
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        ("linear", {"rope_scaling_factor": 3.05}),
+        ("llama3", {"rope_scaling_factor": 8.5}),
+        ("llama3", {"rope_scaling_type": None}),
+        ("linear", {"rotary_base": 10100}),
+    ],
+)
 def test_verify_sees_another_stretch(one_rank, tmp_path, kind, change):
     """One that differs little enough is seen at long positions alone."""
     request = Request(language_model=stretched(kind, tmp_path), output=str(tmp_path / "out"))

@@ -28,7 +28,10 @@ def test_both_ways_to_dispatch_agree():
     import peer_model
 
     torch.manual_seed(0)
-    tokens, experts = torch.randn(23, 8, requires_grad=True), torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(5))
+    tokens, experts = (
+        torch.randn(23, 8, requires_grad=True),
+        torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(5)),
+    )
     weights, chosen = torch.rand(23, 5).softmax(-1).topk(2)
     chosen = chosen.clamp(max=3)  # the last expert gets no token, and some tokens the same expert twice
     results = []
@@ -47,16 +50,22 @@ def test_the_peer_computes_our_loss():
     from megatron_evomoe.train.build import build_modules
 
     base = shapes.model_config("1.8b", 2, tiny=True, seq_length=48, micro_batch=2, microbatches=1).to_dict()
-    config = from_mapping({**{k: base[k] for k in ("vision", "data")},
-                           "language": {**base["language"], "add_qkv_bias": True, "tie_word_embeddings": False},
-                           "moe": {"router": "linear", "moe_router_topk": 2}})
+    config = from_mapping(
+        {
+            **{k: base[k] for k in ("vision", "data")},
+            "language": {**base["language"], "add_qkv_bias": True, "tie_word_embeddings": False},
+            "moe": {"router": "linear", "moe_router_topk": 2},
+        }
+    )
     topology.seed_everything(1)
     ours, peer = build_modules(config, "route")[0], peer_model.Peer(config)
     with torch.no_grad():
         for parameter in ours.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)  # fresh biases are zero and fresh norms one
     peer_model.load(peer, ours, config)
-    step = shapes.random_step(shapes.model_config("1.8b", 2, tiny=True, seq_length=48, micro_batch=2, microbatches=1))
+    step = shapes.random_step(
+        shapes.model_config("1.8b", 2, tiny=True, seq_length=48, micro_batch=2, microbatches=1)
+    )
     arguments = step.tokens[0], step.token_types[0], step.pixel_values[0]
     labels = step.labels[0]
     with torch.no_grad():
@@ -72,7 +81,10 @@ def test_layers_are_cut_to_the_memory_and_no_further(model):
     layers = shapes.layers_that_fit(model, 80 * 2**30, ["bf16", "fp8"], **options)
 
     def needed(count: int) -> int:
-        configs = [shapes.model_config(model, count, tiny=False, precision=p, **options) for p in ("bf16", "bf16", "fp8")]
+        configs = [
+            shapes.model_config(model, count, tiny=False, precision=p, **options)
+            for p in ("bf16", "bf16", "fp8")
+        ]
         return max(shapes._side_by_side(configs, kind) for kind in shapes.STAGES)
 
     assert needed(layers) <= shapes.USABLE * 80 * 2**30 < needed(layers + 2)

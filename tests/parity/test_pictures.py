@@ -1,4 +1,6 @@
-"""`AutoProcessor` on an opened file gives training's pixels: every mode of Pillow, every EXIF orientation, both kinds of export."""
+"""`AutoProcessor` on an opened file gives training's pixels: every mode of Pillow, every EXIF orientation,
+both kinds of export.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ from megatron_evomoe.data.tokenizer import train_sentencepiece
 from megatron_evomoe.hf.exporting import Request, export_model
 from tests.parity.export_models import VISION_SIZES, saved_model
 
-transformers = pytest.importorskip("transformers", minversion="4.56", reason="transformers 4.56 or later is not installed")
+transformers = pytest.importorskip(
+    "transformers", minversion="4.56", reason="transformers 4.56 or later is not installed"
+)
 pytestmark = pytest.mark.usefixtures("one_rank")
 SIDE = VISION_SIZES["image_size"]
 WHITE_ITSELF = int(transformers.__version__.split(".")[0]) >= 5
@@ -38,34 +42,63 @@ def _file(image: Image.Image, kind: str, **save: object) -> bytes:
 
 
 FILES = {
-    "1": lambda: _file(RGBA.convert("1"), "PNG"), "L": lambda: _file(RGBA.convert("L"), "PNG"),
-    "L-bmp": lambda: _file(RGBA.convert("L"), "BMP"), "1-tRNS": lambda: _file(RGBA.convert("1"), "PNG", transparency=0),
+    "1": lambda: _file(RGBA.convert("1"), "PNG"),
+    "L": lambda: _file(RGBA.convert("L"), "PNG"),
+    "L-bmp": lambda: _file(RGBA.convert("L"), "BMP"),
+    "1-tRNS": lambda: _file(RGBA.convert("1"), "PNG", transparency=0),
     "L-tRNS": lambda: _file(RGBA.convert("L"), "PNG", transparency=int(np.asarray(RGBA.convert("L"))[3, 4])),
-    "LA": lambda: _file(RGBA.convert("LA"), "PNG"), "RGB": lambda: _file(RGBA.convert("RGB"), "PNG"),
-    "RGB-tRNS": lambda: _file(RGBA.convert("RGB"), "PNG", transparency=tuple(np.asarray(RGBA)[5, 6, :3].tolist())),
-    "RGBA": lambda: _file(RGBA, "PNG"), "RGBA-webp": lambda: _file(RGBA, "WEBP", lossless=True, exact=True),
-    "RGBA-bmp": lambda: _file(RGBA, "BMP"), "P": lambda: _file(RGBA.convert("RGB").quantize(16), "PNG"),
-    "P-bytes": lambda: _indexed(bytes(range(0, 256, 16))), "P-index": lambda: _indexed(3),
+    "LA": lambda: _file(RGBA.convert("LA"), "PNG"),
+    "RGB": lambda: _file(RGBA.convert("RGB"), "PNG"),
+    "RGB-tRNS": lambda: _file(
+        RGBA.convert("RGB"), "PNG", transparency=tuple(np.asarray(RGBA)[5, 6, :3].tolist())
+    ),
+    "RGBA": lambda: _file(RGBA, "PNG"),
+    "RGBA-webp": lambda: _file(RGBA, "WEBP", lossless=True, exact=True),
+    "RGBA-bmp": lambda: _file(RGBA, "BMP"),
+    "P": lambda: _file(RGBA.convert("RGB").quantize(16), "PNG"),
+    "P-bytes": lambda: _indexed(bytes(range(0, 256, 16))),
+    "P-index": lambda: _indexed(3),
     "P-gif": lambda: _file(RGBA.convert("RGB").quantize(16), "GIF", transparency=3),
-    "RGBA-gif": lambda: _file(RGBA, "GIF"), "CMYK": lambda: _file(RGBA.convert("RGB").convert("CMYK"), "JPEG", quality=95),
-    "L-jpeg": lambda: _file(RGBA.convert("L"), "JPEG"), "RGB-jpeg": lambda: _file(RGBA.convert("RGB"), "JPEG"),
+    "RGBA-gif": lambda: _file(RGBA, "GIF"),
+    "CMYK": lambda: _file(RGBA.convert("RGB").convert("CMYK"), "JPEG", quality=95),
+    "L-jpeg": lambda: _file(RGBA.convert("L"), "JPEG"),
+    "RGB-jpeg": lambda: _file(RGBA.convert("RGB"), "JPEG"),
     "I;16": lambda: _file(Image.fromarray(GREY16), "PNG"),
     "I;16-tRNS": lambda: _file(Image.fromarray(GREY16), "PNG", transparency=int(GREY16[0, 0])),
 }
-TRANSPARENT = {"1-tRNS", "L-tRNS", "LA", "RGB-tRNS", "RGBA", "RGBA-webp", "P-bytes", "P-index", "P-gif", "RGBA-gif"}
+TRANSPARENT = {
+    "1-tRNS",
+    "L-tRNS",
+    "LA",
+    "RGB-tRNS",
+    "RGBA",
+    "RGBA-webp",
+    "P-bytes",
+    "P-index",
+    "P-gif",
+    "RGBA-gif",
+}
 
 
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory):
     """Format and aspect ratio -> an export's processor, its folder, and training's."""
     found, folder = {}, tmp_path_factory.mktemp("pictures")
-    tokenizer = train_sentencepiece(["USER: <image>\nWhich digit is this? ASSISTANT: It is seven."] * 20, folder / "t.model", 300)
+    tokenizer = train_sentencepiece(
+        ["USER: <image>\nWhich digit is this? ASSISTANT: It is seven."] * 20, folder / "t.model", 300
+    )
 
     def build(form: str, ratio: str):
         if (form, ratio) not in found:
-            saved = saved_model(folder / f"run-{form}-{ratio}", tokenizer, "route" if form == "evomoe" else "warmup",
-                                data={"image_aspect_ratio": ratio})
-            out = export_model(Request(checkpoint=str(saved.folder), output=str(folder / f"{form}-{ratio}"))).output
+            saved = saved_model(
+                folder / f"run-{form}-{ratio}",
+                tokenizer,
+                "route" if form == "evomoe" else "warmup",
+                data={"image_aspect_ratio": ratio},
+            )
+            out = export_model(
+                Request(checkpoint=str(saved.folder), output=str(folder / f"{form}-{ratio}"))
+            ).output
             import megatron_evomoe.hf  # noqa: F401
 
             config = from_mapping({"vision": VISION_SIZES, "data": {"image_aspect_ratio": ratio}})
@@ -105,7 +138,9 @@ def test_opened_files_give_trainings_pixels(exports, name, ratio, tmp_path):
 @pytest.mark.parametrize("name", sorted(TRANSPARENT | {"I;16-tRNS"}))
 def test_transparency_is_white(name):
     opened = Image.open(io.BytesIO(FILES[name]()))
-    clear = GREY16[0, 0] == GREY16 if opened.mode == "I;16" else np.asarray(opened.convert("RGBA"))[..., 3] == 0
+    clear = (
+        GREY16[0, 0] == GREY16 if opened.mode == "I;16" else np.asarray(opened.convert("RGBA"))[..., 3] == 0
+    )
     got = decode_image(FILES[name]())
     assert clear.any() and (got[clear] == 255).all()
     assert name == "1-tRNS" or not (got[~clear] == 255).all()  # what is not black there is white anyhow
@@ -121,15 +156,23 @@ def test_orientation_is_applied_by_the_processor(exports, kind, orientation):
         processor, _, ours = exports(form, "pad")
         opened = Image.open(io.BytesIO(data))
         opened = as_rgb(opened) if form == "llava" else opened
-        difference = (pixels(processor, opened) - trained_on(ours, data)).abs() * torch.tensor(ours.std).view(3, 1, 1) * 255
+        difference = (
+            (pixels(processor, opened) - trained_on(ours, data)).abs()
+            * torch.tensor(ours.std).view(3, 1, 1)
+            * 255
+        )
         assert difference.mean() < 0.1 and difference.max() <= 3, form
 
 
 @pytest.mark.parametrize("mode", sorted(Image.MODES))
 def test_every_mode_in_memory(exports, mode):
-    """Also those that no file has which training opens; `as_rgb` knows what LLaVA's own processor does not."""
+    """Also those that no file has which training opens; `as_rgb` knows what LLaVA's own processor does
+    not.
+    """
     if mode.startswith("I;16"):
-        picture = Image.frombytes(mode, (SIDE, SIDE), GREY16.astype(">u2" if mode.endswith("B") else "<u2").tobytes())
+        picture = Image.frombytes(
+            mode, (SIDE, SIDE), GREY16.astype(">u2" if mode.endswith("B") else "<u2").tobytes()
+        )
     elif mode in ("I", "F"):
         picture = Image.fromarray(GREY16.astype(np.int32 if mode == "I" else np.float32))
     else:
@@ -142,7 +185,10 @@ def test_every_mode_in_memory(exports, mode):
         assert (pixels(exports("llava", "pad")[0], picture) - wanted).abs().max() < 1e-5
     if mode in ("La", "RGBa"):
         straight = RGBA.convert("LA" if mode == "La" else "RGBA")
-        assert np.abs(np.asarray(as_rgb(picture)).astype(int) - np.asarray(as_rgb(straight)).astype(int)).max() <= 1
+        assert (
+            np.abs(np.asarray(as_rgb(picture)).astype(int) - np.asarray(as_rgb(straight)).astype(int)).max()
+            <= 1
+        )
     if mode.startswith("I"):
         assert np.array_equal(np.asarray(as_rgb(picture))[..., 0], GREY16 >> 8)
 
@@ -153,12 +199,18 @@ def test_the_cards_function_is_the_rule(exports):
         blocks = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
         functions = [block for block in blocks if "def as_rgb" in block]
         assert len(functions) == (form == "llava")
-        assert all(('as_rgb(Image.open(' in block) == (form == "llava") for block in blocks if "from_pretrained" in block)
+        assert all(
+            ("as_rgb(Image.open(" in block) == (form == "llava")
+            for block in blocks
+            if "from_pretrained" in block
+        )
         for block in functions:
             scope: dict = {}
             exec(block, scope)
             for make in FILES.values():
-                assert np.array_equal(np.asarray(scope["as_rgb"](Image.open(io.BytesIO(make())))), decode_image(make()))
+                assert np.array_equal(
+                    np.asarray(scope["as_rgb"](Image.open(io.BytesIO(make())))), decode_image(make())
+                )
 
 
 def test_addresses_are_refused(exports):

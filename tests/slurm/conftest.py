@@ -29,8 +29,14 @@ class Cluster:
 
     def __call__(self, *command: str, **extra: str) -> str:
         """Run a command, which must succeed; returns what it printed."""
-        done = subprocess.run(["bash", SCRIPT, "in", str(self.folder), *command], capture_output=True, text=True, cwd=ROOT,
-                              env=environment(PYTHON=sys.executable, **extra), timeout=60)
+        done = subprocess.run(
+            ["bash", SCRIPT, "in", str(self.folder), *command],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env=environment(PYTHON=sys.executable, **extra),
+            timeout=60,
+        )
         assert done.returncode == 0, f"{command}: exit {done.returncode}\n{done.stdout}{done.stderr}"
         return done.stdout.strip()
 
@@ -66,12 +72,21 @@ def cluster() -> Iterator[Cluster]:
     if done.returncode == _CANNOT_BE_HAD:
         pytest.skip(done.stderr.strip())
     assert done.returncode == 0, done.stderr
-    with tempfile.TemporaryDirectory(prefix="evomoe-") as parent:  # a short path, because a socket's name is limited
+    with tempfile.TemporaryDirectory(
+        prefix="evomoe-"
+    ) as parent:  # a short path, because a socket's name is limited
         folder = Path(parent) / f"slurm-{os.getpid()}"
         folder.mkdir()
-        # its own session, so that an interrupt of the tests does not reach it before the end of its input does
-        server = subprocess.Popen(["bash", SCRIPT, "serve", str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                  stderr=subprocess.PIPE, text=True, start_new_session=True)
+        # its own session, so that an interrupt of the tests does not reach it before the end of its input
+        # does
+        server = subprocess.Popen(
+            ["bash", SCRIPT, "serve", str(folder)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
         try:
             said = server.stdout.readline()
             if said != "ready\n":

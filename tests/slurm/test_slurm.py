@@ -1,4 +1,6 @@
-"""The batch script on a real Slurm: time limit, requeue, cancel, and a chain of stages, on two nodes of one process each."""
+"""The batch script on a real Slurm: time limit, requeue, cancel, and a chain of stages, on two nodes of one
+process each.
+"""
 
 from __future__ import annotations
 
@@ -28,10 +30,18 @@ def configuration(tiny_yaml) -> Callable[[Path], Path]:
 
     def write(folder: Path) -> Path:
         return tiny_yaml(
-            folder, data={"eval_data": []}, train={"global_batch_size": 4}, checkpoint={"save_interval": 0},
+            folder,
+            data={"eval_data": []},
+            train={"global_batch_size": 4},
+            checkpoint={"save_interval": 0},
             log={"moe_metrics_interval": 1, "wandb_project": "test"},
-            stages=[{"name": "align", "train_iters": 2}, {"name": "warmup", "train_iters": STEPS},
-                    {"name": "evolve", "train_iters": STEPS}, {"name": "route", "train_iters": 6}])
+            stages=[
+                {"name": "align", "train_iters": 2},
+                {"name": "warmup", "train_iters": STEPS},
+                {"name": "evolve", "train_iters": STEPS},
+                {"name": "route", "train_iters": 6},
+            ],
+        )
 
     return write
 
@@ -46,8 +56,17 @@ def unbroken(tmp_path_factory, configuration) -> list[dict]:
 
 def submit(cluster: Cluster, config: Path, *train_flags: str, **extra: str) -> str:
     """Submit the batch script for both nodes; returns the job's number."""
-    return cluster("sbatch", "--parsable", "--nodes=2", f"--output={config.parent}/%j.out", BATCH, "--config", str(config),
-                   *train_flags, **extra)
+    return cluster(
+        "sbatch",
+        "--parsable",
+        "--nodes=2",
+        f"--output={config.parent}/%j.out",
+        BATCH,
+        "--config",
+        str(config),
+        *train_flags,
+        **extra,
+    )
 
 
 def printed(config: Path, job: str) -> str:
@@ -84,13 +103,19 @@ def first_rank(config: Path) -> psutil.Process:
     for process in psutil.process_iter(["cmdline"]):
         argv = process.info["cmdline"] or []
         # torchrun's own command line has the flags too, and so may a helper's environment
-        if str(config) in argv and "torch.distributed.run" not in argv and process.environ().get("RANK") == "0":
+        if (
+            str(config) in argv
+            and "torch.distributed.run" not in argv
+            and process.environ().get("RANK") == "0"
+        ):
             return process
     raise AssertionError(f"nothing trains {config}")
 
 
 def test_time_limit_and_requeue_leave_no_trace_in_the_metrics(cluster, configuration, unbroken, tmp_path):
-    """The time limit strikes in `warmup`, someone else's `scontrol requeue` in `evolve`; Slurm goes on with the job twice."""
+    """The time limit strikes in `warmup`, someone else's `scontrol requeue` in `evolve`; Slurm goes on with
+    the job twice.
+    """
     config = configuration(tmp_path)
     job = submit(cluster, config)
     reach(config, "warmup", 10)
@@ -98,7 +123,9 @@ def test_time_limit_and_requeue_leave_no_trace_in_the_metrics(cluster, configura
     rank = first_rank(config)
     rank.suspend()
     cluster("scontrol", "update", f"JobId={job}", "TimeLimit=4")  # nearer than the script's 300 s
-    wait_for(lambda: "USR1: the time limit is near" in printed(config, job), "the signal before the time limit")
+    wait_for(
+        lambda: "USR1: the time limit is near" in printed(config, job), "the signal before the time limit"
+    )
     cluster("scontrol", "update", f"JobId={job}", "TimeLimit=60")
     rank.resume()
 
@@ -109,9 +136,14 @@ def test_time_limit_and_requeue_leave_no_trace_in_the_metrics(cluster, configura
     text = printed(config, job)
     assert (record["JobState"], record["Restarts"], record["ExitCode"]) == ("COMPLETED", "2", "0:0"), text
     assert [f"restart {i}: 2 node(s)" in text for i in range(4)] == [True, True, True, False]
-    assert [(e["stage"], e["reason"]) for e in events(config, "stop")] == [("warmup", "SIGTERM"), ("evolve", "SIGTERM")]
+    assert [(e["stage"], e["reason"]) for e in events(config, "stop")] == [
+        ("warmup", "SIGTERM"),
+        ("evolve", "SIGTERM"),
+    ]
     resumed = events(config, "resume")
-    assert [e["stage"] for e in resumed] == ["warmup", "evolve"] and all(10 <= e["step"] < STEPS for e in resumed), resumed
+    assert [e["stage"] for e in resumed] == ["warmup", "evolve"] and all(
+        10 <= e["step"] < STEPS for e in resumed
+    ), resumed
     assert steady(metrics(tmp_path / "run")) == unbroken
     assert len(wandb_ids(config)) == 3 and len(set(wandb_ids(config))) == 1, wandb_ids(config)
 
@@ -124,7 +156,9 @@ def test_gives_up_when_told_and_obeys_scancel(cluster, configuration, unbroken, 
     reach(config, "warmup", 10)
     cluster("scancel", "--batch", "--signal=USR1", job)
     record = cluster.wait(job)
-    assert (record["JobState"], record["Restarts"], record["ExitCode"]) == ("FAILED", "0", "75:0"), printed(config, job)
+    assert (record["JobState"], record["Restarts"], record["ExitCode"]) == ("FAILED", "0", "75:0"), printed(
+        config, job
+    )
     assert "unfinished after 0 restarts (MAX_RESTARTS=0)" in printed(config, job)
 
     job = submit(cluster, config, *stages)
@@ -143,7 +177,16 @@ def test_gives_up_when_told_and_obeys_scancel(cluster, configuration, unbroken, 
 
 def chain(cluster: Cluster, config: Path, *train_flags: str) -> list[str]:
     """Submit the stages one behind the other; returns the jobs' numbers."""
-    said = cluster("bash", CHAIN, "--nodes=2", f"--output={config.parent}/%j.out", "--", "--config", str(config), *train_flags)
+    said = cluster(
+        "bash",
+        CHAIN,
+        "--nodes=2",
+        f"--output={config.parent}/%j.out",
+        "--",
+        "--config",
+        str(config),
+        *train_flags,
+    )
     assert [line.split(":")[0] for line in said.splitlines()] == list(STAGES)
     return [line.split()[-1] for line in said.splitlines()]
 
@@ -152,7 +195,9 @@ def test_stages_run_one_behind_the_other(cluster, configuration, unbroken, tmp_p
     config = configuration(tmp_path)
     jobs = chain(cluster, config)
     records = [cluster.wait(job) for job in jobs]
-    assert [r["JobState"] for r in records] == ["COMPLETED"] * 4, [printed(config, job)[-2000:] for job in jobs]
+    assert [r["JobState"] for r in records] == ["COMPLETED"] * 4, [
+        printed(config, job)[-2000:] for job in jobs
+    ]
     assert [r["JobName"] for r in records] == [f"evomoe-{stage}" for stage in STAGES]
     assert all(later["StartTime"] >= earlier["EndTime"] for earlier, later in itertools.pairwise(records))
     assert steady(metrics(tmp_path / "run")) == unbroken

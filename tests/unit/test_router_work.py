@@ -1,4 +1,6 @@
-"""benchmarks/router_work.py: its FLOP against torch's own counter on the forms that are timed, its bytes against their tensors."""
+"""benchmarks/router_work.py: its FLOP against torch's own counter on the forms that are timed, its bytes
+against their tensors.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ def benchmarks():
 def subjects(dtype: str, shape):
     import router
 
-    return router.make_subjects(argparse.Namespace(dtype=dtype, subjects=TORCH_FORMS, vision_share=0.5), shape)
+    return router.make_subjects(
+        argparse.Namespace(dtype=dtype, subjects=TORCH_FORMS, vision_share=0.5), shape
+    )
 
 
 @pytest.mark.parametrize("subject", TORCH_FORMS)
@@ -72,7 +76,9 @@ def test_products_are_of_the_type_whose_ceiling_is_taken(subject):
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("subject", ["linear", "factored", "naive", "ffn"])
 def test_bytes_are_those_of_the_tensors(subject, dtype):
-    """Every tensor is read once per pass and its gradient written once; the naive forms' Θ is counted by hand."""
+    """Every tensor is read once per pass and its gradient written once; the naive forms' Θ is counted by
+    hand.
+    """
     import router_work
 
     shape = router_work.Shape(**SIZES)
@@ -88,7 +94,9 @@ def test_bytes_are_those_of_the_tensors(subject, dtype):
 
 
 def test_the_documented_example():
-    """docs/router.md: one product of the projection is 38 GFLOP, three of them per step, and six where all tokens meet both."""
+    """docs/router.md: one product of the projection is 38 GFLOP, three of them per step, and six where all
+    tokens meet both.
+    """
     import router_work
 
     shape = router_work.Shape(T=16384, C=2048, h=16, r=16, N=4, ffn=5504)

@@ -1,7 +1,8 @@
-"""Configuration of EvoMoE models: a vision tower, a projector, and a decoder some of whose layers are mixtures of experts.
+"""Configuration of EvoMoE models: a vision tower, a projector, and a decoder some of whose layers are
+mixtures of experts.
 
-Runs on transformers 4.56 and later. Names differ from transformers' own (`rope_base`, `norm_eps`) where a version
-would rewrite its own on loading.
+Runs on transformers 4.56 and later. Names differ from transformers' own (`rope_base`, `norm_eps`) where a
+version would rewrite its own on loading.
 """
 
 from __future__ import annotations
@@ -17,8 +18,19 @@ class EvoMoeVisionConfig(PretrainedConfig):
     model_type = "evomoe_vision"
     base_config_key = "vision_config"
 
-    def __init__(self, tower="clip", hidden_size=1024, intermediate_size=4096, num_hidden_layers=23, num_attention_heads=16,
-                 image_size=336, patch_size=14, layer_norm_eps=1e-5, keep_class_token=False, **kwargs):
+    def __init__(
+        self,
+        tower="clip",
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=23,
+        num_attention_heads=16,
+        image_size=336,
+        patch_size=14,
+        layer_norm_eps=1e-5,
+        keep_class_token=False,
+        **kwargs,
+    ):
         """
         Args:
             tower: "clip" (class token, norm before the layers, quick GELU) or "siglip" (neither; tanh GELU).
@@ -43,23 +55,55 @@ class EvoMoeTextConfig(PretrainedConfig):
     model_type = "evomoe_text"
     base_config_key = "text_config"
 
-    def __init__(self, vocab_size=32000, hidden_size=2048, intermediate_size=5504, num_hidden_layers=24, num_attention_heads=16,
-                 num_key_value_heads=None, head_dim=None, max_position_embeddings=4096, norm_type="RMSNorm", norm_eps=1e-6,
-                 hidden_act="silu", gated_ffn=True, qkv_bias=False, linear_bias=False, qk_norm=False, parallel_residual=False,
-                 lm_head_bias=False, rope_base=10000.0, rotary_percent=1.0, rope_adjustment=None, sliding_window=None,
-                 moe_layers=(), num_experts=4, num_experts_per_tok=1, router="dtr", router_gate="straight_through",
-                 dtr_hidden_size=16, dtr_rank=16, dtr_activation="none", initializer_range=0.02, pad_token_id=None,
-                 bos_token_id=None, eos_token_id=None, tie_word_embeddings=False, **kwargs):
+    def __init__(
+        self,
+        vocab_size=32000,
+        hidden_size=2048,
+        intermediate_size=5504,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        num_key_value_heads=None,
+        head_dim=None,
+        max_position_embeddings=4096,
+        norm_type="RMSNorm",
+        norm_eps=1e-6,
+        hidden_act="silu",
+        gated_ffn=True,
+        qkv_bias=False,
+        linear_bias=False,
+        qk_norm=False,
+        parallel_residual=False,
+        lm_head_bias=False,
+        rope_base=10000.0,
+        rotary_percent=1.0,
+        rope_adjustment=None,
+        sliding_window=None,
+        moe_layers=(),
+        num_experts=4,
+        num_experts_per_tok=1,
+        router="dtr",
+        router_gate="straight_through",
+        dtr_hidden_size=16,
+        dtr_rank=16,
+        dtr_activation="none",
+        initializer_range=0.02,
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=None,
+        tie_word_embeddings=False,
+        **kwargs,
+    ):
         """
         Args:
             norm_type: "RMSNorm" or "LayerNorm".
-            linear_bias: biases on every linear layer but the output layer, experts included; `qkv_bias` on the attention's
-                inputs alone.
-            rope_adjustment: None, {"type": "linear", "factor": …}, or {"type": "llama3", "factor": …, "low_freq_factor": …,
-                "high_freq_factor": …, "original_max_position_embeddings": …}.
+            linear_bias: biases on every linear layer but the output layer, experts included; `qkv_bias` on
+                the attention's inputs alone.
+            rope_adjustment: None, {"type": "linear", "factor": …}, or {"type": "llama3", "factor": …,
+                "low_freq_factor": …, "high_freq_factor": …, "original_max_position_embeddings": …}.
             moe_layers: indices, from 0, of the layers that are mixtures.
             router: "linear", "modality-linear", "dtr", or "none": expert 0 for every token.
-            router_gate: "straight_through" (selected experts' weights sum to 1) or "prob" (their probabilities).
+            router_gate: "straight_through" (selected experts' weights sum to 1) or "prob" (their
+                probabilities).
         """
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
@@ -92,21 +136,38 @@ class EvoMoeTextConfig(PretrainedConfig):
         self.dtr_activation = dtr_activation
         self.initializer_range = initializer_range
         # 4.x and 5.x have different defaults for these
-        super().__init__(pad_token_id=pad_token_id, bos_token_id=bos_token_id, eos_token_id=eos_token_id,
-                         tie_word_embeddings=tie_word_embeddings, **kwargs)
+        super().__init__(
+            pad_token_id=pad_token_id,
+            bos_token_id=bos_token_id,
+            eos_token_id=eos_token_id,
+            tie_word_embeddings=tie_word_embeddings,
+            **kwargs,
+        )
 
 
 class EvoMoeConfig(PretrainedConfig):
     """The whole model."""
 
     model_type = "evomoe"
-    sub_configs: ClassVar[dict[str, type]] = {"vision_config": EvoMoeVisionConfig, "text_config": EvoMoeTextConfig}
+    sub_configs: ClassVar[dict[str, type]] = {
+        "vision_config": EvoMoeVisionConfig,
+        "text_config": EvoMoeTextConfig,
+    }
 
-    def __init__(self, vision_config=None, text_config=None, image_token_id=32000, image_seq_length=576, evomoe_config=None,
-                 tie_word_embeddings=False, **kwargs):
+    def __init__(
+        self,
+        vision_config=None,
+        text_config=None,
+        image_token_id=32000,
+        image_seq_length=576,
+        evomoe_config=None,
+        tie_word_embeddings=False,
+        **kwargs,
+    ):
         """
         Args:
-            image_token_id: stands at every image position. It may lie beyond the vocabulary: it has no embedding.
+            image_token_id: stands at every image position. It may lie beyond the vocabulary: it has no
+                embedding.
             image_seq_length: positions one image takes.
             evomoe_config: megatron_evomoe's own configuration, carried along so that an import loses nothing.
         """

@@ -1,4 +1,6 @@
-"""What a custom-code export copies from this folder, and how transformers finds its classes there. Not copied itself."""
+"""What a custom-code export copies from this folder, and how transformers finds its classes there. Not copied
+itself.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +19,8 @@ IMAGE_AUTO_MAP = {"AutoImageProcessor": "image_processing_evomoe.EvoMoeImageProc
 
 
 def source_files() -> dict[str, Path]:
-    """Name in an export -> Python file: the model, its image processor, and the rule by which a picture becomes RGB."""
+    """Name in an export -> Python file: the model, its image processor, and the rule by which a picture
+    becomes RGB.
+    """
     files = {file.name: file for file in sorted(Path(__file__).parent.glob("*_evomoe.py"))}
     return {**files, "picture_evomoe.py": Path(picture.__file__)}

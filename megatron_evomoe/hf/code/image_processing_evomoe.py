@@ -1,6 +1,7 @@
 """LLaVA's image processor, given pictures as training sees them.
 
-transformers' own drops transparency before 5.x, clips 16-bit grey at 255 and never turns a picture as its EXIF says.
+transformers' own drops transparency before 5.x, clips 16-bit grey at 255 and never turns a picture as its
+EXIF says.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ except ImportError:
 
 
 class EvoMoeImageProcessor(_Base):
-    """Pads to a square (`do_pad`) or crops, resizes and normalises, after `as_rgb`. Arrays and tensors are taken as they are."""
+    """Pads to a square (`do_pad`) or crops, resizes and normalises, after `as_rgb`. Arrays and tensors are
+    taken as they are.
+    """
 
     def preprocess(self, images: Any, *args: Any, **kwargs: Any) -> Any:
         """LLaVA's preprocessing, of pictures that `as_rgb` has made RGB."""
@@ -44,7 +47,9 @@ def _open(source: str) -> Image.Image:
     if os.path.isfile(source):
         return Image.open(source)
     if source.startswith(("http://", "https://")):
-        raise ValueError(f"{source[:200]} is an address; load it, and give the picture that Image.open makes of it")
+        raise ValueError(
+            f"{source[:200]} is an address; load it, and give the picture that Image.open makes of it"
+        )
     data = source.split(",", 1)[1] if source.startswith("data:image/") else source
     try:
         return Image.open(io.BytesIO(base64.b64decode(data)))

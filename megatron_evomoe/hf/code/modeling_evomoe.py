@@ -1,6 +1,7 @@
 """EvoMoE: a LLaVA-style vision-language model whose decoder mixes experts, routed by modality and token.
 
-Self-contained: needs torch and transformers (4.56 or later) alone. Tensors are named as in LLaVA files of transformers 4.x.
+Self-contained: needs torch and transformers (4.56 or later) alone. Tensors are named as in LLaVA files of
+transformers 4.x.
 
 Shapes: b rows · s positions · n images of p positions · C width · D size of a head · V vocabulary.
 """
@@ -26,7 +27,8 @@ from .routing_evomoe import EvoMoeHyperNetwork, EvoMoeMixture, build_ffn
 from .vision_evomoe import EvoMoeProjector, EvoMoeVisionEmbeddings, EvoMoeVisionTower
 
 _MASK_ARGUMENTS = frozenset(inspect.signature(create_causal_mask).parameters)
-# 4.x caches of fixed size write where they are told to, and at 0 if they are not; 5.x ones count for themselves
+# 4.x caches of fixed size write where they are told to, and at 0 if they are not; 5.x ones count for
+# themselves
 _CACHE_WANTS_POSITIONS = "cache_kwargs" in inspect.signature(Cache.update).parameters
 
 
@@ -45,11 +47,17 @@ class EvoMoeRMSNorm(nn.Module):
 
 def build_norm(config, width):
     """The decoder's kind of norm."""
-    return EvoMoeRMSNorm(width, config.norm_eps) if config.norm_type == "RMSNorm" else nn.LayerNorm(width, eps=config.norm_eps)
+    return (
+        EvoMoeRMSNorm(width, config.norm_eps)
+        if config.norm_type == "RMSNorm"
+        else nn.LayerNorm(width, eps=config.norm_eps)
+    )
 
 
 def rotary_tables(config, position_ids, dtype):
-    """cos and sin [b, 1, s, R] for the R rotated channels of each head. No buffer: loading would leave it empty."""
+    """cos and sin [b, 1, s, R] for the R rotated channels of each head. No buffer: loading would leave it
+    empty.
+    """
     rotated = int(config.head_dim * config.rotary_percent)
     exponents = torch.arange(0, rotated, 2, dtype=torch.float32, device=position_ids.device) / rotated
     frequencies = 1.0 / config.rope_base**exponents
@@ -108,7 +116,9 @@ class EvoMoeAttention(nn.Module):
 
     def forward(self, hidden, cos, sin, mask, cache, cache_arguments):
         """[b, s, C] to [b, s, C]; keys and values go through the cache if there is one."""
-        query, key, value = (p(hidden).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        query, key, value = (
+            p(hidden).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj)
+        )
         query = rotate(self.q_norm(query).transpose(1, 2), cos, sin)
         key = rotate(self.k_norm(key).transpose(1, 2), cos, sin)
         value = value.transpose(1, 2)
@@ -116,19 +126,31 @@ class EvoMoeAttention(nn.Module):
             key, value = cache.update(key, value, self.layer, *cache_arguments)
         name = self.config._attn_implementation
         attend = eager_attention if name in (None, "eager") else ALL_ATTENTION_FUNCTIONS[name]
-        output, _ = attend(self, query, key, value, mask, dropout=0.0, scaling=self.head_dim**-0.5,
-                           sliding_window=self.config.sliding_window)
+        output, _ = attend(
+            self,
+            query,
+            key,
+            value,
+            mask,
+            dropout=0.0,
+            scaling=self.head_dim**-0.5,
+            sliding_window=self.config.sliding_window,
+        )
         return getattr(self, self.output_name)(output.flatten(2))
 
 
 class EvoMoeDecoderLayer(nn.Module):
-    """Attention, then a dense FFN or a mixture. With a parallel residual both read one norm and add to the stream together."""
+    """Attention, then a dense FFN or a mixture. With a parallel residual both read one norm and add to the
+    stream together.
+    """
 
     def __init__(self, config, layer):
         super().__init__()
         self.input_layernorm = build_norm(config, config.hidden_size)
         self.self_attn = EvoMoeAttention(config, layer)
-        self.post_attention_layernorm = None if config.parallel_residual else build_norm(config, config.hidden_size)
+        self.post_attention_layernorm = (
+            None if config.parallel_residual else build_norm(config, config.hidden_size)
+        )
         self.mlp = EvoMoeMixture(config) if layer in config.moe_layers else build_ffn(config)
 
     def forward(self, hidden, is_vision, *attention_arguments):
@@ -143,7 +165,9 @@ class EvoMoeDecoderLayer(nn.Module):
         return hidden + fed, logits
 
     def _feed(self, normed, is_vision):
-        return self.mlp(normed, is_vision) if isinstance(self.mlp, EvoMoeMixture) else (self.mlp(normed), None)
+        return (
+            self.mlp(normed, is_vision) if isinstance(self.mlp, EvoMoeMixture) else (self.mlp(normed), None)
+        )
 
 
 class EvoMoeDecoder(nn.Module):
@@ -158,7 +182,9 @@ class EvoMoeDecoder(nn.Module):
         setattr(self, self.norm_name, build_norm(config, config.hidden_size))
 
     def forward(self, inputs_embeds, is_vision, attention_mask, position_ids, cache):
-        """Embeddings [b, s, C] and whether each is an image's [b, s], to hidden states [b, s, C] and each mixture's logits."""
+        """Embeddings [b, s, C] and whether each is an image's [b, s], to hidden states [b, s, C] and each
+        mixture's logits.
+        """
         seen = cache.get_seq_length() if cache is not None else 0
         positions = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen
         if position_ids is None:
@@ -182,9 +208,16 @@ def _positions(attention_mask, positions, inputs_embeds):
 
 
 def _mask(config, inputs_embeds, attention_mask, cache, positions):
-    """transformers' causal mask in the form that the attention function wants; its arguments differ by version."""
+    """transformers' causal mask in the form that the attention function wants; its arguments differ by
+    version.
+    """
     embeds = "inputs_embeds" if "inputs_embeds" in _MASK_ARGUMENTS else "input_embeds"
-    arguments = {"config": config, embeds: inputs_embeds, "attention_mask": attention_mask, "past_key_values": cache}
+    arguments = {
+        "config": config,
+        embeds: inputs_embeds,
+        "attention_mask": attention_mask,
+        "past_key_values": cache,
+    }
     if "cache_position" in _MASK_ARGUMENTS:
         arguments["cache_position"] = positions
     return (create_sliding_window_causal_mask if config.sliding_window else create_causal_mask)(**arguments)
@@ -203,8 +236,8 @@ class EvoMoeLanguageModel(nn.Module):
 class EvoMoeOutput(ModelOutput):
     """What a forward gives.
 
-    `loss`: mean cross entropy of `labels`, where given. `logits` [b, s, V]. `past_key_values`: the cache, where used.
-    `router_logits`: where asked for, one float32 tensor [b·s, N] per mixture, in layer order.
+    `loss`: mean cross entropy of `labels`, where given. `logits` [b, s, V]. `past_key_values`: the cache,
+    where used. `router_logits`: where asked for, one float32 tensor [b·s, N] per mixture, in layer order.
     """
 
     loss: Optional[torch.FloatTensor] = None
@@ -224,7 +257,8 @@ class EvoMoePreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = False
     _supports_sdpa = True
     _supports_flash_attn = True
-    # Servers that feed embeddings alone would send image tokens through the text router without a word; so they must refuse.
+    # Servers that feed embeddings alone would send image tokens through the text router without a word; so
+    # they must refuse.
     _supports_attention_backend = False
 
     def _init_weights(self, module):
@@ -248,11 +282,15 @@ class EvoMoePreTrainedModel(PreTrainedModel):
 class EvoMoeForConditionalGeneration(EvoMoePreTrainedModel, GenerationMixin):
     """Images and text to text."""
 
-    _tied_weights_keys: ClassVar[dict[str, str]] = {"language_model.lm_head.weight": "language_model.model.embed_tokens.weight"}
+    _tied_weights_keys: ClassVar[dict[str, str]] = {
+        "language_model.lm_head.weight": "language_model.model.embed_tokens.weight"
+    }
 
     def __init__(self, config):
         super().__init__(config)
-        if config.text_config._attn_implementation is None:  # set for parts that are PreTrainedModels, or where asked for
+        if (
+            config.text_config._attn_implementation is None
+        ):  # set for parts that are PreTrainedModels, or where asked for
             config.text_config._attn_implementation = config._attn_implementation
         self.vision_tower = EvoMoeVisionTower(config.vision_config)
         self.multi_modal_projector = EvoMoeProjector(config)
@@ -280,50 +318,79 @@ class EvoMoeForConditionalGeneration(EvoMoePreTrainedModel, GenerationMixin):
         return self.multi_modal_projector(self.vision_tower(pixel_values))
 
     def embed(self, input_ids, pixel_values=None):
-        """Ids [b, s] and the images of all rows, in order, to embeddings [b, s, C] and whether each is an image's [b, s].
+        """Ids [b, s] and the images of all rows, in order, to embeddings [b, s, C] and whether each is an
+        image's [b, s].
 
         Raises:
             ValueError: the images' positions are not as many as the ids have.
         """
         is_vision = input_ids == self.config.image_token_id
-        embeds = self.get_input_embeddings()(input_ids.masked_fill(is_vision, 0))  # the image token may have no embedding
+        embeds = self.get_input_embeddings()(
+            input_ids.masked_fill(is_vision, 0)
+        )  # the image token may have no embedding
         if pixel_values is None:
             return embeds, is_vision
         features = self.get_image_features(pixel_values).flatten(0, 1).to(embeds)
         if int(is_vision.sum()) != len(features):
-            raise ValueError(f"{int(is_vision.sum())} image tokens in input_ids, {len(features)} image features: "
-                             f"each image takes {self.config.image_seq_length} tokens of id {self.config.image_token_id}")
+            raise ValueError(
+                f"{int(is_vision.sum())} image tokens in input_ids, {len(features)} image features: "
+                f"each image takes {self.config.image_seq_length} tokens of id {self.config.image_token_id}"
+            )
         return embeds.masked_scatter(is_vision[..., None], features), is_vision
 
-    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
-                pixel_values=None, image_mask=None, labels=None, use_cache=None, logits_to_keep=0, output_router_logits=False,
-                return_dict=None, **ignored):
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        pixel_values=None,
+        image_mask=None,
+        labels=None,
+        use_cache=None,
+        logits_to_keep=0,
+        output_router_logits=False,
+        return_dict=None,
+        **ignored,
+    ):
         """Next-token logits.
 
         Args:
             input_ids: int64 [b, s]; `config.image_token_id` at every image position.
             attention_mask: [b, tokens seen + s], 0 at padding, which may be on either side.
-            inputs_embeds: [b, s, C] instead of `input_ids`; `image_mask` [b, s] then says which are an image's (none if not
-                given), because the routers must know.
+            inputs_embeds: [b, s, C] instead of `input_ids`; `image_mask` [b, s] then says which are an
+                image's (none if not given), because the routers must know.
             pixel_values: [n, 3, S, S], with `input_ids`.
-            labels: int64 [b, s], -100 where nothing is learned; not shifted. The loss has no load-balancing term.
+            labels: int64 [b, s], -100 where nothing is learned; not shifted. The loss has no load-balancing
+                term.
             logits_to_keep: last positions to compute logits of, 0 all; or an index tensor.
 
         Raises:
-            ValueError: neither or both of `input_ids` and `inputs_embeds`, pixels with embeddings, or as `embed`.
+            ValueError: neither or both of `input_ids` and `inputs_embeds`, pixels with embeddings, or as
+                `embed`.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         if input_ids is not None:
             inputs_embeds, is_vision = self.embed(input_ids, pixel_values)
         elif pixel_values is not None:
-            raise ValueError("pixel_values need input_ids; with inputs_embeds put the image features in and give image_mask")
+            raise ValueError(
+                "pixel_values need input_ids; with inputs_embeds put the image features in and give "
+                "image_mask"
+            )
         else:
-            is_vision = inputs_embeds.new_zeros(inputs_embeds.shape[:2], dtype=torch.bool) if image_mask is None else image_mask
+            is_vision = (
+                inputs_embeds.new_zeros(inputs_embeds.shape[:2], dtype=torch.bool)
+                if image_mask is None
+                else image_mask
+            )
         use_cache = (labels is None and not self.training) if use_cache is None else use_cache
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
-        hidden, router_logits = self.language_model.model(inputs_embeds, is_vision, attention_mask, position_ids, past_key_values)
+        hidden, router_logits = self.language_model.model(
+            inputs_embeds, is_vision, attention_mask, position_ids, past_key_values
+        )
         kept = slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.language_model.lm_head(hidden[:, kept])
         output = EvoMoeOutput(
@@ -334,21 +401,34 @@ class EvoMoeForConditionalGeneration(EvoMoePreTrainedModel, GenerationMixin):
         )
         return output.to_tuple() if return_dict is False else output
 
-    def prepare_inputs_for_generation(self, input_ids, *args, inputs_embeds=None, pixel_values=None, **kwargs):
-        """One step's arguments; images go in with the first tokens only, since the cache holds them after that."""
-        inputs = super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
+    def prepare_inputs_for_generation(
+        self, input_ids, *args, inputs_embeds=None, pixel_values=None, **kwargs
+    ):
+        """One step's arguments; images go in with the first tokens only, since the cache holds them after
+        that.
+        """
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, *args, inputs_embeds=inputs_embeds, **kwargs
+        )
         cache = inputs.get("past_key_values")
         if cache is None or cache.get_seq_length() == 0:
             inputs["pixel_values"] = pixel_values
         return inputs
 
-    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, pixel_values=None, **kwargs):
-        """Repeat rows for beams and several answers. A row's images are repeated as one, where transformers repeats each."""
+    def _expand_inputs_for_generation(
+        self, expand_size=1, is_encoder_decoder=False, input_ids=None, pixel_values=None, **kwargs
+    ):
+        """Repeat rows for beams and several answers. A row's images are repeated as one, where transformers
+        repeats each.
+        """
         if pixel_values is not None and input_ids is not None:
             counts = (input_ids == self.config.image_token_id).sum(-1) // self.config.image_seq_length
-            pixel_values = torch.cat([images.repeat(expand_size, 1, 1, 1) for images in pixel_values.split(counts.tolist())])
+            pixel_values = torch.cat(
+                [images.repeat(expand_size, 1, 1, 1) for images in pixel_values.split(counts.tolist())]
+            )
         input_ids, kwargs = super()._expand_inputs_for_generation(
-            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **kwargs)
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **kwargs
+        )
         return input_ids, {**kwargs, "pixel_values": pixel_values}
 
 

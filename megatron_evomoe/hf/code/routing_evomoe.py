@@ -1,6 +1,7 @@
 """Routers and mixtures of experts.
 
-Shapes: T tokens · C width · N experts · K experts per token · h, r inner width and rank of the dynamic router.
+Shapes: T tokens · C width · N experts · K experts per token · h, r inner width and rank of the dynamic
+router.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ class EvoMoeGatedFFN(nn.Module):
 
 
 def scaled_linear(linear, inner, scale):
-    """`linear`'s output times `scale`, multiplied in where training does: before the matrix, and on the bias."""
+    """`linear`'s output times `scale`, multiplied in where training does: before the matrix, and on the
+    bias.
+    """
     if scale is None:
         return linear(inner)
     output = F.linear((inner * scale).to(inner.dtype), linear.weight)
@@ -54,7 +57,8 @@ def build_ffn(config):
 
 
 class EvoMoeHyperNetwork(nn.Module):
-    """Writes, for each token z of one modality, the weights Θ(z) = W2·(W1·z + b1) + b2 of that token's own small router.
+    """Writes, for each token z of one modality, the weights Θ(z) = W2·(W1·z + b1) + b2 of that token's own
+    small router.
 
     The last slice of `weight2_*` along the first axis is the bias b2. `weight2_up` is stored transposed.
     """
@@ -71,8 +75,8 @@ class EvoMoeHyperNetwork(nn.Module):
     def forward(self, tokens, phi):
         """Logits [T, N] of tokens [T, C]: φ·Θ_up·SwiGLU(Θ_down·z), all in float32.
 
-        Θ is never built. It is linear in ê = [e, 1], so Θ_down·z is one matrix product and a sum weighted by ê, and φ is
-        multiplied into W2_up before any token is seen.
+        Θ is never built. It is linear in ê = [e, 1], so Θ_down·z is one matrix product and a sum weighted by
+        ê, and φ is multiplied into W2_up before any token is seen.
         """
         down, up = self.weight2_down.float(), self.weight2_up.float()
         terms, rank, width = up.shape
@@ -83,7 +87,9 @@ class EvoMoeHyperNetwork(nn.Module):
         projected = (tokens @ down.flatten(0, 1).t()).view(-1, terms, 2 * rank)
         gate, value = torch.bmm(e, projected)[:, 0].chunk(2, dim=-1)
         folded = F.linear(up.reshape(-1, width), phi).view(terms, rank, len(phi))
-        of_each_term = ((F.silu(gate) * value) @ folded.transpose(0, 1).reshape(rank, -1)).view(-1, terms, len(phi))
+        of_each_term = ((F.silu(gate) * value) @ folded.transpose(0, 1).reshape(rank, -1)).view(
+            -1, terms, len(phi)
+        )
         return torch.bmm(e, of_each_term)[:, 0]
 
 
@@ -131,7 +137,11 @@ class EvoMoeModalityLinearRouter(nn.Module):
         return torch.where(is_vision[:, None], of_vision, of_text)
 
 
-ROUTERS = {"linear": EvoMoeLinearRouter, "modality-linear": EvoMoeModalityLinearRouter, "dtr": EvoMoeDynamicRouter}
+ROUTERS = {
+    "linear": EvoMoeLinearRouter,
+    "modality-linear": EvoMoeModalityLinearRouter,
+    "dtr": EvoMoeDynamicRouter,
+}
 
 
 class EvoMoeMixture(nn.Module):
@@ -144,7 +154,9 @@ class EvoMoeMixture(nn.Module):
         self.top_k, self.gate = config.num_experts_per_tok, config.router_gate
 
     def forward(self, hidden, is_vision):
-        """[b, s, C] and whether each is an image position [b, s], to the output [b, s, C] and the router's logits [b·s, N]."""
+        """[b, s, C] and whether each is an image position [b, s], to the output [b, s, C] and the router's
+        logits [b·s, N].
+        """
         if self.router is None:
             return self.experts[0](hidden), None
         tokens = hidden.flatten(0, 1)
@@ -157,7 +169,9 @@ class EvoMoeMixture(nn.Module):
         return output.view_as(hidden), logits
 
     def choose(self, logits):
-        """Logits [T, N] to weights, float32, and expert numbers, both [T, K]. Nothing is dropped, whatever the load."""
+        """Logits [T, N] to weights, float32, and expert numbers, both [T, K]. Nothing is dropped, whatever
+        the load.
+        """
         weights, chosen = torch.softmax(logits, dim=-1).topk(self.top_k, dim=-1)
         if self.gate == "straight_through":
             weights = weights / weights.detach().sum(dim=-1, keepdim=True)

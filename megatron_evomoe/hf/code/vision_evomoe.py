@@ -19,12 +19,18 @@ class EvoMoeVisionEmbeddings(nn.Module):
         is_clip = config.tower == "clip"
         patches = (config.image_size // config.patch_size) ** 2
         self.class_embedding = nn.Parameter(torch.empty(config.hidden_size)) if is_clip else None
-        self.patch_embedding = nn.Conv2d(3, config.hidden_size, config.patch_size, config.patch_size, bias=not is_clip)
+        self.patch_embedding = nn.Conv2d(
+            3, config.hidden_size, config.patch_size, config.patch_size, bias=not is_clip
+        )
         self.position_embedding = nn.Embedding(patches + int(is_clip), config.hidden_size)
 
     def forward(self, pixel_values):
         """[n, 3, S, S] to [n, p, V]."""
-        hidden = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype)).flatten(2).transpose(1, 2)
+        hidden = (
+            self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))
+            .flatten(2)
+            .transpose(1, 2)
+        )
         if self.class_embedding is not None:
             hidden = torch.cat([self.class_embedding.expand(len(hidden), 1, -1), hidden], dim=1)
         return hidden + self.position_embedding.weight

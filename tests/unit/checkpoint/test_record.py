@@ -21,9 +21,21 @@ from megatron_evomoe.checkpoint.stream import CheckpointWriter
 
 def record(step: int = 0, **values) -> Record:
     before = {"stage": "before", "kind": "pretrained", "step": 3, "path": "x/y", "run_id": ""}
-    return Record(**{"stage": "align", "kind": "align", "step": step, "position": 4 * step, "finished": False,
-                     "layout": {"world": 2, "expert_model_parallel_size": 2}, "vocab_size": 64, "tokenizer_fingerprint": "abc",
-                     "run_id": "7" * 32, "lineage": [before], **values})
+    return Record(
+        **{
+            "stage": "align",
+            "kind": "align",
+            "step": step,
+            "position": 4 * step,
+            "finished": False,
+            "layout": {"world": 2, "expert_model_parallel_size": 2},
+            "vocab_size": 64,
+            "tokenizer_fingerprint": "abc",
+            "run_id": "7" * 32,
+            "lineage": [before],
+            **values,
+        }
+    )
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +76,19 @@ def test_what_is_written_is_read(tmp_path):
     assert records.read_unchecked(tmp_path) == wanted
 
 
-@pytest.mark.parametrize("values", [{"step": -1}, {"position": True}, {"stage": 3}, {"layout": {"world": "2"}}, {"lineage": [{}]},
-                                    {"files": {}}, {"vocab_size": 1 << 70}, {"position": float("nan")}])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"step": -1},
+        {"position": True},
+        {"stage": 3},
+        {"layout": {"world": "2"}},
+        {"lineage": [{}]},
+        {"files": {}},
+        {"vocab_size": 1 << 70},
+        {"position": float("nan")},
+    ],
+)
 def test_a_record_that_could_not_be_read_is_not_written(tmp_path, values):
     wanted = {"files": {name: [1, 2] for name in records.ESSENTIAL}, **values}
     with pytest.raises(CheckpointError, match=r"evomoe\.json"):
@@ -84,17 +107,39 @@ def test_the_older_format_is_read_and_said_to_be_unprotected(folder, caplog):
     newest = folder / "iter_0000002"
     in_format_1(newest)
     for _ in range(3):
-        assert records.read(newest) == dataclasses.replace(record(2), files=records.read(newest).files, run_id="", format=1)
+        assert records.read(newest) == dataclasses.replace(
+            record(2), files=records.read(newest).files, run_id="", format=1
+        )
     assert caplog.text.count("it is read unprotected") == 1
     assert find.latest(folder, find.Owner("align", "7" * 32)) == newest
     records.read(newest).write(newest)  # a resumed run saves in the present format
     assert records.read(newest).format == records.FORMAT
 
 
-@pytest.mark.parametrize("changes", [
-    {"step": "2"}, {"step": 2.0}, {"finished": 1}, {"files": []}, {"files": {}}, {"parts": {}}, {"lineage": {}}, {"lineage": [3]},
-    {"layout": None}, {"position": -4}, {"stage": None}, {"format": 0}, {"format": 3}, {"format": True}, {"format": None},
-    {"more": 1}, {"digest": "0"}, {"vocab_size": 10**30}, {"position": 1e300}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"step": "2"},
+        {"step": 2.0},
+        {"finished": 1},
+        {"files": []},
+        {"files": {}},
+        {"parts": {}},
+        {"lineage": {}},
+        {"lineage": [3]},
+        {"layout": None},
+        {"position": -4},
+        {"stage": None},
+        {"format": 0},
+        {"format": 3},
+        {"format": True},
+        {"format": None},
+        {"more": 1},
+        {"digest": "0"},
+        {"vocab_size": 10**30},
+        {"position": 1e300},
+    ],
+)
 def test_wrong_types_and_numbers_are_named(folder, caplog, changes):
     """In the unprotected format, where no digest is in the way."""
     in_format_1(folder / "iter_0000002", **changes)
@@ -138,10 +183,20 @@ def test_anything_but_a_regular_file_is_named(folder, caplog, name, what):
 
 
 CONTENTS = {
-    "nothing": b"", "zeros": bytes(100), "a number": b"7", "a list": b"[]", "no UTF-8": b"\xff\xfe{", "deep": b"[" * 200_000,
-    "deep objects": b'{"a":' * 100_000, "a long number": b'{"step": ' + b"9" * 100_000 + b"}", "NaN": b'{"step": NaN}',
-    "infinity": b'{"step": -Infinity}', "twice": b'{"format": 2, "format": 2}', "a surrogate": rb'{"stage": "\ud800", "format": 1}',
-    "a BOM": b"\xef\xbb\xbf{}", "UTF-16": '{"format": 1}'.encode("utf-16"),
+    "nothing": b"",
+    "zeros": bytes(100),
+    "a number": b"7",
+    "a list": b"[]",
+    "no UTF-8": b"\xff\xfe{",
+    "deep": b"[" * 200_000,
+    "deep objects": b'{"a":' * 100_000,
+    "a long number": b'{"step": ' + b"9" * 100_000 + b"}",
+    "NaN": b'{"step": NaN}',
+    "infinity": b'{"step": -Infinity}',
+    "twice": b'{"format": 2, "format": 2}',
+    "a surrogate": rb'{"stage": "\ud800", "format": 1}',
+    "a BOM": b"\xef\xbb\xbf{}",
+    "UTF-16": '{"format": 1}'.encode("utf-16"),
 }
 
 
@@ -160,8 +215,21 @@ def test_a_huge_record_is_not_read(folder):
         records.read(folder / "iter_0000002")
 
 
-@pytest.mark.parametrize("name", ["/dev/zero", "../iter_0000001/.metadata", "..", ".", "", "a/b", "a\0b", "a\nb", records.FILE_NAME,
-                                  "x" * 256])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "/dev/zero",
+        "../iter_0000001/.metadata",
+        "..",
+        ".",
+        "",
+        "a/b",
+        "a\0b",
+        "a\nb",
+        records.FILE_NAME,
+        "x" * 256,
+    ],
+)
 def test_only_plain_names_are_listed(folder, name):
     path = folder / "iter_0000002"
     in_format_1(path, files={**records.read(path).files, name: [1, 1]})
@@ -172,18 +240,24 @@ def test_only_plain_names_are_listed(folder, name):
 def test_the_list_is_the_folder(folder):
     path = folder / "iter_0000002"
     (path / "more").write_text("")
-    with pytest.raises(CheckpointError, match="holds 'more', which its record does not list; move it elsewhere"):
+    with pytest.raises(
+        CheckpointError, match="holds 'more', which its record does not list; move it elsewhere"
+    ):
         records.read(path)
     (path / "more").unlink()
     for name in records.ESSENTIAL:
-        in_format_1(path, files={k: v for k, v in records.read(folder / "iter_0000001").files.items() if k != name})
+        in_format_1(
+            path, files={k: v for k, v in records.read(folder / "iter_0000001").files.items() if k != name}
+        )
         with pytest.raises(CheckpointError, match=f"its list of files does not list {name}"):
             records.read(path)
 
 
 def test_the_step_is_the_folders(folder):
     renamed = (folder / "iter_0000002").rename(folder / "iter_0000003")
-    with pytest.raises(CheckpointError, match="iter_0000003 holds step 2, whose folder is called iter_0000002"):
+    with pytest.raises(
+        CheckpointError, match="iter_0000003 holds step 2, whose folder is called iter_0000002"
+    ):
         records.read(renamed)
     assert find.latest(folder) == folder / "iter_0000001"
 
@@ -191,8 +265,10 @@ def test_the_step_is_the_folders(folder):
 def test_another_stages_or_runs_is_named_and_the_one_before_is_taken(folder, caplog):
     mine, path = find.Owner("align", "7" * 32), folder / "iter_0000002"
     assert find.latest(folder, mine) == path
-    for changes, message in [({"stage": "warmup"}, "is one of stage 'warmup', and lies in the folder of stage 'align'"),
-                             ({"run_id": "8" * 32}, f"is one of run {'8' * 32}, and lies in the directory of run {'7' * 32}")]:
+    for changes, message in [
+        ({"stage": "warmup"}, "is one of stage 'warmup', and lies in the folder of stage 'align'"),
+        ({"run_id": "8" * 32}, f"is one of run {'8' * 32}, and lies in the directory of run {'7' * 32}"),
+    ]:
         dataclasses.replace(records.read(folder / "iter_0000001"), step=2, **changes).write(path)
         assert find.latest(folder) == path, "without an owner any will do"
         assert find.latest(folder, mine) == folder / "iter_0000001"
@@ -205,9 +281,16 @@ def test_cut_lengthened_and_shuffled_records(saved):
     wanted = records.parse(content, path)
     for _ in range(2000):
         a, b, c = sorted(draw.randrange(len(content) + 1) for _ in range(3))
-        damaged = draw.choice([content[:a], content[a:], content[:a] + content[b:], content[:b] + content[a:],
-                               content[:a] + content[b:c] + content[a:b] + content[c:],
-                               content[:a] + draw.randbytes(b % 9) + content[a:]])
+        damaged = draw.choice(
+            [
+                content[:a],
+                content[a:],
+                content[:a] + content[b:],
+                content[:b] + content[a:],
+                content[:a] + content[b:c] + content[a:b] + content[c:],
+                content[:a] + draw.randbytes(b % 9) + content[a:],
+            ]
+        )
         try:
             assert records.parse(damaged, path) == wanted
         except CheckpointError as error:

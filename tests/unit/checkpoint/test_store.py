@@ -42,16 +42,30 @@ def built_for(kind: str, *, trained: int = 0, **sections):
 def record_for(kind: str, step: int) -> Record:
     from megatron_evomoe.parallel import rng
 
-    return Record(stage=kind, kind=kind, step=step, position=4 * step, finished=False, layout=rng.layout(), vocab_size=64,
-                  tokenizer_fingerprint="abc", num_experts=4 if kind in ("evolve", "route") else 0)
+    return Record(
+        stage=kind,
+        kind=kind,
+        step=step,
+        position=4 * step,
+        finished=False,
+        layout=rng.layout(),
+        vocab_size=64,
+        tokenizer_fingerprint="abc",
+        num_experts=4 if kind in ("evolve", "route") else 0,
+    )
 
 
 def save(directory: Path, built, kind: str, step: int, **config) -> Path:
     from megatron_evomoe.checkpoint import store
 
     return store.Saver(CheckpointConfig(**{"keep": 0, **config})).save(
-        directory, modules=built.modules, optimizer=built.optimizer, scheduler=built.scheduler, record=record_for(kind, step),
-        config_yaml="{}\n")
+        directory,
+        modules=built.modules,
+        optimizer=built.optimizer,
+        scheduler=built.scheduler,
+        record=record_for(kind, step),
+        config_yaml="{}\n",
+    )
 
 
 def train(built, first: int, last: int) -> list[tuple[float, float]]:
@@ -68,7 +82,9 @@ def train(built, first: int, last: int) -> list[tuple[float, float]]:
 
 @pytest.mark.parametrize("kind", ["warmup", "evolve", "route"])
 def test_resumed_steps_have_the_same_bits(tmp_path, kind):
-    """Several steps, not one: with a wrong optimizer state the first loss after a resume still looks right."""
+    """Several steps, not one: with a wrong optimizer state the first loss after a resume still looks
+    right.
+    """
     from megatron_evomoe.checkpoint import store
 
     _, built = built_for(kind, trained=3)
@@ -77,8 +93,13 @@ def test_resumed_steps_have_the_same_bits(tmp_path, kind):
     weights = {n: t.clone() for n, t in built.modules[0].state_dict().items() if torch.is_tensor(t)}
     experts = [t.clone() for mlp in built.evolving for _, ts in mlp.local_experts() for t in ts.values()]
     _, again = built_for(kind, train={"seed": 99})
-    store.load_training_state(path, modules=again.modules, optimizer=again.optimizer, scheduler=again.scheduler,
-                              record=records.read(path))
+    store.load_training_state(
+        path,
+        modules=again.modules,
+        optimizer=again.optimizer,
+        scheduler=again.scheduler,
+        record=records.read(path),
+    )
     assert train(again, 4, 8) == unbroken
     for name, tensor in again.modules[0].state_dict().items():
         assert not torch.is_tensor(tensor) or torch.equal(tensor, weights[name]), name
@@ -97,8 +118,13 @@ def test_random_generators_continue(tmp_path):
     path = save(tmp_path, built, "align", 1)
     drawn = (random.random(), float(np.random.rand()), torch.rand(3).tolist())
     topology.seed_everything(7)
-    store.load_training_state(path, modules=built.modules, optimizer=built.optimizer, scheduler=built.scheduler,
-                              record=records.read(path))
+    store.load_training_state(
+        path,
+        modules=built.modules,
+        optimizer=built.optimizer,
+        scheduler=built.scheduler,
+        record=records.read(path),
+    )
     assert (random.random(), float(np.random.rand()), torch.rand(3).tolist()) == drawn
 
 
@@ -119,8 +145,12 @@ def test_dense_checkpoint_fills_every_expert(tmp_path, expert_init):
             assert 0.005 < ((weight - wanted).std() / wanted.std()).item() < 0.02
     attention = "language_model.decoder.layers.0.self_attention.linear_qkv.weight"
     assert torch.equal(routed.modules[0].get_parameter(attention), dense.modules[0].get_parameter(attention))
-    masters = [p for o in routed.optimizer.chained_optimizers for g in o.optimizer.param_groups for p in g["params"]]
-    assert sum(m.numel() for m in masters) == sum(p.numel() for p in routed.modules[0].parameters() if p.requires_grad)
+    masters = [
+        p for o in routed.optimizer.chained_optimizers for g in o.optimizer.param_groups for p in g["params"]
+    ]
+    assert sum(m.numel() for m in masters) == sum(
+        p.numel() for p in routed.modules[0].parameters() if p.requires_grad
+    )
 
 
 def test_evolved_experts_arrive_under_their_index(tmp_path):
@@ -144,11 +174,31 @@ def test_wrong_sources_are_refused(tmp_path):
     _, dense = built_for("warmup", trained=1)
     path = save(tmp_path, dense, "warmup", 1)
     cases = [
-        ("align", {}, "abc", "cannot start from .* a 'warmup' checkpoint; it starts from align or pretrained"),
-        ("route", {}, "abc", "wants evolved experts .* put an evolve stage before it, or choose replicate or noise"),
+        (
+            "align",
+            {},
+            "abc",
+            "cannot start from .* a 'warmup' checkpoint; it starts from align or pretrained",
+        ),
+        (
+            "route",
+            {},
+            "abc",
+            "wants evolved experts .* put an evolve stage before it, or choose replicate or noise",
+        ),
         ("evolve", {}, "xyz", "trained with another tokenizer .*vocabulary 64"),
-        ("warmup", {"language": {"hidden_size": 64}}, "abc", "holds 'vision_projection.* with shape .* this model needs"),
-        ("warmup", {"language": {"num_layers": 3}}, "abc", r"lacks 'language_model.decoder.layers.2.*another model"),
+        (
+            "warmup",
+            {"language": {"hidden_size": 64}},
+            "abc",
+            "holds 'vision_projection.* with shape .* this model needs",
+        ),
+        (
+            "warmup",
+            {"language": {"num_layers": 3}},
+            "abc",
+            r"lacks 'language_model.decoder.layers.2.*another model",
+        ),
         ("warmup", {"language": {"vocab_size": 80}}, "abc", "has a vocabulary of 64, this run one of 80"),
     ]
     for kind, sections, fingerprint, message in cases:
@@ -231,14 +281,21 @@ def test_no_code_is_run_from_a_checkpoint(tmp_path, monkeypatch, place, is_check
     _, built = built_for("align", trained=1)
     path = save(tmp_path, built, "align", 1)
     trace = tmp_path / "ran"
-    if place == "object":  # such as Transformer Engine's _extra_state: bytes inside a tensor file, torch.load-ed by torch
-        key, at = next((index.fqn, info) for index, info in metadata.read(path).storage_data.items()
-                       if index.fqn.endswith("shard_0_1"))
+    if (
+        place == "object"
+    ):  # such as Transformer Engine's _extra_state: bytes inside a tensor file, torch.load-ed by torch
+        key, at = next(
+            (index.fqn, info)
+            for index, info in metadata.read(path).storage_data.items()
+            if index.fqn.endswith("shard_0_1")
+        )
         harmful = io.BytesIO()
         torch.save(Payload(trace), harmful)
         content = (path / at.relative_path).read_bytes()
         found = metadata.read(path)
-        found.storage_data[MetadataIndex(key)] = dataclasses.replace(at, offset=len(content), length=len(harmful.getvalue()))
+        found.storage_data[MetadataIndex(key)] = dataclasses.replace(
+            at, offset=len(content), length=len(harmful.getvalue())
+        )
         rewrite(path / at.relative_path, content + harmful.getvalue())
         rewrite(path / ".metadata", pickle.dumps(found))
     elif place == ".metadata":
@@ -248,23 +305,41 @@ def test_no_code_is_run_from_a_checkpoint(tmp_path, monkeypatch, place, is_check
         torch.save({"scheduler": Payload(trace)}, harmful)
         rewrite(path / "common.pt", harmful.getvalue())
     with pytest.raises(CheckpointError, match=r"nothing was loaded"):
-        store.load_training_state(find.resolve(path) if is_checked else path, modules=built.modules, optimizer=built.optimizer,
-                                  scheduler=built.scheduler, record=records.read(path))
+        store.load_training_state(
+            find.resolve(path) if is_checked else path,
+            modules=built.modules,
+            optimizer=built.optimizer,
+            scheduler=built.scheduler,
+            record=records.read(path),
+        )
     assert not trace.exists()
 
 
 def test_torchs_own_openers_are_not_used(tmp_path, monkeypatch):
-    """In a resume and in a start from weights: neither pickle itself nor torch's default, which the environment can change."""
+    """In a resume and in a start from weights: neither pickle itself nor torch's default, which the
+    environment can change.
+    """
     from megatron_evomoe.checkpoint import store
     from megatron_evomoe.train.transition import start_from
 
     config, built = built_for("warmup", trained=1)
     path, opened, load = save(tmp_path, built, "warmup", 1), [], torch.load
-    monkeypatch.setattr("torch.distributed.checkpoint.filesystem.pickle.load", lambda *_: pytest.fail("unpickled"))
-    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: opened.append(kwargs.get("weights_only")) or load(*args, **kwargs))
+    monkeypatch.setattr(
+        "torch.distributed.checkpoint.filesystem.pickle.load", lambda *_: pytest.fail("unpickled")
+    )
+    monkeypatch.setattr(
+        torch,
+        "load",
+        lambda *args, **kwargs: opened.append(kwargs.get("weights_only")) or load(*args, **kwargs),
+    )
     start_from(find.resolve(path), built, config.for_stage("warmup"), config.stages[0], fingerprint="abc")
-    store.load_training_state(find.resolve(path), modules=built.modules, optimizer=built.optimizer, scheduler=built.scheduler,
-                              record=records.read(path))
+    store.load_training_state(
+        find.resolve(path),
+        modules=built.modules,
+        optimizer=built.optimizer,
+        scheduler=built.scheduler,
+        record=records.read(path),
+    )
     assert set(opened) <= {True, False} and True in opened, "always said"
 
 
@@ -274,8 +349,13 @@ def test_a_record_of_another_step_is_refused(tmp_path):
     _, built = built_for("align", trained=1)
     path = save(tmp_path, built, "align", 2)
     with pytest.raises(CheckpointError, match="its record is of step 2, its schedule of 1"):
-        store.load_training_state(path, modules=built.modules, optimizer=built.optimizer, scheduler=built.scheduler,
-                                  record=records.read(path))
+        store.load_training_state(
+            path,
+            modules=built.modules,
+            optimizer=built.optimizer,
+            scheduler=built.scheduler,
+            record=records.read(path),
+        )
 
 
 def test_background_save_is_published_when_written_and_holds_the_step_it_was_asked_at(tmp_path):
@@ -284,7 +364,12 @@ def test_background_save_is_published_when_written_and_holds_the_step_it_was_ask
     _, built = built_for("warmup", trained=2)
     wanted = {n: p.clone() for n, p in built.modules[0].named_parameters()}
     saver = store.Saver(CheckpointConfig(async_save=True))
-    asked = {"modules": built.modules, "optimizer": built.optimizer, "scheduler": built.scheduler, "config_yaml": "{}\n"}
+    asked = {
+        "modules": built.modules,
+        "optimizer": built.optimizer,
+        "scheduler": built.scheduler,
+        "config_yaml": "{}\n",
+    }
     record = record_for("warmup", 2)
     assert saver.save(tmp_path, record=record, **asked) is None
     assert find.latest(tmp_path) is None and not (tmp_path / records.TRACKER).exists()
@@ -294,8 +379,13 @@ def test_background_save_is_published_when_written_and_holds_the_step_it_was_ask
     assert (tmp_path / records.TRACKER).read_text() == "2"
     _, again = built_for("warmup", train={"seed": 99})
     path = find.resolve(tmp_path)
-    store.load_training_state(path, modules=again.modules, optimizer=again.optimizer, scheduler=again.scheduler,
-                              record=records.read(path))
+    store.load_training_state(
+        path,
+        modules=again.modules,
+        optimizer=again.optimizer,
+        scheduler=again.scheduler,
+        record=records.read(path),
+    )
     for name, parameter in again.modules[0].named_parameters():
         assert torch.equal(parameter, wanted[name]), name
     unbroken = train(built, 4, 5)
@@ -308,12 +398,27 @@ def test_failed_background_save_is_reported_at_the_next_poll(tmp_path):
     _, built = built_for("align", trained=1)
     first = save(tmp_path, built, "align", 1)
     saver = store.Saver(CheckpointConfig(async_save=True))
-    with unittest.mock.patch("torch.distributed.checkpoint.filesystem._write_item", side_effect=OSError(28, "No space left")), \
-         unittest.mock.patch("megatron.core.dist_checkpointing.strategies.filesystem_async._write_item",
-                             side_effect=OSError(28, "No space left")):
-        saver.save(tmp_path, modules=built.modules, optimizer=built.optimizer, scheduler=built.scheduler,
-                   record=record_for("align", 2), config_yaml="{}\n")
-        with pytest.raises(CheckpointError, match=r"saving .*iter_0000002 failed.*Nothing was published; .*iter_0000001 stays"):
+    with (
+        unittest.mock.patch(
+            "torch.distributed.checkpoint.filesystem._write_item", side_effect=OSError(28, "No space left")
+        ),
+        unittest.mock.patch(
+            "megatron.core.dist_checkpointing.strategies.filesystem_async._write_item",
+            side_effect=OSError(28, "No space left"),
+        ),
+    ):
+        saver.save(
+            tmp_path,
+            modules=built.modules,
+            optimizer=built.optimizer,
+            scheduler=built.scheduler,
+            record=record_for("align", 2),
+            config_yaml="{}\n",
+        )
+        with pytest.raises(
+            CheckpointError,
+            match=r"saving .*iter_0000002 failed.*Nothing was published; .*iter_0000001 stays",
+        ):
             saver.poll(wait=True)
     assert find.latest(tmp_path) == first
     assert not list(tmp_path.glob("saving_*"))
@@ -343,7 +448,10 @@ def test_no_space_is_refused_before_anything_is_written(tmp_path, monkeypatch):
     _, built = built_for("align", trained=1)
     first = save(tmp_path, built, "align", 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=1, used=0, free=1000))
-    with pytest.raises(CheckpointError, match=r"needs about .* and 0.0 MiB are free\. Nothing was written; .*iter_0000001 stays"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"needs about .* and 0.0 MiB are free\. Nothing was written; .*iter_0000001 stays",
+    ):
         save(tmp_path, built, "align", 2)
     assert [p.name for p in tmp_path.glob("iter_*")] == [first.name]
     assert find.latest(tmp_path) == first
@@ -359,7 +467,10 @@ def test_failed_write_is_reported_and_cleaned_up(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(store.SummingStrategy, "save", full)
-    with pytest.raises(CheckpointError, match=r"No space left on device\. Nothing was published; .*iter_0000001 stays the newest"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"No space left on device\. Nothing was published; .*iter_0000001 stays the newest",
+    ):
         save(tmp_path, built, "align", 2)
     assert sorted(p.name for p in tmp_path.iterdir()) == [first.name, records.TRACKER]
 

@@ -1,4 +1,6 @@
-"""Reading and writing without a process group: what megatron-core wrote can be read, and what is written it reads."""
+"""Reading and writing without a process group: what megatron-core wrote can be read, and what is written it
+reads.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,16 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 def record(**values) -> Record:
-    defaults = {"stage": "imported", "kind": "pretrained", "step": 0, "position": 0, "finished": True, "layout": {"world": 1},
-                "vocab_size": VOCAB, "tokenizer_fingerprint": ""}
+    defaults = {
+        "stage": "imported",
+        "kind": "pretrained",
+        "step": 0,
+        "position": 0,
+        "finished": True,
+        "layout": {"world": 1},
+        "vocab_size": VOCAB,
+        "tokenizer_fingerprint": "",
+    }
     return Record(**{**defaults, **values})
 
 
@@ -33,9 +43,14 @@ def write(folder: Path, tensors: dict[str, torch.Tensor]) -> Path:
     return writer.path
 
 
-TENSORS = {"a": torch.arange(24.0).reshape(2, 3, 4), "half": torch.randn(5, 7).bfloat16(), "one": torch.tensor(3.0),
-           "view": torch.arange(100.0)[10:30].reshape(4, 5), "transposed": torch.arange(6.0).reshape(2, 3).t(),
-           "empty": torch.zeros(0, 3)}
+TENSORS = {
+    "a": torch.arange(24.0).reshape(2, 3, 4),
+    "half": torch.randn(5, 7).bfloat16(),
+    "one": torch.tensor(3.0),
+    "view": torch.arange(100.0)[10:30].reshape(4, 5),
+    "transposed": torch.arange(6.0).reshape(2, 3).t(),
+    "empty": torch.zeros(0, 3),
+}
 
 
 def test_what_is_written_is_read(tmp_path):
@@ -59,7 +74,9 @@ def test_checksums_are_those_of_the_files(tmp_path):
 
 @pytest.mark.parametrize("index", [None, 0, 2])
 def test_chunks_are_put_together(tmp_path, index):
-    """Experts in chunks of one, gate and value apart, as megatron-core writes them; and a matrix cut by columns."""
+    """Experts in chunks of one, gate and value apart, as megatron-core writes them; and a matrix cut by
+    columns.
+    """
     experts, matrix = torch.randn(3, 4, 5), torch.randn(4, 6)
     with CheckpointWriter(tmp_path, record(), "{}\n") as writer:
         for e in range(3):
@@ -99,8 +116,10 @@ def test_reads_what_the_core_wrote(tmp_path, core_model):
     layer = "language_model.decoder.layers.1.mlp."
     assert torch.equal(reader.read(f"{layer}router.phi"), state[f"{layer}router.phi"])
     for e in range(4):
-        assert torch.equal(reader.read(f"{layer}experts.experts.linear_fc1.weight", e),
-                           state[f"{layer}experts.local_experts.{e}.linear_fc1.weight"])
+        assert torch.equal(
+            reader.read(f"{layer}experts.experts.linear_fc1.weight", e),
+            state[f"{layer}experts.local_experts.{e}.linear_fc1.weight"],
+        )
 
 
 def test_the_core_reads_what_is_written(tmp_path, core_model):
@@ -121,15 +140,19 @@ def test_the_core_reads_what_is_written(tmp_path, core_model):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(7.0)
-    (loaded,), fresh = store.load_weights(writer.path, [model.sharded_state_dict(metadata=store.metadata())],
-                                          may_be_fresh=re.compile("$^"))
+    (loaded,), fresh = store.load_weights(
+        writer.path, [model.sharded_state_dict(metadata=store.metadata())], may_be_fresh=re.compile("$^")
+    )
     model.load_state_dict({k: v for k, v in loaded.items() if torch.is_tensor(v)}, strict=False)
     assert not fresh
     assert all(torch.equal(plain(model)[k], before[k]) for k in before)
 
 
 def test_an_error_leaves_nothing(tmp_path):
-    with pytest.raises(RuntimeError, match="on purpose"), CheckpointWriter(tmp_path, record(), "{}\n") as writer:
+    with (
+        pytest.raises(RuntimeError, match="on purpose"),
+        CheckpointWriter(tmp_path, record(), "{}\n") as writer,
+    ):
         writer.put("a", TENSORS["a"])
         raise RuntimeError("on purpose")
     assert list(tmp_path.iterdir()) == []
@@ -137,7 +160,10 @@ def test_an_error_leaves_nothing(tmp_path):
 
 
 def test_chunks_must_cover_the_tensor(tmp_path):
-    with pytest.raises(AssertionError, match="do not cover"), CheckpointWriter(tmp_path, record(), "{}\n") as writer:
+    with (
+        pytest.raises(AssertionError, match="do not cover"),
+        CheckpointWriter(tmp_path, record(), "{}\n") as writer,
+    ):
         writer.put("a", TENSORS["a"][:1], shape=(2, 3, 4), offset=(0,))
     assert list(tmp_path.iterdir()) == []
 
@@ -176,9 +202,19 @@ def test_a_cut_file_is_no_checkpoint(tmp_path):
 
 def test_megatron_core_is_not_imported():
     """Nor Transformer Engine, nor any process group."""
-    code = ("import sys, json\nimport megatron_evomoe.checkpoint.stream, megatron_evomoe.hf.importing, torch.distributed as d\n"
-            "print(json.dumps([[m for m in sys.modules if m.startswith(('megatron.', 'transformer_engine', 'transformers'))], "
-            "d.is_initialized()]))")
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True,
-                          capture_output=True, check=True)
+    code = (
+        "import sys, json\nimport megatron_evomoe.checkpoint.stream, megatron_evomoe.hf.importing, "
+        "torch.distributed as d\n"
+        "print(json.dumps([[m for m in sys.modules if m.startswith(('megatron.', 'transformer_engine', "
+        "'transformers'))], "
+        "d.is_initialized()]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        text=True,
+        capture_output=True,
+        check=True,
+    )
     assert json.loads(done.stdout) == [[], False]

@@ -1,4 +1,6 @@
-"""The checkpoint writer's parts: flat ranges as boxes, checksums on the way, failures of any of its threads."""
+"""The checkpoint writer's parts: flat ranges as boxes, checksums on the way, failures of any of its
+threads.
+"""
 
 from __future__ import annotations
 
@@ -41,15 +43,21 @@ def test_boxes_tile_any_range_in_memory_order():
 
 
 def test_optimizer_shards_are_views_of_the_optimizer(one_rank):
-    """Neither saving nor loading holds a second copy: the boxes are the moments and master weights themselves."""
+    """Neither saving nor loading holds a second copy: the boxes are the moments and master weights
+    themselves.
+    """
     from megatron_evomoe.checkpoint import store
 
     _, built = built_for("warmup", trained=1)
     state = store._state(built.modules, built.optimizer, built.scheduler, is_loading=False)
     adam = built.optimizer.chained_optimizers[0].optimizer
     owned = {t.untyped_storage().data_ptr() for s in adam.state.values() for t in s.values() if t.dim()}
-    boxes = [box for states in state["optimizer"]["param_state"].values() for name in ("exp_avg", "exp_avg_sq")
-             for box in states[name]]
+    boxes = [
+        box
+        for states in state["optimizer"]["param_state"].values()
+        for name in ("exp_avg", "exp_avg_sq")
+        for box in states[name]
+    ]
     assert boxes and all(box.data.untyped_storage().data_ptr() in owned for box in boxes)
 
 
@@ -64,21 +72,26 @@ def test_checksums_are_those_of_the_files(tmp_path, one_rank):
 
 
 def test_failure_in_any_writing_thread_fails_the_save(tmp_path, one_rank):
-    """torch's writer forgets what its second thread raises, and would publish a checkpoint that lacks half."""
+    """torch's writer forgets what its second thread raises, and would publish a checkpoint that lacks
+    half.
+    """
     from torch.distributed.checkpoint import filesystem
 
     _, built = built_for("align", trained=1)
     first = save(tmp_path, built, "align", 1)
     write = filesystem._write_item
     for thread in ("main", "other"):
+
         def failing(*args, thread=thread):
             if (threading.current_thread() is threading.main_thread()) == (thread == "main"):
                 raise OSError(28, "No space left on device")
             return write(*args)
 
-        with (unittest.mock.patch.object(filesystem, "_write_item", failing),
-              unittest.mock.patch.object(threading, "excepthook"),
-              pytest.raises(CheckpointError, match="No space")):
+        with (
+            unittest.mock.patch.object(filesystem, "_write_item", failing),
+            unittest.mock.patch.object(threading, "excepthook"),
+            pytest.raises(CheckpointError, match="No space"),
+        ):
             save(tmp_path, built, "align", 2)
         assert find.newest_good(tmp_path) == first and not list(tmp_path.glob("saving_*"))
 
@@ -90,7 +103,12 @@ def test_whatever_file_fails_is_named_and_what_stays_is_said_truly(tmp_path, one
     from megatron_evomoe.checkpoint import store
 
     _, built = built_for("align", trained=1)
-    asked = {"modules": built.modules, "optimizer": built.optimizer, "scheduler": built.scheduler, "config_yaml": "{}\n"}
+    asked = {
+        "modules": built.modules,
+        "optimizer": built.optimizer,
+        "scheduler": built.scheduler,
+        "config_yaml": "{}\n",
+    }
     first = save(tmp_path, built, "align", 1)
     names = sorted({p.name for p in first.iterdir() if not p.name.endswith(".distcp")} | {"__0_0.distcp"})
     assert len(names) >= 4
@@ -118,15 +136,20 @@ def test_files_that_vanish_during_a_save_are_missed_before_it_is_published(tmp_p
     first = save(tmp_path, built, "align", 1)
     original = publication.save_config
     for pattern in ("__0_0.distcp", "*"):
+
         def vanish(*args, pattern=pattern):
             for path in next(tmp_path.glob("saving_*")).glob(pattern):
                 path.unlink()
             original(*args)
 
         monkeypatch.setattr(publication, "save_config", vanish)
-        with pytest.raises(CheckpointError, match=r"No such file.*distcp'\. Nothing was published; .*iter_0000001 stays"):
+        with pytest.raises(
+            CheckpointError, match=r"No such file.*distcp'\. Nothing was published; .*iter_0000001 stays"
+        ):
             save(tmp_path, built, "align", 2)
-    monkeypatch.setattr(publication, "save_config", lambda *args: shutil.rmtree(next(tmp_path.glob("saving_*"))))
+    monkeypatch.setattr(
+        publication, "save_config", lambda *args: shutil.rmtree(next(tmp_path.glob("saving_*")))
+    )
     with pytest.raises(CheckpointError, match=r"No such file.*run_config.yaml'\. Nothing was published"):
         save(tmp_path, built, "align", 2)
     assert find.newest_good(tmp_path) == first

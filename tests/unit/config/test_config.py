@@ -9,7 +9,10 @@ import pytest
 from megatron_evomoe.config import ConfigError, add_flags, flags_from, from_mapping, load_config
 from megatron_evomoe.parallel.topology import validate
 
-STAGES = [{"name": "align", "lr": 1e-3}, {"name": "tune", "kind": "route", "router": "linear", "train_iters": 7}]
+STAGES = [
+    {"name": "align", "lr": 1e-3},
+    {"name": "tune", "kind": "route", "router": "linear", "train_iters": 7},
+]
 
 
 def parse(*argv: str):
@@ -41,7 +44,9 @@ def test_resolved_configuration_reads_back_equal():
 
 def test_environment_variables(tmp_path, monkeypatch):
     path = tmp_path / "run.yaml"
-    path.write_text("# ${NOT_READ_IN_COMMENTS}\ndata: {tokenizer: '${EVOMOE_TOK}', train_data: ['${EVOMOE_D:-d}/x']}\n")
+    path.write_text(
+        "# ${NOT_READ_IN_COMMENTS}\ndata: {tokenizer: '${EVOMOE_TOK}', train_data: ['${EVOMOE_D:-d}/x']}\n"
+    )
     with pytest.raises(ConfigError, match=r"EVOMOE_TOK.*does not set"):
         load_config(path)
     monkeypatch.setenv("EVOMOE_TOK", "t.model")
@@ -64,7 +69,10 @@ def test_environment_variables(tmp_path, monkeypatch):
         ({"moe": {"moe_layer_freq": [0, 1]}}, "lists 2 layers, the model has 4"),
         ({"moe": {"evolution_beta": [[0.9, 0.1]]}}, "0 <= low <= high <= 1"),
         ({"stages": [{"name": "align"}, {"name": "align"}]}, "must be unique"),
-        ({"parallel": {"tensor_model_parallel_size": 0}}, "parallel.tensor_model_parallel_size = 0: must be at least 1"),
+        (
+            {"parallel": {"tensor_model_parallel_size": 0}},
+            "parallel.tensor_model_parallel_size = 0: must be at least 1",
+        ),
     ],
 )
 def test_errors_name_the_value_and_the_remedy(raw, message):
@@ -76,7 +84,12 @@ def test_errors_name_the_value_and_the_remedy(raw, message):
 @pytest.mark.parametrize(
     ("parallel", "moe", "world", "message"),
     [
-        ({"tensor_model_parallel_size": 3}, {}, 4, "does not divide the 4 ranks of this run; the product must be one of [1, 2, 4]"),
+        (
+            {"tensor_model_parallel_size": 3},
+            {},
+            4,
+            "does not divide the 4 ranks of this run; the product must be one of [1, 2, 4]",
+        ),
         ({"expert_model_parallel_size": 4}, {}, 2, "EP x expert-TP must be one of [1, 2]"),
         ({"expert_model_parallel_size": 4}, {"num_experts": 6}, 4, "EP must be one of [1, 2, 3, 6]"),
         ({"pipeline_model_parallel_size": 8}, {}, 8, "PP must be one of [1, 2, 4]"),
@@ -96,7 +109,9 @@ def test_batch_that_does_not_divide():
         validate(config, 2)
 
 
-@pytest.mark.parametrize("typed", ["007", "123", "1e5", "no", "true", "2024-01-01", "a: b", "[abc", "@x", "%d", "#x", "'q'"])
+@pytest.mark.parametrize(
+    "typed", ["007", "123", "1e5", "no", "true", "2024-01-01", "a: b", "[abc", "@x", "%d", "#x", "'q'"]
+)
 def test_text_flags_stay_what_was_typed(typed):
     flags = parse("--wandb-exp-name", typed, "--save", typed, "--train-data", "[007, no]")
     config = from_mapping({}, flags)
@@ -110,14 +125,17 @@ def test_null_and_nothing_unset_what_may_be_none():
     assert (config.checkpoint.save, config.checkpoint.load, config.moe.moe_z_loss_coeff) == (None, None, None)
 
 
-@pytest.mark.parametrize(("argv", "message"), [
-    (["--train-iters", "true"], "train.train_iters = True: must be a whole number"),
-    (["--train-iters", "010"], "train.train_iters = '010'"),
-    (["--bf16", "1"], "train.bf16 = 1: must be true or false"),
-    (["--train-data", "data/x"], "must be a list"),
-    (["--moe-layer-freq", "[0, 1"], "the value of --moe-layer-freq is not valid YAML"),
-    (["--lr", "nan"], "optimizer.lr = 'nan': must be a number"),
-])
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--train-iters", "true"], "train.train_iters = True: must be a whole number"),
+        (["--train-iters", "010"], "train.train_iters = '010'"),
+        (["--bf16", "1"], "train.bf16 = 1: must be true or false"),
+        (["--train-data", "data/x"], "must be a list"),
+        (["--moe-layer-freq", "[0, 1"], "the value of --moe-layer-freq is not valid YAML"),
+        (["--lr", "nan"], "optimizer.lr = 'nan': must be a number"),
+    ],
+)
 def test_flags_out_of_range_are_refused_by_name(argv, message):
     with pytest.raises(ConfigError) as error:
         from_mapping({}, parse(*argv))

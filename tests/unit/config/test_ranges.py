@@ -50,7 +50,9 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize(("field", "value"), [(field, value) for field, values in WRONG.items() for value in values])
+@pytest.mark.parametrize(
+    ("field", "value"), [(field, value) for field, values in WRONG.items() for value in values]
+)
 def test_values_out_of_range_are_refused_by_name(field, value):
     section, name = field.split(".")
     with pytest.raises(ConfigError) as error:
@@ -67,7 +69,24 @@ def test_exponents_that_yaml_1_1_takes_for_text_are_numbers(value):
 
 
 @pytest.mark.parametrize(
-    "name", ["../../x", "a/b", "a\\b", "..", ".hidden", "-x", "a\0b", "a\nb", "", " a", "x" * 101, "profile", 7, None, True]
+    "name",
+    [
+        "../../x",
+        "a/b",
+        "a\\b",
+        "..",
+        ".hidden",
+        "-x",
+        "a\0b",
+        "a\nb",
+        "",
+        " a",
+        "x" * 101,
+        "profile",
+        7,
+        None,
+        True,
+    ],
 )
 def test_names_of_stages_are_names_of_folders(name):
     with pytest.raises(ConfigError, match="a stage's name"):
@@ -110,9 +129,15 @@ def test_other_shapes_are_refused(raw):
             {"language": {"hidden_size": 130, "num_attention_heads": 4}},
             "hidden_size 130 is not a multiple of num_attention_heads 4",
         ),
-        ({"language": {"num_query_groups": 3}}, "num_attention_heads 4 is not a multiple of num_query_groups 3"),
+        (
+            {"language": {"num_query_groups": 3}},
+            "num_attention_heads 4 is not a multiple of num_query_groups 3",
+        ),
         ({"language": {"kv_channels": 7}}, "RoPE would turn 7 of the 7 channels"),
-        ({"vision": {"num_attention_heads": 3}}, "vision hidden_size 64 is not a multiple of its num_attention_heads 3"),
+        (
+            {"vision": {"num_attention_heads": 3}},
+            "vision hidden_size 64 is not a multiple of its num_attention_heads 3",
+        ),
         ({"optimizer": {"min_lr": 1.0}}, "min_lr 1.0 is above lr 2e-05"),
         (
             {"train": {"recompute_granularity": "full", "recompute_num_layers": 3}},
@@ -141,6 +166,10 @@ def test_beta_has_the_papers_ranges_and_others_between():
         found = ranges(experts)
         assert len(found) == experts - 1
         assert all(0 <= low < high <= 1 for low, high in found)
-        assert all(later[1] < earlier[0] for earlier, later in itertools.pairwise(found)), "apart, and falling"
+        assert all(later[1] < earlier[0] for earlier, later in itertools.pairwise(found)), (
+            "apart, and falling"
+        )
         assert found[-1][0] == 0.7
-    assert from_mapping({"moe": {"num_experts": 2, "evolution_beta": [[0.5, 0.6]]}}).moe.evolution_ranges == [(0.5, 0.6)]
+    assert from_mapping({"moe": {"num_experts": 2, "evolution_beta": [[0.5, 0.6]]}}).moe.evolution_ranges == [
+        (0.5, 0.6)
+    ]

@@ -21,7 +21,9 @@ def test_every_field_declares_one_class(section, field):
 def test_classes_are_those_of_the_fields():
     language, train, log = SECTIONS["language"], SECTIONS["train"], SECTIONS["log"]
     assert on_resume(language, "rotary_base") is OnResume.MUST_EQUAL
-    assert {on_resume(train, name) for name in ("seed", "global_batch_size", "trainable")} == {OnResume.MUST_EQUAL}
+    assert {on_resume(train, name) for name in ("seed", "global_batch_size", "trainable")} == {
+        OnResume.MUST_EQUAL
+    }
     assert {on_resume(SECTIONS["optimizer"], name) for name in ("lr", "adam_beta1")} == {OnResume.SAID}
     assert on_resume(train, "micro_batch_size") is OnResume.SAID
     assert on_resume(log, "log_interval") is OnResume.FREE

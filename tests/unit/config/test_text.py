@@ -1,4 +1,6 @@
-"""YAML as configurations read it: what scalars mean, what is refused, and that nothing is read without end."""
+"""YAML as configurations read it: what scalars mean, what is refused, and that nothing is read without
+end.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ SCALARS = (
 )
 DATA = st.recursive(
     SCALARS,
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(min_size=1, max_size=8), inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(min_size=1, max_size=8), inner, max_size=4)
+    ),
     max_leaves=12,
 )
 
@@ -132,11 +136,18 @@ def test_aliases_and_merge_keys_of_ordinary_size_are_read():
 def test_a_variable_is_one_scalar(tmp_path, monkeypatch):
     path = tmp_path / "x.yaml"
     path.write_text(
-        "a: ${EVOMOE_A}\nb: '${EVOMOE_A}'\nc: [${EVOMOE_B}, x]\nd: ${EVOMOE_C:-[1, 2]}  # ${EVOMOE_UNSET}\ne: ${EVOMOE_E:-}\n"
+        "a: ${EVOMOE_A}\nb: '${EVOMOE_A}'\nc: [${EVOMOE_B}, x]\nd: ${EVOMOE_C:-[1, 2]}  # "
+        "${EVOMOE_UNSET}\ne: ${EVOMOE_E:-}\n"
     )
     monkeypatch.setenv("EVOMOE_A", "4")
     monkeypatch.setenv("EVOMOE_B", "x]\nstages: [{name: align}]  # ")
-    assert text.read_file(path) == {"a": 4, "b": "4", "c": ["x]\nstages: [{name: align}]  #", "x"], "d": "[1, 2]", "e": None}
+    assert text.read_file(path) == {
+        "a": 4,
+        "b": "4",
+        "c": ["x]\nstages: [{name: align}]  #", "x"],
+        "d": "[1, 2]",
+        "e": None,
+    }
 
 
 def test_a_variable_that_is_not_replaced_is_no_text(tmp_path):

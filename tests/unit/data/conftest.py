@@ -19,23 +19,35 @@ def sp_path(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def sp_dummy_path(tmp_path_factory):
-    """Trained with sentencepiece's own defaults: dummy prefix, whitespace squeezed, and a user-defined <|im_end|>."""
+    """Trained with sentencepiece's own defaults: dummy prefix, whitespace squeezed, and a user-defined
+    <|im_end|>.
+    """
     import sentencepiece
 
     path = tmp_path_factory.mktemp("sp") / "dummy.model"
     with open(path, "wb") as file:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(helpers.LINES * 5), model_writer=file, vocab_size=450, hard_vocab_limit=False,
-            byte_fallback=True, normalization_rule_name="identity", user_defined_symbols=helpers.MARKUP,
-            minloglevel=2, num_threads=1)
+            sentence_iterator=iter(helpers.LINES * 5),
+            model_writer=file,
+            vocab_size=450,
+            hard_vocab_limit=False,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            user_defined_symbols=helpers.MARKUP,
+            minloglevel=2,
+            num_threads=1,
+        )
     return path
 
 
 @pytest.fixture(scope="session")
 def tokenizers(tmp_path_factory, sp_path, sp_dummy_path):
     folder = tmp_path_factory.mktemp("hf")
-    paths = {"sp": sp_path, "sp-dummy": sp_dummy_path,
-             **{f"hf-{kind}": helpers.save_hf_tokenizer(folder / kind, kind) for kind in ("gpt", "llama")}}
+    paths = {
+        "sp": sp_path,
+        "sp-dummy": sp_dummy_path,
+        **{f"hf-{kind}": helpers.save_hf_tokenizer(folder / kind, kind) for kind in ("gpt", "llama")},
+    }
     return {name: build_tokenizer(path) for name, path in paths.items()}
 
 

@@ -17,16 +17,31 @@ from megatron_evomoe.data.loader import TrainLoader
 TEMPLATES = ("plain", "v1", "phi", "qwen", "stablelm")
 MARKUP = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
 LINES = [
-    "USER: <image>\nWhich digit is this? ASSISTANT: It is seven.", "Is it even? No, it is odd.", "How many are there of 3? 2",
-    "A chat between a curious user and an artificial intelligence assistant.", "system user assistant You are a helpful",
-    "The assistant gives helpful, detailed, and polite answers to the user's questions.", "Ist das ein schönes Bild?  Ja!",
+    "USER: <image>\nWhich digit is this? ASSISTANT: It is seven.",
+    "Is it even? No, it is odd.",
+    "How many are there of 3? 2",
+    "A chat between a curious user and an artificial intelligence assistant.",
+    "system user assistant You are a helpful",
+    "The assistant gives helpful, detailed, and polite answers to the user's questions.",
+    "Ist das ein schönes Bild?  Ja!",
 ]
 TOKENS_PER_IMAGE = 4
 
 
 def save_hf_tokenizer(folder: Path, kind: str) -> Path:
-    """A BPE with byte-level pieces (`gpt`: no bos; eos <|endoftext|>) or one with Llama's dummy prefix (`llama`: <s> … </s>)."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    """A BPE with byte-level pieces (`gpt`: no bos; eos <|endoftext|>) or one with Llama's dummy prefix
+    (`llama`: <s> … </s>).
+    """
+    from tokenizers import (
+        AddedToken,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        processors,
+        trainers,
+    )
     from transformers import PreTrainedTokenizerFast
 
     if kind == "gpt":
@@ -34,17 +49,29 @@ def save_hf_tokenizer(folder: Path, kind: str) -> Path:
         tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tok.decoder = decoders.ByteLevel()
         specials = MARKUP
-        trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=specials, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-                                      show_progress=False)
+        trainer = trainers.BpeTrainer(
+            vocab_size=400,
+            special_tokens=specials,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
         names = dict(eos_token="<|endoftext|>", bos_token="<|endoftext|>")
     else:
         tok = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
         tok.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-        steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        steps = [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
         tok.decoder = decoders.Sequence(steps)
         specials = ["<unk>", "<s>", "</s>", *MARKUP]
-        trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=[*specials, *(f"<0x{b:02X}>" for b in range(256))],
-                                      show_progress=False)
+        trainer = trainers.BpeTrainer(
+            vocab_size=500,
+            special_tokens=[*specials, *(f"<0x{b:02X}>" for b in range(256))],
+            show_progress=False,
+        )
         names = dict(bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     tok.train_from_iterator(LINES * 5, trainer)
     if kind == "llama":
@@ -52,7 +79,9 @@ def save_hf_tokenizer(folder: Path, kind: str) -> Path:
         spec = json.loads(tok.to_str())
         spec["added_tokens"] = [t for t in spec["added_tokens"] if t["content"] not in bytes_ids]
         tok = Tokenizer.from_str(json.dumps(spec))
-        tok.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tok.token_to_id("<s>"))])
+        tok.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", tok.token_to_id("<s>"))]
+        )
     tok.add_tokens([AddedToken("<tool_call>", special=False)])
     PreTrainedTokenizerFast(tokenizer_object=tok, **names).save_pretrained(str(folder))
     return folder
@@ -81,7 +110,9 @@ def write_tar(path: Path, members: list[tuple[str, bytes]], form: int = tarfile.
     return path
 
 
-def chat(question: str = "<image>\nWhich digit is this?", answer: str = "It is seven.") -> list[dict[str, str]]:
+def chat(
+    question: str = "<image>\nWhich digit is this?", answer: str = "It is seven."
+) -> list[dict[str, str]]:
     return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
 
 
@@ -91,7 +122,12 @@ def samples(n: int) -> list[tuple[dict, list[bytes]]]:
     for i in range(n):
         images = [jpeg(10 * i + j, (20 + i % 5, 16)) for j in range(i % 3)]
         question = "<image>" * len(images) + f" How many are there of {i}?" + " Is it even?" * (i % 4)
-        out.append(({"id": f"sample-{i}", "kind": "count", "conversations": chat(question, f"There are {i}.")}, images))
+        out.append(
+            (
+                {"id": f"sample-{i}", "kind": "count", "conversations": chat(question, f"There are {i}.")},
+                images,
+            )
+        )
     return out
 
 
@@ -99,8 +135,12 @@ def loader(dataset, tokenizer, processor, *, workers: int = 0, **kwargs) -> Trai
     """A TrainLoader with small defaults; DataConfig fields by keyword too."""
     config = {k: kwargs.pop(k) for k in list(kwargs) if k in DataConfig.__dataclass_fields__}
     config = {"seq_length": 512, "num_workers": workers, "prefetch_factor": 2, **config}
-    defaults = dict(micro_batch_size=2, global_batch_size=8, data_parallel_rank=0, data_parallel_size=1, seed=5)
-    return TrainLoader(dataset, tokenizer, processor, DataConfig(**config), TOKENS_PER_IMAGE, **{**defaults, **kwargs})
+    defaults = dict(
+        micro_batch_size=2, global_batch_size=8, data_parallel_rank=0, data_parallel_size=1, seed=5
+    )
+    return TrainLoader(
+        dataset, tokenizer, processor, DataConfig(**config), TOKENS_PER_IMAGE, **{**defaults, **kwargs}
+    )
 
 
 def take(train_loader: TrainLoader, steps: int) -> list:

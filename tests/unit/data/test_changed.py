@@ -1,4 +1,6 @@
-"""Changed training data: what differs is named, and what going on means is counted, checked against the samples themselves."""
+"""Changed training data: what differs is named, and what going on means is counted, checked against the
+samples themselves.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,11 @@ def test_any_difference_is_named_and_none_is_made_up(one, other):
     before, now = contents(one), contents(other)
     found = differences(before, now)
     assert bool(found) == ([d for *_, d in before] != [d for *_, d in now])
-    assert differences(before, before) == [] == differences(before, [(f"x{name}", n, d) for name, n, d in before])
+    assert (
+        differences(before, before)
+        == []
+        == differences(before, [(f"x{name}", n, d) for name, n, d in before])
+    )
     if found and sorted(before) == sorted(now):
         assert found == [f"the same {len(now)} shards in another order"]
     gone = [s for s in before if s[2] not in {d for *_, d in now}]
@@ -53,7 +59,9 @@ def test_repeated_and_lost_samples_are_counted_exactly(one, other, old_seed, new
     unseen = set(samples(before)) - seen
     end = (new.epoch(position) + 1) * new.num_samples
     coming = {samples(now)[new.index(p)] for p in range(position, end)}
-    repeat, lost, unknown = map(int, re.search(r"same, (\d+) shown .* and (\d+) not shown .*; (\d+) samples lie", text).groups())
+    repeat, lost, unknown = map(
+        int, re.search(r"same, (\d+) shown .* and (\d+) not shown .*; (\d+) samples lie", text).groups()
+    )
     assert repeat == len(coming & seen)
     assert lost == len((unseen & set(samples(now))) - coming)
     assert unknown == len(set(samples(now)) - set(samples(before)))
@@ -65,7 +73,9 @@ def test_one_sample_fewer_in_the_first_shard_is_told():
     now = [("a.tar", 999, "3"), ("b.tar", 1000, "2")]
     assert differences(before, now) == ["a.tar holds 999 samples, 1000 before"]
     assert differences(before, before[::-1]) == ["the same 2 shards in another order"]
-    assert differences(before, [("a.tar", 1000, "9"), before[1]]) == ["a.tar holds other contents in its 1000 samples"]
+    assert differences(before, [("a.tar", 1000, "9"), before[1]]) == [
+        "a.tar holds other contents in its 1000 samples"
+    ]
     assert differences(before, before[:1]) == ["b.tar (1000 samples) is not there any more"]
     assert differences(before, [*before, ("c.tar", 5, "5")]) == ["c.tar (5 samples) is new"]
     many = [(f"{i}.tar", 1, str(i)) for i in range(9)]

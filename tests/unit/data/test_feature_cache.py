@@ -34,7 +34,9 @@ def cache(shards, tmp_path, monkeypatch) -> FeatureCache:
 
 def make(shards: Path, folder: Path, tower: str = "abc", **sections) -> FeatureCache:
     data = {"train_data": [str(shards)], "cache_vision_features": True, **sections.pop("data", {})}
-    return FeatureCache(ShardDataset([str(shards)]), from_mapping({"data": data, **sections}), folder / "cache", tower)
+    return FeatureCache(
+        ShardDataset([str(shards)]), from_mapping({"data": data, **sections}), folder / "cache", tower
+    )
 
 
 def feature(shard: int, image: int) -> torch.Tensor:
@@ -43,13 +45,17 @@ def feature(shard: int, image: int) -> torch.Tensor:
 
 def fill(cache: FeatureCache) -> None:
     for part in cache.parts():
-        cache.write(part, torch.stack([feature(part.shard, part.first + row) for row in range(part.count)]), {})
+        cache.write(
+            part, torch.stack([feature(part.shard, part.first + row) for row in range(part.count)]), {}
+        )
 
 
 def test_every_sample_finds_its_own_images(cache):
     assert [(p.shard, p.first, p.count) for p in cache.parts()] == [
         (shard, first, min(4, cache.dataset.num_images(shard) - first))
-        for shard in range(3) for first in range(0, cache.dataset.num_images(shard), 4)]
+        for shard in range(3)
+        for first in range(0, cache.dataset.num_images(shard), 4)
+    ]
     assert not any(map(cache.has, cache.parts()))
     fill(cache)
     assert all(map(cache.has, cache.parts()))
@@ -57,7 +63,9 @@ def test_every_sample_finds_its_own_images(cache):
     for i in range(21):
         found = cache.read(i, i % 3)
         shard, images = cache.dataset.images_of(i)
-        assert len(found) == i % 3 and all(torch.equal(f, feature(shard, j)) for f, j in zip(found, images, strict=True))
+        assert len(found) == i % 3 and all(
+            torch.equal(f, feature(shard, j)) for f, j in zip(found, images, strict=True)
+        )
         seen += [(shard, j) for j in images]
     assert len(set(seen)) == len(seen) == sum(cache.dataset.num_images(s) for s in range(3)) == 21
     assert len(cache.read(2, 1)) == 1  # a sample that was cut before its second image
@@ -93,9 +101,13 @@ def test_a_killed_write_leaves_nothing_that_counts(cache, monkeypatch):
 def test_what_features_depend_on_names_their_folder(cache, shards, tmp_path):
     same = make(shards, tmp_path)
     assert same.folder == cache.folder
-    others = [make(shards, tmp_path, tower="abd"), make(shards, tmp_path, vision={"feature_layer": -1}),
-              make(shards, tmp_path, train={"bf16": True}), make(shards, tmp_path, data={"image_aspect_ratio": "square"}),
-              make(shards, tmp_path, data={"max_image_pixels": 10})]
+    others = [
+        make(shards, tmp_path, tower="abd"),
+        make(shards, tmp_path, vision={"feature_layer": -1}),
+        make(shards, tmp_path, train={"bf16": True}),
+        make(shards, tmp_path, data={"image_aspect_ratio": "square"}),
+        make(shards, tmp_path, data={"max_image_pixels": 10}),
+    ]
     assert len({c.folder for c in [cache, *others]}) == 6
     before = next(cache.parts()).path
     os.utime(cache.dataset.paths[0])
@@ -111,5 +123,8 @@ def test_workers_open_their_own_files(cache):
 
 def test_form_of_an_image(cache):
     assert image_form(from_mapping({})) == ((3, 32, 32), torch.uint8)
-    assert image_form(from_mapping({"data": {"cache_vision_features": True}, "train": {"bf16": True}})) == ((T, C), torch.bfloat16)
+    assert image_form(from_mapping({"data": {"cache_vision_features": True}, "train": {"bf16": True}})) == (
+        (T, C),
+        torch.bfloat16,
+    )
     assert cache.bytes_per_image == T * C * 4

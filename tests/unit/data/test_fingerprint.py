@@ -24,7 +24,10 @@ def write(path: Path, samples: list[Sample], *, dialect: int = tarfile.USTAR_FOR
         stale.unlink()
     with tarfile.open(path, "w", format=dialect) as archive:
         for i, (record, images) in enumerate(samples):
-            for name, data in [*((f"{i:03d}.{n}.jpg", image) for n, image in enumerate(images)), (f"{i:03d}.json", record)]:
+            for name, data in [
+                *((f"{i:03d}.{n}.jpg", image) for n, image in enumerate(images)),
+                (f"{i:03d}.json", record),
+            ]:
                 info = tarfile.TarInfo(name)
                 info.size, info.mtime = len(data), mtime
                 archive.addfile(info, io.BytesIO(data))
@@ -40,7 +43,9 @@ def samples(draw) -> list[Sample]:
     def member() -> bytes:
         return bytes([draw(st.integers(0, 255))]) * draw(SIZES)
 
-    return [(member(), [member() for _ in range(draw(st.integers(0, 2)))]) for _ in range(draw(st.integers(1, 4)))]
+    return [
+        (member(), [member() for _ in range(draw(st.integers(0, 2)))]) for _ in range(draw(st.integers(1, 4)))
+    ]
 
 
 @settings(derandomize=True, deadline=None, max_examples=30)
@@ -59,8 +64,14 @@ def test_any_other_sample_gives_another_digest(tmp_path_factory, one, data):
         [*one, one[at]],
         [*one[:at], *one[at + 1 :]],
     ]
-    changes += [[*one[:at], (record, [*images[:i], bytes(255 - b for b in images[i]), *images[i + 1 :]]), *one[at + 1 :]]
-                for i in range(len(images))]
+    changes += [
+        [
+            *one[:at],
+            (record, [*images[:i], bytes(255 - b for b in images[i]), *images[i + 1 :]]),
+            *one[at + 1 :],
+        ]
+        for i in range(len(images))
+    ]
     for changed in changes:
         if changed:
             assert digests(write(folder / "a.tar", changed)) != before, changed
@@ -69,7 +80,11 @@ def test_any_other_sample_gives_another_digest(tmp_path_factory, one, data):
 
 
 @settings(derandomize=True, deadline=None, max_examples=20)
-@given(samples(), st.sampled_from([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]), st.integers(0, 2**31))
+@given(
+    samples(),
+    st.sampled_from([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]),
+    st.integers(0, 2**31),
+)
 def test_copies_and_dialects_have_one_digest(tmp_path_factory, one, dialect, mtime):
     folder = tmp_path_factory.mktemp("shard")
     shard = write(folder / "a.tar", one)

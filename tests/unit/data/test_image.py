@@ -16,12 +16,20 @@ from sklearn.datasets import load_sample_images
 
 from megatron_evomoe.config import ConfigError, RunConfig, VisionConfig
 from megatron_evomoe.data.errors import SampleError
-from megatron_evomoe.data.image import CLIP_MEAN, CLIP_STD, SIGLIP_MEAN, ImageProcessor, decode_image, processor_for
+from megatron_evomoe.data.image import (
+    CLIP_MEAN,
+    CLIP_STD,
+    SIGLIP_MEAN,
+    ImageProcessor,
+    decode_image,
+    processor_for,
+)
 
 from .helpers import encoded, jpeg
 
 PHOTOS = [Image.fromarray(photo) for photo in load_sample_images().images]  # 640 x 427
-# Worst seen over these photos, sizes and rules: 0.0063 of 255 (torch 2.13, Pillow 13); the target of data-loading.md is 0.02.
+# Worst seen over these photos, sizes and rules: 0.0063 of 255 (torch 2.13, Pillow 13); the target of
+# data-loading.md is 0.02.
 TOLERANCE = 0.02
 
 
@@ -42,8 +50,13 @@ def pil_square(image, side):
 @pytest.mark.parametrize("shape", ["wide", "tall", "odd", "small", "equal"])
 def test_pixels_equal_pils(rule, side, shape):
     for photo in PHOTOS:
-        image = {"wide": photo, "tall": photo.transpose(Image.Transpose.ROTATE_90), "odd": photo.resize((333, 201)),
-                 "small": photo.resize((50, 90)), "equal": photo.resize((200, 200))}[shape]
+        image = {
+            "wide": photo,
+            "tall": photo.transpose(Image.Transpose.ROTATE_90),
+            "odd": photo.resize((333, 201)),
+            "small": photo.resize((50, 90)),
+            "equal": photo.resize((200, 200)),
+        }[shape]
         ours = ImageProcessor(side, rule)(np.asarray(image))
         assert ours.shape == (3, side, side) and ours.dtype == torch.uint8 and ours.is_contiguous()
         theirs = (pil_pad if rule == "pad" else pil_square)(image, side)
@@ -65,7 +78,9 @@ def test_long_strips_do_not_take_their_squares_memory(size, rule):
 def test_normalize_and_no_images():
     processor = ImageProcessor(8)
     batch = torch.arange(2 * 3 * 64, dtype=torch.uint8).view(2, 3, 8, 8)
-    expected = (batch.numpy() / 255 - np.array(CLIP_MEAN).reshape(1, 3, 1, 1)) / np.array(CLIP_STD).reshape(1, 3, 1, 1)
+    expected = (batch.numpy() / 255 - np.array(CLIP_MEAN).reshape(1, 3, 1, 1)) / np.array(CLIP_STD).reshape(
+        1, 3, 1, 1
+    )
     assert np.allclose(processor.normalize(batch).numpy(), expected, atol=1e-6)
     assert processor.normalize(batch, torch.bfloat16).dtype == torch.bfloat16
     assert processor.normalize(batch[:0]).shape == (0, 3, 8, 8)
@@ -96,10 +111,19 @@ def test_modes_become_rgb():
     rgb = np.asarray(photo).astype(int)
     cmyk = decode_image(encoded(photo.convert("CMYK"), "JPEG", quality=95))
     assert cmyk.shape == (20, 30, 3) and np.abs(cmyk - rgb).mean() < 12  # JPEG loss on top of the round trip
-    for mode, kind in (("L", "JPEG"), ("L", "PNG"), ("1", "PNG"), ("P", "PNG"), ("RGBA", "PNG"), ("LA", "PNG")):
+    for mode, kind in (
+        ("L", "JPEG"),
+        ("L", "PNG"),
+        ("1", "PNG"),
+        ("P", "PNG"),
+        ("RGBA", "PNG"),
+        ("LA", "PNG"),
+    ):
         assert decode_image(encoded(photo.convert(mode), kind)).shape == (20, 30, 3)
     grey16 = Image.fromarray((np.arange(600).reshape(20, 30) * 109).astype(np.uint16))
-    assert np.array_equal(decode_image(encoded(grey16, "PNG"))[..., 1], np.arange(600).reshape(20, 30) * 109 >> 8)
+    assert np.array_equal(
+        decode_image(encoded(grey16, "PNG"))[..., 1], np.arange(600).reshape(20, 30) * 109 >> 8
+    )
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -121,13 +145,30 @@ def bad(kind: str) -> bytes:
         middle = len(data) // 2
         return data[:middle] + b"\xff\xd9\x00\xff" * 8 + data[middle + 32 :]
     png = encoded(PHOTOS[0].resize((64, 64)), "PNG")
-    return {"zero bytes": b"", "text": b"<html>404 not found</html>", "half a jpeg": data[: len(data) // 2],
-            "jpeg header only": data[:30], "half a png": png[: len(png) // 2], "png header only": png[:40],
-            "postscript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n(x) run\n"}[kind]
+    return {
+        "zero bytes": b"",
+        "text": b"<html>404 not found</html>",
+        "half a jpeg": data[: len(data) // 2],
+        "jpeg header only": data[:30],
+        "half a png": png[: len(png) // 2],
+        "png header only": png[:40],
+        "postscript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n(x) run\n",
+    }[kind]
 
 
-@pytest.mark.parametrize("kind", ["zero bytes", "text", "half a jpeg", "jpeg header only", "flipped bytes", "half a png",
-                                  "png header only", "postscript"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "zero bytes",
+        "text",
+        "half a jpeg",
+        "jpeg header only",
+        "flipped bytes",
+        "half a png",
+        "png header only",
+        "postscript",
+    ],
+)
 def test_corrupt_images(kind):
     with pytest.raises(SampleError) as error:
         decode_image(bad(kind))
@@ -136,11 +177,17 @@ def test_corrupt_images(kind):
 
 def bomb(width: int, height: int) -> bytes:
     """A PNG that is all header: its one row of data is never reached."""
+
     def chunk(name, body):
         return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b"\0" * 100))
+        + chunk(b"IEND", b"")
+    )
 
 
 @pytest.mark.parametrize("size", [(8000, 8000), (12000, 12000), (30000, 30000), (60000, 60000)])

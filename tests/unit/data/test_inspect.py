@@ -23,7 +23,10 @@ from .helpers import chat, jpeg, take
 @pytest.fixture
 def shards(tmp_path):
     turns = [*chat("<image>\nWhich digit is this?", "It is [bold]7[/bold]."), *chat("Is it even?", "No")]
-    write_shards([({"conversations": turns}, [jpeg(4)]), ({"conversations": chat("no marker")}, [jpeg(5)])], tmp_path / "shards")
+    write_shards(
+        [({"conversations": turns}, [jpeg(4)]), ({"conversations": chat("no marker")}, [jpeg(5)])],
+        tmp_path / "shards",
+    )
     return tmp_path / "shards"
 
 
@@ -33,14 +36,41 @@ def run(*arguments):
     return inspect.run(parser.parse_args(list(map(str, arguments))))
 
 
-@pytest.mark.parametrize(("template", "expected"), [
-    ("v1", "USER: <image>\nWhich digit is this? ASSISTANT:⟦ It is [bold]7[/bold].<eos>⟧USER: Is it even? ASSISTANT:⟦ No<eos>⟧"),
-    ("qwen", "<|im_start|>user\n<image>\nWhich digit is this?<|im_end|>\n<|im_start|>assistant\n"
-             "⟦It is [bold]7[/bold].<|im_end|>⟧\n"),
-])
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (
+            "v1",
+            "USER: <image>\nWhich digit is this? ASSISTANT:⟦ It is [bold]7[/bold].<eos>⟧USER: Is it even? "
+            "ASSISTANT:⟦ No<eos>⟧",
+        ),
+        (
+            "qwen",
+            "<|im_start|>user\n<image>\nWhich digit is this?<|im_end|>\n<|im_start|>assistant\n"
+            "⟦It is [bold]7[/bold].<|im_end|>⟧\n",
+        ),
+    ],
+)
 def test_marks_what_is_supervised(shards, sp_path, tmp_path, capsys, template, expected):
-    assert run("--data", shards, "--tokenizer", sp_path, "--template", template, "--num", 2, "--image-size", 16, "--patch-size", 8,
-               "--output", tmp_path / "png") == 0
+    assert (
+        run(
+            "--data",
+            shards,
+            "--tokenizer",
+            sp_path,
+            "--template",
+            template,
+            "--num",
+            2,
+            "--image-size",
+            16,
+            "--patch-size",
+            8,
+            "--output",
+            tmp_path / "png",
+        )
+        == 0
+    )
     printed = capsys.readouterr().out
     assert expected.replace("<eos>", "</s>") in printed
     assert "2 samples in 1 shards" in printed and "4 vision" in printed and "16 x 16" in printed
@@ -61,11 +91,24 @@ def run_yaml(shards, sp_path, tmp_path):
     """A run of three stages, of which two see the same."""
     asked = [chat(f"<image>\nHow many are there of {i}?", f"There are {i}.") for i in range(9)]
     write_shards([({"conversations": turns}, [jpeg(i)]) for i, turns in enumerate(asked)], tmp_path / "more")
-    write_shards([({"conversations": [*chat("<image>\nWhich digit is this?", "A seven"), *chat("Is it even?", "No")]}, [jpeg(3)])],
-                 tmp_path / "held-out")
+    write_shards(
+        [
+            (
+                {
+                    "conversations": [
+                        *chat("<image>\nWhich digit is this?", "A seven"),
+                        *chat("Is it even?", "No"),
+                    ]
+                },
+                [jpeg(3)],
+            )
+        ],
+        tmp_path / "held-out",
+    )
     path = tmp_path / "run.yaml"
     path.write_text(f"""
-data: {{tokenizer: {sp_path}, train_data: [{tmp_path}/more], eval_data: [{tmp_path}/held-out], seq_length: 200}}
+data:
+  {{tokenizer: {sp_path}, train_data: [{tmp_path}/more], eval_data: [{tmp_path}/held-out], seq_length: 200}}
 vision: {{image_size: 24, patch_size: 12}}
 train: {{micro_batch_size: 1, global_batch_size: 2, seed: 7}}
 stages:
@@ -81,17 +124,29 @@ def test_a_runs_configuration_shows_what_the_run_sees(run_yaml, tmp_path, capsys
     assert run("--config", run_yaml, "--num", 3, "--output", tmp_path / "png") == 0
     printed = capsys.readouterr().out
     align, rest = printed.split("stages warmup, route: ")
-    assert align.startswith("stage align: template plain, 24 x 24 pixels (square, clip), 4 tokens an image, seq_length 200")
+    assert align.startswith(
+        "stage align: template plain, 24 x 24 pixels (square, clip), 4 tokens an image, seq_length 200"
+    )
     assert rest.startswith("template v1, 24 x 24 pixels (pad, clip)") and "training order of seed 7" in rest
     config = load_config(run_yaml)
     for name, text in (("align", align), ("warmup", rest)):
         stage = config.for_stage(name)
-        session = SimpleNamespace(topology=SimpleNamespace(reads_data=True, data_parallel_rank=0, data_parallel_size=1),
-                                  tokenizer=build_tokenizer(stage.data.tokenizer))
-        steps = take(train_loader(session, stage, ShardDataset(stage.data.train_data), start_position=0, features=None), 2)
+        session = SimpleNamespace(
+            topology=SimpleNamespace(reads_data=True, data_parallel_rank=0, data_parallel_size=1),
+            tokenizer=build_tokenizer(stage.data.tokenizer),
+        )
+        steps = take(
+            train_loader(
+                session, stage, ShardDataset(stage.data.train_data), start_position=0, features=None
+            ),
+            2,
+        )
         batches = [batch for step in steps for batch in step.microbatches][:3]
         places = [text.index(f"{batch['keys'][0]} of ") for batch in batches]
-        assert places == sorted(places) and {"align": "<image>⟦There are", "warmup": "ASSISTANT:⟦ There are"}[name] in text
+        assert (
+            places == sorted(places)
+            and {"align": "<image>⟦There are", "warmup": "ASSISTANT:⟦ There are"}[name] in text
+        )
         for batch in batches:
             png = np.asarray(Image.open(tmp_path / "png" / name / f"{batch['keys'][0]}.0.png"))
             assert np.array_equal(png, batch["pixel_values"][0].permute(1, 2, 0).numpy())
@@ -100,12 +155,38 @@ def test_a_runs_configuration_shows_what_the_run_sees(run_yaml, tmp_path, capsys
 def test_one_stage_flags_and_held_out_questions(run_yaml, shards, tmp_path, capsys):
     assert run("--config", run_yaml, "--stage", "warmup", "--eval", "--num", 1) == 0
     printed = capsys.readouterr().out
-    assert "USER: <image>\nWhich digit is this? ASSISTANT:\nexpected: A seven" in printed and "⟦" not in printed
-    assert "ASSISTANT: A seven</s>USER: Is it even? ASSISTANT:\nexpected: No" in printed and "stored order" in printed
-    assert run("--config", run_yaml, "--data", shards, "--template", "qwen", "--image-size", 48, "--seq-length", 400, "--num", 1,
-               "--stored-order") == 0
+    assert (
+        "USER: <image>\nWhich digit is this? ASSISTANT:\nexpected: A seven" in printed and "⟦" not in printed
+    )
+    assert (
+        "ASSISTANT: A seven</s>USER: Is it even? ASSISTANT:\nexpected: No" in printed
+        and "stored order" in printed
+    )
+    assert (
+        run(
+            "--config",
+            run_yaml,
+            "--data",
+            shards,
+            "--template",
+            "qwen",
+            "--image-size",
+            48,
+            "--seq-length",
+            400,
+            "--num",
+            1,
+            "--stored-order",
+        )
+        == 0
+    )
     printed = capsys.readouterr().out
-    assert "<|im_start|>user" in printed and "48 x 48 pixels" in printed and "seq_length 400" in printed and "1 shards" in printed
+    assert (
+        "<|im_start|>user" in printed
+        and "48 x 48 pixels" in printed
+        and "seq_length 400" in printed
+        and "1 shards" in printed
+    )
     with pytest.raises(ConfigError, match="no stage 'gone'"):
         run("--config", run_yaml, "--stage", "gone")
     with pytest.raises(ConfigError, match="--stage warmup is a stage of a run"):
@@ -118,8 +199,32 @@ def test_one_stage_flags_and_held_out_questions(run_yaml, shards, tmp_path, caps
 
 def test_without_a_configuration_a_seed_gives_the_training_order(run_yaml, sp_path, tmp_path, capsys):
     found = {}
-    for name, flags in {"stored": [], "seed": ["--seed", "7"], "run": ["--config", run_yaml, "--stage", "warmup"]}.items():
-        assert run(*(flags if "--config" in flags else ["--data", tmp_path / "more", "--tokenizer", sp_path, "--image-size", 24,
-                                                       "--patch-size", 12, *flags]), "--num", 9) == 0
+    for name, flags in {
+        "stored": [],
+        "seed": ["--seed", "7"],
+        "run": ["--config", run_yaml, "--stage", "warmup"],
+    }.items():
+        assert (
+            run(
+                *(
+                    flags
+                    if "--config" in flags
+                    else [
+                        "--data",
+                        tmp_path / "more",
+                        "--tokenizer",
+                        sp_path,
+                        "--image-size",
+                        24,
+                        "--patch-size",
+                        12,
+                        *flags,
+                    ]
+                ),
+                "--num",
+                9,
+            )
+            == 0
+        )
         found[name] = re.findall(r"^(\d{9}) of ", capsys.readouterr().out, re.M)
     assert found["stored"] == sorted(found["stored"]) and found["seed"] == found["run"] != found["stored"]

@@ -30,17 +30,25 @@ def keys_of(steps):
 
 
 def same(a, b):
-    return all(torch.equal(a[k], b[k]) for k in ("tokens", "labels", "token_types", "pixel_values")) and a["keys"] == b["keys"]
+    return (
+        all(torch.equal(a[k], b[k]) for k in ("tokens", "labels", "token_types", "pixel_values"))
+        and a["keys"] == b["keys"]
+    )
 
 
 # ---- order
+
 
 def test_order_is_a_permutation_per_epoch_that_depends_on_seed_and_epoch_only():
     order = SampleOrder(50, seed=5)
     epochs = [[order.index(50 * e + i) for i in range(50)] for e in range(3)]
     assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2] != list(range(50))
-    assert [SampleOrder(50, seed=5).index(p) for p in (149, 3, 70)] == [epochs[2][49], epochs[0][3], epochs[1][20]]
+    assert [SampleOrder(50, seed=5).index(p) for p in (149, 3, 70)] == [
+        epochs[2][49],
+        epochs[0][3],
+        epochs[1][20],
+    ]
     assert [SampleOrder(50, seed=6).index(i) for i in range(50)] != epochs[0]
     assert [SampleOrder(50, seed=5, shuffle=False).index(p) for p in (0, 49, 50)] == [0, 49, 0]
     assert (order.epoch(49), order.epoch(50)) == (0, 1)
@@ -58,8 +66,12 @@ GOLDEN = [8, 9, 7, 3, 0, 1, 4, 2, 5, 6, 0, 9, 5, 6, 4, 2, 8, 1, 7, 3]
 
 def test_replicas_tile_the_global_batch():
     for b, dp in ((1, 1), (2, 2), (1, 4), (4, 2)):
-        parts = [replica_positions(100, micro_batch_size=b, global_batch_size=16, data_parallel_rank=r, data_parallel_size=dp)
-                 for r in range(dp)]
+        parts = [
+            replica_positions(
+                100, micro_batch_size=b, global_batch_size=16, data_parallel_rank=r, data_parallel_size=dp
+            )
+            for r in range(dp)
+        ]
         assert sorted(p for part in parts for micro in part for p in micro) == list(range(100, 116))
         assert parts[dp - 1][0] == [100 + (dp - 1) * b + i for i in range(b)]
         assert [p for m in range(16 // b // dp) for part in parts for p in part[m]] == list(range(100, 116))
@@ -67,8 +79,9 @@ def test_replicas_tile_the_global_batch():
 
 # ---- batches
 
+
 def test_microbatch_contents(dataset, sp, processor):
-    step, = take(loader(dataset, sp, processor), 1)
+    (step,) = take(loader(dataset, sp, processor), 1)
     assert len(step.microbatches) == 4 and step.position == 8 and step.epoch == 0 and step.skipped == {}
     lengths = {micro["tokens"].shape for micro in step.microbatches}
     assert len(lengths) == 1  # one length for the whole step
@@ -88,37 +101,54 @@ def test_microbatch_contents(dataset, sp, processor):
             answer = micro["labels"][row][micro["labels"][row] != IGNORE_INDEX]
             assert sp.decode(answer[:-1].tolist()).strip() == record["conversations"][1]["value"]
             images += [processor(decode_image(d)) for d in data]
-        assert micro["pixel_values"].dtype == torch.uint8 and micro["pixel_values"].shape == (len(images), 3, 8, 8)
+        assert micro["pixel_values"].dtype == torch.uint8 and micro["pixel_values"].shape == (
+            len(images),
+            3,
+            8,
+            8,
+        )
         assert all(torch.equal(a, b) for a, b in zip(micro["pixel_values"], images, strict=True))
         assert micro["tokens"].dtype == micro["labels"].dtype == micro["token_types"].dtype == torch.int64
     assert next(iter(lengths)) == (2, longest)
 
 
 def test_padding(dataset, sp, processor):
-    plain, = take(loader(dataset, sp, processor), 1)
-    rounded, = take(loader(dataset, sp, processor, pad_to_multiple_of=64), 1)
-    full, = take(loader(dataset, sp, processor, pad_to_seq_length=True), 1)
+    (plain,) = take(loader(dataset, sp, processor), 1)
+    (rounded,) = take(loader(dataset, sp, processor, pad_to_multiple_of=64), 1)
+    (full,) = take(loader(dataset, sp, processor, pad_to_seq_length=True), 1)
     s = plain.microbatches[0]["tokens"].shape[1]
-    assert rounded.microbatches[0]["tokens"].shape[1] == -(-s // 64) * 64 and full.microbatches[0]["tokens"].shape[1] == 512
+    assert (
+        rounded.microbatches[0]["tokens"].shape[1] == -(-s // 64) * 64
+        and full.microbatches[0]["tokens"].shape[1] == 512
+    )
     assert torch.equal(full.microbatches[0]["tokens"][:, :s], plain.microbatches[0]["tokens"])
 
 
 def test_text_only_microbatch_has_no_images(tmp_path, sp, processor):
     write_shards([({"conversations": chat("1 + 1?", "2")}, [])] * 4, tmp_path)
-    step, = take(loader(ShardDataset(tmp_path), sp, processor, global_batch_size=2), 1)
+    (step,) = take(loader(ShardDataset(tmp_path), sp, processor, global_batch_size=2), 1)
     assert step.microbatches[0]["pixel_values"].shape == (0, 3, 8, 8)
 
 
-@pytest.mark.parametrize("wrong", [
-    dict(global_batch_size=7), dict(data_parallel_size=3), dict(data_parallel_rank=1), dict(start_position=-1),
-    dict(micro_batch_size=0), dict(pad_to_multiple_of=7), dict(template="alpaca"),
-])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        dict(global_batch_size=7),
+        dict(data_parallel_size=3),
+        dict(data_parallel_rank=1),
+        dict(start_position=-1),
+        dict(micro_batch_size=0),
+        dict(pad_to_multiple_of=7),
+        dict(template="alpaca"),
+    ],
+)
 def test_impossible_arguments(dataset, sp, processor, wrong):
     with pytest.raises(ConfigError):
         loader(dataset, sp, processor, **wrong)
 
 
 # ---- workers and resume
+
 
 def test_workers_do_not_change_anything(dataset, sp, processor):
     reference = take(loader(dataset, sp, processor), 8)  # crosses an epoch border at 50
@@ -131,10 +161,17 @@ def test_workers_do_not_change_anything(dataset, sp, processor):
 
 def global_stream(dataset, sp, processor, steps, *, dp, **kwargs):
     """Keys in global order, put together from all replicas."""
-    replicas = [take(loader(dataset, sp, processor, data_parallel_rank=r, data_parallel_size=dp, **kwargs), steps)
-                for r in range(dp)]
-    return [key for step in range(steps) for m in range(len(replicas[0][0].microbatches))
-            for replica in replicas for key in replica[step].microbatches[m]["keys"]]
+    replicas = [
+        take(loader(dataset, sp, processor, data_parallel_rank=r, data_parallel_size=dp, **kwargs), steps)
+        for r in range(dp)
+    ]
+    return [
+        key
+        for step in range(steps)
+        for m in range(len(replicas[0][0].microbatches))
+        for replica in replicas
+        for key in replica[step].microbatches[m]["keys"]
+    ]
 
 
 def test_resume_is_exact_at_any_size_and_worker_count(dataset, sp, processor):
@@ -144,7 +181,9 @@ def test_resume_is_exact_at_any_size_and_worker_count(dataset, sp, processor):
         stopped = loader(dataset, sp, processor, data_parallel_rank=1, data_parallel_size=2, workers=workers)
         position = take(stopped, 4)[-1].position
         assert position == stopped.position == 32
-        resumed = global_stream(dataset, sp, processor, 6, dp=dp, workers=workers, micro_batch_size=micro, start_position=position)
+        resumed = global_stream(
+            dataset, sp, processor, 6, dp=dp, workers=workers, micro_batch_size=micro, start_position=position
+        )
         assert whole[:32] + resumed == whole, (dp, workers, micro)
 
 
@@ -177,12 +216,23 @@ def test_no_descriptors_or_processes_are_left_over(dataset, sp, processor):
 
 
 def _gloo_rank(rank, port, folder, sp_path, queue):
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
+    )
     torch.set_num_threads(2)
     torch.randn(256, 256) @ torch.randn(256, 256)  # a thread pool exists before the workers are forked
     seen = []
-    for step in take(loader(ShardDataset(folder), build_tokenizer(sp_path), ImageProcessor(8), workers=2,
-                            data_parallel_rank=rank, data_parallel_size=2), 4):
+    for step in take(
+        loader(
+            ShardDataset(folder),
+            build_tokenizer(sp_path),
+            ImageProcessor(8),
+            workers=2,
+            data_parallel_rank=rank,
+            data_parallel_size=2,
+        ),
+        4,
+    ):
         total = torch.tensor([len(keys_of([step]))])
         torch.distributed.all_reduce(total)
         seen.append((int(total), keys_of([step])))
@@ -192,8 +242,12 @@ def _gloo_rank(rank, port, folder, sp_path, queue):
 
 
 def _two_gloo_ranks(port, folder, sp_path, queue):
-    """In a process of its own, whatever groups the test session has; forks the ranks, so that torch is imported once."""
-    torch.multiprocessing.start_processes(_gloo_rank, (port, folder, sp_path, queue), nprocs=2, start_method="fork")
+    """In a process of its own, whatever groups the test session has; forks the ranks, so that torch is
+    imported once.
+    """
+    torch.multiprocessing.start_processes(
+        _gloo_rank, (port, folder, sp_path, queue), nprocs=2, start_method="fork"
+    )
 
 
 def test_workers_fork_while_gloo_runs(shard_dir, sp_path):
@@ -210,9 +264,20 @@ def test_workers_fork_while_gloo_runs(shard_dir, sp_path):
     order = SampleOrder(50, seed=5)
     for step in range(4):
         assert results[0][step][0] == results[1][step][0] == 8
-        expected = {r: [f"{order.index(p):09d}" for m in replica_positions(step * 8, micro_batch_size=2, global_batch_size=8,
-                                                                          data_parallel_rank=r, data_parallel_size=2) for p in m]
-                    for r in range(2)}
+        expected = {
+            r: [
+                f"{order.index(p):09d}"
+                for m in replica_positions(
+                    step * 8,
+                    micro_batch_size=2,
+                    global_batch_size=8,
+                    data_parallel_rank=r,
+                    data_parallel_size=2,
+                )
+                for p in m
+            ]
+            for r in range(2)
+        }
         assert {r: results[r][step][1] for r in range(2)} == expected
 
 
@@ -237,16 +302,26 @@ BAD = {
 
 def mixed(folder, bad, good=20):
     """`good` good samples with `bad` in between, in the order given, read unshuffled."""
-    write_shards([sample for pair in zip(samples(good), [*bad, *[None] * good], strict=False) for sample in pair if sample], folder)
+    write_shards(
+        [
+            sample
+            for pair in zip(samples(good), [*bad, *[None] * good], strict=False)
+            for sample in pair
+            if sample
+        ],
+        folder,
+    )
     return ShardDataset(folder)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_bad_samples_keep_their_slot_and_are_counted_and_logged_once(tmp_path, sp, processor, caplog, workers):
+def test_bad_samples_keep_their_slot_and_are_counted_and_logged_once(
+    tmp_path, sp, processor, caplog, workers
+):
     dataset = mixed(tmp_path, BAD.values())
     with caplog.at_level(logging.WARNING):
         train = loader(dataset, sp, processor, shuffle=False, workers=workers, global_batch_size=10)
-        step, = take(train, 1)
+        (step,) = take(train, 1)
     assert step.skipped == train.skipped == dict.fromkeys(BAD, 1) and train.read == 10
     assert keys_of([step]) == [f"{i:09d}" for i in range(10)]
     for i, micro in enumerate(step.microbatches):
@@ -263,8 +338,10 @@ def test_bad_json_too_many_pixels_and_missing_answer(tmp_path, sp, processor):
     path = tmp_path / "shard-000000.tar"
     broken = path.read_bytes().replace(b'"id":"sample-0"', b'"id":"sample-0,')
     path.write_bytes(broken)
-    train = loader(ShardDataset(tmp_path), sp, processor, shuffle=False, global_batch_size=4, max_image_pixels=9999)
-    step, = take(train, 1)
+    train = loader(
+        ShardDataset(tmp_path), sp, processor, shuffle=False, global_batch_size=4, max_image_pixels=9999
+    )
+    (step,) = take(train, 1)
     assert step.skipped == {"image-too-large": 1, "bad-json": 1}
     assert step.microbatches[0]["pixel_values"].shape[0] == 0  # an all-empty microbatch is one still
     assert (step.microbatches[0]["token_types"] == PADDING).all()
@@ -272,14 +349,27 @@ def test_bad_json_too_many_pixels_and_missing_answer(tmp_path, sp, processor):
 
 def test_every_sample_of_a_step_may_be_bad(tmp_path, sp, processor):
     write_shards([BAD["no-conversation"]] * 8, tmp_path)
-    step, = take(loader(ShardDataset(tmp_path), sp, processor, pad_to_multiple_of=4), 1)
-    assert [tuple(micro["tokens"].shape) for micro in step.microbatches] == [(2, 4)] * 4 and step.skipped == {"no-conversation": 8}
+    (step,) = take(loader(ShardDataset(tmp_path), sp, processor, pad_to_multiple_of=4), 1)
+    assert [tuple(micro["tokens"].shape) for micro in step.microbatches] == [(2, 4)] * 4 and step.skipped == {
+        "no-conversation": 8
+    }
 
 
 def test_long_samples_are_cut_when_asked(tmp_path, sp, processor):
     answer = " ".join(["There are 3."] * 200)
-    write_shards([({"conversations": chat("<image>\nhi", answer)}, [jpeg()]), ({"conversations": chat(LONG, "2")}, [])], tmp_path)
-    step, = take(loader(ShardDataset(tmp_path), sp, processor, shuffle=False, global_batch_size=2, long_samples="truncate"), 1)
+    write_shards(
+        [
+            ({"conversations": chat("<image>\nhi", answer)}, [jpeg()]),
+            ({"conversations": chat(LONG, "2")}, []),
+        ],
+        tmp_path,
+    )
+    (step,) = take(
+        loader(
+            ShardDataset(tmp_path), sp, processor, shuffle=False, global_batch_size=2, long_samples="truncate"
+        ),
+        1,
+    )
     micro = step.microbatches[0]
     assert micro["tokens"].shape == (2, 512) and (micro["labels"][0] != IGNORE_INDEX).sum() > 100
     assert len(micro["pixel_values"]) == 1
@@ -297,7 +387,7 @@ def test_samples_without_supervision_are_counted(tmp_path, sp, processor, monkey
     encode = batch.encode
     monkeypatch.setattr(batch, "encode", masked)
     write_shards(samples(4), tmp_path)
-    step, = take(loader(ShardDataset(tmp_path), sp, processor, global_batch_size=4), 1)
+    (step,) = take(loader(ShardDataset(tmp_path), sp, processor, global_batch_size=4), 1)
     assert step.skipped == {"no-supervision": 4}
 
 
@@ -311,34 +401,52 @@ def test_too_many_bad_samples_stop_the_run(tmp_path, sp, processor, workers):
             taken.append(step)
     assert len(taken) == 12  # 3 of 96 is too many already, and judged at 104
     message = str(error.value)
-    assert all(part in message for part in ("3 of 104", "image-count: 2, corrupt-image: 1", "000000001 of ", "raise the rate"))
+    assert all(
+        part in message
+        for part in ("3 of 104", "image-count: 2, corrupt-image: 1", "000000001 of ", "raise the rate")
+    )
     assert len(take(loader(dataset, sp, processor, shuffle=False, max_bad_sample_rate=0.03), 15)) == 15
 
 
 def test_long_samples_are_not_bad_ones(tmp_path, sp, processor, caplog):
-    """A fifth of the samples is long: counted, logged at 1, 10 and 100, and no reason to stop below a rate of its own."""
+    """A fifth of the samples is long: counted, logged at 1, 10 and 100, and no reason to stop below a rate of
+    its own.
+    """
     long = ({"conversations": chat(LONG, "2")}, [])
-    write_shards([sample for pair in zip([long] * 30, *[iter(samples(120))] * 4, strict=True) for sample in pair], tmp_path)
+    write_shards(
+        [sample for pair in zip([long] * 30, *[iter(samples(120))] * 4, strict=True) for sample in pair],
+        tmp_path,
+    )
     dataset = ShardDataset(tmp_path)
     train = loader(dataset, sp, processor, shuffle=False)
     take(train, 75)
     assert train.skipped == {"too-long": 120} and train.read == 600
     lines = [r.getMessage() for r in caplog.records if "too-long" in r.getMessage()]
     assert len(lines) == 3 and "100 of about" in lines[2]
-    with pytest.raises(DataError, match=r"of 104 samples read were longer than seq_length 512.*max_long_sample_rate 0.1; raise"):
+    with pytest.raises(
+        DataError,
+        match=r"of 104 samples read were longer than seq_length 512.*max_long_sample_rate 0.1; raise",
+    ):
         take(loader(dataset, sp, processor, shuffle=False, max_long_sample_rate=0.1), 13)
 
 
 # ---- evaluation
 
+
 def test_prepare_eval(sp, processor):
-    turns = [*chat("<image>\nWhich digit is this?", "7"), *chat("and <image>?", "It is 3."), *chat("Is it even?", "No")]
+    turns = [
+        *chat("<image>\nWhich digit is this?", "7"),
+        *chat("and <image>?", "It is 3."),
+        *chat("Is it even?", "No"),
+    ]
     raw = RawSample("k", "s.tar", {"id": 1, "kind": "digit", "conversations": turns}, [jpeg(0), jpeg(1)])
     items = prepare_eval(raw, sp, processor, "v1", TOKENS_PER_IMAGE)
     assert [item.answer for item in items] == ["7", "It is 3.", "No"]
     assert [len(item.images) for item in items] == [1, 2, 2]
     for i, (prompt, _, images, metadata) in enumerate(items):
-        assert prompt.token_types.count(VISION) == TOKENS_PER_IMAGE * len(images) and set(prompt.labels) == {IGNORE_INDEX}
+        assert prompt.token_types.count(VISION) == TOKENS_PER_IMAGE * len(images) and set(prompt.labels) == {
+            IGNORE_INDEX
+        }
         assert metadata == {"id": 1, "kind": "digit", "key": "k", "shard": "s.tar", "turn": i}
         assert sp.decode(prompt.tokens).endswith("ASSISTANT:")
     assert torch.equal(items[1].images[1], processor(decode_image(jpeg(1))))

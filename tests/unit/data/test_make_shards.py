@@ -34,9 +34,11 @@ def source(tmp_path):
     (images / "big.jpg").write_bytes(jpeg(0, (200, 100)))
     (tmp_path / "secret.jpg").write_bytes(jpeg())
     records = [
-        {"id": "same", "image": f"sub/{i % 8}.jpg", "conversations": chat()} if i % 3 else
-        {"id": "same", "image": ["sub/0.jpg", "sub/1.jpg"], "conversations": chat("<image> or <image>?")} if i % 2 else
-        {"id": "same", "conversations": chat("1 + 1?", "2"), "kind": "text"}
+        {"id": "same", "image": f"sub/{i % 8}.jpg", "conversations": chat()}
+        if i % 3
+        else {"id": "same", "image": ["sub/0.jpg", "sub/1.jpg"], "conversations": chat("<image> or <image>?")}
+        if i % 2
+        else {"id": "same", "conversations": chat("1 + 1?", "2"), "kind": "text"}
         for i in range(36)
     ]
     bad = [
@@ -59,9 +61,23 @@ def source(tmp_path):
 def args_for(folder, output, *more):
     parser = argparse.ArgumentParser()
     make_shards.add_arguments(parser)
-    return parser.parse_args(["--json", str(folder / "llava.json"), "--images", str(folder / "images"),
-                              "--output", str(folder / output),
-                              "--samples-per-shard", "10", "--max-image-pixels", "10000", "--workers", "1", *more])
+    return parser.parse_args(
+        [
+            "--json",
+            str(folder / "llava.json"),
+            "--images",
+            str(folder / "images"),
+            "--output",
+            str(folder / output),
+            "--samples-per-shard",
+            "10",
+            "--max-image-pixels",
+            "10000",
+            "--workers",
+            "1",
+            *more,
+        ]
+    )
 
 
 def contents(folder):
@@ -82,7 +98,9 @@ def test_shards_and_report(source, capsys):
     for i in range(len(dataset)):
         raw = dataset.read(i)
         named = raw.record.get("image", [])
-        expected = [(folder / "images" / name).read_bytes() for name in ([named] if isinstance(named, str) else named)]
+        expected = [
+            (folder / "images" / name).read_bytes() for name in ([named] if isinstance(named, str) else named)
+        ]
         assert raw.images == expected
     printed = capsys.readouterr().out
     assert "36 of 45 records" in printed and "missing-image" in printed and "gone.jpg" in printed
@@ -118,9 +136,22 @@ def test_a_killed_run_continues_to_the_same_bytes(source):
     records = json.loads((folder / "llava.json").read_text()) * 12
     (folder / "llava.json").write_text(json.dumps(records))
     make_shards.run(args_for(folder, "whole"))
-    command = [sys.executable, ROOT / "tools" / "make_shards.py", "--json", folder / "llava.json",
-               "--images", folder / "images", "--output", folder / "out",
-               "--samples-per-shard", "10", "--max-image-pixels", "10000", "--workers", "2"]
+    command = [
+        sys.executable,
+        ROOT / "tools" / "make_shards.py",
+        "--json",
+        folder / "llava.json",
+        "--images",
+        folder / "images",
+        "--output",
+        folder / "out",
+        "--samples-per-shard",
+        "10",
+        "--max-image-pixels",
+        "10000",
+        "--workers",
+        "2",
+    ]
     process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while len(contents(folder / "out")) < 3 and process.poll() is None and time.monotonic() < deadline:
@@ -164,9 +195,15 @@ def test_nothing_usable(tmp_path):
     assert not list((tmp_path / "out").glob("*.tar"))
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    (None, "cannot be read"), ("{", "not valid JSON"), ("{}", "list of records"), ("[]", "empty"),
-])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "cannot be read"),
+        ("{", "not valid JSON"),
+        ("{}", "list of records"),
+        ("[]", "empty"),
+    ],
+)
 def test_unusable_json(tmp_path, text, message):
     (tmp_path / "images").mkdir()
     if text is not None:
@@ -181,14 +218,21 @@ def test_messages_and_records_that_cannot_be_stored(source):
 
     def shown(*urls):
         parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
-        return {"messages": [{"role": "user", "content": [*parts, {"type": "text", "text": "?"}]},
-                             {"role": "assistant", "content": "7"}]}
+        return {
+            "messages": [
+                {"role": "user", "content": [*parts, {"type": "text", "text": "?"}]},
+                {"role": "assistant", "content": "7"},
+            ]
+        }
 
     records = [
-        (None, shown("sub/1.jpg", "sub/2.jpg")), (None, {**shown("https://host/1.jpg"), "images": ["sub/3.jpg"]}),
+        (None, shown("sub/1.jpg", "sub/2.jpg")),
+        (None, {**shown("https://host/1.jpg"), "images": ["sub/3.jpg"]}),
         (None, {"image": "sub/4.jpg", "caption": "a digit"}),
-        ("image-url", shown("https://host/1.jpg")), ("image-url", shown("data:image/jpeg;base64,AA")),
-        ("image-url", {"image": "s3://bucket/1.jpg", "conversations": chat()}), ("image-path", shown(None)),
+        ("image-url", shown("https://host/1.jpg")),
+        ("image-url", shown("data:image/jpeg;base64,AA")),
+        ("image-url", {"image": "s3://bucket/1.jpg", "conversations": chat()}),
+        ("image-path", shown(None)),
         ("missing-image", {"image": "pipe.jpg", "conversations": chat()}),
         ("missing-image", {"image": "a\0", "conversations": chat()}),
         ("bad-text", {"image": "\udc80.jpg", "conversations": chat()}),

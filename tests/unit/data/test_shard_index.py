@@ -19,8 +19,20 @@ from megatron_evomoe.data.shards import ShardDataset, expand_paths, write_shards
 
 from .helpers import chat, samples, write_tar
 
-ARRAYS = ("keys", "text", "is_json", "first", "images", "captions", "captioned", "defects", "text_lead", "image_lead",
-          "caption_lead", "content")
+ARRAYS = (
+    "keys",
+    "text",
+    "is_json",
+    "first",
+    "images",
+    "captions",
+    "captioned",
+    "defects",
+    "text_lead",
+    "image_lead",
+    "caption_lead",
+    "content",
+)
 
 
 def record(i=0):
@@ -33,7 +45,9 @@ def everything(path):
 
 
 def energon_index(tar):
-    """SHARD.tar.idx as megatron-energon writes it: the byte where each sample begins, and the end, as uint64."""
+    """SHARD.tar.idx as megatron-energon writes it: the byte where each sample begins, and the end, as
+    uint64.
+    """
     starts, keys = [], []
     with tarfile.open(tar) as archive:
         for member in archive:
@@ -48,7 +62,9 @@ def energon_index(tar):
 def built(monkeypatch):
     """The tars of which an index was built."""
     found = []
-    monkeypatch.setattr(shard_index, "build_index", lambda tar, build=shard_index.build_index: found.append(tar) or build(tar))
+    monkeypatch.setattr(
+        shard_index, "build_index", lambda tar, build=shard_index.build_index: found.append(tar) or build(tar)
+    )
     return found
 
 
@@ -79,19 +95,35 @@ def test_it_is_in_nobodys_way(tmp_path):
 
 
 def test_energon_reads_a_folder_as_before(tmp_path):
-    energon = pytest.importorskip("megatron.energon", reason="megatron-energon is no dependency; pip install it to run this")
+    energon = pytest.importorskip(
+        "megatron.energon", reason="megatron-energon is no dependency; pip install it to run this"
+    )
     from megatron.energon.flavors.webdataset import BaseWebdatasetFactory
 
     shards = write_shards(samples(6), tmp_path, samples_per_shard=3)
-    BaseWebdatasetFactory.prepare_dataset(tmp_path, [s.name for s in shards], split_parts_ratio=[("train", 1.0)], workers=1,
-                                          shuffle_seed=None, tar_index_only=False)
+    BaseWebdatasetFactory.prepare_dataset(
+        tmp_path,
+        [s.name for s in shards],
+        split_parts_ratio=[("train", 1.0)],
+        workers=1,
+        shuffle_seed=None,
+        tar_index_only=False,
+    )
     (tmp_path / ".nv-meta" / "dataset.yaml").write_text(
-        "__module__: megatron.energon\n__class__: CrudeWebdataset\n")
+        "__module__: megatron.energon\n__class__: CrudeWebdataset\n"
+    )
 
     def keys():
         worker = energon.WorkerConfig(rank=0, world_size=1, num_workers=0)
-        data = energon.get_train_dataset(tmp_path, worker_config=worker, batch_size=None, shuffle_buffer_size=None,
-                                         max_samples_per_sequence=None, repeat=False, task_encoder=Crude())
+        data = energon.get_train_dataset(
+            tmp_path,
+            worker_config=worker,
+            batch_size=None,
+            shuffle_buffer_size=None,
+            max_samples_per_sequence=None,
+            repeat=False,
+            task_encoder=Crude(),
+        )
         return [sample["__key__"] for sample in energon.get_loader(data)]
 
     class Crude(energon.DefaultTaskEncoder):
@@ -127,7 +159,9 @@ def test_read_only_folder(tmp_path, monkeypatch):
     def refuse(*_args, **_kwargs):
         raise PermissionError(30, "Read-only file system")
 
-    monkeypatch.setattr(shard_index.safetensors.numpy, "save", refuse)  # tests may run as root, whom modes do not stop
+    monkeypatch.setattr(
+        shard_index.safetensors.numpy, "save", refuse
+    )  # tests may run as root, whom modes do not stop
     assert len(ShardDataset(path)) == 1
     assert [p.name for p in tmp_path.iterdir()] == ["a.tar"]
 
@@ -137,7 +171,9 @@ def rewrite(path, *, seal=True, **arrays):
     saved = {**safetensors.numpy.load(index_path(path).read_bytes()), **arrays}
     if seal:
         saved["digest"] = np.frombuffer(shard_index._digest(saved), np.uint8)
-    index_path(path).write_bytes(safetensors.numpy.save({name: np.ascontiguousarray(a) for name, a in saved.items()}))
+    index_path(path).write_bytes(
+        safetensors.numpy.save({name: np.ascontiguousarray(a) for name, a in saved.items()})
+    )
 
 
 def shifted(path):
@@ -149,12 +185,24 @@ def shifted(path):
 @pytest.mark.parametrize("seal", [False, True])
 @pytest.mark.parametrize("name", ARRAYS)
 def test_arrays_that_cannot_be_true_are_made_anew(tmp_path, built, name, seal):
-    path, = write_shards(samples(6), tmp_path)
+    (path,) = write_shards(samples(6), tmp_path)
     truth = everything(path)
     saved = safetensors.numpy.load(index_path(path).read_bytes())[name]
-    others = [saved.astype(np.float32), saved.astype(np.int16), saved[:-1], saved[None], np.zeros((2, 0), saved.dtype)]
+    others = [
+        saved.astype(np.float32),
+        saved.astype(np.int16),
+        saved[:-1],
+        saved[None],
+        np.zeros((2, 0), saved.dtype),
+    ]
     if saved.dtype == np.int64 and saved.size:
-        others += [saved + 1, -saved - 1, saved + 512 * 10**6, np.full_like(saved, 2**63 - 1), np.full_like(saved, -(2**63))]
+        others += [
+            saved + 1,
+            -saved - 1,
+            saved + 512 * 10**6,
+            np.full_like(saved, 2**63 - 1),
+            np.full_like(saved, -(2**63)),
+        ]
     if name in ("defects", "text_lead", "image_lead"):
         others += [saved + 100, saved - 1]
     for other in others:
@@ -168,7 +216,7 @@ def test_arrays_that_cannot_be_true_are_made_anew(tmp_path, built, name, seal):
 
 def test_an_index_of_another_tar_pairs_nothing(tmp_path, built):
     """Same size and time, sealed: held against the tar when it is loaded, and again for each member."""
-    path, = write_shards(samples(9), tmp_path)
+    (path,) = write_shards(samples(9), tmp_path)
     truth = everything(path)
     before = len(built)
     rewrite(path, **shifted(path))
@@ -223,7 +271,7 @@ def test_what_lies_in_its_place(tmp_path, what):
 
 @pytest.mark.parametrize("name", ["defects", "content", "images"])
 def test_a_change_that_could_be_true_is_noticed_by_the_digest(tmp_path, built, name):
-    path, = write_shards(samples(6), tmp_path)
+    (path,) = write_shards(samples(6), tmp_path)
     before = load_index(path)
     changed = getattr(before, name).copy()
     changed[1] = changed[1] + 1 if name != "images" else changed[2]
@@ -233,7 +281,7 @@ def test_a_change_that_could_be_true_is_noticed_by_the_digest(tmp_path, built, n
 
 
 def test_images_of_a_sample_are_not_exchanged(tmp_path):
-    path, = write_shards(samples(3), tmp_path)  # the third has two
+    (path,) = write_shards(samples(3), tmp_path)  # the third has two
     images = load_index(path).images.copy()
     images[[1, 2]] = images[[2, 1]]
     rewrite(path, images=images)

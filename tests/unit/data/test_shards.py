@@ -28,7 +28,11 @@ def test_round_trip(dataset):
     for i, (expected, images) in enumerate(samples(50)):
         raw = dataset.read(i)
         assert (raw.record, raw.images, raw.key) == (expected, images, f"{i:09d}")
-        assert raw.shard.endswith(f"shard-{i // 20:06d}.tar") and str(dataset.shard(i)) == raw.shard and dataset.key(i) == raw.key
+        assert (
+            raw.shard.endswith(f"shard-{i // 20:06d}.tar")
+            and str(dataset.shard(i)) == raw.shard
+            and dataset.key(i) == raw.key
+        )
     assert dataset.problems == {}
     with pytest.raises(IndexError):
         dataset.read(50)
@@ -41,7 +45,9 @@ def test_webdataset_reads_what_we_write(shard_dir):
     assert [sample["__key__"] for sample in read] == [f"{i:09d}" for i in range(50)]
     for sample, (expected, images) in zip(read, samples(50), strict=True):
         assert json.loads(sample["json"]) == expected
-        assert [sample[e] for e in (["jpg"] if len(images) == 1 else [f"{j}.jpg" for j in range(len(images))])] == images
+        assert [
+            sample[e] for e in (["jpg"] if len(images) == 1 else [f"{j}.jpg" for j in range(len(images))])
+        ] == images
 
 
 def test_we_read_what_webdataset_writes(tmp_path):
@@ -61,8 +67,13 @@ def test_bytes_are_reproducible(tmp_path):
     first, second = (write_shards(samples(7), tmp_path / n, samples_per_shard=3) for n in "ab")
     assert [p.name for p in first] == [f"shard-{i:06d}.tar" for i in range(3)]
     assert [p.read_bytes() for p in first] == [p.read_bytes() for p in second]
-    constant = tar_bytes([("k", {"a": "é"}, [b"\x89PNG", b"RIFF0000WEBP"])])  # no clock, user or machine in it
-    assert hashlib.sha256(constant).hexdigest() == "990c1fa98243ccf9561a985fb2fa9d33bd1ac76dd2c2ff1e362ad0d65efb1554"
+    constant = tar_bytes(
+        [("k", {"a": "é"}, [b"\x89PNG", b"RIFF0000WEBP"])]
+    )  # no clock, user or machine in it
+    assert (
+        hashlib.sha256(constant).hexdigest()
+        == "990c1fa98243ccf9561a985fb2fa9d33bd1ac76dd2c2ff1e362ad0d65efb1554"
+    )
     with pytest.raises(ConfigError, match="already holds shards"):
         write_shards(samples(2), tmp_path / "a")
     with pytest.raises(ConfigError, match="no samples"):
@@ -75,7 +86,7 @@ def test_images_are_stored_under_their_true_type(tmp_path):
     from .helpers import encoded
 
     kinds = [encoded(Image.new("RGB", (4, 4)), kind) for kind in ("PNG", "WEBP", "JPEG", "GIF", "BMP")]
-    path, = write_shards([({"conversations": []}, kinds)], tmp_path)
+    (path,) = write_shards([({"conversations": []}, kinds)], tmp_path)
     with tarfile.open(path) as archive:
         names = archive.getnames()
     assert names == [f"000000000.{e}" for e in ("0.png", "1.webp", "2.jpg", "3.gif", "4.bmp", "json")]
@@ -84,9 +95,17 @@ def test_images_are_stored_under_their_true_type(tmp_path):
 
 def test_expand_paths(shard_dir, tmp_path, monkeypatch):
     names = [f"shard-{i:06d}.tar" for i in range(3)]
-    for pattern in (shard_dir, shard_dir / "shard-{000000..000002}.tar", shard_dir / "*.tar", shard_dir / "shard-00000?.tar"):
+    for pattern in (
+        shard_dir,
+        shard_dir / "shard-{000000..000002}.tar",
+        shard_dir / "*.tar",
+        shard_dir / "shard-00000?.tar",
+    ):
         assert [p.name for p in expand_paths([str(pattern)])] == names
-    assert [p.name for p in expand_paths([str(shard_dir / names[2]), str(shard_dir / names[0])])] == [names[2], names[0]]
+    assert [p.name for p in expand_paths([str(shard_dir / names[2]), str(shard_dir / names[0])])] == [
+        names[2],
+        names[0],
+    ]
     for pattern, message in [
         ([], "no shards given"),
         ([str(tmp_path)], "holds no .tar"),
@@ -102,9 +121,14 @@ def test_expand_paths(shard_dir, tmp_path, monkeypatch):
             expand_paths(pattern)
 
 
-@pytest.mark.parametrize(("data", "message"), [
-    (b"", "is empty"), (b"hello" * 300, "no uncompressed tar"), (b"\0" * 10240, "holds no sample"),
-])
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "is empty"),
+        (b"hello" * 300, "no uncompressed tar"),
+        (b"\0" * 10240, "holds no sample"),
+    ],
+)
 def test_shards_that_are_none(tmp_path, data, message):
     (tmp_path / "a.tar").write_bytes(data)
     with pytest.raises(ConfigError, match=rf"a\.tar.*{message}"):
@@ -150,10 +174,19 @@ def test_cut_after_indexing_is_a_bad_sample_not_garbage(tmp_path):
 def test_odd_members_are_reported(tmp_path, caplog):
     path = tmp_path / "a.tar"
     members = [
-        ("a.jpg", jpeg(0)), ("b.jpg", jpeg(1)), ("a.json", record(0)), ("b.json", record(1)),  # not adjacent
-        ("a.jpg", jpeg(2)), ("a.json", record(2)),  # the key again
-        ("c.pyd", pickle.dumps(1)), ("c.pkl", pickle.dumps(1)), ("c.json", record(3)),
-        ("lonely.jpg", jpeg(4)), ("d.seg.png", b"mask"), ("d.cls", b"1"), ("d.JSON", record(5)),
+        ("a.jpg", jpeg(0)),
+        ("b.jpg", jpeg(1)),
+        ("a.json", record(0)),
+        ("b.json", record(1)),  # not adjacent
+        ("a.jpg", jpeg(2)),
+        ("a.json", record(2)),  # the key again
+        ("c.pyd", pickle.dumps(1)),
+        ("c.pkl", pickle.dumps(1)),
+        ("c.json", record(3)),
+        ("lonely.jpg", jpeg(4)),
+        ("d.seg.png", b"mask"),
+        ("d.cls", b"1"),
+        ("d.JSON", record(5)),
     ]
     write_tar(path, members)
     with tarfile.open(path, "a") as archive:
@@ -167,12 +200,26 @@ def test_odd_members_are_reported(tmp_path, caplog):
     for i, reason in ((3, "pickle-member"), (4, "unread-member")):
         with pytest.raises(SampleError, match=reason):
             dataset.read(i)
-    assert dataset.problems == {"duplicate-key": 1, "pickle-member": 2, "no-json": 2, "ignored-member": 2, "not-a-file": 1}
+    assert dataset.problems == {
+        "duplicate-key": 1,
+        "pickle-member": 2,
+        "no-json": 2,
+        "ignored-member": 2,
+        "not-a-file": 1,
+    }
     assert "c.pyd" in caplog.text and "lonely" in caplog.text
 
 
-@pytest.mark.parametrize(("data", "reason"), [(b"{", "bad-json"), (b"\xff", "bad-json"), (b"[" * 100000, "bad-json"),
-                                              (b"[1]", "no-conversation"), (b"null", "no-conversation")])
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"{", "bad-json"),
+        (b"\xff", "bad-json"),
+        (b"[" * 100000, "bad-json"),
+        (b"[1]", "no-conversation"),
+        (b"null", "no-conversation"),
+    ],
+)
 def test_json_that_is_no_record(tmp_path, data, reason):
     dataset = ShardDataset(write_tar(tmp_path / "a.tar", [("x.json", data)]))
     with pytest.raises(SampleError) as error:
@@ -182,7 +229,9 @@ def test_json_that_is_no_record(tmp_path, data, reason):
 
 def test_images_in_numeric_order(tmp_path):
     members = [(f"x.{i}.jpg", jpeg(i)) for i in (10, 2, 0, 1)] + [("x.json", record())]
-    assert ShardDataset(write_tar(tmp_path / "a.tar", members)).read(0).images == [jpeg(i) for i in (0, 1, 2, 10)]
+    assert ShardDataset(write_tar(tmp_path / "a.tar", members)).read(0).images == [
+        jpeg(i) for i in (0, 1, 2, 10)
+    ]
 
 
 def test_open_files_stay_bounded(tmp_path):
@@ -197,7 +246,10 @@ def test_open_files_stay_bounded(tmp_path):
 
 
 def test_archives_put_together_are_read_whole(tmp_path):
-    parts = [write_tar(tmp_path / f"{i}.part", [(f"{i}.jpg", jpeg(i)), (f"{i}.json", record(i))]).read_bytes() for i in range(3)]
+    parts = [
+        write_tar(tmp_path / f"{i}.part", [(f"{i}.jpg", jpeg(i)), (f"{i}.json", record(i))]).read_bytes()
+        for i in range(3)
+    ]
     path = tmp_path / "a.tar"
     path.write_bytes(b"".join(parts))
     dataset = ShardDataset(path)
@@ -209,13 +261,23 @@ def test_archives_put_together_are_read_whole(tmp_path):
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-@pytest.mark.parametrize(("kind", "reason"), [(tarfile.SYMTYPE, "not-a-file"), (tarfile.LNKTYPE, "not-a-file"),
-                                              (tarfile.FIFOTYPE, "not-a-file"), (tarfile.GNUTYPE_SPARSE, "sparse-member")])
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (tarfile.SYMTYPE, "not-a-file"),
+        (tarfile.LNKTYPE, "not-a-file"),
+        (tarfile.FIFOTYPE, "not-a-file"),
+        (tarfile.GNUTYPE_SPARSE, "sparse-member"),
+    ],
+)
 def test_members_that_are_no_plain_files_take_their_sample_with_them(tmp_path, form, kind, reason):
     """Without its image the record is a text-only one, and would be trained as such."""
     path = tmp_path / "a.tar"
     with tarfile.open(path, "w", format=form) as archive:
-        for name, data in (("x.json", json.dumps({"conversations": chat("hi")}).encode()), ("y.json", record(1))):
+        for name, data in (
+            ("x.json", json.dumps({"conversations": chat("hi")}).encode()),
+            ("y.json", record(1)),
+        ):
             info = tarfile.TarInfo(name)
             info.size = len(data)
             archive.addfile(info, io.BytesIO(data))

@@ -26,7 +26,19 @@ from megatron_evomoe.train.transition import check_tokenizer
 
 from . import helpers
 
-SEGMENTS = ["hello", " hello", "  two  spaces ", "\nline\n\nline", " ", "", "\t", "é — 漢字 🙂", "A chat", ":", " ASSISTANT:"]
+SEGMENTS = [
+    "hello",
+    " hello",
+    "  two  spaces ",
+    "\nline\n\nline",
+    " ",
+    "",
+    "\t",
+    "é — 漢字 🙂",
+    "A chat",
+    ":",
+    " ASSISTANT:",
+]
 
 
 @pytest.mark.parametrize("text", SEGMENTS)
@@ -59,23 +71,37 @@ def test_first_word_is_encoded_as_the_published_tokenizer_would(sp_dummy_path, t
 
     published = sentencepiece.SentencePieceProcessor(model_file=str(sp_dummy_path))
     tok = tokenizers["sp-dummy"]
-    assert tok.encode(tok.text_prefix + "Is it even?") == published.encode("Is it even?") != tok.encode("Is it even?")
+    assert (
+        tok.encode(tok.text_prefix + "Is it even?")
+        == published.encode("Is it even?")
+        != tok.encode("Is it even?")
+    )
 
 
 def test_fingerprint_follows_the_vocabulary(tokenizer, tokenizers, sp_path, tmp_path):
     assert len({tok.fingerprint() for tok in tokenizers.values()}) == len(tokenizers)
     assert SentencePieceTokenizer(sp_path).fingerprint() == tokenizers["sp"].fingerprint()
-    other = train_sentencepiece(helpers.LINES * 5, tmp_path / "other.model", 320, user_defined_symbols=[*helpers.MARKUP, "\n"])
+    other = train_sentencepiece(
+        helpers.LINES * 5, tmp_path / "other.model", 320, user_defined_symbols=[*helpers.MARKUP, "\n"]
+    )
     assert build_tokenizer(other).fingerprint() != tokenizers["sp"].fingerprint()
 
 
 def test_training_is_reproducible(tmp_path):
-    a, b = (train_sentencepiece(iter(helpers.LINES * 5), tmp_path / f"{n}.model", 400).read_bytes() for n in "ab")
+    a, b = (
+        train_sentencepiece(iter(helpers.LINES * 5), tmp_path / f"{n}.model", 400).read_bytes() for n in "ab"
+    )
     assert a == b and sorted(p.name for p in tmp_path.iterdir()) == [
-        "a.model", "a.model.sha256", "b.model", "b.model.sha256"]
+        "a.model",
+        "a.model.sha256",
+        "b.model",
+        "b.model.sha256",
+    ]
 
 
-@pytest.mark.parametrize("kind", ["none", "missing", "empty-file", "garbage-file", "empty-dir", "garbage-dir"])
+@pytest.mark.parametrize(
+    "kind", ["none", "missing", "empty-file", "garbage-file", "empty-dir", "garbage-dir"]
+)
 def test_unreadable_tokenizers(tmp_path, kind):
     path = tmp_path / kind
     if kind.endswith("file"):
@@ -91,7 +117,9 @@ def test_unreadable_tokenizers(tmp_path, kind):
 
 def test_no_code_of_a_tokenizer_directory_is_run(tmp_path):
     folder = helpers.save_hf_tokenizer(tmp_path / "tok", "gpt")
-    (folder / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["evil.Evil", null]}, "tokenizer_class": "Evil"}')
+    (folder / "tokenizer_config.json").write_text(
+        '{"auto_map": {"AutoTokenizer": ["evil.Evil", null]}, "tokenizer_class": "Evil"}'
+    )
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
     with contextlib.suppress(ConfigError):
         HuggingFaceTokenizer(folder)
@@ -99,8 +127,11 @@ def test_no_code_of_a_tokenizer_directory_is_run(tmp_path):
 
 
 def test_sentencepiece_needs_no_transformers(sp_path):
-    code = ("import sys; sys.modules['transformers'] = None; from megatron_evomoe.data.tokenizer import build_tokenizer; "
-            f"print(build_tokenizer({str(sp_path)!r}).encode('a'))")
+    code = (
+        "import sys; sys.modules['transformers'] = None; from megatron_evomoe.data.tokenizer import "
+        "build_tokenizer; "
+        f"print(build_tokenizer({str(sp_path)!r}).encode('a'))"
+    )
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
@@ -122,8 +153,12 @@ def test_a_changed_score_is_another_tokenizer(sp_path, tmp_path):
     assert changed.fingerprint().split(".")[0] == old and changed.fingerprint() != good.fingerprint()
     assert same_tokenizer(good.fingerprint(), good.fingerprint())
     assert not same_tokenizer(good.fingerprint(), changed.fingerprint())
-    assert same_tokenizer(old, changed.fingerprint()) and same_tokenizer("", changed.fingerprint())  # as recorded formerly
-    source = SimpleNamespace(parts=["language_model"], tokenizer_fingerprint=good.fingerprint(), vocab_size=good.vocab_size)
+    assert same_tokenizer(old, changed.fingerprint()) and same_tokenizer(
+        "", changed.fingerprint()
+    )  # as recorded formerly
+    source = SimpleNamespace(
+        parts=["language_model"], tokenizer_fingerprint=good.fingerprint(), vocab_size=good.vocab_size
+    )
     with pytest.raises(CheckpointError, match="the same pieces by other rules or scores"):
         check_tokenizer(source, tmp_path, changed.fingerprint())
 
@@ -149,15 +184,30 @@ def _without(spec, *path):
     del spec[key]
 
 
-@pytest.mark.parametrize(("name", "change", "message"), [
-    ("tokenizer.json", lambda spec: _without(spec, "normalizer"), "the key .'normalizer'. is missing"),
-    ("tokenizer.json", lambda spec: spec.update(normaliser=None), "unknown key .'normaliser'."),
-    ("tokenizer.json", lambda spec: spec["model"].update(byte_fallbakc=True), "'byte_fallbakc' that the tokenizers library"),
-    ("tokenizer.json", lambda spec: spec["model"]["vocab"].update(one=5, two=5), "each once"),
-    ("tokenizer.json", lambda spec: spec["added_tokens"][0].update(id=17), "an added token|added token"),
-    ("tokenizer.json", lambda spec: spec["added_tokens"][0].update(content="<|im_strat|>"), "an added token|names"),
-    ("tokenizer_config.json", lambda spec: spec.update(eos_token="<|endoftexu|>"), "names eos_token '<.endoftexu.>', which"),
-])
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("tokenizer.json", lambda spec: _without(spec, "normalizer"), "the key .'normalizer'. is missing"),
+        ("tokenizer.json", lambda spec: spec.update(normaliser=None), "unknown key .'normaliser'."),
+        (
+            "tokenizer.json",
+            lambda spec: spec["model"].update(byte_fallbakc=True),
+            "'byte_fallbakc' that the tokenizers library",
+        ),
+        ("tokenizer.json", lambda spec: spec["model"]["vocab"].update(one=5, two=5), "each once"),
+        ("tokenizer.json", lambda spec: spec["added_tokens"][0].update(id=17), "an added token|added token"),
+        (
+            "tokenizer.json",
+            lambda spec: spec["added_tokens"][0].update(content="<|im_strat|>"),
+            "an added token|names",
+        ),
+        (
+            "tokenizer_config.json",
+            lambda spec: spec.update(eos_token="<|endoftexu|>"),
+            "names eos_token '<.endoftexu.>', which",
+        ),
+    ],
+)
 def test_what_a_library_would_pass_over(tmp_path, name, change, message):
     folder = helpers.save_hf_tokenizer(tmp_path / "tok", "gpt")
     spec = json.loads((folder / name).read_text())

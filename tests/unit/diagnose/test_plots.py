@@ -18,12 +18,18 @@ from megatron_evomoe.observe import RunLogger
 def test_records_come_back_and_later_ones_replace(tmp_path):
     counts = torch.tensor([[[3, 1], [0, 0]]])
     store.write_shares(tmp_path, "route", 10, [1], torch.zeros_like(counts))
-    store.write(tmp_path, "route", 10, "shuffle", mode="permute", accuracy=0.5, shuffled=torch.tensor([0.25, 0.5]))
+    store.write(
+        tmp_path, "route", 10, "shuffle", mode="permute", accuracy=0.5, shuffled=torch.tensor([0.25, 0.5])
+    )
     store.write_shares(tmp_path, "route", 10, [1], counts)
     store.write_shares(tmp_path, "evolve", 10, [1], counts)
     shuffle, route, evolve = store.read(tmp_path)
     assert (shuffle["kind"], shuffle["shuffled"]) == ("shuffle", [0.25, 0.5])
-    assert route["counts"] == counts.tolist() and route["divergence"] == ["nan"] and math.isnan(float(route["divergence"][0]))
+    assert (
+        route["counts"] == counts.tolist()
+        and route["divergence"] == ["nan"]
+        and math.isnan(float(route["divergence"][0]))
+    )
     assert evolve["stage"] == "evolve"
     assert [r["stage"] for r in store.read(tmp_path, "shares")] == ["route", "evolve"]
     assert store.read(tmp_path, "shares", "evolve") == [evolve] and store.read(tmp_path / "none") == []
@@ -54,7 +60,12 @@ def fill(run_dir, *, num_layers=2, experts=4):
         log.start_stage(stage, total, 0)
         for step in range(1, total + 1):
             log.log(step, {"lm loss": math.nan if step == 3 else 1.0 / step})
-        log.event("eval", step=total, accuracy={"digit": 0.5, "grid": 0.25}, blind={"grid": 0.1} if stage == "route" else None)
+        log.event(
+            "eval",
+            step=total,
+            accuracy={"digit": 0.5, "grid": 0.25},
+            blind={"grid": 0.1} if stage == "route" else None,
+        )
     log.close()
     layers = list(range(1, 2 * num_layers, 2))
     counter, sample = ShareCounter(num_layers, experts), LogitSample(num_layers, experts, capacity=50)
@@ -62,17 +73,23 @@ def fill(run_dir, *, num_layers=2, experts=4):
         logits = torch.randn(100, experts)
         # the last layer never sees an image token: neither bars nor density for that modality, and no crash
         types = torch.zeros(100) if layer == num_layers - 1 else torch.arange(100) % 2
-        counter.add(layer, types, torch.zeros(100, experts).scatter(1, logits.argmax(1, keepdim=True), 1).bool())
+        counter.add(
+            layer, types, torch.zeros(100, experts).scatter(1, logits.argmax(1, keepdim=True), 1).bool()
+        )
         sample.add(layer, types, logits)
     store.write_shares(run_dir, "route", 8, layers, counter.counts)
     store.write_logits(run_dir, "route", 8, layers, sample)
-    store.write_similarity(run_dir, "route", 8, layers, {"weights": torch.eye(experts).expand(num_layers, -1, -1)})
+    store.write_similarity(
+        run_dir, "route", 8, layers, {"weights": torch.eye(experts).expand(num_layers, -1, -1)}
+    )
 
 
 @pytest.mark.parametrize(("num_layers", "experts"), [(2, 4), (1, 1), (3, 9)])
 def test_every_figure_is_drawn_from_the_run_directory(tmp_path, capsys, monkeypatch, num_layers, experts):
     torch.manual_seed(0)
-    monkeypatch.setattr(figures, "MOST_LAYERS", 2)  # with 3 layers some are left out; few panels keep the test quick
+    monkeypatch.setattr(
+        figures, "MOST_LAYERS", 2
+    )  # with 3 layers some are left out; few panels keep the test quick
     monkeypatch.setattr(figures, "STYLE", {**figures.STYLE, "figure.dpi": 50})
     fill(tmp_path / "run", num_layers=num_layers, experts=experts)
     parser = argparse.ArgumentParser()
@@ -98,9 +115,16 @@ def test_what_is_missing_is_skipped_with_its_reason(tmp_path, capsys):
 def test_stages_stand_in_a_row_and_evaluations_on_their_steps(tmp_path, monkeypatch):
     fill(tmp_path)
     seen = {}
-    monkeypatch.setattr(figures, "loss_curves", lambda stages, evaluations: seen.update(stages=stages, evaluations=evaluations))
+    monkeypatch.setattr(
+        figures,
+        "loss_curves",
+        lambda stages, evaluations: seen.update(stages=stages, evaluations=evaluations),
+    )
     plots.draw_loss(tmp_path)
-    assert [(s["name"], s["start"], s["steps"][-1]) for s in seen["stages"]] == [("align", 0, 5), ("route", 5, 8)]
+    assert [(s["name"], s["start"], s["steps"][-1]) for s in seen["stages"]] == [
+        ("align", 0, 5),
+        ("route", 5, 8),
+    ]
     assert [(e["x"], e["blind"]) for e in seen["evaluations"]] == [(5, {}), (13, {"grid": 0.1})]
     assert seen["evaluations"][0]["accuracy"] == {"digit": 0.5, "grid": 0.25}
 
@@ -110,9 +134,13 @@ def test_density_integrates_to_one_and_peaks_where_values_are():
     values = np.random.default_rng(0).normal(1.0, 1.0, 2000)
     found = estimates.density(values, grid)
     assert found.sum() * (grid[1] - grid[0]) == pytest.approx(1.0, abs=1e-3)
-    assert grid[found.argmax()] == pytest.approx(1.0, abs=0.4)  # a kernel estimate's mode wanders; its mean does not
+    assert grid[found.argmax()] == pytest.approx(
+        1.0, abs=0.4
+    )  # a kernel estimate's mode wanders; its mean does not
     assert (found * grid).sum() / found.sum() == pytest.approx(values.mean(), abs=1e-3)
-    assert estimates.density(np.full(5, 2.0), grid).max() > 10  # all alike: a narrow peak, no division by zero
+    assert (
+        estimates.density(np.full(5, 2.0), grid).max() > 10
+    )  # all alike: a narrow peak, no division by zero
     assert not estimates.density(np.array([]), grid).any()
 
 

@@ -19,11 +19,15 @@ def test_counts_split_by_modality_and_leave_padding_out():
     counter = ShareCounter(num_layers=2, num_experts=3)
     types = torch.tensor([[0, 1, 1], [2, 0, 1]])  # [S, B] as a model has them
     counter.add(1, types, one_hot([0, 2, 2, 1, 0, 1], 3))
-    counter.add(1, torch.tensor([0]), torch.tensor([[False, True, True]]))  # top-2 counts twice, dropped tokens not at all
+    counter.add(
+        1, torch.tensor([0]), torch.tensor([[False, True, True]])
+    )  # top-2 counts twice, dropped tokens not at all
     counter.add(1, torch.tensor([0]), torch.zeros(1, 3, dtype=torch.bool))
     assert counter.counts.tolist() == [[[0, 0, 0], [0, 0, 0]], [[2, 1, 1], [0, 1, 2]]]
     shares = counter.shares()
-    torch.testing.assert_close(shares[1], torch.tensor([[0.5, 0.25, 0.25], [0, 1 / 3, 2 / 3]], dtype=torch.float64))
+    torch.testing.assert_close(
+        shares[1], torch.tensor([[0.5, 0.25, 0.25], [0, 1 / 3, 2 / 3]], dtype=torch.float64)
+    )
     assert shares[0].isnan().all()
     counter.reset()
     assert counter.counts.sum() == 0
@@ -35,18 +39,22 @@ def test_a_map_of_other_size_than_the_tokens_is_refused():
 
 
 def test_divergence_of_equal_disjoint_and_half_shared():
-    shares = torch.tensor([
-        [[0.5, 0.5, 0.0], [0.5, 0.5, 0.0]],
-        [[1.0, 0.0, 0.0], [0.0, 0.25, 0.75]],
-        [[0.5, 0.5, 0.0], [0.5, 0.0, 0.5]],  # half of each mass shared: 0.5 bit
-        [[1.0, 0.0, 0.0], [0.5, 0.5, 0.0]],
-        [[NAN, NAN, NAN], [0.5, 0.5, 0.0]],
-    ])
+    shares = torch.tensor(
+        [
+            [[0.5, 0.5, 0.0], [0.5, 0.5, 0.0]],
+            [[1.0, 0.0, 0.0], [0.0, 0.25, 0.75]],
+            [[0.5, 0.5, 0.0], [0.5, 0.0, 0.5]],  # half of each mass shared: 0.5 bit
+            [[1.0, 0.0, 0.0], [0.5, 0.5, 0.0]],
+            [[NAN, NAN, NAN], [0.5, 0.5, 0.0]],
+        ]
+    )
     by_hand = 0.5 * math.log2(4 / 3) + 0.5 * (0.5 * math.log2(2 / 3) + 0.5 * math.log2(2))
     found = routing.modality_divergence(shares)
     torch.testing.assert_close(found[:4], torch.tensor([0, 1, 0.5, by_hand], dtype=torch.float64))
     assert found[4].isnan()
-    torch.testing.assert_close(found, routing.modality_divergence(shares.flip(1)), equal_nan=True)  # symmetric
+    torch.testing.assert_close(
+        found, routing.modality_divergence(shares.flip(1)), equal_nan=True
+    )  # symmetric
 
 
 def test_overload_and_dead_experts():
@@ -71,7 +79,9 @@ def test_metric_names_follow_the_layers_of_the_decoder():
 def stream(seed=0, tokens=5000):
     g = torch.Generator().manual_seed(seed)
     types = torch.randint(0, 3, (tokens,), generator=g)
-    return types, torch.stack([types.double(), torch.arange(tokens).double()], 1)  # a logit tells where it came from
+    return types, torch.stack(
+        [types.double(), torch.arange(tokens).double()], 1
+    )  # a logit tells where it came from
 
 
 def test_the_sample_is_bounded_sorted_by_modality_and_deterministic():
@@ -140,7 +150,9 @@ def test_draws_are_uniform_permutations_from_the_given_generator(mode):
     drawn = draw(0)
     assert torch.equal(drawn, draw(0)) and not torch.equal(drawn, draw(1))
     assert torch.equal(drawn.sort(1).values, torch.arange(4).expand(4000, 4))
-    where = torch.nn.functional.one_hot(drawn, 4).double().mean(0)  # expert -> place; sd √(3/16/4000) = 0.0068
+    where = (
+        torch.nn.functional.one_hot(drawn, 4).double().mean(0)
+    )  # expert -> place; sd √(3/16/4000) = 0.0068
     assert (where - 0.25).abs().max() < 5 * 0.0068
 
 

@@ -4,7 +4,12 @@ import pytest
 import torch
 
 from megatron_evomoe.diagnose import similarity
-from megatron_evomoe.diagnose.similarity import expert_similarity, mean_off_diagonal, output_cosines, output_similarity
+from megatron_evomoe.diagnose.similarity import (
+    expert_similarity,
+    mean_off_diagonal,
+    output_cosines,
+    output_similarity,
+)
 
 
 def test_raw_cosine_by_hand():
@@ -36,11 +41,15 @@ def test_experts_equal_to_the_reference_are_one_to_each_other(count):
 def test_gram_matrices_of_shards_add_up_and_chunks_do_not_matter(monkeypatch):
     weights, reference = torch.randn(3, 101), torch.randn(101)
     whole = similarity.expert_gram(weights, reference)
-    parts = sum(similarity.expert_gram(w, r) for w, r in zip(weights.split(40, 1), reference.split(40), strict=True))
+    parts = sum(
+        similarity.expert_gram(w, r) for w, r in zip(weights.split(40, 1), reference.split(40), strict=True)
+    )
     torch.testing.assert_close(parts, whole)
     monkeypatch.setattr(similarity, "CHUNK", 7)
     torch.testing.assert_close(similarity.expert_gram(weights, reference), whole)
-    torch.testing.assert_close(similarity.cosine_from_gram(whole), expert_similarity([weights], [reference])[0])
+    torch.testing.assert_close(
+        similarity.cosine_from_gram(whole), expert_similarity([weights], [reference])[0]
+    )
 
 
 def test_misuse():
@@ -55,5 +64,7 @@ def test_output_similarity_averages_over_tokens_then_pairs():
     outputs = torch.tensor([[a, a], [a, b], [b, b]])  # [E = 3, T = 2, C = 2]
     assert output_cosines(outputs).tolist() == [[1, 0.5, 0], [0.5, 1, 0.5], [0, 0.5, 1]]
     assert output_similarity(outputs).item() == pytest.approx(1 / 3)
-    assert output_similarity(outputs * torch.tensor([1.0, 5.0, 0.1])[:, None, None]).item() == pytest.approx(1 / 3)  # scale-free
+    assert output_similarity(outputs * torch.tensor([1.0, 5.0, 0.1])[:, None, None]).item() == pytest.approx(
+        1 / 3
+    )  # scale-free
     assert output_similarity(outputs[:1]).isnan()

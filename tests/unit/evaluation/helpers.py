@@ -16,13 +16,16 @@ from megatron_evomoe.evaluation.item import Item
 
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'].upper() }}: "
-    "{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>\n{% else %}{{ c['text'] }}{% endif %}{% endfor %} "
+    "{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>\n{% else %}{{ c['text'] }}{% endif %}{% "
+    "endfor %} "
     "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
 
 
 def write_model(folder: Path, kind: str = "llava", positions: int = 1024) -> Path:
-    """A randomly initialised model with a byte-level tokenizer and a processor; `kind` is llava (stock) or evomoe."""
+    """A randomly initialised model with a byte-level tokenizer and a processor; `kind` is llava (stock) or
+    evomoe.
+    """
     from transformers import CLIPImageProcessor, LlavaProcessor
 
     tokenizer = _tokenizer()
@@ -30,8 +33,14 @@ def write_model(folder: Path, kind: str = "llava", positions: int = 1024) -> Pat
     build = {"llava": _llava, "evomoe": _evomoe}[kind]
     build(len(tokenizer), tokenizer.convert_tokens_to_ids("<image>"), positions).save_pretrained(folder)
     pixels = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
-    LlavaProcessor(pixels, tokenizer, patch_size=8, vision_feature_select_strategy="default", chat_template=TEMPLATE,
-                   num_additional_image_tokens=1).save_pretrained(folder)
+    LlavaProcessor(
+        pixels,
+        tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        chat_template=TEMPLATE,
+        num_additional_image_tokens=1,
+    ).save_pretrained(folder)
     return folder
 
 
@@ -40,35 +49,94 @@ def _tokenizer() -> Any:
     from transformers import PreTrainedTokenizerFast
 
     pieces = ["<unk>", "<s>", "</s>", "<pad>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    backend = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[], unk_token="<unk>"))
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>",
-                                        pad_token="<pad>", model_input_names=["input_ids", "attention_mask"])
-    tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken("<image>", special=True, normalized=False)]})
+    backend = Tokenizer(
+        models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[], unk_token="<unk>")
+    )
+    backend.pre_tokenizer, backend.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        model_input_names=["input_ids", "attention_mask"],
+    )
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": [AddedToken("<image>", special=True, normalized=False)]}
+    )
     return tokenizer
 
 
 def _llava(vocabulary: int, image_id: int, positions: int) -> Any:
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-    vision = CLIPVisionConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=16,
-                              patch_size=8, projection_dim=16)
-    text = LlamaConfig(vocab_size=vocabulary, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-                       max_position_embeddings=positions, bos_token_id=1, eos_token_id=2, pad_token_id=3, initializer_range=0.3)
-    return LlavaForConditionalGeneration(LlavaConfig(
-        vision_config=vision.to_dict(), text_config=text.to_dict(), image_token_id=image_id, image_token_index=image_id,
-        vision_feature_layer=-2, vision_feature_select_strategy="default", image_seq_length=4))
+    vision = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=8,
+        projection_dim=16,
+    )
+    text = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=positions,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=3,
+        initializer_range=0.3,
+    )
+    return LlavaForConditionalGeneration(
+        LlavaConfig(
+            vision_config=vision.to_dict(),
+            text_config=text.to_dict(),
+            image_token_id=image_id,
+            image_token_index=image_id,
+            vision_feature_layer=-2,
+            vision_feature_select_strategy="default",
+            image_seq_length=4,
+        )
+    )
 
 
 def _evomoe(vocabulary: int, image_id: int, positions: int) -> Any:
     from megatron_evomoe.hf.code.configuration_evomoe import EvoMoeConfig
     from megatron_evomoe.hf.code.modeling_evomoe import EvoMoeForConditionalGeneration
 
-    vision = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8)
-    text = dict(vocab_size=vocabulary, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-                max_position_embeddings=positions, bos_token_id=1, eos_token_id=2, pad_token_id=3, initializer_range=0.3,
-                moe_layers=[1], dtr_hidden_size=4, dtr_rank=4)
-    return EvoMoeForConditionalGeneration(EvoMoeConfig(vision, text, image_token_id=image_id, image_seq_length=4))
+    vision = dict(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=8,
+    )
+    text = dict(
+        vocab_size=vocabulary,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=positions,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=3,
+        initializer_range=0.3,
+        moe_layers=[1],
+        dtr_hidden_size=4,
+        dtr_rank=4,
+    )
+    return EvoMoeForConditionalGeneration(
+        EvoMoeConfig(vision, text, image_token_id=image_id, image_seq_length=4)
+    )
 
 
 def png(colour: int = 0) -> bytes:
@@ -96,8 +164,15 @@ def write_pope(folder: Path, questions: int, category: str = "random") -> tuple[
     names = [f"COCO_val2014_{n:012d}.jpg" for n in range(questions)]
     for n, name in enumerate(names):
         picture(folder / "val2014" / name, n % 256)
-    lines = [{"question_id": n, "image": name, "text": f"Is there a number {n} in the image?", "label": ("no", "yes")[n % 2]}
-             for n, name in enumerate(names, start=1)]
+    lines = [
+        {
+            "question_id": n,
+            "image": name,
+            "text": f"Is there a number {n} in the image?",
+            "label": ("no", "yes")[n % 2],
+        }
+        for n, name in enumerate(names, start=1)
+    ]
     path = folder / f"coco_pope_{category}.json"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path, folder / "val2014"

@@ -24,8 +24,31 @@ QUESTIONS = 150
 
 
 def arguments(model, questions, images, output, *more):
-    return [*map(str, ("evaluate", "--model", model, "--benchmark", "pope", "--questions", questions, "--images", images,
-                       "--output", output, "--max-new-tokens", 3, "--dtype", "float32", "--device", "cpu", *more))]
+    return [
+        *map(
+            str,
+            (
+                "evaluate",
+                "--model",
+                model,
+                "--benchmark",
+                "pope",
+                "--questions",
+                questions,
+                "--images",
+                images,
+                "--output",
+                output,
+                "--max-new-tokens",
+                3,
+                "--dtype",
+                "float32",
+                "--device",
+                "cpu",
+                *more,
+            ),
+        )
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +69,11 @@ def environment():
 
 
 def lines(output):
-    return [json.loads(line) for path in sorted((output / "answers").glob("*.jsonl")) for line in path.read_text().splitlines()]
+    return [
+        json.loads(line)
+        for path in sorted((output / "answers").glob("*.jsonl"))
+        for line in path.read_text().splitlines()
+    ]
 
 
 def test_predictions_and_metrics(alone):
@@ -66,8 +93,13 @@ def test_a_batch_answers_as_single_questions_do(alone, pope, model_dir, tmp_path
 
 
 def test_killed_then_finished_by_two_ranks(alone, pope, model_dir, tmp_path):
-    process = subprocess.Popen([sys.executable, "-m", "megatron_evomoe", *arguments(model_dir, *pope, tmp_path, "--batch-size", 1)],
-                               cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "megatron_evomoe", *arguments(model_dir, *pope, tmp_path, "--batch-size", 1)],
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     path = tmp_path / "answers" / "rank-00000.jsonl"
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not (path.exists() and path.read_bytes().count(b"\n") >= 3):
@@ -79,12 +111,29 @@ def test_killed_then_finished_by_two_ranks(alone, pope, model_dir, tmp_path):
     assert not (tmp_path / "metrics.json").exists()
     with open(path, "ab") as file:
         file.write(b'{"id": "random/149", "answer": "to')
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "megatron_evomoe"]
-    finished = subprocess.run([*torchrun, *arguments(model_dir, *pope, tmp_path, "--batch-size", 7)], cwd=ROOT, env=environment(),
-                              capture_output=True, text=True, timeout=120)
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "megatron_evomoe",
+    ]
+    finished = subprocess.run(
+        [*torchrun, *arguments(model_dir, *pope, tmp_path, "--batch-size", 7)],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.count("yes_ratio") == 2  # told once: among the means, and as a column
-    assert sorted(p["id"] for p in lines(tmp_path)) == sorted(f"random/{n}" for n in range(1, QUESTIONS + 1))  # none twice
+    assert sorted(p["id"] for p in lines(tmp_path)) == sorted(
+        f"random/{n}" for n in range(1, QUESTIONS + 1)
+    )  # none twice
     assert (tmp_path / "answers" / "rank-00001.jsonl").exists()
     for name in ("predictions.jsonl", "metrics.json"):
         assert (tmp_path / name).read_bytes() == (alone / name).read_bytes()
@@ -97,7 +146,10 @@ def test_a_raised_limit_goes_on(pope, model_dir, tmp_path):
 
 
 def test_missing_answers_are_not_scored(tmp_path):
-    items = [helpers.item("a", category="random", answer="yes"), helpers.item("b", category="random", answer="yes")]
+    items = [
+        helpers.item("a", category="random", answer="yes"),
+        helpers.item("b", category="random", answer="yes"),
+    ]
     with pytest.raises(BenchmarkError, match="1 of 2 questions have no answer, first b"):
         report(BENCHMARKS["pope"], items, {"a": "yes"}, tmp_path)
     assert not list(tmp_path.iterdir())
@@ -110,13 +162,16 @@ def test_another_model_in_the_same_folder(alone, pope, model_dir, tmp_path, caps
     assert "holds answers of another run: model differs" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"--questions": "nowhere.json"}, "--questions nowhere.json does not exist"),
-    ({"--images": "nowhere"}, "--images nowhere is no folder"),
-    ({"--model": "nowhere"}, "--model nowhere is no directory"),
-    ({"--batch-size": "0"}, "must be at least 1"),
-    ({"--max-new-tokens": "4", "--questions": "EMPTY"}, "holds no questions"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"--questions": "nowhere.json"}, "--questions nowhere.json does not exist"),
+        ({"--images": "nowhere"}, "--images nowhere is no folder"),
+        ({"--model": "nowhere"}, "--model nowhere is no directory"),
+        ({"--batch-size": "0"}, "must be at least 1"),
+        ({"--max-new-tokens": "4", "--questions": "EMPTY"}, "holds no questions"),
+    ],
+)
 def test_errors_take_one_line(pope, model_dir, tmp_path, capsys, change, message):
     (tmp_path / "empty.json").write_text("\n")
     command = arguments(model_dir, *pope, tmp_path / "out", "--batch-size", 8)
@@ -144,14 +199,25 @@ def test_a_prompt_too_long_is_named(pope, tmp_path, capsys):
 
 @pytest.mark.parametrize("kind", ["llava", "evomoe"])
 def test_text_only_and_image_questions_share_a_batch(kind, tmp_path):
-    problem = {"question": "Which?", "choices": ["x", "y"], "answer": 0, "hint": "", "image": None, "subject": "natural science",
-               "grade": "grade1"}
-    helpers.write_json(tmp_path / "problems.json", {"1": problem, "2": {**problem, "image": "image.png"}, "3": problem})
+    problem = {
+        "question": "Which?",
+        "choices": ["x", "y"],
+        "answer": 0,
+        "hint": "",
+        "image": None,
+        "subject": "natural science",
+        "grade": "grade1",
+    }
+    helpers.write_json(
+        tmp_path / "problems.json", {"1": problem, "2": {**problem, "image": "image.png"}, "3": problem}
+    )
     helpers.write_json(tmp_path / "pid_splits.json", {"test": ["1", "2", "3"]})
     helpers.picture(tmp_path / "images" / "2" / "image.png")
     model = helpers.write_model(tmp_path / "model", kind)
     command = arguments(model, tmp_path, tmp_path / "images", tmp_path / "out", "--batch-size", 3)
     command[command.index("pope")] = "scienceqa"
     assert main(command) == 0
-    texts = [json.loads(line)["text"] for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
+    texts = [
+        json.loads(line)["text"] for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()
+    ]
     assert texts[0] == texts[2] != texts[1]

@@ -27,17 +27,33 @@ def test_pope(tmp_path):
     assert first.images == (images / "COCO_val2014_000000000000.jpg",)
     assert (first.metadata["answer"], second.metadata["answer"]) == ("yes", "no")
     helpers.write_pope(tmp_path, 1, "popular")
-    assert [i.id for i in read("pope", tmp_path, tmp_path)] == ["popular/1", "random/1", "random/2"]  # val2014/ below also found
+    assert [i.id for i in read("pope", tmp_path, tmp_path)] == [
+        "popular/1",
+        "random/1",
+        "random/2",
+    ]  # val2014/ below also found
 
 
-@pytest.mark.parametrize(("line", "message"), [
-    ('{"question_id": 1, "image": "a.jpg", "text": "q"}', "pope.json:2: field 'label' is missing"),
-    ('{"question_id": 1, "image": "a.jpg", "text": "q", "label": "maybe"}', "pope.json:2: label must be yes or no, got 'maybe'"),
-    ('{"question_id": 1, "image": "b.jpg", "text": "q", "label": "no"}', "pope.json:2: image b.jpg or val2014/b.jpg is not in"),
-    ('{"question_id": 1, "image": 7, "text": "q", "label": "no"}', "pope.json:2: field 'image' must be str, got 7"),
-    ("{", "pope.json:2 is not valid JSON"),
-    ("[]", "pope.json:2: expected an object with 'image', got a list"),
-])
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"question_id": 1, "image": "a.jpg", "text": "q"}', "pope.json:2: field 'label' is missing"),
+        (
+            '{"question_id": 1, "image": "a.jpg", "text": "q", "label": "maybe"}',
+            "pope.json:2: label must be yes or no, got 'maybe'",
+        ),
+        (
+            '{"question_id": 1, "image": "b.jpg", "text": "q", "label": "no"}',
+            "pope.json:2: image b.jpg or val2014/b.jpg is not in",
+        ),
+        (
+            '{"question_id": 1, "image": 7, "text": "q", "label": "no"}',
+            "pope.json:2: field 'image' must be str, got 7",
+        ),
+        ("{", "pope.json:2 is not valid JSON"),
+        ("[]", "pope.json:2: expected an object with 'image', got a list"),
+    ],
+)
 def test_pope_errors(tmp_path, line, message):
     helpers.picture(tmp_path / "a.jpg")
     path = tmp_path / "pope.json"
@@ -52,20 +68,29 @@ def test_mme(tmp_path, nested):
     helpers.picture(folder / ("images/a.png" if nested else "a.png"))
     text = folder / ("questions_answers_YN/a.txt" if nested else "a.txt")
     text.parent.mkdir(exist_ok=True)
-    text.write_text("Is there one dog? Please answer yes or no.\tYes\nAre there two? Please answer yes or no.\tNo\n")
+    text.write_text(
+        "Is there one dog? Please answer yes or no.\tYes\nAre there two? Please answer yes or no.\tNo\n"
+    )
     (tmp_path / "eval_tool").mkdir()
     first, second = read("mme", tmp_path)
     assert first.prompt == f"Is there one dog?\n{SHORT}"
-    assert (first.id, first.group, first.metadata) == ("count/a/0", "count/a", {"category": "count", "answer": "yes"})
+    assert (first.id, first.group, first.metadata) == (
+        "count/a/0",
+        "count/a",
+        {"category": "count", "answer": "yes"},
+    )
     assert second.metadata["answer"] == "no"
     assert first_groups([first, second], 1) == [first, second]  # the two questions of an image stay together
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("Q?\tYes\n", "has 1 questions; MME asks two"),
-    ("Q? Yes\nQ?\tNo\n", "a.txt:1 is no 'question TAB Yes|No'"),
-    ("Q?\tYes\nQ?\tPerhaps\n", "a.txt:2: the answer must be yes or no"),
-])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("Q?\tYes\n", "has 1 questions; MME asks two"),
+        ("Q? Yes\nQ?\tNo\n", "a.txt:1 is no 'question TAB Yes|No'"),
+        ("Q?\tYes\nQ?\tPerhaps\n", "a.txt:2: the answer must be yes or no"),
+    ],
+)
 def test_mme_errors(tmp_path, text, message):
     helpers.picture(tmp_path / "count" / "a.jpg")
     (tmp_path / "count" / "a.txt").write_text(text)
@@ -80,7 +105,13 @@ def test_mme_without_categories(tmp_path):
 
 def textvqa_file(folder, **record):
     helpers.picture(folder / "train_images" / "0a1b.jpg")
-    full = {"question_id": 34602, "image_id": "0a1b", "question": "what brand is this?", "set_name": "val", **record}
+    full = {
+        "question_id": 34602,
+        "image_id": "0a1b",
+        "question": "what brand is this?",
+        "set_name": "val",
+        **record,
+    }
     return helpers.write_json(folder / "TextVQA_0.5.1_val.json", {"dataset_version": "0.5.1", "data": [full]})
 
 
@@ -105,10 +136,20 @@ def vqav2_files(folder, split="val2014"):
     helpers.picture(folder / split.replace("-dev", "") / f"COCO_{split.replace('-dev', '')}_000000000042.jpg")
     questions = [{"image_id": 42, "question": "Is it red?", "question_id": 42001}]
     answers = [{"answer": "yes", "answer_confidence": "yes", "answer_id": n} for n in range(1, 11)]
-    annotation = {"question_id": 42001, "image_id": 42, "question_type": "is it", "answer_type": "yes/no", "answers": answers,
-                  "multiple_choice_answer": "yes"}
-    return (helpers.write_json(folder / "questions.json", {"data_type": "mscoco", "data_subtype": split, "questions": questions}),
-            helpers.write_json(folder / "annotations.json", {"data_subtype": split, "annotations": [annotation]}))
+    annotation = {
+        "question_id": 42001,
+        "image_id": 42,
+        "question_type": "is it",
+        "answer_type": "yes/no",
+        "answers": answers,
+        "multiple_choice_answer": "yes",
+    }
+    return (
+        helpers.write_json(
+            folder / "questions.json", {"data_type": "mscoco", "data_subtype": split, "questions": questions}
+        ),
+        helpers.write_json(folder / "annotations.json", {"data_subtype": split, "annotations": [annotation]}),
+    )
 
 
 def test_vqav2(tmp_path):
@@ -131,8 +172,14 @@ def test_vqav2_submission(tmp_path):
 
 def gqa_file(folder, **record):
     helpers.picture(folder / "n161313.jpg")
-    full = {"question": "What color is it?", "imageId": "n161313", "isBalanced": True, "groups": {"global": "color", "local": "x"},
-            "types": {"structural": "query", "semantic": "attr", "detailed": "directOf"}, **record}
+    full = {
+        "question": "What color is it?",
+        "imageId": "n161313",
+        "isBalanced": True,
+        "groups": {"global": "color", "local": "x"},
+        "types": {"structural": "query", "semantic": "attr", "detailed": "directOf"},
+        **record,
+    }
     return helpers.write_json(folder / "testdev_balanced_questions.json", {"201307251": full})
 
 
@@ -152,9 +199,19 @@ def test_gqa_is_no_list(tmp_path):
 
 
 def scienceqa_folder(folder):
-    problem = {"question": "Which one?", "choices": ["a  rock", "a tree"], "answer": 1, "hint": "", "image": None,
-               "subject": "natural science", "grade": "grade8", "split": "test"}
-    helpers.write_json(folder / "problems.json", {"4": problem, "5": {**problem, "image": "image.png", "hint": "Look."}})
+    problem = {
+        "question": "Which one?",
+        "choices": ["a  rock", "a tree"],
+        "answer": 1,
+        "hint": "",
+        "image": None,
+        "subject": "natural science",
+        "grade": "grade8",
+        "split": "test",
+    }
+    helpers.write_json(
+        folder / "problems.json", {"4": problem, "5": {**problem, "image": "image.png", "hint": "Look."}}
+    )
     helpers.write_json(folder / "pid_splits.json", {"test": ["4", "5"], "val": []})
     helpers.picture(folder / "images" / "test" / "5" / "image.png")
     return folder
@@ -171,8 +228,21 @@ def test_scienceqa(tmp_path):
 
 
 def mmbench_row(**columns):
-    return {"index": 7, "question": "What is it?", "hint": "nan", "A": "dog", "B": "cat", "C": "", "D": "", "answer": "B",
-            "category": "x", "image": helpers.encoded(), "l2-category": "y", "split": "dev", **columns}
+    return {
+        "index": 7,
+        "question": "What is it?",
+        "hint": "nan",
+        "A": "dog",
+        "B": "cat",
+        "C": "",
+        "D": "",
+        "answer": "B",
+        "category": "x",
+        "image": helpers.encoded(),
+        "l2-category": "y",
+        "split": "dev",
+        **columns,
+    }
 
 
 def test_mmbench_makes_rotations(tmp_path):
@@ -194,16 +264,21 @@ def test_mmbench_published_rotations_and_image_references(tmp_path):
 
 
 def test_mmbench_chinese_prompt(tmp_path):
-    [item, _] = read("mmbench", helpers.write_mmbench(tmp_path / "m.tsv", [mmbench_row(question="这是什么?")]))
+    [item, _] = read(
+        "mmbench", helpers.write_mmbench(tmp_path / "m.tsv", [mmbench_row(question="这是什么?")])
+    )
     assert item.prompt.endswith("\n请直接回答选项字母。")
 
 
-@pytest.mark.parametrize(("columns", "message"), [
-    ({"index": "x"}, "m.tsv:2: index must be a number"),
-    ({"image": "?"}, "m.tsv:2: image is neither base64"),
-    ({"answer": "D"}, "m.tsv:2: answer 'D' is none of A, B"),
-    ({"B": "nan"}, "m.tsv:2: fewer than two options"),
-])
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"index": "x"}, "m.tsv:2: index must be a number"),
+        ({"image": "?"}, "m.tsv:2: image is neither base64"),
+        ({"answer": "D"}, "m.tsv:2: answer 'D' is none of A, B"),
+        ({"B": "nan"}, "m.tsv:2: fewer than two options"),
+    ],
+)
 def test_mmbench_errors(tmp_path, columns, message):
     with pytest.raises(BenchmarkError, match=message):
         read("mmbench", helpers.write_mmbench(tmp_path / "m.tsv", [mmbench_row(**columns)]))
@@ -211,7 +286,9 @@ def test_mmbench_errors(tmp_path, columns, message):
 
 def test_mmbench_header(tmp_path):
     (tmp_path / "m.tsv").write_text("index,question\n1,x\n")
-    with pytest.raises(BenchmarkError, match="no MMBench header: column A, B, image, index, question is missing"):
+    with pytest.raises(
+        BenchmarkError, match="no MMBench header: column A, B, image, index, question is missing"
+    ):
         read("mmbench", tmp_path / "m.tsv")
 
 

@@ -21,8 +21,15 @@ ROOT = Path(__file__).parents[3]
 
 def run(*args, typed=""):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "-m", "megatron_evomoe", "generate", *map(str, args)], cwd=ROOT, env=environment,
-                          input=typed, capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        [sys.executable, "-m", "megatron_evomoe", "generate", *map(str, args)],
+        cwd=ROOT,
+        env=environment,
+        input=typed,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -38,12 +45,25 @@ def image(tmp_path):
 def test_one_answer_in_a_process(tmp_path, image):
     model_dir = helpers.write_model(tmp_path / "model", "evomoe")
     loaded = load(model_dir, "float32", "cpu")
-    finished = run("--model", model_dir, "--image", image, "--prompt", "What is it?", "--max-new-tokens", 6, "--dtype", "float32")
+    finished = run(
+        "--model",
+        model_dir,
+        "--image",
+        image,
+        "--prompt",
+        "What is it?",
+        "--max-new-tokens",
+        6,
+        "--dtype",
+        "float32",
+    )
     assert finished.returncode == 0, finished.stderr
     conversation = Conversation()
     conversation.attach(image)
     conversation.ask("What is it?")
-    said = loaded.answer(loaded.encode([conversation.messages], conversation.images), max_new_tokens=6, do_sample=False)[0]
+    said = loaded.answer(
+        loaded.encode([conversation.messages], conversation.images), max_new_tokens=6, do_sample=False
+    )[0]
     assert said
     assert finished.stdout.strip() == said
 
@@ -58,12 +78,16 @@ def test_chat_in_a_process(model_dir, image, loaded):
     first = answer(loaded, conversation, "hello")
     conversation.attach(image)
     second = answer(loaded, conversation, "look")
-    assert words(finished.stdout) == words(f"{first}\n{second}\n{first}\n")  # after /reset it answers as at first
+    assert words(finished.stdout) == words(
+        f"{first}\n{second}\n{first}\n"
+    )  # after /reset it answers as at first
 
 
 def answer(model, conversation, question):
     conversation.ask(question)
-    said = model.answer(model.encode([conversation.messages], conversation.images), max_new_tokens=4, do_sample=False)[0]
+    said = model.answer(
+        model.encode([conversation.messages], conversation.images), max_new_tokens=4, do_sample=False
+    )[0]
     conversation.answered(said)
     return said
 
@@ -74,7 +98,21 @@ def words(text):
 
 
 def ask(capsys, model_dir, *args):
-    assert main(["generate", "--model", str(model_dir), "--prompt", "Tell me", "--max-new-tokens", "8", *map(str, args)]) == 0
+    assert (
+        main(
+            [
+                "generate",
+                "--model",
+                str(model_dir),
+                "--prompt",
+                "Tell me",
+                "--max-new-tokens",
+                "8",
+                *map(str, args),
+            ]
+        )
+        == 0
+    )
     return capsys.readouterr().out
 
 
@@ -90,7 +128,10 @@ def test_beams(capsys, model_dir):
 
 def test_two_images(capsys, model_dir, image, tmp_path):
     other = helpers.picture(tmp_path / "y.png", 20)
-    texts = [ask(capsys, model_dir, "--image", image, "--image", other), ask(capsys, model_dir, "--image", image, "--image", image)]
+    texts = [
+        ask(capsys, model_dir, "--image", image, "--image", other),
+        ask(capsys, model_dir, "--image", image, "--image", image),
+    ]
     assert texts[0] != texts[1]
 
 
@@ -107,15 +148,18 @@ def test_withdrawing_a_question_takes_its_images_along(image):
     assert [m["role"] for m in conversation.messages] == ["user", "assistant"]
 
 
-@pytest.mark.parametrize(("args", "message"), [
-    (("--temperature", "-1"), "argument --temperature: must be at least 0, got -1"),
-    (("--temperature", "1e-9"), "--temperature 1e-09 is too low"),
-    (("--top-p", "0"), "argument --top-p: must be more than 0, got 0"),
-    (("--seed", "-1"), "argument --seed: must be at least 0"),
-    (("--num-beams", "0"), "must be at least 1"),
-    (("--image", "nowhere.png"), "image nowhere.png cannot be read"),
-    (("--device", "toaster"), "cannot be put on device toaster"),
-])
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--temperature", "-1"), "argument --temperature: must be at least 0, got -1"),
+        (("--temperature", "1e-9"), "--temperature 1e-09 is too low"),
+        (("--top-p", "0"), "argument --top-p: must be more than 0, got 0"),
+        (("--seed", "-1"), "argument --seed: must be at least 0"),
+        (("--num-beams", "0"), "must be at least 1"),
+        (("--image", "nowhere.png"), "image nowhere.png cannot be read"),
+        (("--device", "toaster"), "cannot be put on device toaster"),
+    ],
+)
 def test_errors_take_one_line(capsys, model_dir, args, message):
     assert main(["generate", "--model", str(model_dir), "--prompt", "x", *args]) == 2
     error = capsys.readouterr().err
@@ -128,13 +172,16 @@ def broken(tmp_path):
     return helpers.write_model(tmp_path / "model")
 
 
-@pytest.mark.parametrize(("names", "message"), [
-    ("config.json", "has no config.json"),
-    ("model.safetensors", "lacks weights: model.safetensors"),
-    ("tokenizer.json", "has no tokenizer"),
-    ("*processor_config.json", "has no image processor"),
-    ("chat_template.jinja", "has no chat template"),
-])
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ("config.json", "has no config.json"),
+        ("model.safetensors", "lacks weights: model.safetensors"),
+        ("tokenizer.json", "has no tokenizer"),
+        ("*processor_config.json", "has no image processor"),
+        ("chat_template.jinja", "has no chat template"),
+    ],
+)
 def test_a_missing_file_is_named(broken, names, message):
     for path in broken.glob(names):
         path.unlink()
@@ -149,13 +196,18 @@ def test_missing_tensors_are_refused(broken):
     name = next(key for key in tensors if "multi_modal_projector" in key)
     del tensors[name]
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=r"1 tensors do not match the architecture, first missing .*multi_modal_projector"):
+    with pytest.raises(
+        ModelError, match=r"1 tensors do not match the architecture, first missing .*multi_modal_projector"
+    ):
         load(broken, device="cpu")
 
 
 def test_code_of_the_directory_is_not_run(broken):
     config = json.loads((broken / "config.json").read_text())
-    config |= {"model_type": "mystery", "auto_map": {"AutoConfig": "evil.Config", "AutoModelForImageTextToText": "evil.Model"}}
+    config |= {
+        "model_type": "mystery",
+        "auto_map": {"AutoConfig": "evil.Config", "AutoModelForImageTextToText": "evil.Model"},
+    }
     helpers.write_json(broken / "config.json", config)
     (broken / "evil.py").write_text("import pathlib; pathlib.Path(__file__).with_name('ran').touch()")
     with pytest.raises(ModelError, match="cannot be loaded"):

@@ -10,10 +10,13 @@ from megatron_evomoe.evaluation.scores import leave_one_out
 from .helpers import item
 
 
-@pytest.mark.parametrize(("matches", "expected"), [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (10, 1.0)])
+@pytest.mark.parametrize(
+    ("matches", "expected"), [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (10, 1.0)]
+)
 def test_leave_one_out(matches, expected):
-    # k of 10 agree: k leave-outs see k - 1 matches, 10 - k see k: (k min(1, (k-1)/3) + (10-k) min(1, k/3)) / 10.
-    # k = 1: (0 + 9/3) / 10 = 0.3; k = 2: (2/3 + 8 * 2/3) / 10 = 0.6; k = 3: (3 * 2/3 + 7) / 10 = 0.9; from 4 on: 1
+    # k of 10 agree: k leave-outs see k - 1 matches, 10 - k see k: (k min(1, (k-1)/3) + (10-k) min(1, k/3)) /
+    # 10. k = 1: (0 + 9/3) / 10 = 0.3; k = 2: (2/3 + 8 * 2/3) / 10 = 0.6; k = 3: (3 * 2/3 + 7) / 10 = 0.9;
+    # from 4 on: 1
     assert leave_one_out("x", ["x"] * matches + ["y"] * (10 - matches)) == pytest.approx(expected)
 
 
@@ -35,8 +38,11 @@ def test_pope_mean_over_categories_and_no_yes_at_all():
 
 
 def mme_items(category: str) -> list:
-    return [item(f"{category}/{image}/{q}", f"{category}/{image}", category=category, answer=answer)
-            for image in "xy" for q, answer in enumerate(("yes", "no"))]
+    return [
+        item(f"{category}/{image}/{q}", f"{category}/{image}", category=category, answer=answer)
+        for image in "xy"
+        for q, answer in enumerate(("yes", "no"))
+    ]
 
 
 def test_mme_category():
@@ -58,8 +64,13 @@ def test_mme_totals():
 
 
 def test_textvqa():
-    items = [item("1", answer=["Nokia"] * 2 + ["nokia phone"] * 8), item("2", answer=["2"] * 10), item("3", answer=None)]
-    # "NOKIA." normalises to nokia, 2 of 10 agree: 0.6; "two" is 2: 1. The third has no public answer. Mean 0.8
+    items = [
+        item("1", answer=["Nokia"] * 2 + ["nokia phone"] * 8),
+        item("2", answer=["2"] * 10),
+        item("3", answer=None),
+    ]
+    # "NOKIA." normalises to nokia, 2 of 10 agree: 0.6; "two" is 2: 1. The third has no public answer. Mean
+    # 0.8
     assert textvqa.score(items, {"1": "NOKIA.", "2": "Two", "3": "x"}) == pytest.approx({"accuracy": 80})
     assert textvqa.score(items[2:], {"3": "x"}) == {}
 
@@ -69,9 +80,13 @@ def vqa_item(name: str, answers: list[str], kind: str) -> object:
 
 
 def test_vqav2():
-    items = [vqa_item("1", ["yes"] * 7 + ["no"] * 3, "yes/no"), vqa_item("2", ["3"] * 1 + ["4"] * 9, "number"),
-             vqa_item("3", ["a dog"] * 3 + ["dog"] * 2 + ["cat"] * 5, "other")]
-    # "No": 3 agree, 0.9. "three": normalised to 3, 1 agrees, 0.3. "Dog": references become dog x 5: 1. Mean 2.2 / 3
+    items = [
+        vqa_item("1", ["yes"] * 7 + ["no"] * 3, "yes/no"),
+        vqa_item("2", ["3"] * 1 + ["4"] * 9, "number"),
+        vqa_item("3", ["a dog"] * 3 + ["dog"] * 2 + ["cat"] * 5, "other"),
+    ]
+    # "No": 3 agree, 0.9. "three": normalised to 3, 1 agrees, 0.3. "Dog": references become dog x 5: 1. Mean
+    # 2.2 / 3
     metrics = vqav2.score(items, {"1": "No", "2": "three", "3": "Dog"})
     assert metrics["accuracy"] == pytest.approx(220 / 3)
     assert metrics["by_answer_type"] == pytest.approx({"yes/no": 90, "number": 30, "other": 100})
@@ -79,7 +94,8 @@ def test_vqav2():
 
 
 def test_vqav2_unanimous_references_stay_as_they_are():
-    # the official script does not normalise where all agree, so the submitted "t shirt" is not "t-shirt"; "yes" is "yes"
+    # the official script does not normalise where all agree, so the submitted "t shirt" is not "t-shirt";
+    # "yes" is "yes"
     items = [vqa_item("1", ["t-shirt"] * 10, "other"), vqa_item("2", ["yes"] * 10, "yes/no")]
     assert vqav2.score(items, {"1": "T-shirt", "2": "Yes."})["accuracy"] == 50
 
@@ -89,12 +105,21 @@ def test_vqav2_without_annotations():
 
 
 def gqa_item(name: str, answer: str, structural: str, group: str | None, balanced: bool = True) -> object:
-    return item(name, answer=answer, structural=structural, semantic="attr", global_group=group, balanced=balanced)
+    return item(
+        name, answer=answer, structural=structural, semantic="attr", global_group=group, balanced=balanced
+    )
 
 
 def test_gqa():
-    items = [*(gqa_item(name, answer, "query", "color") for name, answer in (("1", "red"), ("2", "blue"), ("3", "red"))),
-             gqa_item("4", "yes", "verify", None), gqa_item("5", "no", "logical", None), gqa_item("6", "x", "query", None, False)]
+    items = [
+        *(
+            gqa_item(name, answer, "query", "color")
+            for name, answer in (("1", "red"), ("2", "blue"), ("3", "red"))
+        ),
+        gqa_item("4", "yes", "verify", None),
+        gqa_item("5", "no", "logical", None),
+        gqa_item("6", "x", "query", None, False),
+    ]
     metrics = gqa.score(items, {"1": "Red.", "2": "red", "3": "green", "4": "Yes", "5": "yes", "6": "x"})
     # balanced: 1 and 4 of five right. open: 1 of 3; binary: 1 of 2
     assert metrics["accuracy"] == 40
@@ -108,22 +133,49 @@ def test_gqa():
 
 def test_scienceqa():
     def question(name: str, answer: str, subject: str, grade: int, text: bool, image: bool) -> object:
-        return item(name, answer=answer, choices=3, subject=subject, grade=grade, has_text=text, has_image=image)
+        return item(
+            name, answer=answer, choices=3, subject=subject, grade=grade, has_text=text, has_image=image
+        )
 
-    items = [question("1", "A", "natural science", 2, False, True), question("2", "B", "natural science", 8, True, True),
-             question("3", "C", "social science", 6, False, False), question("4", "A", "language science", 7, True, False)]
+    items = [
+        question("1", "A", "natural science", 2, False, True),
+        question("2", "B", "natural science", 8, True, True),
+        question("3", "C", "social science", 6, False, False),
+        question("4", "A", "language science", 7, True, False),
+    ]
     metrics = scienceqa.score(items, {"1": "A", "2": "The answer is A.", "3": "C. right", "4": "D"})
     # right: 1 and 3. "D" is no choice of three
-    assert metrics == {"accuracy": 50, "natural": 50, "social": 100, "language": 0, "text": 0, "image": 50, "no_context": 100,
-                       "grade_1_6": 100, "grade_7_12": 0}
+    assert metrics == {
+        "accuracy": 50,
+        "natural": 50,
+        "social": 100,
+        "language": 0,
+        "text": 0,
+        "image": 50,
+        "no_context": 100,
+        "grade_1_6": 100,
+        "grade_7_12": 0,
+    }
 
 
 def test_mmbench_circular():
     def row(index: int, answer: str, category: str) -> object:
-        return item(str(index), str(index % 1_000_000), answer=answer, options={"A": "dog", "B": "cat"}, category=category,
-                    l2_category="", split="")
+        return item(
+            str(index),
+            str(index % 1_000_000),
+            answer=answer,
+            options={"A": "dog", "B": "cat"},
+            category=category,
+            l2_category="",
+            split="",
+        )
 
-    items = [row(1, "A", "colour"), row(1_000_001, "B", "colour"), row(2, "A", "shape"), row(1_000_002, "B", "shape")]
+    items = [
+        row(1, "A", "colour"),
+        row(1_000_001, "B", "colour"),
+        row(2, "A", "shape"),
+        row(1_000_002, "B", "shape"),
+    ]
     metrics = mmbench.score(items, {"1": "A", "1000001": "B.", "2": "A", "1000002": "A"})
     # question 1 is right both ways; 2 only unrotated: circular 1 of 2, vanilla 2 of 2
     assert metrics == {"accuracy": 50, "vanilla": 100, "by_category": {"colour": 100, "shape": 0}}

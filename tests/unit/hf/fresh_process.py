@@ -2,8 +2,9 @@
 
     python fresh_process.py DIRECTORY installed|remote|plain OUTPUT.pt
 
-`installed`: with megatron_evomoe imported, without trust_remote_code. `remote`: transformers alone runs the directory's code;
-megatron_evomoe cannot be imported. `plain`: transformers' own LLaVA, no code, megatron_evomoe cannot be imported.
+`installed`: with megatron_evomoe imported, without trust_remote_code. `remote`: transformers alone runs the
+directory's code; megatron_evomoe cannot be imported. `plain`: transformers' own LLaVA, no code,
+megatron_evomoe cannot be imported.
 """
 
 from __future__ import annotations
@@ -16,7 +17,12 @@ import torch
 
 IMAGE = [-1] * 4
 """Positions of one image in `BATCH`."""
-BATCH = [[1, *IMAGE, 5, 6, 7], [1, 9, *IMAGE, 10, *IMAGE, 11, 12, 13, 14], [1, 20, 21, 22], [1, 30, 31, 32, 33, *IMAGE, 34]]
+BATCH = [
+    [1, *IMAGE, 5, 6, 7],
+    [1, 9, *IMAGE, 10, *IMAGE, 11, 12, 13, 14],
+    [1, 20, 21, 22],
+    [1, 30, 31, 32, 33, *IMAGE, 34],
+]
 """One image, two, none, one."""
 IMAGES = 4
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "suppress_tokens": None}
@@ -43,7 +49,9 @@ def images_of(rows: list[list[int]], first: int = 0) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def answer_of(model: Any, *, routed: bool, image_token: int) -> dict[str, torch.Tensor]:
-    """Logits of all real positions of the left-padded batch [positions, V], and each mixture's choice [positions, N]."""
+    """Logits of all real positions of the left-padded batch [positions, V], and each mixture's choice
+    [positions, N].
+    """
     batch = left_padded(BATCH, image_token)
     extra = {"output_router_logits": True} if routed else {}
     output = model(**batch, **images_of(BATCH), **extra)
@@ -66,15 +74,18 @@ def generation(model: Any, image_token: int) -> dict[str, bool]:
     first = 0
     for i, row in enumerate(BATCH):
         alone = model.generate(**left_padded([row], image_token), **images_of([row], first), **GREEDY)
-        out[f"row {i} alone"] = torch.equal(alone[0, len(row):], cached[i, length:])
+        out[f"row {i} alone"] = torch.equal(alone[0, len(row) :], cached[i, length:])
         first += row.count(-1) // len(IMAGE)
     # transformers' own LLaVA repeats each image for each beam, which mixes up those of a row that has several
     rows = BATCH if hasattr(model, "embed") else [BATCH[0]]
     few = {**left_padded(rows, image_token), **images_of(rows)}
     beams = [model.generate(**few, num_beams=3, use_cache=use, **GREEDY) for use in (True, False)]
-    alone = model.generate(**left_padded([BATCH[1]], image_token), **images_of([BATCH[1]], 1), num_beams=3, **GREEDY)
-    out["beam search"] = torch.equal(*beams) and (len(rows) == 1 or torch.equal(beams[0][1, few["input_ids"].shape[1]:],
-                                                                                 alone[0, len(BATCH[1]):]))
+    alone = model.generate(
+        **left_padded([BATCH[1]], image_token), **images_of([BATCH[1]], 1), num_beams=3, **GREEDY
+    )
+    out["beam search"] = torch.equal(*beams) and (
+        len(rows) == 1 or torch.equal(beams[0][1, few["input_ids"].shape[1] :], alone[0, len(BATCH[1]) :])
+    )
     torch.manual_seed(0)
     out["sampling"] = model.generate(**batch, **{**GREEDY, "do_sample": True}).shape == cached.shape
     return out
@@ -88,9 +99,17 @@ def load(directory: str, mode: str) -> tuple[Any, dict[str, Any]]:
         sys.meta_path.insert(0, _NotInstalled())
     import transformers
 
-    loader = transformers.LlavaForConditionalGeneration if mode == "plain" else transformers.AutoModelForImageTextToText
-    model, report = loader.from_pretrained(directory, dtype="auto", output_loading_info=True,
-                                           **({"trust_remote_code": True} if mode == "remote" else {}))
+    loader = (
+        transformers.LlavaForConditionalGeneration
+        if mode == "plain"
+        else transformers.AutoModelForImageTextToText
+    )
+    model, report = loader.from_pretrained(
+        directory,
+        dtype="auto",
+        output_loading_info=True,
+        **({"trust_remote_code": True} if mode == "remote" else {}),
+    )
     return model.eval(), {key: sorted(map(str, found)) for key, found in report.items()}
 
 
@@ -107,20 +126,32 @@ def through_processor(directory: str, model: Any, mode: str) -> dict[str, Any]:
     from PIL import Image
     from transformers import AutoProcessor
 
-    processor = AutoProcessor.from_pretrained(directory, **({"trust_remote_code": True} if mode == "remote" else {}))
-    pictures = [Image.fromarray(np.random.default_rng(i).integers(0, 256, (3 + i, 5, 3), dtype=np.uint8)).resize(
-        (40 + 30 * i, 70 - 10 * i), Image.BICUBIC) for i in range(3)]
+    processor = AutoProcessor.from_pretrained(
+        directory, **({"trust_remote_code": True} if mode == "remote" else {})
+    )
+    pictures = [
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (3 + i, 5, 3), dtype=np.uint8)).resize(
+            (40 + 30 * i, 70 - 10 * i), Image.BICUBIC
+        )
+        for i in range(3)
+    ]
     if mode != "plain":  # transformers 4's own image processor drops transparency
         pictures[1].putalpha(Image.linear_gradient("L").resize(pictures[1].size))
     parts = {"image": {"type": "image"}, "text": {"type": "text", "text": "Which digit is this?"}}
-    conversations = [[{"role": "user", "content": [parts[x] for x in kinds]}]
-                     for kinds in (["image", "text"], ["image", "image", "text"], ["text"])]
-    texts = [processor.apply_chat_template(c, add_generation_prompt=True, tokenize=False) for c in conversations]
+    conversations = [
+        [{"role": "user", "content": [parts[x] for x in kinds]}]
+        for kinds in (["image", "text"], ["image", "image", "text"], ["text"])
+    ]
+    texts = [
+        processor.apply_chat_template(c, add_generation_prompt=True, tokenize=False) for c in conversations
+    ]
     batch = processor(text=texts, images=pictures, padding=True, return_tensors="pt")
     tokens = model.generate(**batch.to(dtype=model.dtype), max_new_tokens=4)
-    return {**{name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")},
-            "pictures": [np.asarray(p) for p in pictures],
-            "answers": processor.batch_decode(tokens[:, batch["input_ids"].shape[1]:], skip_special_tokens=True)}
+    return {
+        **{name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")},
+        "pictures": [np.asarray(p) for p in pictures],
+        "answers": processor.batch_decode(tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True),
+    }
 
 
 def main(directory: str, mode: str, output: str) -> None:
@@ -131,12 +162,19 @@ def main(directory: str, mode: str, output: str) -> None:
     model, report = load(directory, mode)
     config = model.config
     routed = getattr(config.text_config, "router", "none") != "none"
-    torch.save({
-        "report": report, "class": type(model).__module__, "version": transformers.__version__, "dtype": str(model.dtype),
-        "vision": type(model.config.vision_config).__name__,
-        "answer": answer_of(model, routed=routed, image_token=config.image_token_index),
-        "generation": generation(model, config.image_token_index), "processor": through_processor(directory, model, mode),
-    }, output)
+    torch.save(
+        {
+            "report": report,
+            "class": type(model).__module__,
+            "version": transformers.__version__,
+            "dtype": str(model.dtype),
+            "vision": type(model.config.vision_config).__name__,
+            "answer": answer_of(model, routed=routed, image_token=config.image_token_index),
+            "generation": generation(model, config.image_token_index),
+            "processor": through_processor(directory, model, mode),
+        },
+        output,
+    )
 
 
 if __name__ == "__main__":

@@ -18,7 +18,12 @@ from megatron_evomoe.hf.loading import ModelError, check_directory
 
 safetensors = pytest.importorskip("safetensors.torch")
 
-TENSORS = {"a": torch.randn(3, 4), "b": torch.randn(5).bfloat16(), "c": torch.tensor(2.0).half(), "d": torch.zeros(0, 3)}
+TENSORS = {
+    "a": torch.randn(3, 4),
+    "b": torch.randn(5).bfloat16(),
+    "c": torch.tensor(2.0).half(),
+    "d": torch.zeros(0, 3),
+}
 
 
 def directory(path: Path, files: dict[str, dict[str, torch.Tensor]], index: str | None = None) -> Path:
@@ -39,12 +44,15 @@ def split(first: str, second: str) -> dict[str, dict[str, torch.Tensor]]:
     return {first: {k: TENSORS[k] for k in "ab"}, second: {k: TENSORS[k] for k in "cd"}}
 
 
-@pytest.mark.parametrize(("files", "index"), [
-    ({"model.safetensors": TENSORS}, None),
-    (split("model-1.safetensors", "model-2.safetensors"), "model.safetensors.index.json"),
-    ({"pytorch_model.bin": TENSORS}, None),
-    (split("pytorch_model-1.bin", "pytorch_model-2.bin"), "pytorch_model.bin.index.json"),
-])
+@pytest.mark.parametrize(
+    ("files", "index"),
+    [
+        ({"model.safetensors": TENSORS}, None),
+        (split("model-1.safetensors", "model-2.safetensors"), "model.safetensors.index.json"),
+        ({"pytorch_model.bin": TENSORS}, None),
+        (split("pytorch_model-1.bin", "pytorch_model-2.bin"), "pytorch_model.bin.index.json"),
+    ],
+)
 def test_every_tensor_is_read(tmp_path, files, index):
     found = HfDirectory(directory(tmp_path / "m", files, index))
     assert found.tensors.keys() == TENSORS.keys()
@@ -71,10 +79,12 @@ def rewrite_header(path: Path, change) -> None:
 
 def header_as(text: bytes):
     """Damage: this header before the tensors there are."""
+
     def damage(path: Path) -> None:
         data = path.read_bytes()
         rest = data[8 + int.from_bytes(data[:8], "little") :]
         path.write_bytes(len(text).to_bytes(8, "little") + text + rest)
+
     return damage
 
 
@@ -95,7 +105,10 @@ DAMAGE = {
     "empty": (lambda p: p.write_bytes(b""), "damaged.*header too small"),
     "almost nothing": (lambda p: p.write_bytes(b"abc"), "damaged.*header too small"),
     "header bomb": (lambda p: p.write_bytes(b"\xff" * 200), "damaged.*header too large"),
-    "header longer than the file": (lambda p: p.write_bytes((10**6).to_bytes(8, "little") + b"{}"), "damaged.*header"),
+    "header longer than the file": (
+        lambda p: p.write_bytes((10**6).to_bytes(8, "little") + b"{}"),
+        "damaged.*header",
+    ),
     "no text": (lambda p: p.write_bytes((50).to_bytes(8, "little") + b"\xfe" * 100), "damaged.*header"),
     "a list": (header_as(b"[]"), "damaged.*header"),
     "deep": (header_as(b'{"a":' * 10**5), "damaged.*recursion"),
@@ -130,7 +143,11 @@ def test_a_file_is_opened_anew_after_so_many_bytes(tmp_path, monkeypatch):
 
     openings = []
     monkeypatch.setattr(safetensors_in, "_MAPPED", 100)
-    monkeypatch.setattr(safetensors_in, "safe_open", lambda *a, _f=safetensors_in.safe_open, **k: openings.append(a) or _f(*a, **k))
+    monkeypatch.setattr(
+        safetensors_in,
+        "safe_open",
+        lambda *a, _f=safetensors_in.safe_open, **k: openings.append(a) or _f(*a, **k),
+    )
     tensors = {f"t{i}": torch.randn(10) for i in range(9)}
     found = HfDirectory(directory(tmp_path / "m", {"model.safetensors": tensors}))
     del openings[:]
@@ -146,7 +163,8 @@ def test_the_largest_import_does_not_stay_in_memory(tmp_path):
     script = f"""
 from megatron_evomoe.hf.directory import HfDirectory
 from megatron_evomoe.hf.loading import ModelError, check_directory
-def resident(): return int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) * 1024
+def resident():
+    return int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) * 1024
 found, before = HfDirectory({str(path)!r}), resident()
 for name in found.tensors: assert found.read(name).sum() == 3_000_000
 print(resident() - before)
@@ -170,7 +188,9 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, monkeypatch):
 def test_what_is_missing_is_named(tmp_path):
     with pytest.raises(ConfigError, match="no directory"):
         HfDirectory(tmp_path / "nowhere")
-    path = directory(tmp_path / "m", split("model-1.safetensors", "model-2.safetensors"), "model.safetensors.index.json")
+    path = directory(
+        tmp_path / "m", split("model-1.safetensors", "model-2.safetensors"), "model.safetensors.index.json"
+    )
     (path / "model-2.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"names model-2\.safetensors, which is not there"):
         HfDirectory(path)
@@ -196,7 +216,10 @@ INDICES = {
     "null": (None, "weight_map must name"),
     "nothing": ({}, "weight_map must name"),
     "a stranger": ({"x": "model-1.safetensors"}, "places x in model-1.safetensors, which has no such"),
-    "another file": ({"a": "model-2.safetensors", "c": "model-1.safetensors"}, "places a in model-2.safetensors, and it is in"),
+    "another file": (
+        {"a": "model-2.safetensors", "c": "model-1.safetensors"},
+        "places a in model-2.safetensors, and it is in",
+    ),
     "a name as long as none can be": ({"a": "x" * 5000 + ".safetensors"}, "which is not there"),
 }
 
@@ -205,15 +228,35 @@ INDICES = {
 def test_an_index_that_lies_is_named(tmp_path, name):
     weight_map, message = INDICES[name]
     directory(tmp_path / "other", {"model.safetensors": TENSORS})
-    path = directory(tmp_path / "m", split("model-1.safetensors", "model-2.safetensors") | {"pytorch_model.bin": TENSORS})
+    path = directory(
+        tmp_path / "m", split("model-1.safetensors", "model-2.safetensors") | {"pytorch_model.bin": TENSORS}
+    )
     (path / "folder.safetensors").mkdir()
     (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(CheckpointError, match=f"index.json.*{message}"):
         HfDirectory(path)
 
 
-@pytest.mark.parametrize("content", ["{", "[" * 10**5, "[]", '{"weight_map": 3}', *(json.dumps({"weight_map": found}) for found in (
-    [], {"a": 1}, {"a": []}, {"a": "../other/model.safetensors"}, {"a": "/etc/x.safetensors"}, {"a": "pytorch_model.bin"}))])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[" * 10**5,
+        "[]",
+        '{"weight_map": 3}',
+        *(
+            json.dumps({"weight_map": found})
+            for found in (
+                [],
+                {"a": 1},
+                {"a": []},
+                {"a": "../other/model.safetensors"},
+                {"a": "/etc/x.safetensors"},
+                {"a": "pytorch_model.bin"},
+            )
+        ),
+    ],
+)
 def test_a_directory_that_is_to_answer_has_its_files_beside_its_index(tmp_path, content):
     """Where `evaluate` and `generate` load from, too."""
     path = directory(tmp_path / "m", {"pytorch_model.bin": TENSORS})
@@ -223,10 +266,15 @@ def test_a_directory_that_is_to_answer_has_its_files_beside_its_index(tmp_path, 
         check_directory(path)
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("[" * 10**5, "recursion"), ('{"weight_map": {"a": "m.safetensors", "a": "n.safetensors"}}', "'a' occurs twice"),
-    ("\udcff", "decode"), ("3", "holds a int"),
-])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 10**5, "recursion"),
+        ('{"weight_map": {"a": "m.safetensors", "a": "n.safetensors"}}', "'a' occurs twice"),
+        ("\udcff", "decode"),
+        ("3", "holds a int"),
+    ],
+)
 def test_an_index_that_is_none_is_named(tmp_path, text, message):
     path = directory(tmp_path / "m", {"model-1.safetensors": TENSORS})
     (path / "model.safetensors.index.json").write_text(text, errors="surrogateescape")
@@ -236,18 +284,25 @@ def test_an_index_that_is_none_is_named(tmp_path, text, message):
 
 def test_a_total_that_is_wrong_is_said(tmp_path, caplog):
     """Published indices have wrong totals; nothing depends on them."""
-    path = directory(tmp_path / "m", split("model-1.safetensors", "model-2.safetensors"), "model.safetensors.index.json")
+    path = directory(
+        tmp_path / "m", split("model-1.safetensors", "model-2.safetensors"), "model.safetensors.index.json"
+    )
     index = json.loads((path / "model.safetensors.index.json").read_text())
     (path / "model.safetensors.index.json").write_text(json.dumps({**index, "metadata": {"total_size": 7}}))
     assert HfDirectory(path).tensors.keys() == TENSORS.keys()
     assert "7 bytes together; they have 60" in caplog.text
 
 
-@pytest.mark.parametrize(("content", "message"), [
-    ({"a": torch.ones(3).to_sparse()}, "a is a torch.sparse"), ({3: torch.ones(3)}, "dictionary of tensors"),
-    ([torch.ones(3)], "dictionary of tensors"), ({"a": torch.ones(3, dtype=torch.complex64)}, "complex64"),
-    ({"a": torch.empty(3, device="meta")}, "on meta"),
-])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"a": torch.ones(3).to_sparse()}, "a is a torch.sparse"),
+        ({3: torch.ones(3)}, "dictionary of tensors"),
+        ([torch.ones(3)], "dictionary of tensors"),
+        ({"a": torch.ones(3, dtype=torch.complex64)}, "complex64"),
+        ({"a": torch.empty(3, device="meta")}, "on meta"),
+    ],
+)
 def test_pickles_of_something_else_are_named(tmp_path, content, message):
     path = directory(tmp_path / "m", {"pytorch_model.bin": content})
     with pytest.raises(CheckpointError, match=f"pytorch_model.bin.*{message}"):
@@ -272,9 +327,13 @@ def test_pickles_of_before_archives_are_read(tmp_path):
 
 
 def test_one_tensor_in_two_files(tmp_path):
-    files = {"model-1.safetensors": {"a": TENSORS["a"]}, "model-2.safetensors": {"a": TENSORS["a"], "b": TENSORS["b"]}}
+    files = {
+        "model-1.safetensors": {"a": TENSORS["a"]},
+        "model-2.safetensors": {"a": TENSORS["a"], "b": TENSORS["b"]},
+    }
     path = directory(tmp_path / "m", files)
-    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-1.safetensors",
-                                                                                  "b": "model-2.safetensors"}}))
+    (path / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}})
+    )
     with pytest.raises(CheckpointError, match=r"a is in both model-1\.safetensors and model-2\.safetensors"):
         HfDirectory(path)

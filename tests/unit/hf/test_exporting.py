@@ -23,11 +23,16 @@ from megatron_evomoe.hf.importing import import_model
 from megatron_evomoe.hf.origin import find_checkpoint
 from tests.parity.export_models import CUSTOM, saved_model
 
-pytest.importorskip("transformers", minversion="4.56", reason="transformers 4.56 or later is not installed (extra [hf])")
+pytest.importorskip(
+    "transformers", minversion="4.56", reason="transformers 4.56 or later is not installed (extra [hf])"
+)
 pytestmark = pytest.mark.usefixtures("one_rank")
 ROOT = Path(__file__).parents[3]
 TOOL = ROOT / "tools" / "convert_to_hf.py"
-LINES = ["USER: <image>\nWhich digit is this? ASSISTANT: It is seven.", "A chat between a curious user and an assistant."] * 20
+LINES = [
+    "USER: <image>\nWhich digit is this? ASSISTANT: It is seven.",
+    "A chat between a curious user and an assistant.",
+] * 20
 
 
 @pytest.fixture(scope="module")
@@ -54,19 +59,38 @@ def request(saved, out, **values):
 
 def run_tool(*argv):
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_ENDPOINT": "http://127.0.0.1:9"}
-    return subprocess.run([sys.executable, str(TOOL), *map(str, argv)], capture_output=True, text=True, env=env)
+    return subprocess.run(
+        [sys.executable, str(TOOL), *map(str, argv)], capture_output=True, text=True, env=env
+    )
 
 
 def test_everything_a_directory_needs_is_there(saved, tmp_path):
     exported = export_model(request(saved("route"), tmp_path / "out"))
     names = {p.name for p in exported.output.iterdir()}
     assert names == {
-        "README.md", "chat_template.jinja", "config.json", "configuration_evomoe.py", "generation_config.json",
-        "image_processing_evomoe.py", "model.safetensors", "modeling_evomoe.py", "picture_evomoe.py",
-        "preprocessor_config.json", "processor_config.json", "routing_evomoe.py", "special_tokens_map.json",
-        "tokenizer.json", "tokenizer_config.json", "vision_evomoe.py"}
+        "README.md",
+        "chat_template.jinja",
+        "config.json",
+        "configuration_evomoe.py",
+        "generation_config.json",
+        "image_processing_evomoe.py",
+        "model.safetensors",
+        "modeling_evomoe.py",
+        "picture_evomoe.py",
+        "preprocessor_config.json",
+        "processor_config.json",
+        "routing_evomoe.py",
+        "special_tokens_map.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "vision_evomoe.py",
+    }
     card = (exported.output / "README.md").read_text()
-    assert "| align | align | 3 |\n| route | route | 7 |" in card and "trust_remote_code=True" in card and "gone/" not in card
+    assert (
+        "| align | align | 3 |\n| route | route | 7 |" in card
+        and "trust_remote_code=True" in card
+        and "gone/" not in card
+    )
     assert "evomoe_config" in json.loads((exported.output / "config.json").read_text())
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
 
@@ -81,8 +105,16 @@ def test_plain_export_has_no_code_and_never_writes_the_image_token(saved, tmp_pa
     assert generation["suppress_tokens"] == [true] and generation["eos_token_id"] == [2]
 
 
-@pytest.mark.parametrize(("kind", "values"), [("align", {}), ("warmup", {"format": "evomoe"}), ("evolve", {}),
-                                              ("evolve", {"dense": True}), ("route", {})])
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [
+        ("align", {}),
+        ("warmup", {"format": "evomoe"}),
+        ("evolve", {}),
+        ("evolve", {"dense": True}),
+        ("route", {}),
+    ],
+)
 def test_there_and_back_are_the_same_bits(saved, kind, values, tmp_path):
     there = export_model(request(saved(kind), tmp_path / "out", **values))
     back = import_model(ImportRequest(model=str(there.output), output=str(tmp_path / "back")))
@@ -94,9 +126,12 @@ def test_there_and_back_are_the_same_bits(saved, kind, values, tmp_path):
     rows = there.config.language.vocab_size  # those below are padding
     ends = {k: rows for k in weights if "word_embeddings" in k or "output_layer" in k}
     assert all(torch.equal(before.read(k)[: ends.get(k)], after.read(k)[: ends.get(k)]) for k in weights)
-    again = export_model(Request(checkpoint=str(back.output), output=str(tmp_path / "again"),
-                                 format=there.format))  # type: ignore[arg-type]
-    assert (again.output / "model.safetensors").read_bytes() == (there.output / "model.safetensors").read_bytes()
+    again = export_model(
+        Request(checkpoint=str(back.output), output=str(tmp_path / "again"), format=there.format)
+    )  # type: ignore[arg-type]
+    assert (again.output / "model.safetensors").read_bytes() == (
+        there.output / "model.safetensors"
+    ).read_bytes()
 
 
 def test_a_target_that_is_not_empty_is_left_alone(saved, tmp_path):
@@ -119,13 +154,16 @@ def test_a_failure_leaves_nothing_behind(saved, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("kind", "values", "message"), [
-    ("route", {"dense": True}, "whose tokens go to all of them"),
-    ("route", {"format": "llava"}, "has no experts"),
-    ("evolve", {"format": "llava"}, "or --dense for its first expert"),
-    ("warmup", {"dtype": "float8"}, "dtype 'float8' is unknown"),
-    ("warmup", {"tokenizer": "/nowhere.model"}, "give it with --tokenizer"),
-])
+@pytest.mark.parametrize(
+    ("kind", "values", "message"),
+    [
+        ("route", {"dense": True}, "whose tokens go to all of them"),
+        ("route", {"format": "llava"}, "has no experts"),
+        ("evolve", {"format": "llava"}, "or --dense for its first expert"),
+        ("warmup", {"dtype": "float8"}, "dtype 'float8' is unknown"),
+        ("warmup", {"tokenizer": "/nowhere.model"}, "give it with --tokenizer"),
+    ],
+)
 def test_contradictions_are_refused(saved, kind, values, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
         export_model(request(saved(kind), tmp_path / "out", **values))
@@ -157,11 +195,20 @@ def rewritten(saved, folder, change):
     return writer.path
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda t: t.update({"language_model.decoder.layers.1.mlp.shared.weight": torch.ones(2)}), "mlp.shared.weight is there"),
-    (lambda t: t.pop("vision_model.conv1.weight"), "vision_model.conv1.weight is missing"),
-    (lambda t: t.update({"vision_projection.encoder.linear_fc1.bias": torch.ones(3)}), r"linear_fc1.bias has shape \(3,\)"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda t: t.update({"language_model.decoder.layers.1.mlp.shared.weight": torch.ones(2)}),
+            "mlp.shared.weight is there",
+        ),
+        (lambda t: t.pop("vision_model.conv1.weight"), "vision_model.conv1.weight is missing"),
+        (
+            lambda t: t.update({"vision_projection.encoder.linear_fc1.bias": torch.ones(3)}),
+            r"linear_fc1.bias has shape \(3,\)",
+        ),
+    ],
+)
 def test_leftover_missing_and_misshapen_tensors_are_fatal(saved, change, message, tmp_path):
     path = rewritten(saved("route"), tmp_path / "changed", change)
     with pytest.raises(CheckpointError, match=message):
@@ -186,13 +233,24 @@ def test_what_no_stock_class_computes_is_custom_code(tokenizer_path, tmp_path):
         export_model(request(phi, tmp_path / "plain", format="llava"))
 
 
-@pytest.mark.parametrize(("fields", "kind"), [
-    ({}, "llama"), ({"add_bias_linear": True}, "llama"), ({"window_size": 8}, "mistral"), ({"add_qkv_bias": True}, "qwen2"),
-    ({"qk_layernorm": True, "kv_channels": 48}, "qwen3"), ({"normalization": "LayerNorm", "rotary_percent": 0.25}, "stablelm"),
-    ({"activation": "gelu"}, None), ({"gated_linear_unit": False}, None), ({"rotary_percent": 0.5}, None),
-    ({"lm_head_bias": True, "tie_word_embeddings": False}, None), ({"normalization": "LayerNorm", "qk_layernorm": True}, None),
-    ({"qk_layernorm": True, "window_size": 4}, None), ({"add_qkv_bias": True, "kv_channels": 48}, None),
-])
+@pytest.mark.parametrize(
+    ("fields", "kind"),
+    [
+        ({}, "llama"),
+        ({"add_bias_linear": True}, "llama"),
+        ({"window_size": 8}, "mistral"),
+        ({"add_qkv_bias": True}, "qwen2"),
+        ({"qk_layernorm": True, "kv_channels": 48}, "qwen3"),
+        ({"normalization": "LayerNorm", "rotary_percent": 0.25}, "stablelm"),
+        ({"activation": "gelu"}, None),
+        ({"gated_linear_unit": False}, None),
+        ({"rotary_percent": 0.5}, None),
+        ({"lm_head_bias": True, "tie_word_embeddings": False}, None),
+        ({"normalization": "LayerNorm", "qk_layernorm": True}, None),
+        ({"qk_layernorm": True, "window_size": 4}, None),
+        ({"add_qkv_bias": True, "kv_channels": 48}, None),
+    ],
+)
 def test_stock_classes(fields, kind):
     language = LanguageConfig(vocab_size=64, **fields)
     if kind is None:
@@ -215,8 +273,17 @@ def test_verify_tells_a_good_export_from_a_bad_one(saved, tmp_path):
 
 
 def test_the_command(saved, tmp_path):
-    done = run_tool(saved("evolve").folder, "--output", tmp_path / "out", "--dense", "--dtype", "bfloat16", "--verify",
-                    "--max-shard-size", "100KB")
+    done = run_tool(
+        saved("evolve").folder,
+        "--output",
+        tmp_path / "out",
+        "--dense",
+        "--dtype",
+        "bfloat16",
+        "--verify",
+        "--max-shard-size",
+        "100KB",
+    )
     assert done.returncode == 0, done.stderr
     assert "no custom code" in done.stdout and "FAILED" not in done.stdout and "logits" in done.stdout
     done = run_tool(saved("evolve").folder, "--output", tmp_path / "out")
@@ -237,28 +304,50 @@ def test_the_hub_out_of_reach(saved, tmp_path, monkeypatch):
     monkeypatch.setattr(api, "create_repo", lambda self, repo, **kwargs: uploaded.update(repo=repo, **kwargs))
     monkeypatch.setattr(api, "upload_folder", lambda self, **kwargs: uploaded.update(kwargs))
     assert hub.push(exported.output, "me/model", private=True) == "https://huggingface.co/me/model"
-    assert uploaded["private"] and uploaded["folder_path"] == str(exported.output) and uploaded["repo_id"] == "me/model"
+    assert (
+        uploaded["private"]
+        and uploaded["folder_path"] == str(exported.output)
+        and uploaded["repo_id"] == "me/model"
+    )
 
 
 def test_conversion_loads_neither_transformers_nor_megatron_core(saved, tmp_path):
-    code = (f"import sys; from megatron_evomoe.hf.exporting import *; "
-            f"export_model(Request(checkpoint={str(saved('route').folder)!r}, output={str(tmp_path / 'out')!r})); "
-            "bad = {'transformers', 'megatron.core', 'transformer_engine'} & set(sys.modules); assert not bad, bad; "
-            "import torch; assert not torch.distributed.is_initialized()")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    code = (
+        f"import sys; from megatron_evomoe.hf.exporting import *; "
+        f"export_model(Request(checkpoint={str(saved('route').folder)!r}, "
+        f"output={str(tmp_path / 'out')!r})); "
+        "bad = {'transformers', 'megatron.core', 'transformer_engine'} & set(sys.modules); assert not bad, "
+        "bad; "
+        "import torch; assert not torch.distributed.is_initialized()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow
 def test_memory_is_that_of_the_largest_tensor(tmp_path, tokenizer_path):
-    """Ten layers of 50 MB each and an embedding of 4 MB: a child's peak stays far below the model's half a gigabyte."""
+    """Ten layers of 50 MB each and an embedding of 4 MB: a child's peak stays far below the model's half a
+    gigabyte.
+    """
     size = {"num_layers": 10, "hidden_size": 1024, "ffn_hidden_size": 2730, "num_attention_heads": 8}
     big = saved_model(tmp_path / "run", tokenizer_path, "warmup", language=size, moe={"moe_layer_freq": 2})
-    code = (f"import resource, sys; from megatron_evomoe.hf.exporting import *; "
-            f"before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; "
-            f"out = export_model(Request(checkpoint={str(big.folder)!r}, output={str(tmp_path / 'out')!r})); "
-            "print(before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, out.size)")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    code = (
+        f"import resource, sys; from megatron_evomoe.hf.exporting import *; "
+        f"before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; "
+        f"out = export_model(Request(checkpoint={str(big.folder)!r}, output={str(tmp_path / 'out')!r})); "
+        "print(before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, out.size)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     before, after, total = map(int, done.stdout.split())
     largest = 2 * 1024 * 2730 * 4
     assert total > 400e6 and (after - before) * 1024 < 3 * largest + 50e6

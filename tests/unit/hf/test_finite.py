@@ -26,7 +26,9 @@ def test_one_bad_value_is_found_at_every_place(dtype, value):
 @pytest.mark.parametrize("dtype", TYPES)
 def test_the_largest_and_smallest_are_finite(dtype):
     info = torch.finfo(dtype)
-    assert is_finite(torch.tensor([info.max, info.min, info.tiny, -0.0], dtype=dtype).repeat(9).reshape(6, 6).t())
+    assert is_finite(
+        torch.tensor([info.max, info.min, info.tiny, -0.0], dtype=dtype).repeat(9).reshape(6, 6).t()
+    )
     assert is_finite(torch.empty(0, 3, dtype=dtype))
 
 
@@ -35,7 +37,9 @@ def test_what_is_wrong_and_what_helps_is_said():
     bad[1, 2], bad[3, 0] = float("nan"), float("inf")
     with pytest.raises(CheckpointError, match=r"w in f: 2 of 20 values are not finite .* in the source"):
         converted("w in f", bad, torch.float16)
-    with pytest.raises(CheckpointError, match=r"w in f: 3 of 6 .* beyond the largest float16, 65504,.*--dtype fp32 or bf16"):
+    with pytest.raises(
+        CheckpointError, match=r"w in f: 3 of 6 .* beyond the largest float16, 65504,.*--dtype fp32 or bf16"
+    ):
         converted("w in f", torch.tensor([1.0, 7e4, -7e4, 65504.0, 65519.0, 1e30]), torch.float16)
     with pytest.raises(CheckpointError, match="1 of 1 values are beyond the largest bfloat16"):
         converted("w", torch.tensor([3.4e38]), torch.bfloat16)

@@ -1,4 +1,6 @@
-"""The map covers every tensor of the models we build, once, and takes each to and fro without a changed bit."""
+"""The map covers every tensor of the models we build, once, and takes each to and fro without a changed
+bit.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,15 @@ LANGUAGE = {
     "qwen3": {"qk_layernorm": True, "kv_channels": 12},
     "stablelm": {"normalization": "LayerNorm", "tie_word_embeddings": False},
     "biases everywhere": {"add_bias_linear": True},
-    "phi": {"normalization": "LayerNorm", "add_bias_linear": True, "parallel_residual": True, "gated_linear_unit": False,
-            "lm_head_bias": True, "tie_word_embeddings": False, "activation": "gelu_tanh"},
+    "phi": {
+        "normalization": "LayerNorm",
+        "add_bias_linear": True,
+        "parallel_residual": True,
+        "gated_linear_unit": False,
+        "lm_head_bias": True,
+        "tie_word_embeddings": False,
+        "activation": "gelu_tanh",
+    },
 }
 ROUTERS = ("dtr", "linear", "modality-linear")
 
@@ -54,9 +63,13 @@ def test_core_tensors_are_those_of_the_model(one_rank, name, kind):
     from megatron_evomoe.model.llava import LlavaModel
 
     for router, tower in zip(ROUTERS, ("clip", "siglip", "clip"), strict=True):
-        config = tiny_config(kind, language=LANGUAGE[name], moe={"router": router}, vision={"model_type": tower})
+        config = tiny_config(
+            kind, language=LANGUAGE[name], moe={"router": router}, vision={"model_type": tower}
+        )
         found = {}
-        for entry in LlavaModel(config, stage_kind=kind).sharded_state_dict(metadata=store.metadata()).values():
+        for entry in (
+            LlavaModel(config, stage_kind=kind).sharded_state_dict(metadata=store.metadata()).values()
+        ):
             if isinstance(entry, ShardedTensorFactory):
                 entry = entry.build()[0]
             if isinstance(entry, ShardedTensor):
@@ -70,7 +83,9 @@ def test_core_tensors_are_those_of_the_model(one_rank, name, kind):
 def test_gqa_rows_are_where_the_core_expects_them():
     """Two groups of two queries: rows q0 q1 k0 v0 q2 q3 k1 v1, in weight and bias."""
     config = tiny_config(language={"num_attention_heads": 4, "num_query_groups": 2, "add_qkv_bias": True})
-    entry = next(e for e in NameMap(config, "warmup", ["language_model"]).entries if e.core.endswith("linear_qkv.bias"))
+    entry = next(
+        e for e in NameMap(config, "warmup", ["language_model"]).entries if e.core.endswith("linear_qkv.bias")
+    )
     q, k, v = (torch.arange(n) + start for n, start in ((32, 0), (16, 100), (16, 200)))
     fused = torch.cat(entry.to_core(dict(zip(entry.hf, (q, k, v), strict=True))))
     assert fused[::8].tolist() == [0, 8, 100, 200, 16, 24, 108, 208]
@@ -80,7 +95,7 @@ def test_padding_of_the_vocabulary_does_not_leak():
     """61 rows: padded to 64 with zeros on the way in; any padding is cut on the way out."""
     names = NameMap(tiny_config(language={"vocab_size": 61}), "warmup")
     entry = next(e for e in names.entries if e.core.endswith("word_embeddings.weight"))
-    (name, shape), = entry.hf.items()
+    ((name, shape),) = entry.hf.items()
     weight = torch.randn(shape)
     padded = torch.cat(entry.to_core({name: weight}))
     assert shape == (61, 32) and padded.shape == (64, 32) and not padded[61:].any()
@@ -107,10 +122,13 @@ def test_leftovers_are_named():
 
 def test_training_state_is_no_weight():
     names = NameMap(tiny_config("evolve"), "evolve")
-    aside = {"optimizer.state.exp_avg.language_model.x": (1,), "rng.torch": (1, 9),
-             "language_model.decoder.layers.1.mlp.experts.experts.linear_fc1.weight": (4, 96, 32),
-             "language_model.decoder.layers.1.mlp.evolution.linear_fc1.weight": (3, 96, 32),
-             "vision_model.decoder.layers.0.mlp.linear_fc1._extra_state/shard_0_1": ()}
+    aside = {
+        "optimizer.state.exp_avg.language_model.x": (1,),
+        "rng.torch": (1, 9),
+        "language_model.decoder.layers.1.mlp.experts.experts.linear_fc1.weight": (4, 96, 32),
+        "language_model.decoder.layers.1.mlp.evolution.linear_fc1.weight": (3, 96, 32),
+        "vision_model.decoder.layers.0.mlp.linear_fc1._extra_state/shard_0_1": (),
+    }
     names.check_core({**names.core_shapes(), **aside}, "here")
 
 

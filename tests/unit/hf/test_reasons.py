@@ -1,4 +1,6 @@
-"""Families that cannot be imported, as transformers itself describes them: each refusal says what it is that cannot be computed."""
+"""Families that cannot be imported, as transformers itself describes them: each refusal says what it is that
+cannot be computed.
+"""
 
 from __future__ import annotations
 
@@ -13,20 +15,51 @@ from tests.unit.hf.sources import TEXT, write
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra [hf])")
 
 DECODERS = {
-    "gpt_neox": "in parallel, each behind a norm", "olmo": "no weights", "olmo2": "post-norm",
+    "gpt_neox": "in parallel, each behind a norm",
+    "olmo": "no weights",
+    "olmo2": "post-norm",
     "gemma": "root of its width.*1 \\+ weight",
-    "gemma2": "soft-capped", "gemma3_text": "alternate windows", "phi3": "stored fused", "granite": "constant", "smollm3": "NoPE",
-    "cohere": "neighbouring pairs", "glm": "neighbouring pairs", "falcon": "in parallel", "bloom": "ALiBi",
-    "gpt2": "learned positions", "opt": "learned positions", "starcoder2": "no gate", "nemotron": "squared ReLU",
+    "gemma2": "soft-capped",
+    "gemma3_text": "alternate windows",
+    "phi3": "stored fused",
+    "granite": "constant",
+    "smollm3": "NoPE",
+    "cohere": "neighbouring pairs",
+    "glm": "neighbouring pairs",
+    "falcon": "in parallel",
+    "bloom": "ALiBi",
+    "gpt2": "learned positions",
+    "opt": "learned positions",
+    "starcoder2": "no gate",
+    "nemotron": "squared ReLU",
     "mixtral": "mixture already",
-    "qwen2_moe": "mixture already", "qwen3_moe": "mixture already", "deepseek_v3": "latent.*mixture", "mamba": "attention and FFN",
+    "qwen2_moe": "mixture already",
+    "qwen3_moe": "mixture already",
+    "deepseek_v3": "latent.*mixture",
+    "mamba": "attention and FFN",
 }
-TOWERS = {"dinov2": "layer scale", "dinov2_with_registers": "register", "vit": "class token", "siglip2_vision_model": "resized",
-          "beit": "biases", "swin": "windowed"}
-WHOLE = {"llava_next": "tiles", "llava_onevision": "tiles", "llava_next_video": "tiles", "video_llava": "videos",
-         "vipllava": "several layers", "qwen2_vl": "M-RoPE", "qwen2_5_vl": "M-RoPE", "paligemma": "bidirectional",
-         "mllama": "cross",
-         "idefics3": "tiles", "gemma3": "windows", "instructblip": "Q-Former"}
+TOWERS = {
+    "dinov2": "layer scale",
+    "dinov2_with_registers": "register",
+    "vit": "class token",
+    "siglip2_vision_model": "resized",
+    "beit": "biases",
+    "swin": "windowed",
+}
+WHOLE = {
+    "llava_next": "tiles",
+    "llava_onevision": "tiles",
+    "llava_next_video": "tiles",
+    "video_llava": "videos",
+    "vipllava": "several layers",
+    "qwen2_vl": "M-RoPE",
+    "qwen2_5_vl": "M-RoPE",
+    "paligemma": "bidirectional",
+    "mllama": "cross",
+    "idefics3": "tiles",
+    "gemma3": "windows",
+    "instructblip": "Q-Former",
+}
 
 
 def described(kind: str) -> dict:
@@ -35,13 +68,18 @@ def described(kind: str) -> dict:
 
 @pytest.mark.parametrize("kind", DECODERS)
 def test_decoders_are_refused_with_the_reason(kind):
-    with pytest.raises(ConfigError, match=f"'{kind}' cannot be imported as a language model: .*{DECODERS[kind]}.*these can: llama"):
+    with pytest.raises(
+        ConfigError,
+        match=f"'{kind}' cannot be imported as a language model: .*{DECODERS[kind]}.*these can: llama",
+    ):
         language_section(described(kind))
 
 
 @pytest.mark.parametrize("kind", TOWERS)
 def test_towers_are_refused_with_the_reason(kind):
-    with pytest.raises(ConfigError, match=f"'{kind}' cannot be imported as a vision tower: .*{TOWERS[kind]}.*these can: clip"):
+    with pytest.raises(
+        ConfigError, match=f"'{kind}' cannot be imported as a vision tower: .*{TOWERS[kind]}.*these can: clip"
+    ):
         vision_section(described(kind))
 
 
@@ -49,7 +87,9 @@ def test_towers_are_refused_with_the_reason(kind):
 def test_whole_models_are_refused_with_the_reason(tmp_path, kind):
     reason = {**WHOLE, **DECODERS, **TOWERS}[kind]
     write(tmp_path / "hf", described(kind), {})
-    with pytest.raises(ConfigError, match=f"hf: model_type '{kind}' cannot be imported as a LLaVA model: .*{reason}"):
+    with pytest.raises(
+        ConfigError, match=f"hf: model_type '{kind}' cannot be imported as a LLaVA model: .*{reason}"
+    ):
         import_model(Request(model=str(tmp_path / "hf"), output=str(tmp_path / "out")))
 
 
@@ -59,14 +99,22 @@ def test_nothing_is_said_against_what_is_taken(kind):
 
 
 MARKS = [
-    ({"num_local_experts": 8}, "mixture already.*num_local_experts = 8"), ({"embedding_multiplier": 12.0}, "constant.*= 12.0"),
-    ({"logits_scaling": 8}, "constant.*logits_scaling = 8"), ({"attention_multiplier": 0.01}, "scaled by a constant of its own"),
-    ({"final_logit_softcapping": 30.0}, "soft-capped"), ({"clip_qkv": 8.0}, "clipped"), ({"no_rope_layers": [1, 0]}, "no RoPE"),
-    ({"parallel_attn": True}, "in parallel"), ({"use_parallel_residual": True}, "in parallel"), ({"alibi": True}, "ALiBi"),
-    ({"rope_interleaved": True}, "neighbouring pairs"), ({"kv_lora_rank": 512}, "latent"),
+    ({"num_local_experts": 8}, "mixture already.*num_local_experts = 8"),
+    ({"embedding_multiplier": 12.0}, "constant.*= 12.0"),
+    ({"logits_scaling": 8}, "constant.*logits_scaling = 8"),
+    ({"attention_multiplier": 0.01}, "scaled by a constant of its own"),
+    ({"final_logit_softcapping": 30.0}, "soft-capped"),
+    ({"clip_qkv": 8.0}, "clipped"),
+    ({"no_rope_layers": [1, 0]}, "no RoPE"),
+    ({"parallel_attn": True}, "in parallel"),
+    ({"use_parallel_residual": True}, "in parallel"),
+    ({"alibi": True}, "ALiBi"),
+    ({"rope_interleaved": True}, "neighbouring pairs"),
+    ({"kv_lora_rank": 512}, "latent"),
     ({"rope_scaling": {"rope_type": "longrope"}}, "longrope, which has a factor"),
     ({"rope_parameters": {"rope_type": "yarn"}}, "yarn"),
-    ({"rope_scaling": {"type": "default", "mrope_section": [16, 24, 24]}}, "M-RoPE"), ({"is_encoder_decoder": True}, "decoder"),
+    ({"rope_scaling": {"type": "default", "mrope_section": [16, 24, 24]}}, "M-RoPE"),
+    ({"is_encoder_decoder": True}, "decoder"),
 ]
 
 
@@ -81,7 +129,11 @@ def test_marks_count_whatever_the_family(mark, message):
 
 @pytest.mark.parametrize("value", [None, True, "x", [], [[]], {}, {"a": {}}, -1, 0, 1, 1e300, float("nan")])
 def test_marks_of_any_json_are_survived(value):
-    keys = {key for config, _ in MARKS for key in config} | {"mm_patch_merge_type", "image_aspect_ratio", "spatial_merge_size"}
+    keys = {key for config, _ in MARKS for key in config} | {
+        "mm_patch_merge_type",
+        "image_aspect_ratio",
+        "spatial_merge_size",
+    }
     for key in keys:
         assert isinstance(marks({key: value}), list)
         assert isinstance(against({"model_type": value, "text_config": value, key: value}), list)

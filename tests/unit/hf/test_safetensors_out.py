@@ -44,7 +44,9 @@ def test_safetensors_reads_what_was_written(tmp_path, dtype, max_bytes):
 
 
 def test_one_tensor_may_be_larger_than_a_file(tmp_path):
-    writer = write(tmp_path, {"a": torch.ones(2), "b": torch.ones(1000), "c": torch.ones(2)}, torch.float32, 64)
+    writer = write(
+        tmp_path, {"a": torch.ones(2), "b": torch.ones(1000), "c": torch.ones(2)}, torch.float32, 64
+    )
     assert len(writer.file_names) == 3
 
 
@@ -56,7 +58,9 @@ def test_order_and_number_are_checked(tmp_path):
         writer.finish()
 
 
-@pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("1.5 MiB", 1572864), ("123", 123), ("20kb", 20000)])
+@pytest.mark.parametrize(
+    ("text", "size"), [("5GB", 5 * 10**9), ("1.5 MiB", 1572864), ("123", 123), ("20kb", 20000)]
+)
 def test_sizes(text, size):
     assert parse_size(text) == size
 

@@ -27,8 +27,12 @@ def slow(fast: Path, folder: Path) -> Path:
     folder.mkdir()
     model = json.loads((fast / "tokenizer.json").read_text())["model"]
     (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(" ".join(pair) + "\n" for pair in model["merges"]))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|endoftext|>"}))
+    (folder / "merges.txt").write_text(
+        "#version: 0.2\n" + "".join(" ".join(pair) + "\n" for pair in model["merges"])
+    )
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|endoftext|>"})
+    )
     return folder
 
 
@@ -51,21 +55,35 @@ def test_vocabulary_and_merges_are_converted(fast, tmp_path):
 def test_vocabulary_and_merges_without_transformers(fast, tmp_path, monkeypatch):
     monkeypatch.setattr(tokenizer_in, "_has_transformers", lambda: False)
     brought = bring(slow(fast, tmp_path / "slow"), tmp_path / "out")
-    assert brought.path is None and "transformers makes a tokenizer.json of" in brought.note and "pip install" in brought.note
+    assert (
+        brought.path is None
+        and "transformers makes a tokenizer.json of" in brought.note
+        and "pip install" in brought.note
+    )
 
 
-@pytest.mark.parametrize("spoil", [
-    lambda f: (f / "merges.txt").write_text((f / "merges.txt").read_text() + "never seen\n"),
-    lambda f: (f / "vocab.json").write_text("[1]"), lambda f: (f / "vocab.json").write_text("{"),
-])
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda f: (f / "merges.txt").write_text((f / "merges.txt").read_text() + "never seen\n"),
+        lambda f: (f / "vocab.json").write_text("[1]"),
+        lambda f: (f / "vocab.json").write_text("{"),
+    ],
+)
 def test_a_conversion_that_is_another_tokenizer_is_refused(fast, tmp_path, spoil):
     folder = slow(fast, tmp_path / "slow")
     spoil(folder)
     brought = bring(folder, tmp_path / "out")
-    assert brought.path is None and "vocab.json cannot be used" in brought.note and not (tmp_path / "out").exists()
+    assert (
+        brought.path is None
+        and "vocab.json cannot be used" in brought.note
+        and not (tmp_path / "out").exists()
+    )
 
 
-@pytest.mark.parametrize("content", ["{", "tokenizer.json", "[]", "null", '{"model": 3}', '{"model": {"type": "BPE"}}', ""])
+@pytest.mark.parametrize(
+    "content", ["{", "tokenizer.json", "[]", "null", '{"model": 3}', '{"model": {"type": "BPE"}}', ""]
+)
 def test_a_damaged_tokenizer_is_said(fast, tmp_path, content, monkeypatch):
     folder = tmp_path / "hf"
     folder.mkdir()
@@ -78,14 +96,19 @@ def test_a_damaged_tokenizer_is_said(fast, tmp_path, content, monkeypatch):
     train_sentencepiece(helpers.LINES * 5, folder / "tokenizer.model", 400)
     brought = bring(folder, tmp_path / "out")
     assert brought.path == "tokenizer.model" and "tokenizer.json cannot be used" in brought.note
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["tokenizer.model", "tokenizer.model.sha256"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "tokenizer.model",
+        "tokenizer.model.sha256",
+    ]
 
 
 @pytest.mark.parametrize("sums", ["SHA256SUMS", "tokenizer.model.sha256"])
 def test_checksums_come_along_and_must_hold(fast, tmp_path, sums):
     """Those of the tokenizer's files; weights may be listed beside them."""
     folder, name = tmp_path / "hf", "tokenizer.json" if sums == "SHA256SUMS" else "tokenizer.model"
-    shutil.copytree(fast, folder) if sums == "SHA256SUMS" else train_sentencepiece(helpers.LINES * 5, folder / name, 400)
+    shutil.copytree(fast, folder) if sums == "SHA256SUMS" else train_sentencepiece(
+        helpers.LINES * 5, folder / name, 400
+    )
     digest = hashlib.sha256((folder / name).read_bytes()).hexdigest()
     others = f"{'0' * 64}  model.safetensors\n" if sums == "SHA256SUMS" else ""
     (folder / sums).write_text(f"{others}{digest}  {name}\n")

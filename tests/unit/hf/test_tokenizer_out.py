@@ -16,13 +16,27 @@ from tests.unit.data import helpers
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra [hf])")
 KINDS = ("unigram", "bpe", "dummy-prefix", "nmt-nfkc", "gpt", "llama")
-TEXTS = ["hello", "A chat between a curious user", "line\n\nline", "é — 漢字 🙂 ＡＢ", "two  spaces  here ", "x\ty", "1234"]
-PROMPTS = [
-    [("human", "<image>\nWhich digit is this?")], [("human", "Is it even? <image>")], [("human", "<image>a <image> b")],
-    [("human", "no image  here")], [("system", "Be brief."), ("human", "<image>")], [("system", ""), ("human", "hello")],
+TEXTS = [
+    "hello",
+    "A chat between a curious user",
+    "line\n\nline",
+    "é — 漢字 🙂 ＡＢ",
+    "two  spaces  here ",
+    "x\ty",
+    "1234",
 ]
-HISTORY = [[("human", "<image>\nHow many?"), ("gpt", "It is seven."), ("human", "Is it even?")],
-           [("human", "<image>\nHow many?"), ("gpt", "It is seven.")]]
+PROMPTS = [
+    [("human", "<image>\nWhich digit is this?")],
+    [("human", "Is it even? <image>")],
+    [("human", "<image>a <image> b")],
+    [("human", "no image  here")],
+    [("system", "Be brief."), ("human", "<image>")],
+    [("system", ""), ("human", "hello")],
+]
+HISTORY = [
+    [("human", "<image>\nHow many?"), ("gpt", "It is seven."), ("human", "Is it even?")],
+    [("human", "<image>\nHow many?"), ("gpt", "It is seven.")],
+]
 ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 
 
@@ -31,14 +45,30 @@ def paths(tmp_path_factory):
     import sentencepiece
 
     folder = tmp_path_factory.mktemp("tokenizers")
-    found = {kind: train_sentencepiece(helpers.LINES * 5, folder / f"{kind}.model", 600, model_type=kind,
-                                       user_defined_symbols=[*helpers.MARKUP, "\n"]) for kind in ("unigram", "bpe")}
+    found = {
+        kind: train_sentencepiece(
+            helpers.LINES * 5,
+            folder / f"{kind}.model",
+            600,
+            model_type=kind,
+            user_defined_symbols=[*helpers.MARKUP, "\n"],
+        )
+        for kind in ("unigram", "bpe")
+    }
     for kind, rule in (("dummy-prefix", "identity"), ("nmt-nfkc", "nmt_nfkc")):
         found[kind] = folder / f"{kind}.model"
         with found[kind].open("wb") as file:
             sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=iter(helpers.LINES * 5), model_writer=file, vocab_size=450, hard_vocab_limit=False,
-                byte_fallback=True, normalization_rule_name=rule, user_defined_symbols=helpers.MARKUP, minloglevel=2, num_threads=1)
+                sentence_iterator=iter(helpers.LINES * 5),
+                model_writer=file,
+                vocab_size=450,
+                hard_vocab_limit=False,
+                byte_fallback=True,
+                normalization_rule_name=rule,
+                user_defined_symbols=helpers.MARKUP,
+                minloglevel=2,
+                num_threads=1,
+            )
     return found | {kind: helpers.save_hf_tokenizer(folder / kind, kind) for kind in ("gpt", "llama")}
 
 
@@ -57,8 +87,11 @@ def export(path, template, folder):
 def messages(conversation):
     out = []
     for role, text in conversation:
-        parts = [{"type": "image"} if part == IMAGE_TOKEN else {"type": "text", "text": part}
-                 for part in re.split(f"({IMAGE_TOKEN})", text) if part]
+        parts = [
+            {"type": "image"} if part == IMAGE_TOKEN else {"type": "text", "text": part}
+            for part in re.split(f"({IMAGE_TOKEN})", text)
+            if part
+        ]
         out.append({"role": ROLES[role], "content": parts})
     return out
 
@@ -68,11 +101,16 @@ def ids_of_training(conversation, tokenizer, template, image_token):
     images = sum(text.count(IMAGE_TOKEN) for _, text in conversation)
     make = encode if conversation[-1][0] == "gpt" else encode_prompt
     sample = make(turns, images, tokenizer, template, 4)
-    return [image_token if kind == VISION else i for i, kind in zip(sample.tokens, sample.token_types, strict=True)]
+    return [
+        image_token if kind == VISION else i
+        for i, kind in zip(sample.tokens, sample.token_types, strict=True)
+    ]
 
 
 def ids_of_transformers(conversation, hf):
-    text = hf.apply_chat_template(messages(conversation), add_generation_prompt=conversation[-1][0] != "gpt", tokenize=False)
+    text = hf.apply_chat_template(
+        messages(conversation), add_generation_prompt=conversation[-1][0] != "gpt", tokenize=False
+    )
     return hf(text.replace(IMAGE_TOKEN, IMAGE_TOKEN * 4))["input_ids"]
 
 
@@ -92,14 +130,19 @@ def test_special_ids_decoding_and_the_way_back(paths, kind, tmp_path):
     tokenizer, written, hf = export(paths[kind], "v1", tmp_path / "out")
     check_ids(written.files["tokenizer.json"], tokenizer, written.template_prefix, TEXTS)
     assert (hf.bos_token_id, hf.eos_token_id, hf.pad_token_id) == (
-        tokenizer.bos_id if tokenizer.bos_id is not None else hf.bos_token_id, tokenizer.eos_id, tokenizer.pad_id)
+        tokenizer.bos_id if tokenizer.bos_id is not None else hf.bos_token_id,
+        tokenizer.eos_id,
+        tokenizer.pad_id,
+    )
     assert hf.convert_tokens_to_ids(IMAGE_TOKEN) == written.image_token_id == tokenizer.vocab_size
     assert hf.decode(hf("hello there")["input_ids"], skip_special_tokens=True) == "hello there"
     assert set(hf("a")) == {"input_ids", "attention_mask"} and hf.padding_side == "left"
     again = build_tokenizer(tmp_path / "out")
     ours, theirs = (t.fingerprint().split(".") for t in (tokenizer, again))
     assert ours[0] == theirs[0] and again.text_prefix == tokenizer.text_prefix
-    assert (ours[1] == theirs[1]) == (kind == "gpt"), "sentencepiece's rules and those with a prefix are written in other words"
+    assert (ours[1] == theirs[1]) == (kind == "gpt"), (
+        "sentencepiece's rules and those with a prefix are written in other words"
+    )
 
 
 def test_an_image_token_of_its_own_keeps_its_id(paths, tmp_path):
@@ -107,14 +150,18 @@ def test_an_image_token_of_its_own_keeps_its_id(paths, tmp_path):
     hf.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN, "<|after|>"]})
     hf.save_pretrained(tmp_path / "with")
     tokenizer, written, back = export(tmp_path / "with", "phi", tmp_path / "out")
-    assert written.image_token_id == tokenizer.special_id(IMAGE_TOKEN) == back.convert_tokens_to_ids(IMAGE_TOKEN)
+    assert (
+        written.image_token_id == tokenizer.special_id(IMAGE_TOKEN) == back.convert_tokens_to_ids(IMAGE_TOKEN)
+    )
     assert written.image_token_id < tokenizer.vocab_size - 1
 
 
 def test_turns_must_alternate(paths, tmp_path):
     *_, hf = export(paths["unigram"], "v1", tmp_path / "out")
     with pytest.raises(Exception, match="must alternate"):
-        hf.apply_chat_template([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}], tokenize=False)
+        hf.apply_chat_template(
+            [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}], tokenize=False
+        )
 
 
 def test_a_tokenizer_that_would_differ_is_refused(paths):
@@ -130,7 +177,13 @@ def test_word_models_are_refused(tmp_path):
 
     path = tmp_path / "words.model"
     with path.open("wb") as file:
-        sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(helpers.LINES * 5), model_writer=file, vocab_size=60,
-                                                 hard_vocab_limit=False, model_type="word", minloglevel=2)
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(helpers.LINES * 5),
+            model_writer=file,
+            vocab_size=60,
+            hard_vocab_limit=False,
+            model_type="word",
+            minloglevel=2,
+        )
     with pytest.raises(ConfigError, match="only unigram and BPE"):
         tokenizer_files(build_tokenizer(path), path, 64)

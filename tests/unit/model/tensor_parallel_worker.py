@@ -1,4 +1,5 @@
-"""One rank of `test_tensor_parallel`: logits, features and some gradients under the given TP, saved by rank 0.
+"""One rank of `test_tensor_parallel`: logits, features and some gradients under the given TP, saved by rank
+0.
 
 CPU initialisation draws whole matrices and cuts them, so the same seed gives the same model under any TP.
 """
@@ -11,9 +12,21 @@ import torch
 
 from megatron_evomoe.parallel import backend
 
-LANGUAGE = {"vocab_size": 128, "num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 96, "tie_word_embeddings": False}
-PHI = {"normalization": "LayerNorm", "add_bias_linear": True, "parallel_residual": True, "lm_head_bias": True,
-       "activation": "gelu_tanh", "gated_linear_unit": False}
+LANGUAGE = {
+    "vocab_size": 128,
+    "num_layers": 2,
+    "hidden_size": 64,
+    "ffn_hidden_size": 96,
+    "tie_word_embeddings": False,
+}
+PHI = {
+    "normalization": "LayerNorm",
+    "add_bias_linear": True,
+    "parallel_residual": True,
+    "lm_head_bias": True,
+    "activation": "gelu_tanh",
+    "gated_linear_unit": False,
+}
 
 
 def main(tp: int, path: str) -> None:
@@ -34,7 +47,10 @@ def main(tp: int, path: str) -> None:
 def cases(tp: int) -> dict[str, torch.Tensor]:
     """All that is compared; the process groups exist."""
     out = {}
-    for name, extra in {"qwen": {"add_qkv_bias": True, "num_query_groups": 2, "qk_layernorm": True}, "phi": PHI}.items():
+    for name, extra in {
+        "qwen": {"add_qkv_bias": True, "num_query_groups": 2, "qk_layernorm": True},
+        "phi": PHI,
+    }.items():
         out.update({f"{name} {k}": v for k, v in language({**LANGUAGE, **extra}, tp).items()})
     return {**out, **vision(tp)}
 
@@ -54,7 +70,8 @@ def language(section: dict, tp: int) -> dict[str, torch.Tensor]:
     if model.config.sequence_parallel:
         hidden = tensor_parallel.scatter_to_sequence_parallel_region(hidden)
     logits = tensor_parallel.gather_from_tensor_model_parallel_region(
-        model(tokens, None, None, decoder_input=hidden))
+        model(tokens, None, None, decoder_input=hidden)
+    )
     logits.pow(2).mean().backward()
     out = {"logits": logits.detach()}
     for parameter_name, parameter in model.named_parameters():

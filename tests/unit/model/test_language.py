@@ -18,8 +18,16 @@ from megatron_evomoe.model.transformer_config import language_transformer_config
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
-PHI = {"normalization": "LayerNorm", "add_bias_linear": True, "parallel_residual": True, "lm_head_bias": True,
-       "activation": "gelu_tanh", "gated_linear_unit": False, "rotary_percent": 0.5, "tie_word_embeddings": False}
+PHI = {
+    "normalization": "LayerNorm",
+    "add_bias_linear": True,
+    "parallel_residual": True,
+    "lm_head_bias": True,
+    "activation": "gelu_tanh",
+    "gated_linear_unit": False,
+    "rotary_percent": 0.5,
+    "tie_word_embeddings": False,
+}
 SMALL = {"vocab_size": 100, "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 2}
 
 
@@ -32,11 +40,15 @@ def logits(model, seed=0):
     return model(tokens, torch.arange(12).expand(2, -1), None)
 
 
-@pytest.mark.parametrize(("size", "divisor", "tp", "padded"), [(100, 8, 1, 104), (104, 8, 1, 104), (100, 8, 2, 112),
-                                                               (32002, 128, 4, 32256), (1, 1, 1, 1)])
+@pytest.mark.parametrize(
+    ("size", "divisor", "tp", "padded"),
+    [(100, 8, 1, 104), (104, 8, 1, 104), (100, 8, 2, 112), (32002, 128, 4, 32256), (1, 1, 1, 1)],
+)
 def test_padded_vocab_size(size, divisor, tp, padded):
-    config = config_of({"vocab_size": size, "make_vocab_size_divisible_by": divisor},
-                       parallel={"tensor_model_parallel_size": tp})
+    config = config_of(
+        {"vocab_size": size, "make_vocab_size_divisible_by": divisor},
+        parallel={"tensor_model_parallel_size": tp},
+    )
     assert padded_vocab_size(config) == padded
 
 
@@ -53,8 +65,10 @@ def test_names_agree_between_kinds_but_for_the_ffn(language):
         model = build_language_model(config_of(language), stage_kind=kind)
         keys = {v.key for v in model.sharded_state_dict().values()}
         inside = {f"decoder.layers.{i}.mlp." for i in (1, 3)}
-        return tuple({n for n in found if not any(n.startswith(p) for p in inside)}
-                     for found in (dict(model.named_parameters()), keys))
+        return tuple(
+            {n for n in found if not any(n.startswith(p) for p in inside)}
+            for found in (dict(model.named_parameters()), keys)
+        )
 
     dense = names("dense")
     assert dense == names("align") == names("warmup") == names("evolve") == names("route")
@@ -71,25 +85,39 @@ def test_ffn_by_kind():
     from megatron_evomoe.moe.evolving import EvolvingMLP
     from megatron_evomoe.moe.layer import EvoMoELayer
 
-    for kind, cls in {"align": MLP, "warmup": MLP, "dense": MLP, "evolve": EvolvingMLP, "route": EvoMoELayer}.items():
+    for kind, cls in {
+        "align": MLP,
+        "warmup": MLP,
+        "dense": MLP,
+        "evolve": EvolvingMLP,
+        "route": EvoMoELayer,
+    }.items():
         layers = build_language_model(config_of(), stage_kind=kind).decoder.layers
         assert [type(layer.mlp) for layer in layers] == [MLP, cls, MLP, cls]
         if kind in ("evolve", "route"):
             assert [layers[i].mlp.layer_number for i in (1, 3)] == [2, 4]
 
 
-@pytest.mark.parametrize(("per_chunk", "expected"), [
-    (None, {(0, None): [0, 1, 1], (1, None): [0, 0, 1]}),
-    (1, {(0, 0): [0], (1, 0): [1], (0, 1): [1], (1, 1): [0], (0, 2): [0], (1, 2): [1]}),
-])
+@pytest.mark.parametrize(
+    ("per_chunk", "expected"),
+    [
+        (None, {(0, None): [0, 1, 1], (1, None): [0, 0, 1]}),
+        (1, {(0, 0): [0], (1, 0): [1], (0, 1): [1], (1, 1): [0], (0, 2): [0], (1, 2): [1]}),
+    ],
+)
 def test_pipeline_slices(per_chunk, expected, monkeypatch):
-    config = config_of({"num_layers": 6}, moe={"moe_layer_freq": [0, 1, 1, 0, 0, 1]},
-                       parallel={"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": per_chunk})
+    config = config_of(
+        {"num_layers": 6},
+        moe={"moe_layer_freq": [0, 1, 1, 0, 0, 1]},
+        parallel={"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": per_chunk},
+    )
     transformer_config = language_transformer_config(config)
     for (rank, chunk), pattern in expected.items():
         monkeypatch.setattr(parallel_state, "_MPU_PIPELINE_MODEL_PARALLEL_RANK", rank)
         specs = language_block_spec(config, transformer_config, "route", chunk).layer_specs
-        assert [int("padding" in str(s.submodules.mlp) or "EvoMoELayer" in str(s.submodules.mlp)) for s in specs] == pattern
+        assert [
+            int("padding" in str(s.submodules.mlp) or "EvoMoELayer" in str(s.submodules.mlp)) for s in specs
+        ] == pattern
 
 
 def test_attention_is_causal():
@@ -132,9 +160,14 @@ def test_parallel_residual_is_one_norm_and_one_sum():
 
 
 @pytest.mark.parametrize("kind", ["dense", "route"])
-@pytest.mark.parametrize("train", [{"recompute_granularity": "full"},
-                                   {"recompute_granularity": "selective", "recompute_modules": ["mlp", "core_attn"]},
-                                   {"recompute_granularity": "selective", "recompute_modules": ["moe"]}])
+@pytest.mark.parametrize(
+    "train",
+    [
+        {"recompute_granularity": "full"},
+        {"recompute_granularity": "selective", "recompute_modules": ["mlp", "core_attn"]},
+        {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
+    ],
+)
 def test_parallel_residual_recomputes(kind, train):
     gradients = []
     for section in ({}, train):
@@ -149,7 +182,9 @@ def test_parallel_residual_recomputes(kind, train):
 
 
 def test_biased_experts_equal_the_dense_ffn_they_copy():
-    """Phi-2 as a mixture: with all experts alike and `straight_through`, biases included, routing changes nothing."""
+    """Phi-2 as a mixture: with all experts alike and `straight_through`, biases included, routing changes
+    nothing.
+    """
     dense = build_language_model(config_of(PHI), stage_kind="dense")
     with torch.no_grad():
         for parameter in dense.parameters():

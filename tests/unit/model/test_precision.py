@@ -1,7 +1,8 @@
-"""FP8 and fused kernels as far as a machine without a GPU can tell: which configuration gets what, and what is refused.
+"""FP8 and fused kernels as far as a machine without a GPU can tell: which configuration gets what, and what
+is refused.
 
-Transformer Engine is not here. Where the core's configuration wants to see it, the tests say it is there; nothing is computed
-in FP8.
+Transformer Engine is not here. Where the core's configuration wants to see it, the tests say it is there;
+nothing is computed in FP8.
 """
 
 from __future__ import annotations
@@ -34,8 +35,13 @@ def claimed_engine(monkeypatch):
 
     monkeypatch.setattr(transformer_config, "is_te_min_version", lambda *args, **kwargs: True)
     monkeypatch.setattr(rope_utils, "fused_apply_rotary_pos_emb", object())
-    for name in ("fused_permute", "fused_permute_with_probs", "fused_sort_chunks_by_index",
-                 "fused_sort_chunks_by_index_with_probs", "fused_unpermute"):
+    for name in (
+        "fused_permute",
+        "fused_permute_with_probs",
+        "fused_sort_chunks_by_index",
+        "fused_sort_chunks_by_index_with_probs",
+        "fused_unpermute",
+    ):
         monkeypatch.setattr(moe_utils, name, object(), raising=False)
 
 
@@ -51,7 +57,9 @@ def test_fp8_is_the_decoders_alone(claimed_gpu):
     config = run_config(gpu=FP8)
     assert tc.language_transformer_config(config).fp8 == "hybrid"
     for part in (tc.vision_transformer_config(config), tc.projector_transformer_config(config)):
-        assert part.fp8 is None and not (part.first_last_layers_bf16 or part.moe_router_padding_for_quantization)
+        assert part.fp8 is None and not (
+            part.first_last_layers_bf16 or part.moe_router_padding_for_quantization
+        )
 
 
 def test_what_stays_out_of_fp8(claimed_gpu):
@@ -61,23 +69,46 @@ def test_what_stays_out_of_fp8(claimed_gpu):
 
 
 def test_flags_reach_the_core(claimed_gpu):
-    core = tc.language_transformer_config(run_config(gpu={
-        "fp8_format": "e4m3", "fp8_recipe": "tensorwise", "first_last_layers_bf16": True, "num_layers_at_start_in_bf16": 2,
-        "num_layers_at_end_in_bf16": 1, "moe_router_padding_for_fp8": True}))
+    core = tc.language_transformer_config(
+        run_config(
+            gpu={
+                "fp8_format": "e4m3",
+                "fp8_recipe": "tensorwise",
+                "first_last_layers_bf16": True,
+                "num_layers_at_start_in_bf16": 2,
+                "num_layers_at_end_in_bf16": 1,
+                "moe_router_padding_for_fp8": True,
+            }
+        )
+    )
     assert (core.fp8, core.fp8_recipe, core.first_last_layers_bf16) == ("e4m3", "tensorwise", True)
     assert (core.num_layers_at_start_in_bf16, core.num_layers_at_end_in_bf16) == (2, 1)
     assert core.moe_router_padding_for_quantization
-    delayed = tc.language_transformer_config(run_config(gpu={
-        **FP8, "fp8_margin": 1, "fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"}))
-    assert (delayed.fp8_margin, delayed.fp8_amax_history_len, delayed.fp8_amax_compute_algo) == (1, 1024, "max")
+    delayed = tc.language_transformer_config(
+        run_config(gpu={**FP8, "fp8_margin": 1, "fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"})
+    )
+    assert (delayed.fp8_margin, delayed.fp8_amax_history_len, delayed.fp8_amax_compute_algo) == (
+        1,
+        1024,
+        "max",
+    )
 
 
 def test_the_cores_own_reading_of_first_and_last():
     from megatron.core.fp8_utils import is_first_last_bf16_layer
 
     settings = precision.language_settings(
-        run_config(gpu={**FP8, "fp8_recipe": "tensorwise", "first_last_layers_bf16": True, "num_layers_at_start_in_bf16": 2}),
-        use_te=True, capability=HOPPER)
+        run_config(
+            gpu={
+                **FP8,
+                "fp8_recipe": "tensorwise",
+                "first_last_layers_bf16": True,
+                "num_layers_at_start_in_bf16": 2,
+            }
+        ),
+        use_te=True,
+        capability=HOPPER,
+    )
     core = type("Core", (), {"num_layers": 4, **settings})
     assert [is_first_last_bf16_layer(core, i) for i in range(4)] == [True, True, False, True]
 
@@ -97,21 +128,34 @@ def test_local_layers_get_none_of_it():
     assert settings == dict.fromkeys(FUSIONS, False)
 
 
-@pytest.mark.parametrize(("recipe", "capability", "says"), [
-    ("delayed", (8, 0), "needs compute capability 8.9, this GPU has 8.0; leave fp8_format out"),
-    ("blockwise", (8, 9), "choose delayed or tensorwise"),
-    ("mxfp8", HOPPER, "needs compute capability 10.0, this GPU has 9.0; choose delayed or tensorwise or blockwise"),
-    ("mxfp8", (12, 0), "not there yet for compute capability 12.0"),
-    ("delayed", None, "needs Transformer Engine on a GPU"),
-])
+@pytest.mark.parametrize(
+    ("recipe", "capability", "says"),
+    [
+        ("delayed", (8, 0), "needs compute capability 8.9, this GPU has 8.0; leave fp8_format out"),
+        ("blockwise", (8, 9), "choose delayed or tensorwise"),
+        (
+            "mxfp8",
+            HOPPER,
+            "needs compute capability 10.0, this GPU has 9.0; choose delayed or tensorwise or blockwise",
+        ),
+        ("mxfp8", (12, 0), "not there yet for compute capability 12.0"),
+        ("delayed", None, "needs Transformer Engine on a GPU"),
+    ],
+)
 def test_a_recipe_the_chip_lacks_is_refused(recipe, capability, says):
     with pytest.raises(ConfigError, match=says):
-        precision.language_settings(run_config(gpu={**FP8, "fp8_recipe": recipe}), use_te=True, capability=capability)
+        precision.language_settings(
+            run_config(gpu={**FP8, "fp8_recipe": recipe}), use_te=True, capability=capability
+        )
 
 
-@pytest.mark.parametrize(("recipe", "capability"), [("delayed", (8, 9)), ("blockwise", HOPPER), ("mxfp8", BLACKWELL)])
+@pytest.mark.parametrize(
+    ("recipe", "capability"), [("delayed", (8, 9)), ("blockwise", HOPPER), ("mxfp8", BLACKWELL)]
+)
 def test_a_recipe_the_chip_has_is_taken(recipe, capability):
-    settings = precision.language_settings(run_config(gpu={**FP8, "fp8_recipe": recipe}), use_te=True, capability=capability)
+    settings = precision.language_settings(
+        run_config(gpu={**FP8, "fp8_recipe": recipe}), use_te=True, capability=capability
+    )
     assert settings["fp8_recipe"] == recipe
 
 
@@ -122,22 +166,55 @@ def test_refused_without_a_gpu(gpu):
         tc.language_transformer_config(run_config(gpu=gpu))
 
 
-@pytest.mark.parametrize(("sections", "says"), [
-    ({"bf16": False, "gpu": FP8}, "set train.bf16 too"),
-    ({"gpu": {"moe_router_padding_for_fp8": True}}, "set fp8_format"),
-    ({"gpu": {**FP8, "first_last_layers_bf16": True}}, "cannot be had with fp8_recipe delayed"),
-    ({"gpu": {**FP8, "fp8_recipe": "tensorwise", "first_last_layers_bf16": True, "num_layers_at_start_in_bf16": 3}},
-     "3 first and 1 last layers in bf16 leave none of 4"),
-    ({"gpu": {**FP8, "moe_router_padding_for_fp8": True}, "moe": {"moe_token_dispatcher_type": "allgather"}}, "alltoall or flex"),
-    ({"train": {"bf16": True, "recompute_granularity": "selective", "recompute_modules": ["moe_act"]}, "gpu": FP8},
-     "moe_act cannot be had with fp8_recipe delayed"),
-    ({"gpu": FP8, "language": {"ffn_hidden_size": 344}}, "ffn_hidden_size / tensor_model_parallel_size is 344"),
-    ({"gpu": FP8, "parallel": {"tensor_model_parallel_size": 4}}, "ffn_hidden_size / tensor_model_parallel_size is 88"),
-    ({"gpu": {**FP8, "fp8_amax_history_len": 0}}, "must be at least 1"),
-    ({"bf16": False, "gpu": {"cross_entropy_loss_fusion": True}}, "set bf16, or leave it out"),
-    ({"gpu": {"fp8_format": "e5m2"}}, "fp8_format"),
-    ({"gpu": {"fp8_recipe": "custom"}}, "fp8_recipe"),
-])
+@pytest.mark.parametrize(
+    ("sections", "says"),
+    [
+        ({"bf16": False, "gpu": FP8}, "set train.bf16 too"),
+        ({"gpu": {"moe_router_padding_for_fp8": True}}, "set fp8_format"),
+        ({"gpu": {**FP8, "first_last_layers_bf16": True}}, "cannot be had with fp8_recipe delayed"),
+        (
+            {
+                "gpu": {
+                    **FP8,
+                    "fp8_recipe": "tensorwise",
+                    "first_last_layers_bf16": True,
+                    "num_layers_at_start_in_bf16": 3,
+                }
+            },
+            "3 first and 1 last layers in bf16 leave none of 4",
+        ),
+        (
+            {
+                "gpu": {**FP8, "moe_router_padding_for_fp8": True},
+                "moe": {"moe_token_dispatcher_type": "allgather"},
+            },
+            "alltoall or flex",
+        ),
+        (
+            {
+                "train": {
+                    "bf16": True,
+                    "recompute_granularity": "selective",
+                    "recompute_modules": ["moe_act"],
+                },
+                "gpu": FP8,
+            },
+            "moe_act cannot be had with fp8_recipe delayed",
+        ),
+        (
+            {"gpu": FP8, "language": {"ffn_hidden_size": 344}},
+            "ffn_hidden_size / tensor_model_parallel_size is 344",
+        ),
+        (
+            {"gpu": FP8, "parallel": {"tensor_model_parallel_size": 4}},
+            "ffn_hidden_size / tensor_model_parallel_size is 88",
+        ),
+        ({"gpu": {**FP8, "fp8_amax_history_len": 0}}, "must be at least 1"),
+        ({"bf16": False, "gpu": {"cross_entropy_loss_fusion": True}}, "set bf16, or leave it out"),
+        ({"gpu": {"fp8_format": "e5m2"}}, "fp8_format"),
+        ({"gpu": {"fp8_recipe": "custom"}}, "fp8_recipe"),
+    ],
+)
 def test_combinations_that_cannot_be_are_refused(sections, says):
     with pytest.raises(ConfigError, match=says):
         run_config(**sections)
@@ -151,10 +228,17 @@ def test_a_recompute_that_would_leave_fp8_is_refused(claimed_gpu):
         tc.language_transformer_config(run_config(train=recompute, language=parallel, gpu=FP8))
 
 
-@pytest.mark.parametrize(("gpu", "tp", "multiple"), [
-    ({}, 1, 1), ({}, 2, 2), (FP8, 1, 16), (FP8, 2, 32), ({**FP8, "fp8_recipe": "mxfp8"}, 1, 32),
-    ({**FP8, "fp8_recipe": "blockwise"}, 2, 256),
-])
+@pytest.mark.parametrize(
+    ("gpu", "tp", "multiple"),
+    [
+        ({}, 1, 1),
+        ({}, 2, 2),
+        (FP8, 1, 16),
+        (FP8, 2, 32),
+        ({**FP8, "fp8_recipe": "mxfp8"}, 1, 32),
+        ({**FP8, "fp8_recipe": "blockwise"}, 2, 256),
+    ],
+)
 def test_sequences_are_padded_to_whole_rows(gpu, tp, multiple):
     config = run_config(gpu=gpu, parallel={"tensor_model_parallel_size": tp})
     assert precision.sequence_multiple(config) == multiple
@@ -162,7 +246,10 @@ def test_sequences_are_padded_to_whole_rows(gpu, tp, multiple):
 
 def test_a_stage_may_choose_for_itself():
     config = run_config(stages=[{"name": "warmup", "fp8_format": "hybrid"}, {"name": "route"}])
-    assert (config.for_stage("warmup").gpu.fp8_format, config.for_stage("route").gpu.fp8_format) == ("hybrid", None)
+    assert (config.for_stage("warmup").gpu.fp8_format, config.for_stage("route").gpu.fp8_format) == (
+        "hybrid",
+        None,
+    )
 
 
 def routed_model(**gpu):
@@ -178,12 +265,17 @@ def routed_model(**gpu):
 
 @pytest.mark.usefixtures("one_rank")
 def test_routers_hold_no_layer_that_fp8_would_take():
-    """FP8 is taken up by linear layers (Transformer Engine's, in the place of these); a router's products are its own."""
+    """FP8 is taken up by linear layers (Transformer Engine's, in the place of these); a router's products are
+    its own.
+    """
     model = routed_model()
     routers = [m for name, m in model.named_modules() if name.endswith(".router")]
     assert routers
     for router in routers:
-        assert not any(isinstance(m, (ColumnParallelLinear, RowParallelLinear, torch.nn.Linear)) for m in router.modules())
+        assert not any(
+            isinstance(m, (ColumnParallelLinear, RowParallelLinear, torch.nn.Linear))
+            for m in router.modules()
+        )
 
 
 def outputs_and_gradients(**gpu):
@@ -201,8 +293,9 @@ def outputs_and_gradients(**gpu):
 def test_padding_of_experts_changes_no_result(by_router):
     """With `fp8` set and no Transformer Engine the core pads as for FP8 and computes in fp32."""
     plain, plain_gradients, plain_given = outputs_and_gradients()
-    padded, gradients, given = outputs_and_gradients(fp8="hybrid", fp8_recipe="delayed",
-                                                     moe_router_padding_for_quantization=by_router)
+    padded, gradients, given = outputs_and_gradients(
+        fp8="hybrid", fp8_recipe="delayed", moe_router_padding_for_quantization=by_router
+    )
     assert any(n % 16 for n in plain_given) and not any(n % 16 for n in given)
     torch.testing.assert_close(padded, plain, rtol=1e-5, atol=1e-6)
     assert any(".router." in n for n in gradients) and gradients.keys() == plain_gradients.keys()

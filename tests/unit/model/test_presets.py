@@ -1,6 +1,7 @@
 """Every preset, built without memory, has the published number of parameters.
 
-The published counts are those of the models' files on Hugging Face; `test_dense_hf` derives them again from transformers.
+The published counts are those of the models' files on Hugging Face; `test_dense_hf` derives them again from
+transformers.
 """
 
 from __future__ import annotations
@@ -49,7 +50,10 @@ def padding(config) -> int:
 
 
 def test_counts_are_known_for_all():
-    assert LANGUAGE_PARAMETERS.keys() == LANGUAGE_PRESETS.keys() and TOWER_PARAMETERS.keys() == VISION_PRESETS.keys()
+    assert (
+        LANGUAGE_PARAMETERS.keys() == LANGUAGE_PRESETS.keys()
+        and TOWER_PARAMETERS.keys() == VISION_PRESETS.keys()
+    )
     assert len(PRESETS) == 1 + len(LANGUAGE_PRESETS) * len(VISION_PRESETS)
 
 
@@ -80,8 +84,9 @@ def test_tower_and_projector_parameters(tower):
 
 @pytest.mark.parametrize(("h", "r", "active"), [(16, 16, 1_877_821_824), (32, 32, 1_994_214_144)])
 def test_qwen_mixture_parameters(h, r, active):
-    """N − 1 more experts on every second layer, and two hypernetworks and φ for each. With h = r = 32 a token uses 2.0B
-    parameters of the language model, which is what the paper gives for 1.8B."""
+    """N − 1 more experts on every second layer, and two hypernetworks and φ for each. With h = r = 32 a token
+    uses 2.0B parameters of the language model, which is what the paper gives for 1.8B.
+    """
     config = from_mapping({"preset": "qwen-1.8b", "moe": {"dtr_hidden_size": h, "dtr_rank": r}})
     with shapes_only():
         model = build_language_model(config, stage_kind="route")
@@ -96,7 +101,9 @@ def test_qwen_mixture_parameters(h, r, active):
 
 
 def test_a_section_goes_over_the_preset():
-    config = from_mapping({"preset": "qwen-1.8b", "vision": VISION_PRESETS["siglip-l-384"], "language": {"num_layers": 2}})
+    config = from_mapping(
+        {"preset": "qwen-1.8b", "vision": VISION_PRESETS["siglip-l-384"], "language": {"num_layers": 2}}
+    )
     assert config.vision.model_type == "siglip" and config.language.num_layers == 2
     assert config.language.hidden_size == 2048
 

@@ -1,7 +1,8 @@
-"""Two tensor-parallel ranks with sequence parallelism against one rank: logits, features, gradients of replicated weights.
+"""Two tensor-parallel ranks with sequence parallelism against one rank: logits, features, gradients of
+replicated weights.
 
-Measured on CPU in fp32: at most 8e-7 of the largest value (sums in another order). A forgotten reduction of a norm's gradient
-would show as a difference of order 1.
+Measured on CPU in fp32: at most 8e-7 of the largest value (sums in another order). A forgotten reduction of a
+norm's gradient would show as a difference of order 1.
 """
 
 from __future__ import annotations
@@ -23,11 +24,23 @@ def test_tp2_equals_tp1(tmp_path, one_rank):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    world = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": str(ROOT),
-             "PYTHONWARNINGS": "ignore"}
-    ranks = [subprocess.Popen([sys.executable, str(WORKER), "2", str(tmp_path / "two.pt")],
-                              env={**world, "RANK": str(r), "LOCAL_RANK": str(r)}, stderr=subprocess.PIPE, text=True)
-             for r in range(2)]
+    world = {
+        **os.environ,
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "PYTHONPATH": str(ROOT),
+        "PYTHONWARNINGS": "ignore",
+    }
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(WORKER), "2", str(tmp_path / "two.pt")],
+            env={**world, "RANK": str(r), "LOCAL_RANK": str(r)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for r in range(2)
+    ]
     spec = importlib.util.spec_from_file_location("tensor_parallel_worker", WORKER)
     worker = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(worker)

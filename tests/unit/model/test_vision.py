@@ -16,14 +16,17 @@ def config_of(**vision):
     return from_mapping({"vision": vision})
 
 
-@pytest.mark.parametrize(("vision", "tokens", "layers"), [
-    ({}, 16, 2),
-    ({"feature_select": "cls_patch"}, 17, 2),
-    ({"feature_layer": -1}, 16, 3),
-    ({"feature_layer": 1}, 16, 1),
-    ({"model_type": "siglip"}, 16, 2),
-    ({"model_type": "siglip", "feature_select": "cls_patch", "image_size": 16}, 4, 2),
-])
+@pytest.mark.parametrize(
+    ("vision", "tokens", "layers"),
+    [
+        ({}, 16, 2),
+        ({"feature_select": "cls_patch"}, 17, 2),
+        ({"feature_layer": -1}, 16, 3),
+        ({"feature_layer": 1}, 16, 1),
+        ({"model_type": "siglip"}, 16, 2),
+        ({"model_type": "siglip", "feature_select": "cls_patch", "image_size": 16}, 4, 2),
+    ],
+)
 def test_shapes(vision, tokens, layers):
     config = config_of(**vision)
     tower = build_vision_model(config)

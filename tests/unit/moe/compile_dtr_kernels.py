@@ -1,4 +1,5 @@
-"""Compiles the DTR's Triton kernels for Hopper, with the tile sizes training uses, and prints what multiplies in each.
+"""Compiles the DTR's Triton kernels for Hopper, with the tile sizes training uses, and prints what multiplies
+in each.
 
 Run by test_dtr_triton.py; needs no GPU.
 """
@@ -21,18 +22,21 @@ INDEX = {"order_ptr": "i64", "num_text_ptr": "i64"}
 BF16 = dict(OPERAND=tl.bfloat16)
 LAUNCHES = {
     "grouped_product bf16 forward": (
-        {"a_ptr": "bf16", "b_ptr": "bf16"}, dict(PRODUCT, GATHER=True, ROUND=False, b_depth=1, **BF16)
+        {"a_ptr": "bf16", "b_ptr": "bf16"},
+        dict(PRODUCT, GATHER=True, ROUND=False, b_depth=1, **BF16),
     ),
     "grouped_product bf16 backward": (
-        {"b_ptr": "bf16", "out_ptr": "bf16"}, dict(PRODUCT, GATHER=False, ROUND=True, b_column=1, **BF16)
+        {"b_ptr": "bf16", "out_ptr": "bf16"},
+        dict(PRODUCT, GATHER=False, ROUND=True, b_column=1, **BF16),
     ),
     "weight_gradient bf16": (
-        {"z_ptr": "bf16", "dweight_ptr": "bf16"}, dict(BLOCK_P=COLUMNS, BLOCK_C=COLUMNS, BLOCK_T=DEPTH, ROUND=True, **BF16)
+        {"z_ptr": "bf16", "dweight_ptr": "bf16"},
+        dict(BLOCK_P=COLUMNS, BLOCK_C=COLUMNS, BLOCK_T=DEPTH, ROUND=True, **BF16),
     ),
     "grouped_product fp32": ({}, dict(PRODUCT, GATHER=True, ROUND=False, b_depth=1, OPERAND=tl.float32)),
     "mix": ({}, MIX),
     "mix_backward": ({}, MIX),
-}  # fmt: skip
+}
 
 
 def assembly(name: str, pointers: dict[str, str], constants: dict) -> str:
@@ -43,11 +47,23 @@ def assembly(name: str, pointers: dict[str, str], constants: dict) -> str:
         if argument in constants:
             signature[argument] = "constexpr"
             continue
-        signature[argument] = "*" + {**INDEX, **pointers}.get(argument, "fp32") if argument.endswith("_ptr") else "i32"
-        if argument.endswith("_ptr") or argument in ("num_columns", "depth", "b_modality", "b_column", "b_depth", "P", "C"):
+        signature[argument] = (
+            "*" + {**INDEX, **pointers}.get(argument, "fp32") if argument.endswith("_ptr") else "i32"
+        )
+        if argument.endswith("_ptr") or argument in (
+            "num_columns",
+            "depth",
+            "b_modality",
+            "b_column",
+            "b_depth",
+            "P",
+            "C",
+        ):
             aligned[(position,)] = [["tt.divisibility", 16]]
     options = {"num_warps": 8} if "OPERAND" in constants else {}
-    return triton.compile(ASTSource(kernel, signature, constants, aligned), target=HOPPER, options=options).asm["ptx"]
+    return triton.compile(
+        ASTSource(kernel, signature, constants, aligned), target=HOPPER, options=options
+    ).asm["ptx"]
 
 
 for name, (pointers, constants) in LAUNCHES.items():

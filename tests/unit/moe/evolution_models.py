@@ -1,4 +1,6 @@
-"""Small FFNs and mixtures for the tests of evolution; a plain module so that spawned processes can import it."""
+"""Small FFNs and mixtures for the tests of evolution; a plain module so that spawned processes can import
+it.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +13,41 @@ HIDDEN, FFN = 16, 24
 SEED = 7
 
 
-def transformer_config(*, dtype: torch.dtype = torch.float32, gated: bool = True, bias: bool = False, experts: int = 4,
-                       tp: int = 1, ep: int = 1, etp: int = 1) -> Any:
+def transformer_config(
+    *,
+    dtype: torch.dtype = torch.float32,
+    gated: bool = True,
+    bias: bool = False,
+    experts: int = 4,
+    tp: int = 1,
+    ep: int = 1,
+    etp: int = 1,
+) -> Any:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     return TransformerConfig(
-        num_layers=1, hidden_size=HIDDEN, ffn_hidden_size=FFN, moe_ffn_hidden_size=FFN, num_attention_heads=2,
-        use_cpu_initialization=True, gated_linear_unit=gated, activation_func=F.silu if gated else F.gelu, add_bias_linear=bias,
-        params_dtype=dtype, bf16=dtype == torch.bfloat16, gradient_accumulation_fusion=False, bias_activation_fusion=False,
-        num_moe_experts=experts, moe_router_topk=1, moe_router_pre_softmax=True, moe_token_dispatcher_type="alltoall",
-        tensor_model_parallel_size=tp, expert_model_parallel_size=ep, expert_tensor_parallel_size=etp, sequence_parallel=tp > 1)
+        num_layers=1,
+        hidden_size=HIDDEN,
+        ffn_hidden_size=FFN,
+        moe_ffn_hidden_size=FFN,
+        num_attention_heads=2,
+        use_cpu_initialization=True,
+        gated_linear_unit=gated,
+        activation_func=F.silu if gated else F.gelu,
+        add_bias_linear=bias,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=False,
+        num_moe_experts=experts,
+        moe_router_topk=1,
+        moe_router_pre_softmax=True,
+        moe_token_dispatcher_type="alltoall",
+        tensor_model_parallel_size=tp,
+        expert_model_parallel_size=ep,
+        expert_tensor_parallel_size=etp,
+        sequence_parallel=tp > 1,
+    )
 
 
 def dense_spec() -> Any:
@@ -60,7 +87,9 @@ def moe_config(rule: str = "delta", experts: int = 4, ranges: Any = None) -> Any
     from megatron_evomoe.config import MoEConfig
 
     default = [(0.9, 0.99), (0.8, 0.89), (0.7, 0.79)]
-    ranges = ranges or (default if experts == 4 else [(0.1 * i % 1, 0.1 * i % 1 + 0.05) for i in range(1, experts)])
+    ranges = ranges or (
+        default if experts == 4 else [(0.1 * i % 1, 0.1 * i % 1 + 0.05) for i in range(1, experts)]
+    )
     return MoEConfig(num_experts=experts, evolution_rule=rule, evolution_beta=ranges)
 
 
@@ -71,7 +100,9 @@ def full_update(name: str, step: int, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def shard(full: torch.Tensor, name: str, rank: int, size: int, gated: bool) -> torch.Tensor:
-    """TP rank's part of a whole FFN parameter: fc1 by rows (within gate and value), fc2's weight by columns."""
+    """TP rank's part of a whole FFN parameter: fc1 by rows (within gate and value), fc2's weight by
+    columns.
+    """
     if name.startswith("linear_fc1"):
         halves = full.view(2, -1, *full.shape[1:]) if gated else full[None]
         return halves.chunk(size, dim=1)[rank].reshape(-1, *full.shape[1:])
@@ -79,7 +110,9 @@ def shard(full: torch.Tensor, name: str, rank: int, size: int, gated: bool) -> t
 
 
 def train(module: Any, steps: range, rank: int = 0, size: int = 1) -> None:
-    """Stand-in for optimizer steps: adds `full_update`, gives the gradient, evolves. Step 0 sets θ_1 and begins."""
+    """Stand-in for optimizer steps: adds `full_update`, gives the gradient, evolves. Step 0 sets θ_1 and
+    begins.
+    """
     gated = module.config.gated_linear_unit
     for step in steps:
         for name, p in module.named_parameters():
@@ -99,5 +132,8 @@ def train(module: Any, steps: range, rank: int = 0, size: int = 1) -> None:
 def whole_shapes(gated: bool = True, bias: bool = False) -> dict[str, tuple[int, ...]]:
     """Parameter name -> its shape without tensor parallelism."""
     rows = 2 * FFN if gated else FFN
-    shapes: dict[str, tuple[int, ...]] = {"linear_fc1.weight": (rows, HIDDEN), "linear_fc2.weight": (HIDDEN, FFN)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "linear_fc1.weight": (rows, HIDDEN),
+        "linear_fc2.weight": (HIDDEN, FFN),
+    }
     return {**shapes, "linear_fc1.bias": (rows,), "linear_fc2.bias": (HIDDEN,)} if bias else shapes

@@ -13,20 +13,37 @@ from megatron_evomoe.moe.router import TypedRouter, router_builder
 
 def transformer_config(moe: MoEConfig, **changes) -> TransformerConfig:
     values = dict(
-        num_layers=2, hidden_size=32, num_attention_heads=4, ffn_hidden_size=48, moe_ffn_hidden_size=48,
-        num_moe_experts=moe.num_experts, moe_router_topk=moe.moe_router_topk, moe_router_pre_softmax=True,
-        moe_router_load_balancing_type="aux_loss", moe_aux_loss_coeff=moe.moe_aux_loss_coeff,
-        moe_z_loss_coeff=moe.moe_z_loss_coeff, moe_expert_capacity_factor=moe.moe_expert_capacity_factor,
-        moe_token_dispatcher_type=moe.moe_token_dispatcher_type, moe_router_dtype="fp32",
-        add_bias_linear=False, gated_linear_unit=True, activation_func=F.silu, normalization="RMSNorm",
-        hidden_dropout=0.0, attention_dropout=0.0, use_cpu_initialization=True, gradient_accumulation_fusion=False,
-    )  # fmt: skip
+        num_layers=2,
+        hidden_size=32,
+        num_attention_heads=4,
+        ffn_hidden_size=48,
+        moe_ffn_hidden_size=48,
+        num_moe_experts=moe.num_experts,
+        moe_router_topk=moe.moe_router_topk,
+        moe_router_pre_softmax=True,
+        moe_router_load_balancing_type="aux_loss",
+        moe_aux_loss_coeff=moe.moe_aux_loss_coeff,
+        moe_z_loss_coeff=moe.moe_z_loss_coeff,
+        moe_expert_capacity_factor=moe.moe_expert_capacity_factor,
+        moe_token_dispatcher_type=moe.moe_token_dispatcher_type,
+        moe_router_dtype="fp32",
+        add_bias_linear=False,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        normalization="RMSNorm",
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        use_cpu_initialization=True,
+        gradient_accumulation_fusion=False,
+    )
     return TransformerConfig(**{**values, **changes})
 
 
 def build_router(moe: MoEConfig, seed: int = 0, **changes) -> TypedRouter:
     torch.manual_seed(seed)
-    router = router_builder(moe)(config=transformer_config(moe, **changes), pg_collection=get_default_pg_collection())
+    router = router_builder(moe)(
+        config=transformer_config(moe, **changes), pg_collection=get_default_pg_collection()
+    )
     router.set_layer_number(1)
     return router
 

@@ -21,23 +21,46 @@ def by_hand(probs, chosen, padding, topk, factor, by_position):
     for n in range(experts):
         asking = [t for t in range(tokens) if chosen[t, n] and not padding[t]]
         if not by_position:
-            asking.sort(key=lambda t: -round(float(probs[t, n]) * 4096))  # Python's sort keeps the order of equals
+            asking.sort(
+                key=lambda t: -round(float(probs[t, n]) * 4096)
+            )  # Python's sort keeps the order of equals
         kept[asking[:capacity], n] = True
     return kept
 
 
-@given(tokens=st.integers(1, 40), experts=st.integers(1, 8), topk=st.integers(1, 3), factor=st.floats(0.01, 4.0),
-       by_position=st.booleans(), seed=st.integers(0, 10**6), kinds=st.integers(1, 40), share=st.sampled_from([0.0, 0.3, 0.9]))
+@given(
+    tokens=st.integers(1, 40),
+    experts=st.integers(1, 8),
+    topk=st.integers(1, 3),
+    factor=st.floats(0.01, 4.0),
+    by_position=st.booleans(),
+    seed=st.integers(0, 10**6),
+    kinds=st.integers(1, 40),
+    share=st.sampled_from([0.0, 0.3, 0.9]),
+)
 @settings(derandomize=True, deadline=None, max_examples=300)
-def test_most_probable_stay_up_to_the_share_of_real_tokens(tokens, experts, topk, factor, by_position, seed, kinds, share):
+def test_most_probable_stay_up_to_the_share_of_real_tokens(
+    tokens, experts, topk, factor, by_position, seed, kinds, share
+):
     """`kinds` tokens differ, the others are their like: among these position decides."""
     topk, g = min(topk, experts), torch.Generator().manual_seed(seed)
-    probs = torch.softmax(torch.randn(kinds, experts, generator=g), dim=-1)[torch.randint(kinds, (tokens,), generator=g)]
+    probs = torch.softmax(torch.randn(kinds, experts, generator=g), dim=-1)[
+        torch.randint(kinds, (tokens,), generator=g)
+    ]
     chosen = torch.zeros_like(probs, dtype=torch.bool).scatter_(1, probs.topk(topk).indices, True)
     padding = torch.rand(tokens, generator=g) < share
-    probs = probs * chosen * (1 + 1e-7 * torch.randn(probs.shape, generator=g))  # summation order's noise: it decides nothing
-    got = within_capacity(probs, chosen, padding, topk=topk, factor=factor, by_position=by_position,
-                          group=torch.distributed.group.WORLD)
+    probs = (
+        probs * chosen * (1 + 1e-7 * torch.randn(probs.shape, generator=g))
+    )  # summation order's noise: it decides nothing
+    got = within_capacity(
+        probs,
+        chosen,
+        padding,
+        topk=topk,
+        factor=factor,
+        by_position=by_position,
+        group=torch.distributed.group.WORLD,
+    )
     assert torch.equal(got, by_hand(probs, chosen, padding, topk, factor, by_position))
 
 

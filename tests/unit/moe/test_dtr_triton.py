@@ -1,4 +1,5 @@
-"""moe/dtr_triton.py against the paper's equations in float64: on a GPU where there is one, else in Triton's interpreter.
+"""moe/dtr_triton.py against the paper's equations in float64: on a GPU where there is one, else in Triton's
+interpreter.
 
 Tiles are made small, so that few tokens fill several and leave some half empty.
 """
@@ -44,7 +45,9 @@ CASES = {
 @pytest.fixture(scope="module")
 def triton():
     oldest = "3.7" if DEVICE == "cpu" else None  # older interpreters cannot take numpy 2.4's scalars
-    return pytest.importorskip("triton", minversion=oldest, reason="Triton (for its interpreter: 3.7 or newer) is not installed")
+    return pytest.importorskip(
+        "triton", minversion=oldest, reason="Triton (for its interpreter: 3.7 or newer) is not installed"
+    )
 
 
 @pytest.fixture
@@ -76,11 +79,17 @@ def exactly(weights):
     def double(hyper):
         return HyperWeights(*(w.detach().double().requires_grad_() for w in hyper))
 
-    return DtrWeights(double(weights.text), double(weights.vision), weights.phi_NC.detach().double().requires_grad_())
+    return DtrWeights(
+        double(weights.text), double(weights.vision), weights.phi_NC.detach().double().requires_grad_()
+    )
 
 
 def named_leaves(z, weights):
-    halves = {f"{half}.{name}": w for half in ("text", "vision") for name, w in getattr(weights, half)._asdict().items()}
+    halves = {
+        f"{half}.{name}": w
+        for half in ("text", "vision")
+        for name, w in getattr(weights, half)._asdict().items()
+    }
     return {"z": z, **halves, "phi": weights.phi_NC}
 
 
@@ -89,17 +98,25 @@ def logits_and_grads(function, z, is_vision, weights, **options):
     logits = function(z, is_vision, weights, **options)
     direction = torch.randn(logits.shape, generator=torch.Generator().manual_seed(2)).to(logits)
     named = {name: leaf for name, leaf in named_leaves(z, weights).items() if leaf.requires_grad}
-    return logits, dict(zip(named, torch.autograd.grad((logits * direction).sum(), list(named.values())), strict=True))
+    return logits, dict(
+        zip(named, torch.autograd.grad((logits * direction).sum(), list(named.values())), strict=True)
+    )
 
 
 def assert_near(name, actual, expected):
-    """Within 4e-6 of a tensor's largest entry, for sums in fp32 cancel (worst seen: 1.7e-6); and what 8 bits leave of an
-    entry in bf16: 2⁻⁷ of it where the last conversion cuts off (Triton's interpreter), half of that where it rounds (a GPU).
+    """Within 4e-6 of a tensor's largest entry, for sums in fp32 cancel (worst seen: 1.7e-6); and what 8 bits
+    leave of an entry in bf16: 2⁻⁷ of it where the last conversion cuts off (Triton's interpreter), half of
+    that where it rounds (a GPU).
 
-    Gradients that come through the projection are sums of numbers rounded to bf16 before: within 2⁻⁷ of the largest entry (worst
-    seen, with numbers cut off: 3.7e-3)."""
+    Gradients that come through the projection are sums of numbers rounded to bf16 before: within 2⁻⁷ of the
+    largest entry (worst seen, with numbers cut off: 3.7e-3).
+    """
     is_bf16 = actual.dtype == torch.bfloat16
-    bound = 2.0**-7 if is_bf16 and name.removesuffix("_hC").removesuffix("_KJC").endswith(THROUGH_PROJECTION) else 4e-6
+    bound = (
+        2.0**-7
+        if is_bf16 and name.removesuffix("_hC").removesuffix("_KJC").endswith(THROUGH_PROJECTION)
+        else 4e-6
+    )
     excess = (actual.double() - expected).abs() - (2.0**-7 if is_bf16 else 0.0) * expected.abs()
     largest = expected.abs().amax().item() if expected.numel() else 1.0
     worst = excess.amax().item() / max(largest, 1e-300) if expected.numel() else 0.0
@@ -118,7 +135,9 @@ DTYPES = {
 def test_equals_naive_forward_and_every_gradient(fused, case, dtypes):
     z, is_vision, weights, options = problem(case, *dtypes)
     exact_z, exact_weights = z.detach().double().requires_grad_(), exactly(weights)
-    expected, expected_grads = logits_and_grads(naive_dtr_logits, exact_z, is_vision, exact_weights, dtype=torch.float64, **options)
+    expected, expected_grads = logits_and_grads(
+        naive_dtr_logits, exact_z, is_vision, exact_weights, dtype=torch.float64, **options
+    )
     logits, grads = logits_and_grads(fused, z, is_vision, weights, **options)
     assert logits.dtype == torch.float32
     assert_near("logits", logits, expected)  # as near from bf16, whose products are exact
@@ -142,7 +161,12 @@ class HostReads(TorchDispatchMode):
     """Refuses the operations that make the host wait for the device's numbers."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        assert function.overloadpacket.__name__ not in {"_local_scalar_dense", "nonzero", "masked_select", "equal"}, function
+        assert function.overloadpacket.__name__ not in {
+            "_local_scalar_dense",
+            "nonzero",
+            "masked_select",
+            "equal",
+        }, function
         return function(*args, **(kwargs or {}))
 
 
@@ -150,7 +174,10 @@ def test_nothing_is_read_back_by_the_host(fused):
     z, is_vision, weights, options = problem("mixed", torch.float32)
     with HostReads():
         logits_and_grads(fused, z, is_vision, weights, **options)
-    with pytest.raises(AssertionError, match="_local_scalar_dense"), HostReads():  # what the factored form in PyTorch does
+    with (
+        pytest.raises(AssertionError, match="_local_scalar_dense"),
+        HostReads(),
+    ):  # what the factored form in PyTorch does
         logits_and_grads(dtr_logits, z, is_vision, weights, **options)
 
 
@@ -170,19 +197,25 @@ def test_a_cuda_graph_holds_forward_and_backward(fused):
     graph.replay()
     logits = fused(z, is_vision, weights, **options)
     assert torch.equal(captured, logits)
-    assert all(torch.equal(a, b) for a, b in zip(captured_grads, torch.autograd.grad(logits.sum(), leaves), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(captured_grads, torch.autograd.grad(logits.sum(), leaves), strict=True)
+    )
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the other tests here run the compiled kernels")
 def test_kernels_compile_for_hopper(triton):
-    """Without a GPU too, for Triton brings the assembler; in a process of its own, where Triton does not interpret."""
+    """Without a GPU too, for Triton brings the assembler; in a process of its own, where Triton does not
+    interpret.
+    """
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     script = Path(__file__).with_name("compile_dtr_kernels.py")
     result = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     # bf16 products must be on tensor cores (wgmma), fp32 ones must not: those would round to TF32
     assert result.stdout.split("\n")[:-1] == [
-        "grouped_product bf16 forward: wgmma", "grouped_product bf16 backward: wgmma", "weight_gradient bf16: wgmma",
+        "grouped_product bf16 forward: wgmma", "grouped_product bf16 backward: wgmma", "weight_gradient "
+                                                                                       "bf16: wgmma",
         "grouped_product fp32: fma", "mix: fma", "mix_backward: fma",
     ]  # fmt: skip
 
@@ -197,7 +230,13 @@ def test_router_decides_and_learns_as_on_torch(fused, dtype):
         hidden, types = batch(dtype=dtype)
         probs, routing_map = router(hidden, to_planes(types).transpose(0, 1))
         (probs * torch.arange(4)).sum().backward()
-        results.append((probs, routing_map, {"z": hidden.grad, **{name: p.grad for name, p in router.named_parameters()}}))
+        results.append(
+            (
+                probs,
+                routing_map,
+                {"z": hidden.grad, **{name: p.grad for name, p in router.named_parameters()}},
+            )
+        )
     (probs, routing_map, grads), (fused_probs, fused_map, fused_grads) = results
     assert torch.equal(fused_map, routing_map)
     torch.testing.assert_close(fused_probs, probs, rtol=0, atol=1e-6)
@@ -208,13 +247,19 @@ def test_router_decides_and_learns_as_on_torch(fused, dtype):
 @pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize("train", [{}, {"recompute_granularity": "full"}], ids=["", "recompute"])
 def test_a_stage_trains_as_on_torch(fused, train):
-    """Three steps of `route`, the third without an image: a parameter left without a gradient would stall the optimizer."""
+    """Three steps of `route`, the third without an image: a parameter left without a gradient would stall the
+    optimizer.
+    """
     losses = []
     for kernel in ("torch", "triton"):
         config = tiny_config("route", moe={"dtr_kernel": kernel}, train=train)
         topology.seed_everything(config.train.seed)
         built = build_stage(config.for_stage("route"), config.stages[0])
-        steps = [step_of(rows([1, 0], seed=1), rows([0, 1], seed=2)), step_of(rows([2, 1], seed=3)), step_of(rows([0, 0], seed=4))]
+        steps = [
+            step_of(rows([1, 0], seed=1), rows([0, 1], seed=2)),
+            step_of(rows([2, 1], seed=3)),
+            step_of(rows([0, 0], seed=4)),
+        ]
         losses.append([take_step(built, step, number).loss for number, step in enumerate(steps, 1)])
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     assert len(set(losses[0])) == 3
@@ -227,7 +272,8 @@ def run_config(**moe):
 def test_auto_is_torch_and_imports_no_kernel():
     code = (
         "import sys, torch; from megatron_evomoe.moe import dtr_kernel, router\n"
-        "assert dtr_kernel.fused('auto', torch.float32) is None and dtr_kernel.fused('torch', torch.float64) is None\n"
+        "assert dtr_kernel.fused('auto', torch.float32) is None and dtr_kernel.fused('torch', torch.float64) "
+        "is None\n"
         "assert not [name for name in sys.modules if 'dtr_triton' in name]"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -236,11 +282,16 @@ def test_auto_is_torch_and_imports_no_kernel():
 def test_triton_is_refused_where_it_cannot_run(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    with monkeypatch.context() as without, pytest.raises(ConfigError, match="needs Triton, which does not import here"):
+    with (
+        monkeypatch.context() as without,
+        pytest.raises(ConfigError, match="needs Triton, which does not import here"),
+    ):
         without.setattr(importlib.util, "find_spec", lambda name: None)
         dtr_kernel.check("triton")
     if importlib.util.find_spec("triton") is not None:
-        with pytest.raises(ConfigError, match="needs a GPU, and there is none; set dtr_kernel to auto or torch"):
+        with pytest.raises(
+            ConfigError, match="needs a GPU, and there is none; set dtr_kernel to auto or torch"
+        ):
             language_transformer_config(run_config(dtr_kernel="triton"))
 
 

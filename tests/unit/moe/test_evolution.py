@@ -16,11 +16,15 @@ from megatron_evomoe.moe.evolution import RULES, check_rule, draw_beta, rule_nam
 STEPS = 400
 RANGE = (0.7, 0.79)
 FLOAT64 = {"rtol": 0.0, "atol": 1e-14}
-"""400 steps of at most three half units in the last place of 0.08 (7e-18 each) add up to 8e-15; measured 1.2e-15."""
+"""400 steps of at most three half units in the last place of 0.08 (7e-18 each) add up to 8e-15; measured
+1.2e-15.
+"""
 
 
 def walk(dtype: torch.dtype = torch.float32, size: int = 4096) -> list[torch.Tensor]:
-    """θ_1 over `STEPS` steps: weights of order 0.02 and updates of order 2e-5, as an FFN at the paper's learning rate."""
+    """θ_1 over `STEPS` steps: weights of order 0.02 and updates of order 2e-5, as an FFN at the paper's
+    learning rate.
+    """
     generator = torch.Generator().manual_seed(0)
     exact = torch.randn(size, generator=generator, dtype=torch.float64) * 0.02
     drift = torch.randn(size, generator=generator, dtype=torch.float64)
@@ -64,7 +68,7 @@ def test_ema_is_the_weighted_sum_of_the_past() -> None:
     betas = [draw_beta(1, t, 2, 3, *RANGE) for t in range(1, len(path))]
     expected = math.prod(betas) * path[0]
     for t, beta in enumerate(betas):
-        expected += (1 - beta) * math.prod(betas[t + 1:]) * path[t + 1]
+        expected += (1 - beta) * math.prod(betas[t + 1 :]) * path[t + 1]
     torch.testing.assert_close(run("ema", path, torch.float64), expected, **FLOAT64)
 
 
@@ -97,8 +101,9 @@ def test_beta_zero_gives_expert_one_and_beta_one_keeps_the_start(rule: str) -> N
 def test_fp32_state_over_a_bf16_expert_follows_float64(rule: str) -> None:
     """Against float64 over the same (bf16-rounded) θ_1: what the fp32 state alone loses.
 
-    Measured worst element over 400 steps, in units of the largest weight (0.07): delta 2.9e-7, ema 1.6e-7, printed 7.0e-8.
-    The bound is three times the worst. State kept in bf16 misses it by four orders (3e-2, 7e-3, 4e-3): the second half.
+    Measured worst element over 400 steps, in units of the largest weight (0.07): delta 2.9e-7, ema 1.6e-7,
+    printed 7.0e-8. The bound is three times the worst. State kept in bf16 misses it by four orders (3e-2,
+    7e-3, 4e-3): the second half.
     """
     path = walk(torch.bfloat16)
     reference = run(rule, path, torch.float64)
@@ -108,13 +113,19 @@ def test_fp32_state_over_a_bf16_expert_follows_float64(rule: str) -> None:
 
 
 def test_delta_over_a_bf16_expert_follows_its_master_weights() -> None:
-    """A bf16 θ_1 moves in jumps of one unit in the last place and θ_n gathers the jumps; it must not gather their errors.
+    """A bf16 θ_1 moves in jumps of one unit in the last place and θ_n gathers the jumps; it must not gather
+    their errors.
 
-    Measured root mean square error, in units of θ_1's own rounding error: 1.03 after 400 steps, 1.12 after 2000, 1.05 after
-    10395; with β of 0.9 to 0.99: 1.14, 1.16, 1.02. Bound: 1.5.
+    Measured root mean square error, in units of θ_1's own rounding error: 1.03 after 400 steps, 1.12 after
+    2000, 1.05 after 10395; with β of 0.9 to 0.99: 1.14, 1.16, 1.02. Bound: 1.5.
     """
     master, seen = walk(torch.float64), walk(torch.bfloat16)
-    error = (run("delta", seen, torch.float32).double() - run("delta", master, torch.float64)).square().mean().sqrt()
+    error = (
+        (run("delta", seen, torch.float32).double() - run("delta", master, torch.float64))
+        .square()
+        .mean()
+        .sqrt()
+    )
     assert error < 1.5 * (seen[-1].double() - master[-1]).square().mean().sqrt()
 
 
@@ -130,12 +141,16 @@ def test_bits_are_those_of_single_operations(rule: str) -> None:
         first = {"delta": expected, "ema": expected * kept, "printed": theta[step] * kept}[rule]
         expected = first + (theta[step] if rule == "ema" else update) * share
     assert np.array_equal(run(rule, path, torch.float32).numpy(), expected)
-    pieces = [run(rule, [t[a:b].clone() for t in path], torch.float32) for a, b in ((0, 7), (7, 130), (130, 1001))]
+    pieces = [
+        run(rule, [t[a:b].clone() for t in path], torch.float32) for a, b in ((0, 7), (7, 130), (130, 1001))
+    ]
     assert np.array_equal(torch.cat(pieces).numpy(), expected)
 
 
 def test_draws_are_uniform_in_their_range() -> None:
-    """Kolmogorov–Smirnov: D·√n stays below 1.95 with probability 0.999 for uniform draws; the seed is fixed."""
+    """Kolmogorov–Smirnov: D·√n stays below 1.95 with probability 0.999 for uniform draws; the seed is
+    fixed.
+    """
     n = 5000
     draws = np.sort([draw_beta(1234, step, 4, 2, 0.8, 0.89) for step in range(n)])
     assert draws.min() >= 0.8 and draws.max() < 0.89
@@ -144,7 +159,13 @@ def test_draws_are_uniform_in_their_range() -> None:
 
 
 def test_draws_differ_by_every_argument_and_by_nothing_else() -> None:
-    cases = [(s, t, layer, e) for s in (0, 1, 2**64 + 1) for t in range(6) for layer in range(1, 5) for e in range(1, 5)]
+    cases = [
+        (s, t, layer, e)
+        for s in (0, 1, 2**64 + 1)
+        for t in range(6)
+        for layer in range(1, 5)
+        for e in range(1, 5)
+    ]
     draws = {case: draw_beta(*case, 0.0, 1.0) for case in cases}
     assert len(set(draws.values())) == len(cases)
     for case in reversed(cases):  # after a resume, in any order: the same
@@ -154,7 +175,9 @@ def test_draws_differ_by_every_argument_and_by_nothing_else() -> None:
 
 
 def test_draws_are_the_same_on_every_platform() -> None:
-    """Golden: printed once by `draw_beta` with numpy 2.4 on x86-64. A change breaks every resume across versions."""
+    """Golden: printed once by `draw_beta` with numpy 2.4 on x86-64. A change breaks every resume across
+    versions.
+    """
     assert draw_beta(1234, 10, 3, 2, 0.0, 1.0) == 0.23581673371065415
     assert draw_beta(1234, 11, 3, 2, 0.8, 0.89) == 0.8639622587217807
 

@@ -1,7 +1,8 @@
-"""Two gloo processes: evolution under TP 2 and DP 2, and what it saved read by mixtures under EP 2 and expert TP 2.
+"""Two gloo processes: evolution under TP 2 and DP 2, and what it saved read by mixtures under EP 2 and expert
+TP 2.
 
-With TP 2 and expert TP 1 the expert-parallel rank is the TP rank: the case in which keeping "the experts of this EP rank"
-would save each expert's one half only.
+With TP 2 and expert TP 1 the expert-parallel rank is the TP rank: the case in which keeping "the experts of
+this EP rank" would save each expert's one half only.
 """
 
 from __future__ import annotations
@@ -38,12 +39,19 @@ class Form:
         return models.shard(whole, name, rank, size, self.gated)
 
     def experts(self) -> list[dict[str, torch.Tensor]]:
-        """θ_1…θ_4 whole, without any parallelism: the rule over the trajectory of `evolution_models.train`, fp32."""
+        """θ_1…θ_4 whole, without any parallelism: the rule over the trajectory of `evolution_models.train`,
+        fp32.
+        """
         experts: list[dict[str, torch.Tensor]] = [{} for _ in range(4)]
         for name, shape in models.whole_shapes(self.gated, self.bias).items():
             updates = [models.full_update(name, t, shape) for t in STEPS]
-            path = list(itertools.accumulate(updates[1:], lambda theta, u: (theta + u).to(self.dtype).float(),
-                                             initial=updates[0].to(self.dtype).float()))
+            path = list(
+                itertools.accumulate(
+                    updates[1:],
+                    lambda theta, u: (theta + u).to(self.dtype).float(),
+                    initial=updates[0].to(self.dtype).float(),
+                )
+            )
             experts[0][name] = path[-1]
             for n in range(1, 4):
                 theta_n = path[0].clone()
@@ -62,7 +70,9 @@ def regroup(tp: int, ep: int, etp: int) -> None:
     from megatron.core import parallel_state, tensor_parallel
 
     parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(tp, 1, expert_model_parallel_size=ep, expert_tensor_parallel_size=etp)
+    parallel_state.initialize_model_parallel(
+        tp, 1, expert_model_parallel_size=ep, expert_tensor_parallel_size=etp
+    )
     tensor_parallel.model_parallel_cuda_manual_seed(123)
 
 
@@ -80,7 +90,9 @@ def evolve_and_save(folder: Path, tp: int, form: Form) -> None:
 
 
 def check_resume(folder: Path, tp: int, form: Form) -> None:
-    """A new evolving FFN in the present layout holds its parts of the expected experts, to the bit in fp32."""
+    """A new evolving FFN in the present layout holds its parts of the expected experts, to the bit in
+    fp32.
+    """
     module = models.evolving_mlp(form.config(tp=tp), models.moe_config(), LAYER)
     load(module, module.sharded_state_dict(PREFIX), folder, strict=True)
     assert module.begun
@@ -122,11 +134,18 @@ def noisy_weights(ep: int, etp: int) -> dict[tuple[int, str], torch.Tensor]:
     rank = torch.distributed.get_rank()
     for expert in layer.experts.local_experts:
         for name, p in expert.named_parameters():
-            p.data.copy_(models.shard(models.full_update(name, 0, models.whole_shapes()[name]), name, rank % etp, etp, True))
+            p.data.copy_(
+                models.shard(
+                    models.full_update(name, 0, models.whole_shapes()[name]), name, rank % etp, etp, True
+                )
+            )
     add_noise(layer.experts, 5, LAYER, 0.1)
     first = rank * 2 if ep == 2 else 0
-    return {(first + i, name): p.detach().clone() for i, expert in enumerate(layer.experts.local_experts)
-            for name, p in expert.named_parameters()}
+    return {
+        (first + i, name): p.detach().clone()
+        for i, expert in enumerate(layer.experts.local_experts)
+        for name, p in expert.named_parameters()
+    }
 
 
 def worker(rank: int, port: int, folder: str) -> None:
@@ -134,7 +153,9 @@ def worker(rank: int, port: int, folder: str) -> None:
 
     from megatron_evomoe.parallel import backend
 
-    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
     torch.set_num_threads(1)
     backend.prepare()
     backend.init_process_group(timeout_minutes=1)
@@ -173,7 +194,9 @@ def test_every_layout_saves_and_loads_the_same_experts(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 3
 
 
-@pytest.mark.parametrize(("experts", "ranks"), [(2, 1), (4, 1), (4, 2), (4, 3), (8, 2), (8, 5), (4, 8), (2, 3)])
+@pytest.mark.parametrize(
+    ("experts", "ranks"), [(2, 1), (4, 1), (4, 2), (4, 3), (8, 2), (8, 5), (4, 8), (2, 3)]
+)
 def test_each_evolved_expert_has_exactly_one_keeper(experts: int, ranks: int) -> None:
     from types import SimpleNamespace
 
@@ -182,6 +205,10 @@ def test_each_evolved_expert_has_exactly_one_keeper(experts: int, ranks: int) ->
     kept = []
     for rank in range(ranks):
         group = SimpleNamespace(rank=lambda rank=rank: rank, size=lambda: ranks)
-        kept.append(EvolvingMLP.owned.fget(SimpleNamespace(_dp_cp_group=group, moe=SimpleNamespace(num_experts=experts))))
+        kept.append(
+            EvolvingMLP.owned.fget(
+                SimpleNamespace(_dp_cp_group=group, moe=SimpleNamespace(num_experts=experts))
+            )
+        )
     assert sorted(itertools.chain(*kept)) == list(range(1, experts))
     assert max(map(len, kept)) == -(-(experts - 1) // ranks)

@@ -28,7 +28,9 @@ def save(module: Any, folder: Path) -> None:
 
 
 def load(module: Any, folder: Path, keys: str = "") -> Any:
-    """As the loop loads: ask the module, read, hand back. `keys` restricts to dictionary keys with that beginning."""
+    """As the loop loads: ask the module, read, hand back. `keys` restricts to dictionary keys with that
+    beginning.
+    """
     from megatron.core import dist_checkpointing
 
     wanted = {k: v for k, v in module.sharded_state_dict(PREFIX).items() if k.startswith(PREFIX + keys)}
@@ -37,8 +39,10 @@ def load(module: Any, folder: Path, keys: str = "") -> Any:
 
 
 def experts_of(module: Any) -> dict[int, dict[str, torch.Tensor]]:
-    return {0: {n: p.detach().clone() for n, p in module.named_parameters()},
-            **{n: {k: t.clone() for k, t in ts.items()} for n, ts in module.local_experts()}}
+    return {
+        0: {n: p.detach().clone() for n, p in module.named_parameters()},
+        **{n: {k: t.clone() for k, t in ts.items()} for n, ts in module.local_experts()},
+    }
 
 
 def assert_same(a: dict, b: dict) -> None:
@@ -57,7 +61,11 @@ def test_forward_and_gradients_are_the_dense_models(dtype: torch.dtype, gated: b
     dense.load_state_dict(evolving.state_dict())  # strict: evolution adds nothing to the plain state dict
     grads = []
     for module in (dense, evolving):
-        x = torch.randn(5, 2, models.HIDDEN, generator=torch.Generator().manual_seed(3)).to(dtype).requires_grad_()
+        x = (
+            torch.randn(5, 2, models.HIDDEN, generator=torch.Generator().manual_seed(3))
+            .to(dtype)
+            .requires_grad_()
+        )
         out, out_bias = module(x)
         (out.float().square().sum() + (0 if out_bias is None else out_bias.float().sum())).backward()
         grads.append([out, x.grad, *(p.grad for p in module.parameters())])
@@ -125,7 +133,9 @@ def test_resume_is_exact(tmp_path: Path, rule: str, dtype: torch.dtype, gated: b
     for module in (unbroken, resumed):
         models.train(module, range(4, 7))
     assert_same(experts_of(unbroken), experts_of(resumed))
-    assert not torch.equal(experts_of(resumed)[1]["linear_fc1.weight"], experts_of(resumed)[2]["linear_fc1.weight"])
+    assert not torch.equal(
+        experts_of(resumed)[1]["linear_fc1.weight"], experts_of(resumed)[2]["linear_fc1.weight"]
+    )
 
 
 def test_fp32_is_not_stored_twice() -> None:
@@ -137,7 +147,9 @@ def test_fp32_is_not_stored_twice() -> None:
 
 @pytest.mark.parametrize(("dtype", "gated", "bias"), VARIANTS)
 @pytest.mark.parametrize("experts", [2, 4])
-def test_mixture_loads_expert_n_under_index_n(tmp_path: Path, experts: int, dtype: torch.dtype, gated: bool, bias: bool) -> None:
+def test_mixture_loads_expert_n_under_index_n(
+    tmp_path: Path, experts: int, dtype: torch.dtype, gated: bool, bias: bool
+) -> None:
     from megatron.core import dist_checkpointing
 
     config = models.transformer_config(dtype=dtype, gated=gated, bias=bias, experts=experts)
@@ -150,7 +162,10 @@ def test_mixture_loads_expert_n_under_index_n(tmp_path: Path, experts: int, dtyp
     layer.load_state_dict({k.removeprefix(PREFIX): v for k, v in loaded.items()}, strict=False)
     for n, tensors in experts_of(evolving).items():
         for name, tensor in tensors.items():
-            assert torch.equal(layer.experts.local_experts[n].get_parameter(name), tensor.to(dtype)), (n, name)
+            assert torch.equal(layer.experts.local_experts[n].get_parameter(name), tensor.to(dtype)), (
+                n,
+                name,
+            )
 
 
 def test_checkpoint_begins_where_a_dense_one_does_not(tmp_path: Path) -> None:
@@ -160,7 +175,9 @@ def test_checkpoint_begins_where_a_dense_one_does_not(tmp_path: Path) -> None:
     save(source, tmp_path)
     module = models.evolving_mlp(config, moe)
     module.begin()
-    load(module, tmp_path, keys="linear_fc")  # new weights for θ_1, none for the others: what was begun is void
+    load(
+        module, tmp_path, keys="linear_fc"
+    )  # new weights for θ_1, none for the others: what was begun is void
     with pytest.raises(ConfigError, match=r"before begin\(\)"):
         module.evolve(1, models.SEED)
     module.begin()
@@ -170,7 +187,9 @@ def test_checkpoint_begins_where_a_dense_one_does_not(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["fully_reshardable", "dp_reshardable"])
 def test_distributed_optimizer_finds_its_shards(tmp_path: Path, kind: str) -> None:
-    """It looks parameters up by identity among the sharded tensors, and must get the dense entry, not the expert's copy."""
+    """It looks parameters up by identity among the sharded tensors, and must get the dense entry, not the
+    expert's copy.
+    """
     from megatron.core import dist_checkpointing
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
@@ -179,15 +198,24 @@ def test_distributed_optimizer_finds_its_shards(tmp_path: Path, kind: str) -> No
         config = models.transformer_config(dtype=torch.bfloat16)
         module = models.evolving_mlp(config, models.moe_config())
         ddp = DistributedDataParallel(
-            config, DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True), module)
+            config,
+            DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True),
+            module,
+        )
         optimizer = get_megatron_optimizer(
-            OptimizerConfig(optimizer="adam", lr=1e-2, bf16=True, use_distributed_optimizer=True, clip_grad=1.0), [ddp])
+            OptimizerConfig(
+                optimizer="adam", lr=1e-2, bf16=True, use_distributed_optimizer=True, clip_grad=1.0
+            ),
+            [ddp],
+        )
         return ddp, optimizer
 
     def steps(ddp: Any, optimizer: Any, which: range) -> None:
         for step in which:
             ddp.zero_grad_buffer()
-            out, _ = ddp(torch.randn(6, 1, models.HIDDEN, generator=torch.Generator().manual_seed(step)).bfloat16())
+            out, _ = ddp(
+                torch.randn(6, 1, models.HIDDEN, generator=torch.Generator().manual_seed(step)).bfloat16()
+            )
             out.float().square().sum().backward()
             ddp.finish_grad_sync()
             optimizer.step()
@@ -195,8 +223,14 @@ def test_distributed_optimizer_finds_its_shards(tmp_path: Path, kind: str) -> No
 
     def state(ddp: Any, optimizer: Any, is_loading: bool) -> dict:
         model = ddp.module.sharded_state_dict(PREFIX)
-        return {"model": model, "optimizer": optimizer.sharded_state_dict(
-            model, is_loading=is_loading, metadata={"distrib_optim_sharding_type": kind, "chained_optim_avoid_prefix": True})}
+        return {
+            "model": model,
+            "optimizer": optimizer.sharded_state_dict(
+                model,
+                is_loading=is_loading,
+                metadata={"distrib_optim_sharding_type": kind, "chained_optim_avoid_prefix": True},
+            ),
+        }
 
     ddp, optimizer = build()
     ddp.module.begin()
@@ -205,7 +239,9 @@ def test_distributed_optimizer_finds_its_shards(tmp_path: Path, kind: str) -> No
     dist_checkpointing.save(saved, str(tmp_path))
     other, other_optimizer = build()
     other.module.begin()
-    steps(other, other_optimizer, range(9, 10))  # core builds Adam's state at the first step, and loads into it
+    steps(
+        other, other_optimizer, range(9, 10)
+    )  # core builds Adam's state at the first step, and loads into it
     loaded = dist_checkpointing.load(state(other, other_optimizer, is_loading=True), str(tmp_path))
     other.module.load_state_dict({k.removeprefix(PREFIX): v for k, v in loaded["model"].items()})
     other_optimizer.load_state_dict(loaded["optimizer"])

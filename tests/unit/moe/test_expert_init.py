@@ -1,4 +1,6 @@
-"""Experts made of a dense FFN: copies of it, and noise on them, in one process (layouts: test_evolution_layouts.py)."""
+"""Experts made of a dense FFN: copies of it, and noise on them, in one process (layouts:
+test_evolution_layouts.py).
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ def test_every_expert_is_the_dense_ffn(tmp_path: Path, experts: int, gated: bool
 
     config = models.transformer_config(gated=gated, bias=bias, experts=experts)
     dense, layer = models.dense_mlp(config), models.moe_layer(config)
-    dist_checkpointing.save(dense.sharded_state_dict(PREFIX, (), ensure_metadata_has_dp_cp_group(None)), str(tmp_path))
+    dist_checkpointing.save(
+        dense.sharded_state_dict(PREFIX, (), ensure_metadata_has_dp_cp_group(None)), str(tmp_path)
+    )
     load_from_dense(layer, tmp_path)
     for expert in layer.experts.local_experts:
         for name, p in dense.named_parameters():
@@ -79,13 +83,19 @@ def test_noise_is_seeded_scaled_and_different_everywhere() -> None:
         noise = {n: p.detach() - before[n] for n, p in layer.experts.named_parameters()}
         assert not any(t.any() for n, t in noise.items() if n.endswith("bias"))
         for n, t in noise.items():
-            if n.endswith("weight"):  # 384 or 768 values: the sample's std is within 4/√(2·384) = 14 % of its expectation
+            if n.endswith(
+                "weight"
+            ):  # 384 or 768 values: the sample's std is within 4/√(2·384) = 14 % of its expectation
                 assert abs(t.std() / (std * before[n].std()) - 1) < 0.15
         return [t.flatten()[:384] for n, t in noise.items() if n.endswith("weight")]
 
     base = noisy(1, 2, 0.01)
     assert all(torch.equal(a, b) for a, b in zip(base, noisy(1, 2, 0.01), strict=True))
-    assert all(not torch.equal(a, b) for other in (noisy(2, 2, 0.01), noisy(1, 3, 0.01)) for a, b in zip(base, other, strict=True))
+    assert all(
+        not torch.equal(a, b)
+        for other in (noisy(2, 2, 0.01), noisy(1, 3, 0.01))
+        for a, b in zip(base, other, strict=True)
+    )
     correlations = torch.corrcoef(torch.stack(base)) - torch.eye(len(base))
     assert correlations.abs().max() < 5 / 384**0.5  # five standard errors; 28 pairs
 

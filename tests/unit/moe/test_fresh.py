@@ -31,7 +31,9 @@ def test_routers_have_the_parameters_of_the_model(one_rank, router):
     from megatron_evomoe.model.llava import LlavaModel
 
     config = tiny_config("route", moe={"router": router})
-    [layer] = [m for m in LlavaModel(config, stage_kind="route").modules() if type(m).__name__ == "EvoMoELayer"]
+    [layer] = [
+        m for m in LlavaModel(config, stage_kind="route").modules() if type(m).__name__ == "EvoMoELayer"
+    ]
     drawn = fresh.router_weights(config, 2)
     assert {k: v.shape for k, v in drawn.items()} == {k: v.shape for k, v in layer.router.named_parameters()}
     again, other = fresh.router_weights(config, 2), fresh.router_weights(config, 1)

@@ -31,7 +31,9 @@ def build_block(moe: MoEConfig, **changes) -> TransformerBlock:
     model_parallel_cuda_manual_seed(123)
     layer_spec = get_gpt_layer_local_spec(normalization="RMSNorm")
     layer_spec.submodules.mlp = moe_layer_spec(moe, use_te=False)
-    submodules = TransformerBlockSubmodules(layer_specs=[layer_spec] * 2, layer_norm=layer_spec.submodules.input_layernorm)
+    submodules = TransformerBlockSubmodules(
+        layer_specs=[layer_spec] * 2, layer_norm=layer_spec.submodules.input_layernorm
+    )
     return TransformerBlock(transformer_config(moe, **changes), submodules)
 
 
@@ -51,7 +53,9 @@ def as_causal(s: int) -> torch.Tensor:
 def test_spec_builds_our_layer_and_router(name):
     block = build_block(MoEConfig(router=name))
     for layer in block.layers:
-        assert type(layer.mlp) is EvoMoELayer and layer.is_moe_layer and type(layer.mlp.router) is ROUTERS[name]
+        assert (
+            type(layer.mlp) is EvoMoELayer and layer.is_moe_layer and type(layer.mlp.router) is ROUTERS[name]
+        )
         assert layer.mlp.router.layer_number == layer.layer_number
 
 
@@ -117,12 +121,17 @@ def test_types_matter_in_what_recompute_is_compared_on():
     """The guard of the test above: with other types the same block gives another output."""
     block = build_block(MoEConfig(router="modality-linear", router_gate="prob"))
     hidden, types = batch()
-    a, b = (block(hidden_states=hidden, attention_mask=as_causal(12), padding_mask=t) for t in (types, torch.zeros_like(types)))
+    a, b = (
+        block(hidden_states=hidden, attention_mask=as_causal(12), padding_mask=t)
+        for t in (types, torch.zeros_like(types))
+    )
     assert not torch.equal(a, b)
 
 
 def test_router_above_a_frozen_stack_learns_under_selective_recompute():
-    """Stage `route`, first MoE layer: nothing below needs a gradient, and a re-entrant checkpoint would return none."""
+    """Stage `route`, first MoE layer: nothing below needs a gradient, and a re-entrant checkpoint would
+    return none.
+    """
     gradients = []
     for changes in ({}, dict(recompute_granularity="selective", recompute_modules=["moe"])):
         layer = build_layer(MoEConfig(), **changes)
@@ -143,7 +152,8 @@ def test_an_image_tokens_output_ignores_the_text_hypernetwork():
             parameter.normal_()
     after, _ = layer(hidden, padding_mask=types)
     is_vision = types.T == 1
-    # Other tokens now sit in other experts' batches; rows of a GEMM may round differently there. Measured: 0, outputs to 5e-3.
+    # Other tokens now sit in other experts' batches; rows of a GEMM may round differently there. Measured: 0,
+    # outputs to 5e-3.
     torch.testing.assert_close(after[is_vision], before[is_vision], rtol=0, atol=1e-7)
     assert not torch.allclose(after[~is_vision], before[~is_vision], atol=1e-4)
 

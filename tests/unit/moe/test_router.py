@@ -59,7 +59,9 @@ def test_linear_router_is_the_cores():
         (probs * torch.arange(probs.numel()).view_as(probs)).sum().backward()
         results.append((probs, routing_map, hidden.grad, router.weight.grad))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(ours(hidden), core(hidden), strict=True))  # and with no types at all
+    assert all(
+        torch.equal(a, b) for a, b in zip(ours(hidden), core(hidden), strict=True)
+    )  # and with no types at all
 
 
 def test_modality_linear_applies_each_modalitys_own_map():
@@ -72,11 +74,15 @@ def test_modality_linear_applies_each_modalitys_own_map():
 
 @pytest.mark.parametrize("activation", ["none", "gelu"])
 def test_dtr_router_is_the_papers_equation(activation):
-    router = build_router(MoEConfig(router="dtr", dtr_hidden_size=5, dtr_rank=3, dtr_activation=activation, dtr_init_std=0.5))
+    router = build_router(
+        MoEConfig(router="dtr", dtr_hidden_size=5, dtr_rank=3, dtr_activation=activation, dtr_init_std=0.5)
+    )
     hidden, types = batch()
     is_vision = (types.T == 1).flatten()
     expected = naive_dtr_logits(hidden.flatten(0, 1), is_vision, router.weights(), activation=activation)
-    torch.testing.assert_close(logits_of(router, hidden, types), expected, rtol=0, atol=3e-5)  # measured: 3.8e-6, logits to 10
+    torch.testing.assert_close(
+        logits_of(router, hidden, types), expected, rtol=0, atol=3e-5
+    )  # measured: 3.8e-6, logits to 10
 
 
 def test_no_types_means_all_text_and_a_bool_mask_means_padding():
@@ -110,23 +116,31 @@ def test_straight_through_is_one_with_the_gradient_of_the_probability():
     rho, expert = torch.softmax(hidden.flatten(0, 1) @ router.weight.T, dim=-1).max(dim=-1)
     rho.retain_grad()
     # d(rho / stopgrad(rho)) = d rho / rho, weighted by what the loss makes of the chosen expert's scale
-    by_hand = torch.autograd.grad(rho, [hidden, router.weight], direction.gather(1, expert[:, None])[:, 0] / rho.detach())
+    by_hand = torch.autograd.grad(
+        rho, [hidden, router.weight], direction.gather(1, expert[:, None])[:, 0] / rho.detach()
+    )
     torch.testing.assert_close(hidden.grad, by_hand[0], rtol=0, atol=1e-7)  # measured: 0, entries to 0.1
-    torch.testing.assert_close(router.weight.grad, by_hand[1], rtol=0, atol=1e-5)  # measured: 0, entries to 11
+    torch.testing.assert_close(
+        router.weight.grad, by_hand[1], rtol=0, atol=1e-5
+    )  # measured: 0, entries to 11
     assert router.weight.grad.abs().max() > 0.1
 
 
 def test_top_2_straight_through_keeps_post_softmax_weights_and_pre_softmax_gradients():
     moe = MoEConfig(router="linear", moe_router_topk=2, moe_aux_loss_coeff=0.0)
     router = build_router(moe)
-    post = TopKRouter(config=transformer_config(moe, moe_router_pre_softmax=False), pg_collection=get_default_pg_collection())
+    post = TopKRouter(
+        config=transformer_config(moe, moe_router_pre_softmax=False),
+        pg_collection=get_default_pg_collection(),
+    )
     post.load_state_dict(router.state_dict())
     hidden, types = batch()
     probs, routing_map = router(hidden, planes_of(types))
     expected_probs, expected_map = post(hidden)
     assert torch.equal(routing_map, expected_map) and (routing_map.sum(1) == 2).all()
     torch.testing.assert_close(probs, expected_probs, rtol=0, atol=1e-6)  # measured: 6e-8
-    # Unlike the core's post-softmax weights, their sum still has a gradient: the experts not chosen learn too.
+    # Unlike the core's post-softmax weights, their sum still has a gradient: the experts not chosen learn
+    # too.
     (gradient,) = torch.autograd.grad(probs.sum(), router.weight)
     assert gradient.abs().max() > 0.1
     rho = torch.softmax(hidden.flatten(0, 1) @ router.weight.T, dim=-1)
@@ -177,7 +191,10 @@ def test_z_loss_by_hand_over_real_tokens_only():
 @pytest.mark.parametrize("topk", [1, 2])
 def test_capacity_drops_the_least_probable_and_leaves_weights_finite(topk):
     moe = MoEConfig(router="dtr", moe_router_topk=topk, moe_expert_capacity_factor=0.5, dtr_init_std=0.5)
-    router, free = build_router(moe), build_router(MoEConfig(router="dtr", moe_router_topk=topk, dtr_init_std=0.5))
+    router, free = (
+        build_router(moe),
+        build_router(MoEConfig(router="dtr", moe_router_topk=topk, dtr_init_std=0.5)),
+    )
     hidden, types = batch()
     probs, routing_map = router(hidden, planes_of(types))
     _, wanted = free(hidden, planes_of(types))
@@ -192,10 +209,14 @@ def test_capacity_drops_the_least_probable_and_leaves_weights_finite(topk):
     assert probs.isfinite().all() and not probs[~routing_map].any()
     served = routing_map.any(1)
     assert 0 < served.sum() < len(served)
-    torch.testing.assert_close(probs[served].sum(1), torch.ones(int(served.sum())), rtol=0, atol=1e-6)  # measured: 0
+    torch.testing.assert_close(
+        probs[served].sum(1), torch.ones(int(served.sum())), rtol=0, atol=1e-6
+    )  # measured: 0
     probs.sum().backward()
     assert all(p.grad.isfinite().all() for p in router.parameters())
-    assert torch.equal(router.eval()(hidden, planes_of(types))[1], wanted)  # an answer must not depend on others asked beside it
+    assert torch.equal(
+        router.eval()(hidden, planes_of(types))[1], wanted
+    )  # an answer must not depend on others asked beside it
 
 
 def test_straight_through_alone():
@@ -253,7 +274,9 @@ def test_sequence_parallel_mark_follows_the_configuration():
         moe = MoEConfig(router=name)
         config = transformer_config(moe)
         config.sequence_parallel = True  # set late: TransformerConfig wants TP > 1 for it
-        router = router_builder(moe)(config=config, pg_collection=get_default_pg_collection(), is_mtp_layer=False, another=1)
+        router = router_builder(moe)(
+            config=config, pg_collection=get_default_pg_collection(), is_mtp_layer=False, another=1
+        )
         assert all(p.sequence_parallel is True for p in router.parameters())
 
 
@@ -269,10 +292,14 @@ def test_contradictions_are_refused():
 @pytest.mark.parametrize("gate", ["prob", "straight_through"])
 @pytest.mark.parametrize("router", ["linear", "modality-linear", "dtr"])
 def test_forward_and_backward_never_wait_for_the_device(router, gate):
-    """Tensors without contents: whatever would bring a number or a shape that depends on data to the host fails on them. `gathers`
-    is what a GPU gets; with it on, `test_gathering_is_what_waits` shows that the failure would be seen."""
+    """Tensors without contents: whatever would bring a number or a shape that depends on data to the host
+    fails on them. `gathers` is what a GPU gets; with it on, `test_gathering_is_what_waits` shows that the
+    failure would be seen.
+    """
     with FakeTensorMode():
-        built = build_router(MoEConfig(router=router, router_gate=gate, moe_router_topk=2, moe_z_loss_coeff=1e-3, **SMALL))
+        built = build_router(
+            MoEConfig(router=router, router_gate=gate, moe_router_topk=2, moe_z_loss_coeff=1e-3, **SMALL)
+        )
         built.gathers = False
         hidden, types = torch.randn(12, 3, 32).requires_grad_(), torch.randint(0, 3, (12, 3))
         probs, _ = built(hidden, to_planes(types))

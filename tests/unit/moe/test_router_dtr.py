@@ -23,10 +23,17 @@ def make_weights(width=C, hidden=h, rank=r, dtype=torch.float64, seed=0) -> DtrW
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape):
-        return (torch.randn(*shape, generator=generator, dtype=torch.float64) * 0.2).to(dtype).requires_grad_()
+        return (
+            (torch.randn(*shape, generator=generator, dtype=torch.float64) * 0.2).to(dtype).requires_grad_()
+        )
 
     def hyper():
-        return HyperWeights(draw(hidden, width), draw(hidden), draw(hidden + 1, 2 * rank, width), draw(hidden + 1, rank, width))
+        return HyperWeights(
+            draw(hidden, width),
+            draw(hidden),
+            draw(hidden + 1, 2 * rank, width),
+            draw(hidden + 1, rank, width),
+        )
 
     return DtrWeights(hyper(), hyper(), draw(N, width))
 
@@ -36,13 +43,19 @@ def leaves(weights: DtrWeights) -> list[torch.Tensor]:
 
 
 def tokens(count, width=C, dtype=torch.float64):
-    return torch.randn(count, width, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype).requires_grad_()
+    return (
+        torch.randn(count, width, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        .to(dtype)
+        .requires_grad_()
+    )
 
 
 def logits_and_grads(function, z, is_vision, weights, **options):
     """Logits, and the gradients of a random linear form of them in z and every weight."""
     logits = function(z, is_vision, weights, **options)
-    direction = torch.randn(logits.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(logits.dtype)
+    direction = torch.randn(logits.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(
+        logits.dtype
+    )
     return logits, torch.autograd.grad((logits * direction).sum(), [z, *leaves(weights)])
 
 
@@ -54,7 +67,8 @@ def test_equals_naive_forward_and_every_gradient(case, activation, gather):
     z, options = tokens(len(is_vision)), dict(activation=activation, dtype=torch.float64)
     expected, expected_grads = logits_and_grads(naive_dtr_logits, z, is_vision, weights, **options)
     logits, grads = logits_and_grads(dtr_logits, z, is_vision, weights, gather=gather, **options)
-    # Worst difference seen over all these cases: 3.6e-14 forward, 1.2e-13 in a gradient (whose entries reach 200).
+    # Worst difference seen over all these cases: 3.6e-14 forward, 1.2e-13 in a gradient (whose entries reach
+    # 200).
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-12)
     for grad, expected_grad in zip(grads, expected_grads, strict=True):
         torch.testing.assert_close(grad, expected_grad, rtol=0, atol=1e-12)
@@ -64,7 +78,9 @@ def test_naive_is_the_papers_equation():
     """One token, with Θ as one matrix out of one linear map, as Eq. 5 prints it."""
     weights, z = make_weights(), tokens(1)
     w = weights.vision
-    W2 = torch.cat([w.weight2_down_KJC[:-1].flatten(1), w.weight2_up_KrC[:-1].transpose(1, 2).flatten(1)], dim=1).T
+    W2 = torch.cat(
+        [w.weight2_down_KJC[:-1].flatten(1), w.weight2_up_KrC[:-1].transpose(1, 2).flatten(1)], dim=1
+    ).T
     b2 = torch.cat([w.weight2_down_KJC[-1].flatten(), w.weight2_up_KrC[-1].T.flatten()])
     theta = W2 @ (w.weight1_hC @ z[0] + w.bias1_h) + b2
     down, up = theta[: 2 * r * C].view(2 * r, C), theta[2 * r * C :].view(C, r)
@@ -78,7 +94,9 @@ def test_naive_is_the_papers_equation():
 @pytest.mark.parametrize("gather", [True, False], ids=["gather", "mask"])
 def test_absent_modality_gets_zero_gradients_not_none(case, gather):
     is_vision, weights = MODALITIES[case], make_weights()
-    dtr_logits(tokens(len(is_vision)), is_vision, weights, dtype=torch.float64, gather=gather).sum().backward()
+    dtr_logits(
+        tokens(len(is_vision)), is_vision, weights, dtype=torch.float64, gather=gather
+    ).sum().backward()
     assert all(weight.grad is not None and weight.grad.isfinite().all() for weight in leaves(weights))
     for present, hyper in ((~is_vision, weights.text), (is_vision, weights.vision)):
         assert all(bool(weight.grad.any()) == bool(present.any()) for weight in hyper)
@@ -89,27 +107,42 @@ def test_absent_modality_gets_zero_gradients_not_none(case, gather):
 def test_logits_do_not_depend_on_the_other_modalitys_hypernetwork(perturbed, gather):
     is_vision, z, weights = MODALITIES["mixed"], tokens(T), make_weights()
     other = weights._replace(**{perturbed: HyperWeights(*(w + 1 for w in getattr(weights, perturbed)))})
-    before, after = (dtr_logits(z, is_vision, w, dtype=torch.float64, gather=gather) for w in (weights, other))
+    before, after = (
+        dtr_logits(z, is_vision, w, dtype=torch.float64, gather=gather) for w in (weights, other)
+    )
     untouched = is_vision if perturbed == "text" else ~is_vision
     assert torch.equal(before[untouched], after[untouched])
     assert (before[~untouched] != after[~untouched]).all()
 
 
 def test_bf16_tokens_and_weights_are_computed_in_fp32():
-    is_vision, z, weights = MODALITIES["mixed"], tokens(T, dtype=torch.bfloat16), make_weights(dtype=torch.bfloat16)
+    is_vision, z, weights = (
+        MODALITIES["mixed"],
+        tokens(T, dtype=torch.bfloat16),
+        make_weights(dtype=torch.bfloat16),
+    )
     logits, grads = logits_and_grads(dtr_logits, z, is_vision, weights)
     z32 = z.detach().float().requires_grad_()
-    text, vision = (HyperWeights(*(w.detach().float().requires_grad_() for w in hyper)) for hyper in weights[:2])
+    text, vision = (
+        HyperWeights(*(w.detach().float().requires_grad_() for w in hyper)) for hyper in weights[:2]
+    )
     exact, exact_grads = logits_and_grads(
         dtr_logits, z32, is_vision, DtrWeights(text, vision, weights.phi_NC.detach().float().requires_grad_())
     )
-    assert logits.dtype == torch.float32 and torch.equal(logits, exact)  # the same products and sums, so the same bits
-    assert all(grad.dtype == torch.bfloat16 and torch.equal(grad, e.bfloat16()) for grad, e in zip(grads, exact_grads, strict=True))
+    assert logits.dtype == torch.float32 and torch.equal(
+        logits, exact
+    )  # the same products and sums, so the same bits
+    assert all(
+        grad.dtype == torch.bfloat16 and torch.equal(grad, e.bfloat16())
+        for grad, e in zip(grads, exact_grads, strict=True)
+    )
 
 
 def test_masked_bf16_against_float64():
-    """Logits as near as from fp32, for products of bf16 numbers are exact in fp32 (worst seen: 7.5e-7 of the largest entry);
-    gradients through the projection are rounded to bf16 first, 2⁻⁹ each, and so is what comes out (worst seen: 4.4e-3 in all)."""
+    """Logits as near as from fp32, for products of bf16 numbers are exact in fp32 (worst seen: 7.5e-7 of the
+    largest entry); gradients through the projection are rounded to bf16 first, 2⁻⁹ each, and so is what comes
+    out (worst seen: 4.4e-3 in all).
+    """
     z, weights = tokens(300, 96, torch.bfloat16), make_weights(96, dtype=torch.bfloat16)
     is_vision = torch.arange(300) % 5 < 3
     halves = (HyperWeights(*(w.detach().double().requires_grad_() for w in hyper)) for hyper in weights[:2])
@@ -118,7 +151,10 @@ def test_masked_bf16_against_float64():
     logits, grads = logits_and_grads(dtr_logits, z, is_vision, weights, gather=False)
     wanted, wanted_grads = logits_and_grads(naive_dtr_logits, exact_z, is_vision, exact, dtype=torch.float64)
     assert logits.dtype == torch.float32 and off(logits, wanted) < 5e-6
-    assert all(grad.dtype == torch.bfloat16 and off(grad, e) < 2.0**-7 for grad, e in zip(grads, wanted_grads, strict=True))
+    assert all(
+        grad.dtype == torch.bfloat16 and off(grad, e) < 2.0**-7
+        for grad, e in zip(grads, wanted_grads, strict=True)
+    )
 
 
 def off(got, wanted) -> float:
@@ -128,14 +164,20 @@ def off(got, wanted) -> float:
 
 @pytest.mark.parametrize("gather", [True, False], ids=["gather", "mask"])
 def test_saves_no_copy_of_the_tokens(gather):
-    """What autograd keeps beside z and the weights is T·K·J for u and small change; a gathered or up-cast z would add T·C."""
+    """What autograd keeps beside z and the weights is T·K·J for u and small change; a gathered or up-cast z
+    would add T·C.
+    """
     count, width = 64, 512
     z, weights, saved = tokens(count, width, torch.float32), make_weights(width, dtype=torch.float32), []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
         dtr_logits(z, torch.arange(count) % 2 == 0, weights, gather=gather)
     own = {x.untyped_storage().data_ptr() for x in [z, *leaves(weights)]}
     # of what there is per token: weights joined for the masked product do not grow with T
-    kept = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() // 4 for x in saved if x.shape[:1] == (count,)}
+    kept = {
+        x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() // 4
+        for x in saved
+        if x.shape[:1] == (count,)
+    }
     assert sum(size for pointer, size in kept.items() if pointer not in own) < count * width / 2
 
 
@@ -161,9 +203,14 @@ def test_start_has_usable_logits_and_gradients_at_any_width(width):
 
 
 def test_off_the_cpu_bf16_products_come_out_in_fp32():
-    """The call that a GPU gets, on tensors without contents: its arguments, dtypes and shapes, forward and backward."""
+    """The call that a GPU gets, on tensors without contents: its arguments, dtypes and shapes, forward and
+    backward.
+    """
     z, weights = tokens(300, 96, torch.bfloat16), make_weights(96, dtype=torch.bfloat16)
-    z, *parts = (leaf.detach().to("meta").requires_grad_() for leaf in [z, *weights.text, *weights.vision, weights.phi_NC])
+    z, *parts = (
+        leaf.detach().to("meta").requires_grad_()
+        for leaf in [z, *weights.text, *weights.vision, weights.phi_NC]
+    )
     weights = DtrWeights(HyperWeights(*parts[:4]), HyperWeights(*parts[4:8]), parts[8])
     with ProductsSeen() as seen:
         logits = dtr_logits(z, torch.zeros(300, dtype=torch.bool, device="meta"), weights, gather=False)

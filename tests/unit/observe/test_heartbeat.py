@@ -13,21 +13,46 @@ from megatron_evomoe.observe.heartbeat import Heartbeat, describe
 
 
 def at(rank: int, step: int, phase: str, *, since: float, beat: float) -> dict:
-    return {"rank": rank, "host": f"node{rank}", "pid": 100 + rank, "stage": "warmup", "step": step, "phase": phase, "since": since,
-            "beat": beat}
+    return {
+        "rank": rank,
+        "host": f"node{rank}",
+        "pid": 100 + rank,
+        "stage": "warmup",
+        "step": step,
+        "phase": phase,
+        "since": since,
+        "beat": beat,
+    }
 
 
-@pytest.mark.parametrize(("ranks", "text"), [
-    ([at(0, 7, "step", since=90, beat=99), at(1, 7, "data", since=40, beat=41)],
-     "rank 1 (node1, pid 101) has been silent for 59 s, last in phase 'data' of stage 'warmup', step 7"),
-    ([at(0, 7, "step", since=90, beat=99), at(1, 7, "data", since=40, beat=99), at(2, 7, "step", since=90, beat=99)],
-     "rank 1 (node1, pid 101) is still in phase 'data' of stage 'warmup', step 7, for 60 s"),
-    ([at(0, 7, "step", since=90, beat=99), at(1, 6, "save", since=40, beat=99)],
-     "rank 1 (node1, pid 101) is still in phase 'save'"),
-    ([at(0, 7, "step", since=90, beat=99), at(1, 7, "step", since=91, beat=98)], "all 2 ranks are in phase 'step'"),
-    ([at(0, 7, "step", since=90, beat=99), {"rank": 1}], "ranks 1 have never spoken"),
-    ([{"rank": 0}], "no rank has spoken yet"),
-])
+@pytest.mark.parametrize(
+    ("ranks", "text"),
+    [
+        (
+            [at(0, 7, "step", since=90, beat=99), at(1, 7, "data", since=40, beat=41)],
+            "rank 1 (node1, pid 101) has been silent for 59 s, last in phase 'data' of stage 'warmup', step "
+            "7",
+        ),
+        (
+            [
+                at(0, 7, "step", since=90, beat=99),
+                at(1, 7, "data", since=40, beat=99),
+                at(2, 7, "step", since=90, beat=99),
+            ],
+            "rank 1 (node1, pid 101) is still in phase 'data' of stage 'warmup', step 7, for 60 s",
+        ),
+        (
+            [at(0, 7, "step", since=90, beat=99), at(1, 6, "save", since=40, beat=99)],
+            "rank 1 (node1, pid 101) is still in phase 'save'",
+        ),
+        (
+            [at(0, 7, "step", since=90, beat=99), at(1, 7, "step", since=91, beat=98)],
+            "all 2 ranks are in phase 'step'",
+        ),
+        ([at(0, 7, "step", since=90, beat=99), {"rank": 1}], "ranks 1 have never spoken"),
+        ([{"rank": 0}], "no rank has spoken yet"),
+    ],
+)
 def test_describe(ranks, text):
     assert text in describe(ranks, now=100, interval=2)
 
@@ -60,7 +85,11 @@ def test_heartbeat_file_follows_the_run_and_a_failed_collective_is_named(tmp_pat
         heart.enter("data", 3, "warmup")
         deadline = time.monotonic() + 30
         while time.monotonic() < deadline:
-            found = json.loads((tmp_path / "heartbeat.json").read_text()) if (tmp_path / "heartbeat.json").exists() else {}
+            found = (
+                json.loads((tmp_path / "heartbeat.json").read_text())
+                if (tmp_path / "heartbeat.json").exists()
+                else {}
+            )
             if (found.get("step"), found.get("phase")) == (3, "data"):
                 break
             time.sleep(0.02)

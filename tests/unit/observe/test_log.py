@@ -16,8 +16,14 @@ from tests.faults import failing, matching
 
 
 def logger(run_dir, *, is_main=True, wandb_run_id=None, **config):
-    return RunLogger(LogConfig(**config), run_dir, is_main=is_main, run_name="run", config_dict={"a": {"b": 1}},
-                     wandb_run_id=wandb_run_id)
+    return RunLogger(
+        LogConfig(**config),
+        run_dir,
+        is_main=is_main,
+        run_name="run",
+        config_dict={"a": {"b": 1}},
+        wandb_run_id=wandb_run_id,
+    )
 
 
 def lines(path):
@@ -43,8 +49,14 @@ def test_metrics_keep_every_digit_and_stay_valid_json(tmp_path):
     text = (tmp_path / "metrics.jsonl").read_text()
     record = json.loads(text, parse_constant=lambda c: pytest.fail(f"{c} is not JSON"))
     assert record.pop("time") == pytest.approx(time.time(), abs=60)
-    assert record == {"step": 1, "stage": "align", "lm loss": 0.30000000000000004, "grad-norm": "inf", "bad": "-inf",
-                      "samples": {"keys": ["a/1"], "x": "nan"}}
+    assert record == {
+        "step": 1,
+        "stage": "align",
+        "lm loss": 0.30000000000000004,
+        "grad-norm": "inf",
+        "bad": "-inf",
+        "samples": {"keys": ["a/1"], "x": "nan"},
+    }
     assert float(record["grad-norm"]) == math.inf
 
 
@@ -59,7 +71,9 @@ def test_a_resumed_file_has_the_steps_of_an_unbroken_one(tmp_path):
     run_stage(broken, "warmup", 4)
     with (tmp_path / "b/metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "stage": "warm')  # killed while writing
-    (tmp_path / "b/diagnostics.jsonl").write_text('{"stage": "warmup", "step": 1}\n{"stage": "warmup", "step": 2}\n')
+    (tmp_path / "b/diagnostics.jsonl").write_text(
+        '{"stage": "warmup", "step": 1}\n{"stage": "warmup", "step": 2}\n'
+    )
     resumed = logger(tmp_path / "b")
     assert resumed.rewind("warmup", 2) == 2
     run_stage(resumed, "warmup", 5, start=2)
@@ -81,7 +95,9 @@ def test_appending_to_a_cut_off_file_loses_only_the_cut_line(tmp_path):
 
 @pytest.mark.parametrize("room", [0, 5])
 def test_a_full_disk_loses_no_line_and_is_said_once(tmp_path, caplog, room):
-    """Lines wait in memory, in order and whole, whether the disk takes nothing of a line or its first bytes."""
+    """Lines wait in memory, in order and whole, whether the disk takes nothing of a line or its first
+    bytes.
+    """
     full = False
 
     class Disk(io.FileIO):
@@ -163,7 +179,13 @@ def test_the_terminal_shows_one_live_line_and_rich_tables(monkeypatch):
     report.stop()
     report.table("T", ["a"], [[1.0]])
     text = stream.getvalue()
-    assert "route" in text and "4/4" in text and "lm loss 1.500" in text and "2.0M tokens/s" in text and "eta 0:00" in text
+    assert (
+        "route" in text
+        and "4/4" in text
+        and "lm loss 1.500" in text
+        and "2.0M tokens/s" in text
+        and "eta 0:00" in text
+    )
     assert "saved [bold]" in text and "┏" in text and "grad-norm" not in text
 
 
@@ -174,9 +196,19 @@ def test_tables_are_aligned_and_kept(tmp_path, capsys):
         log.table("Stages", ["stage", "loss"], [["align"]])
     log.close()
     assert capsys.readouterr().out.splitlines() == [
-        "Stages", "stage         loss", "-----------  -----", "align        1.235", "warmup-long      –", "x               12"]
+        "Stages",
+        "stage         loss",
+        "-----------  -----",
+        "align        1.235",
+        "warmup-long      –",
+        "x               12",
+    ]
     (kept,) = lines(tmp_path / "tables.jsonl")
-    assert kept["columns"] == ["stage", "loss"] and kept["rows"] == [["align", 1.23456], ["warmup-long", None], ["x", 12.0]]
+    assert kept["columns"] == ["stage", "loss"] and kept["rows"] == [
+        ["align", 1.23456],
+        ["warmup-long", None],
+        ["x", 12.0],
+    ]
 
 
 def test_events_carry_the_stage(tmp_path):
@@ -192,7 +224,9 @@ def test_events_carry_the_stage(tmp_path):
 
 def test_other_ranks_touch_nothing(tmp_path, capsys):
     run_dir = tmp_path / "run"
-    log = logger(run_dir, is_main=False, wandb_project="p", tensorboard_dir=str(tmp_path / "tb"), wandb_run_id="abc")
+    log = logger(
+        run_dir, is_main=False, wandb_project="p", tensorboard_dir=str(tmp_path / "tb"), wandb_run_id="abc"
+    )
     run_stage(log, "align", 3)
     log.rewind("align", 1)
     log.event("x")
@@ -224,11 +258,15 @@ def test_tensorboard_has_one_run_per_stage(tmp_path):
     assert [e.step for e in events.Scalars("lm loss")] == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize(("package", "config"), [("wandb", {"wandb_project": "p"}),
-                                                 ("torch.utils.tensorboard", {"tensorboard_dir": "tb"})])
+@pytest.mark.parametrize(
+    ("package", "config"),
+    [("wandb", {"wandb_project": "p"}), ("torch.utils.tensorboard", {"tensorboard_dir": "tb"})],
+)
 def test_a_missing_package_names_the_remedy(tmp_path, monkeypatch, package, config):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(RuntimeError, match=r"pip install (wandb|tensorboard), or unset --(wandb-project|tensorboard-dir)"):
+    with pytest.raises(
+        RuntimeError, match=r"pip install (wandb|tensorboard), or unset --(wandb-project|tensorboard-dir)"
+    ):
         logger(tmp_path, **config)
 
 

@@ -43,7 +43,9 @@ def test_other_names_of_the_same_number_on_another_rank_are_noticed():
 
 def test_a_value_of_no_weight_neither_counts_nor_poisons():
     meter = Meter()
-    meter.record("loss", torch.tensor(float("nan")), weight=torch.tensor(0.0))  # a microbatch without answer tokens
+    meter.record(
+        "loss", torch.tensor(float("nan")), weight=torch.tensor(0.0)
+    )  # a microbatch without answer tokens
     meter.record("other", float("nan"), weight=0)
     assert all(math.isnan(v) for v in meter.flush().values())
     meter.record("loss", torch.tensor(float("nan")), weight=torch.tensor(0.0))

@@ -15,8 +15,10 @@ MINUTE = datetime.timedelta(minutes=1)
 
 def join(store: dist.Store, world: int) -> dict[int, dist.Store]:
     found: dict[int, dist.Store] = {}
-    threads = [threading.Thread(target=lambda r=r: found.update({r: attempt.own_store(store, r, world, MINUTE)}))
-               for r in range(world)]
+    threads = [
+        threading.Thread(target=lambda r=r: found.update({r: attempt.own_store(store, r, world, MINUTE)}))
+        for r in range(world)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -1,6 +1,7 @@
 """The activation estimate against what autograd really saves on a CPU, and against the published formula.
 
-Saved bytes are the storages that `saved_tensors_hooks` sees in one forward, parameters apart. All ratios: docs/plan.md.
+Saved bytes are the storages that `saved_tensors_hooks` sees in one forward, parameters apart. All ratios:
+docs/plan.md.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from megatron_evomoe.train.build import build_stage
 from tests.tiny import rows, tiny_config
 from tests.unit.moe.router_models import build_router
 
-EVERYTHING_TRAINS = LayerFlow(mixture=False, input_grad=True, trains_attention=True, trains_ffn=True, trains_router=False)
+EVERYTHING_TRAINS = LayerFlow(
+    mixture=False, input_grad=True, trains_attention=True, trains_ffn=True, trains_router=False
+)
 
 
 def saved_bytes(forward: Callable[[], torch.Tensor], *not_counted: torch.Tensor) -> int:
@@ -40,18 +43,34 @@ def saved_bytes(forward: Callable[[], torch.Tensor], *not_counted: torch.Tensor)
 def saved_by_a_microbatch(config, batch: dict, images: torch.Tensor) -> int:
     """Of `batch`'s two rows of 128."""
     model = build_stage(config, config.stages[0]).modules[0].train()
-    return saved_bytes(lambda: model(batch["tokens"], batch["token_types"], images, labels=batch["labels"]), *model.parameters())
+    return saved_bytes(
+        lambda: model(batch["tokens"], batch["token_types"], images, labels=batch["labels"]),
+        *model.parameters(),
+    )
 
 
-@pytest.mark.parametrize(("bf16", "norm", "low"), [(False, "RMSNorm", 0.96), (True, "LayerNorm", 0.96), (True, "RMSNorm", 0.80)])
+@pytest.mark.parametrize(
+    ("bf16", "norm", "low"), [(False, "RMSNorm", 0.96), (True, "LayerNorm", 0.96), (True, "RMSNorm", 0.80)]
+)
 @pytest.mark.parametrize("recompute", [None, "selective", "full"])
 @pytest.mark.parametrize("kind", ["align", "warmup", "evolve", "route"])
 def test_saved_for_backward(kind, recompute, bf16, norm, low, one_rank):
-    """Measured: planned/saved 0.97 to 0.99 (1.03 where little but logits is kept, whose bf16 gradient the plan adds), but 0.82 to
-    0.93 in bf16 with RMSNorm, of which PyTorch's CPU version keeps fp32 copies that a fused kernel does not."""
-    config = tiny_config(kind, data={"seq_length": 128}, language={
-        "num_layers": 4, "hidden_size": 128, "ffn_hidden_size": 352, "num_attention_heads": 4, "normalization": norm,
-    }, train={"bf16": bf16, "recompute_granularity": recompute, "transformer_impl": "local"})
+    """Measured: planned/saved 0.97 to 0.99 (1.03 where little but logits is kept, whose bf16 gradient the
+    plan adds), but 0.82 to 0.93 in bf16 with RMSNorm, of which PyTorch's CPU version keeps fp32 copies that a
+    fused kernel does not.
+    """
+    config = tiny_config(
+        kind,
+        data={"seq_length": 128},
+        language={
+            "num_layers": 4,
+            "hidden_size": 128,
+            "ffn_hidden_size": 352,
+            "num_attention_heads": 4,
+            "normalization": norm,
+        },
+        train={"bf16": bf16, "recompute_granularity": recompute, "transformer_impl": "local"},
+    )
     planned = activations.activation_bytes(config, kind, 0, 1, on_gpu=False)
     # the block that recompute makes whole again exists in the backward only
     planned -= activations.recomputed_block(config, activations.sizes_of(config, on_gpu=False), kind, 0)
@@ -61,21 +80,30 @@ def test_saved_for_backward(kind, recompute, bf16, norm, low, one_rank):
     assert low < ratio < 1.04, f"{kind} {recompute}: planned/saved {ratio:.3f}"
 
 
-DTR_FORMS = {"sorted, on a CPU": ("torch", False), "masked, on a GPU": ("torch", True), "Triton": ("triton", True)}
+DTR_FORMS = {
+    "sorted, on a CPU": ("torch", False),
+    "masked, on a GPU": ("torch", True),
+    "Triton": ("triton", True),
+}
 
 
 @pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize(("bf16", "activation"), [(False, "none"), (True, "none"), (True, "gelu")])
 @pytest.mark.parametrize(("kernel", "on_gpu"), DTR_FORMS.values(), ids=DTR_FORMS)
 def test_what_the_hypernetworks_keep(kernel, on_gpu, bf16, activation):
-    """Beside tokens and parameters, of 256 tokens. Measured: planned/saved 0.987 to 0.996. Not planned are the folded matrices,
-    which do not grow with the tokens, and the mask."""
+    """Beside tokens and parameters, of 256 tokens. Measured: planned/saved 0.987 to 0.996. Not planned are
+    the folded matrices, which do not grow with the tokens, and the mask.
+    """
     if kernel == "triton":
         oldest = None if backend.on_gpu() else "3.7"  # of the interpreter
-        pytest.importorskip("triton", minversion=oldest, reason="Triton (for its interpreter: 3.7 or newer) is not installed")
+        pytest.importorskip(
+            "triton", minversion=oldest, reason="Triton (for its interpreter: 3.7 or newer) is not installed"
+        )
     moe = {"dtr_kernel": kernel, "dtr_hidden_size": 3, "dtr_rank": 2, "dtr_activation": activation}
     config = tiny_config("route", data={"seq_length": 128}, moe=moe, train={"bf16": bf16})
-    router = build_router(config.moe, params_dtype=torch.bfloat16 if bf16 else torch.float32).to(backend.device())
+    router = build_router(config.moe, params_dtype=torch.bfloat16 if bf16 else torch.float32).to(
+        backend.device()
+    )
     router.gathers = not on_gpu
     tokens = torch.randn(128, 2, 32, dtype=router.phi.dtype, device=backend.device(), requires_grad=True)
     is_vision = torch.arange(256, device=backend.device()).view(128, 2) % 3 == 0
@@ -85,7 +113,9 @@ def test_what_the_hypernetworks_keep(kernel, on_gpu, bf16, activation):
 
 def test_a_mixture_keeps_what_its_router_s_form_keeps():
     """Triton's form keeps no generated matrices [h + 1, N] and no joined weights."""
-    flow = LayerFlow(mixture=True, input_grad=True, trains_attention=False, trains_ffn=False, trains_router=True)
+    flow = LayerFlow(
+        mixture=True, input_grad=True, trains_attention=False, trains_ffn=False, trains_router=True
+    )
     kept = {}
     for kernel in ("torch", "triton"):
         config = from_mapping({"preset": "qwen-1.8b", "train": {"bf16": True}, "moe": {"dtr_kernel": kernel}})
@@ -104,7 +134,10 @@ def test_cached_features_are_kept_once(kind, bf16, one_rank):
     config = tiny_config(kind, data={"seq_length": 128, "cache_vision_features": True}, train={"bf16": bf16})
     batch = rows([1, 1], length=128)
     features = torch.randn(2, 4, 16, dtype=torch.bfloat16 if bf16 else torch.float32)
-    assert activations.images(config, 1) == features.nbytes and activations.images(config, 3) == 3 * features.nbytes
+    assert (
+        activations.images(config, 1) == features.nbytes
+        and activations.images(config, 3) == 3 * features.nbytes
+    )
     model = build_stage(config, config.stages[0]).modules[0].train()
 
     def forward():
@@ -113,14 +146,20 @@ def test_cached_features_are_kept_once(kind, bf16, one_rank):
     without = saved_bytes(forward, features, *model.parameters())
     assert saved_bytes(forward, *model.parameters()) - without == (features.nbytes if kind == "align" else 0)
     z = activations.sizes_of(config, on_gpu=False)
-    projected = saved_bytes(lambda: model.vision_projection(features), features, *model.parameters()) if kind == "align" else 0
+    projected = (
+        saved_bytes(lambda: model.vision_projection(features), features, *model.parameters())
+        if kind == "align"
+        else 0
+    )
     assert activations.projector(config, z, kind) == projected
 
 
 def test_pixels_are_a_byte_a_colour():
     config = from_mapping({"preset": "qwen-1.8b", "train": {"micro_batch_size": 4, "bf16": True}})
     assert activations.images(config, 8) == 8 * 4 * 3 * 336 * 336
-    later = activations.activation_bytes(config, "warmup", 0, 2) - activations.activation_bytes(config, "warmup", 0, 1)
+    later = activations.activation_bytes(config, "warmup", 0, 2) - activations.activation_bytes(
+        config, "warmup", 0, 1
+    )
     assert later == 4 * 3 * 336 * 336
 
 
@@ -131,15 +170,29 @@ def published(s: int, b: int, h: int, a: int) -> int:
 
 @pytest.mark.parametrize("tp", [1, 2])
 def test_published_layer(tp):
-    """A GPT layer with a GELU FFN of 4h whose attention stores scores. Theirs has two dropout masks (2 of the 34 bytes); ours has
-    rotated queries and keys beside the unrotated (4), and per score an fp32 softmax and its bf16 copy (6 bytes) where theirs
-    has a 16-bit softmax, a dropout mask and the dropped-out copy (5)."""
+    """A GPT layer with a GELU FFN of 4h whose attention stores scores. Theirs has two dropout masks (2 of the
+    34 bytes); ours has rotated queries and keys beside the unrotated (4), and per score an fp32 softmax and
+    its bf16 copy (6 bytes) where theirs has a 16-bit softmax, a dropout mask and the dropped-out copy (5).
+    """
     s, b, h, a = 256, 2, 512, 8
-    config = from_mapping({
-        "language": {"num_layers": 1, "hidden_size": h, "ffn_hidden_size": 4 * h, "num_attention_heads": a, "vocab_size": 64,
-                     "gated_linear_unit": False, "activation": "gelu", "normalization": "LayerNorm"},
-        "moe": {"moe_layer_freq": 1}, "data": {"seq_length": s}, "parallel": {"tensor_model_parallel_size": tp},
-        "train": {"bf16": True, "micro_batch_size": b, "transformer_impl": "local"}})
+    config = from_mapping(
+        {
+            "language": {
+                "num_layers": 1,
+                "hidden_size": h,
+                "ffn_hidden_size": 4 * h,
+                "num_attention_heads": a,
+                "vocab_size": 64,
+                "gated_linear_unit": False,
+                "activation": "gelu",
+                "normalization": "LayerNorm",
+            },
+            "moe": {"moe_layer_freq": 1},
+            "data": {"seq_length": s},
+            "parallel": {"tensor_model_parallel_size": tp},
+            "train": {"bf16": True, "micro_batch_size": b, "transformer_impl": "local"},
+        }
+    )
     ours = activations.layer(config, activations.sizes_of(config), EVERYTHING_TRAINS)
     dropout, rotated, scores = 2 * s * b * h, 4 * s * b * h, a * s * s * b
     theirs = published(s, b, h, a) - dropout - 5 * scores + rotated + 6 * scores
@@ -147,20 +200,28 @@ def test_published_layer(tp):
 
 
 def test_flash_attention_keeps_no_scores():
-    """Doubling the sequence doubles a layer's bytes exactly with Transformer Engine, and more than doubles them without."""
+    """Doubling the sequence doubles a layer's bytes exactly with Transformer Engine, and more than doubles
+    them without.
+    """
+
     def layer_bytes(seq, impl):
-        config = from_mapping({"language": {"vocab_size": 64}, "data": {"seq_length": seq}, "train": {"transformer_impl": impl}})
+        config = from_mapping(
+            {"language": {"vocab_size": 64}, "data": {"seq_length": seq}, "train": {"transformer_impl": impl}}
+        )
         return activations.layer(config, activations.sizes_of(config), EVERYTHING_TRAINS)
 
     assert layer_bytes(512, "auto") == 2 * layer_bytes(256, "auto")
     assert layer_bytes(512, "local") > 2 * layer_bytes(256, "local")
 
 
-@pytest.mark.parametrize(("kind", "grads", "keeps"), [
-    ("align", [True] * 4, [True] * 4),  # down to the projector, through a frozen decoder
-    ("evolve", [False, False, True, True], [False, True, True, True]),
-    ("route", [False, False, True, True], [False, True, True, True]),
-])
+@pytest.mark.parametrize(
+    ("kind", "grads", "keeps"),
+    [
+        ("align", [True] * 4, [True] * 4),  # down to the projector, through a frozen decoder
+        ("evolve", [False, False, True, True], [False, True, True, True]),
+        ("route", [False, False, True, True], [False, True, True, True]),
+    ],
+)
 def test_nothing_below_the_lowest_trained_layer(kind, grads, keeps):
     config = from_mapping({"language": {"vocab_size": 64}})
     flows = chunk_flow(config, kind, 0, 0)
@@ -174,15 +235,25 @@ def test_later_pipeline_stages_always_pass_gradients():
     assert [f.input_grad for f in chunk_flow(config, "route", 1, 0)] == [True, True]
 
 
-@pytest.mark.parametrize(("pp", "per_chunk", "rank", "m", "expected"), [
-    (1, None, 0, 8, [1]),
-    (4, None, 0, 8, [4]),
-    (4, None, 3, 8, [1]),
-    (4, None, 0, 2, [2]),
-    (2, 1, 0, 8, [3, 2]),  # 2(PP − 1) + (v − 1)PP + 1 = 5 chunks
-    (2, 1, 1, 8, [2, 1]),
-])
+@pytest.mark.parametrize(
+    ("pp", "per_chunk", "rank", "m", "expected"),
+    [
+        (1, None, 0, 8, [1]),
+        (4, None, 0, 8, [4]),
+        (4, None, 3, 8, [1]),
+        (4, None, 0, 2, [2]),
+        (2, 1, 0, 8, [3, 2]),  # 2(PP − 1) + (v − 1)PP + 1 = 5 chunks
+        (2, 1, 1, 8, [2, 1]),
+    ],
+)
 def test_in_flight(pp, per_chunk, rank, m, expected):
-    config = from_mapping({"language": {"vocab_size": 64}, "parallel": {
-        "pipeline_model_parallel_size": pp, "num_layers_per_virtual_pipeline_stage": per_chunk}})
+    config = from_mapping(
+        {
+            "language": {"vocab_size": 64},
+            "parallel": {
+                "pipeline_model_parallel_size": pp,
+                "num_layers_per_virtual_pipeline_stage": per_chunk,
+            },
+        }
+    )
     assert activations.in_flight(config, rank, m) == expected

@@ -1,4 +1,6 @@
-"""Volumes by hand, on a model whose sizes are small numbers; and the arithmetic that the step time is made of."""
+"""Volumes by hand, on a model whose sizes are small numbers; and the arithmetic that the step time is made
+of.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +15,30 @@ from megatron_evomoe.plan.counts import vision_tower
 from megatron_evomoe.plan.states import states_of
 
 C, SEQ, LAYERS = 64, 128, 4
-TP, PP, EP, ETP = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size",
-                   "expert_tensor_parallel_size")
+TP, PP, EP, ETP = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+)
 
 
 def config_of(parallel: dict, train: dict | None = None, **sections):
-    return from_mapping({
-        "language": {"num_layers": LAYERS, "hidden_size": C, "ffn_hidden_size": 96, "num_attention_heads": 4, "vocab_size": 64},
-        "data": {"seq_length": SEQ, **sections.pop("data", {})}, "parallel": parallel,
-        "train": {"bf16": True, "global_batch_size": 8, **(train or {})}, **sections})
+    return from_mapping(
+        {
+            "language": {
+                "num_layers": LAYERS,
+                "hidden_size": C,
+                "ffn_hidden_size": 96,
+                "num_attention_heads": 4,
+                "vocab_size": 64,
+            },
+            "data": {"seq_length": SEQ, **sections.pop("data", {})},
+            "parallel": parallel,
+            "train": {"bf16": True, "global_batch_size": 8, **(train or {})},
+            **sections,
+        }
+    )
 
 
 def volume(kind: str, world: int, parallel: dict, pp_rank: int = 0, **more):
@@ -35,7 +52,9 @@ def test_a_single_rank_is_silent():
 
 
 def test_expert_all_to_all():
-    """4 ranks are DP 4, with 2 microbatches each; 2 mixtures, dispatch and combine, forward and backward, 3/4 leave."""
+    """4 ranks are DP 4, with 2 microbatches each; 2 mixtures, dispatch and combine, forward and backward, 3/4
+    leave.
+    """
     v, _ = volume("route", 4, {EP: 4})
     assert v.ep == 2 * 2 * 2 * 2 * (SEQ * C * 2) * 3 // 4
     assert v.tp == v.pp == 0
@@ -45,9 +64,13 @@ def test_expert_all_to_all():
 
 
 def test_pipeline():
-    """Hidden states forward from the first stage, gradients back from the last, both from one between; chunks add trips."""
+    """Hidden states forward from the first stage, gradients back from the last, both from one between; chunks
+    add trips.
+    """
     hidden = SEQ * C * 2
-    assert [volume("warmup", 4, {PP: 4}, rank)[0].pp for rank in range(4)] == [8 * n * hidden for n in (1, 2, 2, 1)]
+    assert [volume("warmup", 4, {PP: 4}, rank)[0].pp for rank in range(4)] == [
+        8 * n * hidden for n in (1, 2, 2, 1)
+    ]
     interleaved = {PP: 2, "num_layers_per_virtual_pipeline_stage": 1}
     assert [volume("warmup", 2, interleaved, rank)[0].pp for rank in range(2)] == [8 * 3 * hidden] * 2
 
@@ -66,9 +89,11 @@ def test_both_copies_of_a_tied_matrix_are_added_up():
 
 
 def test_tensor_parallel_layers():
-    """Per layer and microbatch with everything trained: two gathers and two scatters forward, as many backward, and two gathers
-    of inputs for the weights' gradients. At the ends: an all-reduce and a gather of the embedding, a gather and a scatter at
-    the output layer, and the frozen tower's two all-reduces per layer."""
+    """Per layer and microbatch with everything trained: two gathers and two scatters forward, as many
+    backward, and two gathers of inputs for the weights' gradients. At the ends: an all-reduce and a gather of
+    the embedding, a gather and a scatter at the output layer, and the frozen tower's two all-reduces per
+    layer.
+    """
     v, _ = volume("warmup", 2, {TP: 2})
     hidden, tower = SEQ * C * 2 // 2, 2 * 4 * (17 * 64 * 2 // 2)
     assert v.tp == 8 * (LAYERS * 10 * hidden + 3 * hidden + 2 * hidden + tower)
@@ -91,14 +116,23 @@ def test_arithmetic_of_a_dense_step():
 
 def test_cached_features_need_no_tower_but_its_weights():
     """A step then runs nothing of it; both differ by its forward."""
+
     def sections(wanted):
         return {"parallel": {TP: 2}, "data": {"cache_vision_features": wanted}}
 
-    (plain, states), (cached, cached_states) = (volume("warmup", 2, **sections(wanted)) for wanted in (False, True))
+    (plain, states), (cached, cached_states) = (
+        volume("warmup", 2, **sections(wanted)) for wanted in (False, True)
+    )
     assert plain.tp - cached.tp == 8 * 2 * 4 * (17 * 64 * 2 // 2) and cached_states == states
     one, other = (config_of(**sections(wanted)) for wanted in (False, True))
-    (forward, backward), (cached_forward, cached_backward) = flops(one, "warmup", 0), flops(other, "warmup", 0)
-    assert forward - cached_forward == 2 * 16 * sum(n for _, n in vision_tower(one)) and cached_backward == backward
+    (forward, backward), (cached_forward, cached_backward) = (
+        flops(one, "warmup", 0),
+        flops(other, "warmup", 0),
+    )
+    assert (
+        forward - cached_forward == 2 * 16 * sum(n for _, n in vision_tower(one))
+        and cached_backward == backward
+    )
 
 
 def test_frozen_weights_cost_no_gradient_of_their_own():
@@ -126,5 +160,7 @@ def test_overlap_hides_reduction_behind_the_backward():
     v = volume_of(config, "warmup", states, world_size=2, pp_rank=0)
     machine = Machine(nnodes=1, gpus_per_node=2, tflops=1e-3)
     shown = step_time(config, "warmup", v, machine, 0)
-    hidden = step_time(replace(config, parallel=replace(config.parallel, overlap_grad_reduce=True)), "warmup", v, machine, 0)
+    hidden = step_time(
+        replace(config, parallel=replace(config.parallel, overlap_grad_reduce=True)), "warmup", v, machine, 0
+    )
     assert shown.dp == (v.gradients + v.parameters) / 400e9 and hidden.dp == v.parameters / 400e9

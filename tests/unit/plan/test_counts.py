@@ -1,4 +1,6 @@
-"""What the plan counts is what the model has: name by name against models built without memory, and by hand for the splits."""
+"""What the plan counts is what the model has: name by name against models built without memory, and by hand
+for the splits.
+"""
 
 from __future__ import annotations
 
@@ -27,24 +29,43 @@ def test_presets_name_by_name(preset, kind, one_rank):
     assert list(planned(config, kind).items()) == real
 
 
-@pytest.mark.parametrize("language", [
-    {"qk_layernorm": True, "num_query_groups": 2, "kv_channels": 48},
-    {"normalization": "LayerNorm", "add_bias_linear": True, "tie_word_embeddings": False, "lm_head_bias": True},
-    {"add_qkv_bias": True, "gated_linear_unit": False, "activation": "gelu", "parallel_residual": True},
-])
+@pytest.mark.parametrize(
+    "language",
+    [
+        {"qk_layernorm": True, "num_query_groups": 2, "kv_channels": 48},
+        {
+            "normalization": "LayerNorm",
+            "add_bias_linear": True,
+            "tie_word_embeddings": False,
+            "lm_head_bias": True,
+        },
+        {"add_qkv_bias": True, "gated_linear_unit": False, "activation": "gelu", "parallel_residual": True},
+    ],
+)
 @pytest.mark.parametrize("router", ["linear", "modality-linear", "dtr"])
 def test_options_name_by_name(language, router, one_rank):
-    config = from_mapping({"language": {**TINY, **language}, "moe": {"router": router}, "vision": {"model_type": "siglip"}})
+    config = from_mapping(
+        {"language": {**TINY, **language}, "moe": {"router": router}, "vision": {"model_type": "siglip"}}
+    )
     with shapes_only():
         model = LlavaModel(config, stage_kind="route")
     assert planned(config, "route") == {n: p.numel() for n, p in model.named_parameters()}
 
 
 def test_qwen_is_split_as_published():
-    """Qwen-1.8B's 1,836,828,672 parameters over TP 2 x PP 2, with four experts over EP 2: every weight matrix is halved once
-    per degree, norms and the attention bias' norm-side are not."""
-    config = from_mapping({"preset": "qwen-1.8b", "parallel": {
-        "tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "expert_model_parallel_size": 2}})
+    """Qwen-1.8B's 1,836,828,672 parameters over TP 2 x PP 2, with four experts over EP 2: every weight matrix
+    is halved once per degree, norms and the attention bias' norm-side are not.
+    """
+    config = from_mapping(
+        {
+            "preset": "qwen-1.8b",
+            "parallel": {
+                "tensor_model_parallel_size": 2,
+                "pipeline_model_parallel_size": 2,
+                "expert_model_parallel_size": 2,
+            },
+        }
+    )
     C, F, V = 2048, 5504, 151936
     attention = (3 * C * C + 3 * C + C * C) // 2
     norms = 2 * C
@@ -82,16 +103,31 @@ def test_tied_embedding_exists_twice_under_pipelining():
 
 
 def test_interleaved_chunks_go_round_robin():
-    config = from_mapping({"language": {**TINY, "num_layers": 8}, "parallel": {
-        "pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 2}})
+    config = from_mapping(
+        {
+            "language": {**TINY, "num_layers": 8},
+            "parallel": {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 2},
+        }
+    )
     assert [list(counts.chunk_layers(config, rank, chunk)) for chunk in (0, 1) for rank in (0, 1)] == [
-        [0, 1], [2, 3], [4, 5], [6, 7]]
+        [0, 1],
+        [2, 3],
+        [4, 5],
+        [6, 7],
+    ]
     assert "vision_model.class_token" not in planned(config, "route", 0, 1)
     assert "language_model.output_layer.weight" in planned(config, "route", 1, 1)
 
 
-@pytest.mark.parametrize(("kind", "trains"), [("align", {"projector"}), ("warmup", {"projector", "language"}),
-                                              ("evolve", {"first_expert"}), ("route", {"router"})])
+@pytest.mark.parametrize(
+    ("kind", "trains"),
+    [
+        ("align", {"projector"}),
+        ("warmup", {"projector", "language"}),
+        ("evolve", {"first_expert"}),
+        ("route", {"router"}),
+    ],
+)
 def test_what_trains_is_the_stage_s(kind, trains):
     tensors = counts.chunk_tensors(from_mapping({"language": TINY}), kind, 0)
     assert {t.part for t in tensors if t.trains} == trains

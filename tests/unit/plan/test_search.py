@@ -25,12 +25,18 @@ def held(**fields):
     return {"tp": 1, "pp": 1, "ep": 1, "etp": 1, "layers_per_chunk": None, "recompute": "none", **fields}
 
 
-@pytest.mark.parametrize(("fields", "reason"), [
-    ({"tp": 3}, "TP 3 x PP 1 x CP 1 = 3 does not divide the 16 ranks"),
-    ({"ep": 8}, "num_experts 4 cannot be split over EP 8"),
-    ({"pp": 16}, "24 layers cannot be split over PP 16"),
-    ({"pp": 2, "layers_per_chunk": 5}, "num_layers_per_virtual_pipeline_stage 5 must split the 12 layers"),
-])
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"tp": 3}, "TP 3 x PP 1 x CP 1 = 3 does not divide the 16 ranks"),
+        ({"ep": 8}, "num_experts 4 cannot be split over EP 8"),
+        ({"pp": 16}, "24 layers cannot be split over PP 16"),
+        (
+            {"pp": 2, "layers_per_chunk": 5},
+            "num_layers_per_virtual_pipeline_stage 5 must split the 12 layers",
+        ),
+    ],
+)
 def test_the_infeasible_is_refused_with_the_reason(fields, reason):
     plan = planned("route", held=held(**fields), machine={"gpus_per_node": 8})
     assert not plan.fits and not plan.too_big
@@ -66,7 +72,9 @@ def test_a_refusal_has_one_line_whatever_its_numbers():
 
 
 def test_memory_is_respected():
-    """Every layout that fits 80 GiB does so in less, and with 24 GiB cards fewer do, none of them by a hair too much."""
+    """Every layout that fits 80 GiB does so in less, and with 24 GiB cards fewer do, none of them by a hair
+    too much.
+    """
     large, small = planned("warmup"), planned("warmup", machine={"gpu_memory": 24})
     assert 0 < len(small.fits) < len(large.fits)
     assert all(e.total_bytes <= 24 * 0.9 * 2**30 for e in small.fits)
@@ -75,19 +83,29 @@ def test_memory_is_respected():
     assert all(same[e.layout] == e for e in small.fits)
 
 
-@pytest.mark.parametrize(("sections", "fields", "gpu_memory", "remedy"), [
-    ({}, {}, 16, "recompute_granularity: full"),
-    ({}, {"recompute": "full"}, 11, "micro_batch_size: 2"),
-    ({"parallel": {"use_distributed_optimizer": False}}, {"recompute": "full"}, 14, "use_distributed_optimizer: true"),
-    ({}, {"recompute": "full"}, 2, "more TP, PP or EP, or GPUs with more memory"),
-])
+@pytest.mark.parametrize(
+    ("sections", "fields", "gpu_memory", "remedy"),
+    [
+        ({}, {}, 16, "recompute_granularity: full"),
+        ({}, {"recompute": "full"}, 11, "micro_batch_size: 2"),
+        (
+            {"parallel": {"use_distributed_optimizer": False}},
+            {"recompute": "full"},
+            14,
+            "use_distributed_optimizer: true",
+        ),
+        ({}, {"recompute": "full"}, 2, "more TP, PP or EP, or GPUs with more memory"),
+    ],
+)
 def test_a_remedy_makes_it_fit(sections, fields, gpu_memory, remedy):
     """Each remedy named, applied, fits."""
     machine, given = {"gpu_memory": gpu_memory}, held(tp=2, **fields)
     if not fields:
         del given["recompute"]
     plan = planned("warmup", held=given, machine=machine, **sections)
-    group = next(g for g in plan.too_big if any(e.layout == Layout(**{**held(tp=2), **fields}) for e in g.estimates))
+    group = next(
+        g for g in plan.too_big if any(e.layout == Layout(**{**held(tp=2), **fields}) for e in g.estimates)
+    )
     assert group.remedy == remedy
     if remedy.startswith("more"):
         return
@@ -108,7 +126,9 @@ def test_ranked_by_time_then_memory():
 
 
 def test_a_slower_network_turns_the_ranking():
-    """Reducing 1.8B gradients over 16 replicas costs more than TP 2 inside a node, unless nodes are joined as well as GPUs."""
+    """Reducing 1.8B gradients over 16 replicas costs more than TP 2 inside a node, unless nodes are joined as
+    well as GPUs.
+    """
     slow, fast = (planned("warmup", machine={"inter_bandwidth": b}).fits[0].layout for b in (10, 400))
     assert slow.tp > 1 or slow.pp > 1
     assert (fast.tp, fast.pp) == (1, 1)
@@ -122,7 +142,9 @@ def test_thousands_of_gpus():
 
 
 def test_one_set_of_degrees_for_the_whole_run():
-    config = from_mapping({**QWEN, "stages": [{"name": "warmup", "train_iters": 10}, {"name": "route", "train_iters": 30}]})
+    config = from_mapping(
+        {**QWEN, "stages": [{"name": "warmup", "train_iters": 10}, {"name": "route", "train_iters": 30}]}
+    )
     machine = Machine(nnodes=2)
     plans = [search.plan_stage(config, stage, machine, {"tp": 1}) for stage in config.stages]
     layout, (warmup, route), seconds = search.whole_run(plans)[0]
@@ -133,10 +155,18 @@ def test_one_set_of_degrees_for_the_whole_run():
 
 
 def test_stages():
-    config = from_mapping({**QWEN, "stages": [{"name": "a", "kind": "align"}, {"name": "b", "kind": "route"}]})
+    config = from_mapping(
+        {**QWEN, "stages": [{"name": "a", "kind": "align"}, {"name": "b", "kind": "route"}]}
+    )
     assert [s.kind for s in search.stages_of(config)] == ["align", "route"]
     assert [s.name for s in search.stages_of(config, ["b"])] == ["b"]
-    assert [s.kind for s in search.stages_of(from_mapping(QWEN))] == ["align", "warmup", "dense", "evolve", "route"]
+    assert [s.kind for s in search.stages_of(from_mapping(QWEN))] == [
+        "align",
+        "warmup",
+        "dense",
+        "evolve",
+        "route",
+    ]
     with pytest.raises(ConfigError, match="no stage 'c'; this run has a, b"):
         search.stages_of(config, ["c"])
 
@@ -161,15 +191,28 @@ def test_report_names_what_it_ranks_by():
     assert "Would fit with: " in text and "cannot run: " in text and "as configured: TP 1, PP 1, EP 1" in text
     rows = [line for line in text.splitlines() if " s a step, bubble " in line]
     assert len(rows) == 3 and rows[0].startswith("  1. TP ") and "EP " in rows[0]
-    assert text.count("GiB ") >= 3 and text.count("activations ") >= 3 and text.count("gradient reduction ") == 3
+    assert (
+        text.count("GiB ") >= 3 and text.count("activations ") >= 3 and text.count("gradient reduction ") == 3
+    )
 
 
 def test_context_parallelism_is_refused_as_the_trainer_does():
-    """Its share of the activations is counted all the same, for the day when samples are split over its ranks."""
+    """Its share of the activations is counted all the same, for the day when samples are split over its
+    ranks.
+    """
     from megatron_evomoe.plan.activations import activation_bytes
 
-    split, whole = (from_mapping({"preset": "qwen-1.8b", "parallel": {"context_parallel_size": cp}, "stages": [{"name": "warmup"}],
-                                  "train": {"global_batch_size": 8}}) for cp in (2, 1))
+    split, whole = (
+        from_mapping(
+            {
+                "preset": "qwen-1.8b",
+                "parallel": {"context_parallel_size": cp},
+                "stages": [{"name": "warmup"}],
+                "train": {"global_batch_size": 8},
+            }
+        )
+        for cp in (2, 1)
+    )
     assert activation_bytes(split, "warmup", 0, 1) < 0.6 * activation_bytes(whole, "warmup", 0, 1)
     with pytest.raises(ConfigError, match="context_parallel_size 2 cannot be used"):
         layouts.check(split, "warmup", 8)

@@ -77,8 +77,12 @@ def test_exact_match_counts_by_kind_and_blind_sees_nothing(model):
     images = [IMAGES[:1], IMAGES[:0], IMAGES[1:3], IMAGES[3:]]
     right = [" ".join(map(str, plain_greedy(model, p, i, 3))) for p, i in zip(PROMPTS, images, strict=True)]
     model.train()
-    questions = [Question(prompt=p, answer=a, images=i, kind=k)
-                 for p, a, i, k in zip(PROMPTS, [right[0], right[1], "no", right[3]], images, ["a", "text", "a", "b"], strict=True)]
+    questions = [
+        Question(prompt=p, answer=a, images=i, kind=k)
+        for p, a, i, k in zip(
+            PROMPTS, [right[0], right[1], "no", right[3]], images, ["a", "text", "a", "b"], strict=True
+        )
+    ]
     decode = {"stop": set(), "batch_size": 3, "max_new_tokens": 3}
     score = exact_match([model], questions, _Letters(), **decode)
     assert (score.correct, score.total) == ({"a": 1, "b": 1, "text": 1}, {"a": 2, "b": 1, "text": 1})

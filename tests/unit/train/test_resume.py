@@ -25,21 +25,44 @@ from tests.unit.train.test_compare import other_value, with_field
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
-DATA = {"order": "argsort of Philox", "seed": 1234, "samples": 30, "shards": [("a.tar", 10, "1"), ("b.tar", 20, "2")]}
+DATA = {
+    "order": "argsort of Philox",
+    "seed": 1234,
+    "samples": 30,
+    "shards": [("a.tar", 10, "1"), ("b.tar", 20, "2")],
+}
 
 
 CONFIG = tiny_config("route")
 
 
-def saved(directory: Path, config: RunConfig, kind: str, *, trained: int = 1, data: dict | None = DATA, **sections) -> Path:
+def saved(
+    directory: Path, config: RunConfig, kind: str, *, trained: int = 1, data: dict | None = DATA, **sections
+) -> Path:
     """A checkpoint of a stage of `kind` under `config`, after some steps."""
     from megatron_evomoe.parallel import rng
 
     _, built = built_for(kind, trained=trained, **sections)
-    record = Record(stage=kind, kind=kind, step=trained, position=4 * trained, finished=False, layout=rng.layout(), vocab_size=64,
-                    tokenizer_fingerprint="abc", num_experts=4 if kind in ("evolve", "route") else 0, data=data)
-    return store.Saver(CheckpointConfig(keep=0)).save(directory, modules=built.modules, optimizer=built.optimizer,
-                                                      scheduler=built.scheduler, record=record, config_yaml=config.to_yaml())
+    record = Record(
+        stage=kind,
+        kind=kind,
+        step=trained,
+        position=4 * trained,
+        finished=False,
+        layout=rng.layout(),
+        vocab_size=64,
+        tokenizer_fingerprint="abc",
+        num_experts=4 if kind in ("evolve", "route") else 0,
+        data=data,
+    )
+    return store.Saver(CheckpointConfig(keep=0)).save(
+        directory,
+        modules=built.modules,
+        optimizer=built.optimizer,
+        scheduler=built.scheduler,
+        record=record,
+        config_yaml=config.to_yaml(),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +72,14 @@ def checkpoint(tmp_path_factory, one_rank) -> Path:
 
 def held(folder: Path, config: RunConfig, data: dict | None = DATA) -> resume.Comparison:
     record = records.read(folder)
-    return resume._compare(folder, record, resume.stored(folder, record.stage), config.stages[0],
-                           config.for_stage(config.stages[0].name), data)
+    return resume._compare(
+        folder,
+        record,
+        resume.stored(folder, record.stage),
+        config.stages[0],
+        config.for_stage(config.stages[0].name),
+        data,
+    )
 
 
 @settings(derandomize=True, deadline=None, max_examples=150)
@@ -69,10 +98,16 @@ def test_each_field_is_refused_said_or_silent_as_its_class_says(checkpoint, plac
     elif changed and changed[0].kind is OnResume.MUST_EQUAL:
         with pytest.raises(CheckpointError) as error:
             _held(checkpoint, record, now)
-        assert f"{section}.{field} was {compare.show(compare.plain(value))}, is now {compare.show(compare.plain(other))}" in str(
-            error.value)
-        assert str(error.value).endswith(f"--allow-changed {changed[0].flag}") and "\n" not in str(error.value)
-        allowed = dataclasses.replace(now, checkpoint=dataclasses.replace(now.checkpoint, allow_changed=[changed[0].flag]))
+        assert (
+            f"{section}.{field} was {compare.show(compare.plain(value))}, is now "
+            f"{compare.show(compare.plain(other))}" in str(error.value)
+        )
+        assert str(error.value).endswith(f"--allow-changed {changed[0].flag}") and "\n" not in str(
+            error.value
+        )
+        allowed = dataclasses.replace(
+            now, checkpoint=dataclasses.replace(now.checkpoint, allow_changed=[changed[0].flag])
+        )
         assert _held(checkpoint, record, allowed).fields()["changed"].keys() == {changed[0].flag}
     else:
         found = _held(checkpoint, record, now)
@@ -107,7 +142,9 @@ DATA_CASES = [
 def test_changed_data_is_refused_by_name_and_allowed_with_its_meaning(checkpoint, change, message):
     with pytest.raises(CheckpointError, match=f"was trained on other data .*{message}.*--allow-changed-data"):
         held(checkpoint, tiny_config("route"), {**DATA, **change})
-    found = held(checkpoint, tiny_config("route", checkpoint={"allow_changed_data": True}), {**DATA, **change})
+    found = held(
+        checkpoint, tiny_config("route", checkpoint={"allow_changed_data": True}), {**DATA, **change}
+    )
     assert "come again before it ends" in found.line() and found.fields()["notes"]
 
 
@@ -117,7 +154,9 @@ def test_renamed_shards_are_the_same_data(checkpoint):
 
 
 def test_another_rule_of_order_is_refused(checkpoint):
-    with pytest.raises(CheckpointError, match=r"took its samples in the order 'argsort of Philox'.*has 'a new one'"):
+    with pytest.raises(
+        CheckpointError, match=r"took its samples in the order 'argsort of Philox'.*has 'a new one'"
+    ):
         held(checkpoint, tiny_config("route"), {**DATA, "order": "a new one"})
 
 
@@ -129,11 +168,15 @@ def test_what_cannot_be_compared_is_said(tmp_path):
 
 
 def test_another_kind_of_stage_is_refused(checkpoint):
-    with pytest.raises(CheckpointError, match="belongs to a 'route' stage, 'warmup' is 'warmup'; choose another --save"):
+    with pytest.raises(
+        CheckpointError, match="belongs to a 'route' stage, 'warmup' is 'warmup'; choose another --save"
+    ):
         held(checkpoint, tiny_config("warmup"))
 
 
-@pytest.mark.parametrize("content", [b"\xff\xfe", b"a: [", b"&a [*a]", b"a: 1\na: 2\n", b"- 1\n", b"", b"{" * 5000])
+@pytest.mark.parametrize(
+    "content", [b"\xff\xfe", b"a: [", b"&a [*a]", b"a: 1\na: 2\n", b"- 1\n", b"", b"{" * 5000]
+)
 def test_a_configuration_that_cannot_be_read_is_named(tmp_path, content):
     (tmp_path / resume.CONFIG_FILE).write_bytes(content)
     try:
@@ -144,19 +187,27 @@ def test_a_configuration_that_cannot_be_read_is_named(tmp_path, content):
 
 def test_the_record_keeps_the_data(checkpoint):
     data = json.loads((checkpoint / "evomoe.json").read_text())["data"]
-    assert data["shards"] == [["a.tar", 10, "1"], ["b.tar", 20, "2"]] and records.read(checkpoint).data == DATA
+    assert (
+        data["shards"] == [["a.tar", 10, "1"], ["b.tar", 20, "2"]] and records.read(checkpoint).data == DATA
+    )
 
 
 @pytest.mark.parametrize(("distributed", "bf16"), [(True, False), (False, False), (False, True)])
 def test_the_optimizer_takes_the_present_values(tmp_path, distributed, bf16):
     """Betas, epsilon and decay too, not only what the schedule sets; the next update is then another."""
+
     def build(**optimizer):
         return built_for("align", optimizer=optimizer, **options)[1]
 
     def loaded(**optimizer):
         built = build(**optimizer)
-        store.load_training_state(path, modules=built.modules, optimizer=built.optimizer, scheduler=built.scheduler,
-                                  record=records.read(path))
+        store.load_training_state(
+            path,
+            modules=built.modules,
+            optimizer=built.optimizer,
+            scheduler=built.scheduler,
+            record=records.read(path),
+        )
         return built
 
     options = {"parallel": {"use_distributed_optimizer": distributed}, "train": {"bf16": bf16}}
@@ -165,7 +216,11 @@ def test_the_optimizer_takes_the_present_values(tmp_path, distributed, bf16):
     assert train(loaded(), 3, 5) == train(unbroken, 3, 5)
     given_values = {"lr": 0.5, "adam_beta1": 0.5, "adam_beta2": 0.75, "adam_eps": 0.25, "weight_decay": 0.125}
     built = loaded(**given_values)
-    groups = [g for part in getattr(built.optimizer, "chained_optimizers", [built.optimizer]) for g in part.optimizer.param_groups]
+    groups = [
+        g
+        for part in getattr(built.optimizer, "chained_optimizers", [built.optimizer])
+        for g in part.optimizer.param_groups
+    ]
     assert groups
     for group in groups:
         assert (tuple(group["betas"]), group["eps"], group["lr"]) == ((0.5, 0.75), 0.25, 0.5)
@@ -174,21 +229,29 @@ def test_the_optimizer_takes_the_present_values(tmp_path, distributed, bf16):
         assert train(loaded(**{name: value}), 3, 4) != train(loaded(), 3, 4), name
 
 
-@pytest.mark.parametrize(("kind", "before", "now", "key"), [
-    ("warmup", {"num_layers": 3}, {"num_layers": 2}, "decoder.layers.2."),
-    ("warmup", {"add_qkv_bias": True}, {}, "linear_qkv.bias"),
-    ("warmup", {"qk_layernorm": True}, {}, "_layernorm.weight"),
-    ("warmup", {"tie_word_embeddings": False}, {}, "output_layer.weight"),
-    ("route", {"num_layers": 4}, {"num_layers": 2}, "decoder.layers.2."),
-])
+@pytest.mark.parametrize(
+    ("kind", "before", "now", "key"),
+    [
+        ("warmup", {"num_layers": 3}, {"num_layers": 2}, "decoder.layers.2."),
+        ("warmup", {"add_qkv_bias": True}, {}, "linear_qkv.bias"),
+        ("warmup", {"qk_layernorm": True}, {}, "_layernorm.weight"),
+        ("warmup", {"tie_word_embeddings": False}, {}, "output_layer.weight"),
+        ("route", {"num_layers": 4}, {"num_layers": 2}, "decoder.layers.2."),
+    ],
+)
 def test_a_part_of_a_checkpoint_is_never_loaded_alone(tmp_path, kind, before, now, key):
     from megatron_evomoe.train.transition import start_from
 
     path = saved(tmp_path, tiny_config(kind, language=before), kind, language=before)
     config, built = built_for(kind, language=now)
     with pytest.raises(CheckpointError, match=rf"holds '[^']*{key}.*smaller than the checkpoint's"):
-        store.load_training_state(path, modules=built.modules, optimizer=built.optimizer, scheduler=built.scheduler,
-                                  record=records.read(path))
+        store.load_training_state(
+            path,
+            modules=built.modules,
+            optimizer=built.optimizer,
+            scheduler=built.scheduler,
+            record=records.read(path),
+        )
     with pytest.raises(CheckpointError, match=rf"holds '[^']*{key}.*smaller than the checkpoint's"):
         start_from(path, built, config.for_stage(kind), config.stages[0], fingerprint="abc")
 
@@ -197,7 +260,16 @@ def test_what_starts_fresh_is_named(tmp_path):
     from megatron_evomoe.train.transition import start_from
 
     path = saved(tmp_path, tiny_config("route"), "route")
-    assert start_from(path, built_for("route")[1], tiny_config("route"), tiny_config("route").stages[0], fingerprint="abc")[1] == []
+    assert (
+        start_from(
+            path,
+            built_for("route")[1],
+            tiny_config("route"),
+            tiny_config("route").stages[0],
+            fingerprint="abc",
+        )[1]
+        == []
+    )
     config, built = built_for("route", moe={"router": "linear"})
     _, fresh = start_from(path, built, config, config.stages[0], fingerprint="abc")
     assert fresh == ["language_model.decoder.layers.*.mlp.router.weight"]

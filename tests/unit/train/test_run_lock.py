@@ -1,4 +1,6 @@
-"""One run at a time in a folder; a crash leaves nothing behind, forks hold nothing, and a folder that goes is noticed."""
+"""One run at a time in a folder; a crash leaves nothing behind, forks hold nothing, and a folder that goes is
+noticed.
+"""
 
 from __future__ import annotations
 
@@ -55,6 +57,7 @@ def held(folder):
 def file_system(request, monkeypatch):
     """The one at hand, and one without locks, with a lease of a fraction of a second."""
     if request.param == "no locks":
+
         def no_locks(*args):
             raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
@@ -120,6 +123,10 @@ def test_lease_that_another_run_took_is_lost(tmp_path, file_system):
 def test_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file" / "run"):
-        with pytest.raises(CheckpointError, match=r"--save .*file.* cannot be written to: .*file.*name a folder that can"), \
-                RunLock(folder, 60):
+        with (
+            pytest.raises(
+                CheckpointError, match=r"--save .*file.* cannot be written to: .*file.*name a folder that can"
+            ),
+            RunLock(folder, 60),
+        ):
             pass

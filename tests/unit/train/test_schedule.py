@@ -1,4 +1,6 @@
-"""After a resume, rates are those of a run that had the present configuration all along, or those of the checkpoint's schedule."""
+"""After a resume, rates are those of a run that had the present configuration all along, or those of the
+checkpoint's schedule.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +21,18 @@ KEEP = {"use_checkpoint_opt_param_scheduler": True}
 
 
 def schedule(config: RunConfig, steps: int = 0) -> Schedule:
-    """The schedule of a run that has done `steps`, over a real optimizer whose groups say what the core's do."""
-    optimizer = torch.optim.AdamW([{"params": [torch.nn.Parameter(torch.zeros(1))], "max_lr": config.optimizer.lr,
-                                    "min_lr": config.optimizer.min_lr}])
+    """The schedule of a run that has done `steps`, over a real optimizer whose groups say what the core's
+    do.
+    """
+    optimizer = torch.optim.AdamW(
+        [
+            {
+                "params": [torch.nn.Parameter(torch.zeros(1))],
+                "max_lr": config.optimizer.lr,
+                "min_lr": config.optimizer.min_lr,
+            }
+        ]
+    )
     found = build_scheduler(optimizer, config)  # type: ignore[arg-type]
     found.step(steps)
     return found
@@ -36,11 +47,16 @@ def state(found: Schedule) -> tuple[float, float]:
 def configs(draw) -> RunConfig:
     lr = draw(st.sampled_from([1e-3, 2e-3, 0.5]))
     optimizer = dataclasses.replace(
-        BASE.optimizer, lr=lr, min_lr=draw(st.sampled_from([0.0, lr / 10])), weight_decay=draw(st.sampled_from([0.0, 0.1])),
+        BASE.optimizer,
+        lr=lr,
+        min_lr=draw(st.sampled_from([0.0, lr / 10])),
+        weight_decay=draw(st.sampled_from([0.0, 0.1])),
         lr_decay_style=draw(st.sampled_from(["cosine", "linear", "constant", "inverse-square-root"])),
-        lr_warmup_fraction=draw(st.sampled_from([0.0, 0.1, 0.5])))
-    return dataclasses.replace(BASE, optimizer=optimizer, train=dataclasses.replace(
-        BASE.train, train_iters=draw(st.integers(1, 30))))
+        lr_warmup_fraction=draw(st.sampled_from([0.0, 0.1, 0.5])),
+    )
+    return dataclasses.replace(
+        BASE, optimizer=optimizer, train=dataclasses.replace(BASE.train, train_iters=draw(st.integers(1, 30)))
+    )
 
 
 @settings(derandomize=True, deadline=None, max_examples=200)
@@ -52,10 +68,12 @@ def test_a_resumed_schedule_is_that_of_a_run_so_configured_from_its_start(old, n
         assert state(resumed) == state(unbroken)
         resumed.step(1)
         unbroken.step(1)
-    expected = {"max_lr": old.optimizer.lr != new.optimizer.lr, "lr_decay_style":
-                old.optimizer.lr_decay_style != new.optimizer.lr_decay_style,
-                "start_wd": old.optimizer.weight_decay != new.optimizer.weight_decay,
-                "lr_decay_steps": old.train.train_iters != new.train.train_iters}
+    expected = {
+        "max_lr": old.optimizer.lr != new.optimizer.lr,
+        "lr_decay_style": old.optimizer.lr_decay_style != new.optimizer.lr_decay_style,
+        "start_wd": old.optimizer.weight_decay != new.optimizer.weight_decay,
+        "lr_decay_steps": old.train.train_iters != new.train.train_iters,
+    }
     assert {name: name in resumed.changed for name in expected} == expected
     assert bool(str(resumed)) == bool(resumed.changed)
 
@@ -66,7 +84,9 @@ def test_the_checkpoints_schedule_goes_on_or_is_refused_where_it_ends_early(old,
     new = dataclasses.replace(new, optimizer=dataclasses.replace(new.optimizer, **KEEP))
     resumed, unbroken = schedule(new), schedule(old, done)
     if old.train.train_iters < new.train.train_iters and old.optimizer.lr_decay_style != "constant":
-        with pytest.raises(CheckpointError, match=f"schedule ends at step {old.train.train_iters}, and steps"):
+        with pytest.raises(
+            CheckpointError, match=f"schedule ends at step {old.train.train_iters}, and steps"
+        ):
             resumed.load_state_dict(unbroken.state_dict())
         return
     resumed.load_state_dict(unbroken.state_dict())
@@ -77,8 +97,14 @@ def test_the_checkpoints_schedule_goes_on_or_is_refused_where_it_ends_early(old,
 
 
 def test_more_steps_are_never_silently_at_rate_zero():
-    old, new = (dataclasses.replace(BASE, train=dataclasses.replace(BASE.train, train_iters=n), optimizer=dataclasses.replace(
-        BASE.optimizer, lr_decay_style="cosine", min_lr=0.0)) for n in (10, 20))
+    old, new = (
+        dataclasses.replace(
+            BASE,
+            train=dataclasses.replace(BASE.train, train_iters=n),
+            optimizer=dataclasses.replace(BASE.optimizer, lr_decay_style="cosine", min_lr=0.0),
+        )
+        for n in (10, 20)
+    )
     resumed = schedule(new)
     resumed.load_state_dict(schedule(old, 10).state_dict())
     rates = []

@@ -55,21 +55,29 @@ def test_loss_equals_cross_entropy_by_hand():
     batch = rows([1, 0], seed=3)
     with torch.no_grad():
         logits = built.modules[0](batch["tokens"], batch["token_types"], batch["pixel_values"])
-        wanted = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORE_INDEX)
+        wanted = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORE_INDEX
+        )
     assert take_step(built, step_of(batch), 1).loss == pytest.approx(wanted.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["align", "warmup", "evolve", "route"])
 @pytest.mark.parametrize("images", [[0, 0], [2, 0], [1, 1]])
 def test_every_trained_parameter_gets_a_gradient_whatever_the_images(kind, images):
-    """Autograd must reach every trained parameter also in text-only batches: a rank without images must not fall out of step."""
+    """Autograd must reach every trained parameter also in text-only batches: a rank without images must not
+    fall out of step.
+    """
     built = built_for(kind)
     batch = rows(images)
     for p in built.modules[0].parameters():
         p.grad = None
-    losses = built.modules[0](batch["tokens"], batch["token_types"], batch["pixel_values"], labels=batch["labels"])
+    losses = built.modules[0](
+        batch["tokens"], batch["token_types"], batch["pixel_values"], labels=batch["labels"]
+    )
     trained = {n: p for n, p in built.modules[0].named_parameters() if p.requires_grad}
-    grads = torch.autograd.grad((losses * (batch["labels"] != IGNORE_INDEX)).sum(), list(trained.values()), allow_unused=True)
+    grads = torch.autograd.grad(
+        (losses * (batch["labels"] != IGNORE_INDEX)).sum(), list(trained.values()), allow_unused=True
+    )
     unreached = [n for n, g in zip(trained, grads, strict=True) if g is None]
     assert trained and not unreached
 
@@ -90,9 +98,13 @@ def test_only_the_stage_s_part_trains_and_has_optimizer_state(kind, prefixes):
     take_step(built, step_of(rows([1, 0]), rows([0, 1], seed=9)), 1)
     changed = {n for n, p in built.modules[0].named_parameters() if not torch.equal(p, before[n])}
     assert changed and all(any(n.startswith(p) for p in prefixes) for n in changed)
-    held = sum(s["exp_avg"].numel() for o in built.optimizer.chained_optimizers for s in o.optimizer.state.values())
+    held = sum(
+        s["exp_avg"].numel() for o in built.optimizer.chained_optimizers for s in o.optimizer.state.values()
+    )
     trained = sum(p.numel() for p in built.modules[0].parameters() if p.requires_grad)
-    reduced = sum(p.numel() for w in built.wrapped for b in (*w.buffers, *w.expert_parallel_buffers) for p in b.params)
+    reduced = sum(
+        p.numel() for w in built.wrapped for b in (*w.buffers, *w.expert_parallel_buffers) for p in b.params
+    )
     assert held == trained == reduced  # what is frozen is in no gradient buffer, which is what ranks reduce
 
 
@@ -104,14 +116,18 @@ def test_no_backward_below_the_lowest_trained_layer(kind, first_with_gradient):
     for i, layer in enumerate(layers):
         layer.register_forward_hook(lambda m, a, out, i=i: seen.update({i: out[0].requires_grad}))
     for layer in built.modules[0].vision_model.decoder.layers:
-        layer.register_forward_hook(lambda m, a, out: tower.append((out[0].requires_grad, torch.is_grad_enabled())))
+        layer.register_forward_hook(
+            lambda m, a, out: tower.append((out[0].requires_grad, torch.is_grad_enabled()))
+        )
     batch = rows([1, 0])
     built.modules[0](batch["tokens"], batch["token_types"], batch["pixel_values"], labels=batch["labels"])
     assert seen == {i: i >= first_with_gradient for i in range(2)}
     assert tower and not any(itertools.chain(*tower))  # a frozen tower runs without autograd
 
 
-@pytest.mark.parametrize(("kind", "recompute"), [("evolve", "full"), ("route", "full"), ("evolve", "selective")])
+@pytest.mark.parametrize(
+    ("kind", "recompute"), [("evolve", "full"), ("route", "full"), ("evolve", "selective")]
+)
 def test_recompute_gives_the_same_gradients_above_frozen_layers(kind, recompute):
     from megatron_evomoe.train.step import take_step
 
@@ -157,7 +173,9 @@ def test_nan_stops_naming_step_rank_and_samples():
     built = built_for("warmup")
     good, bad = rows([0, 0], seed=1), rows([1, 0], seed=2)
     with torch.no_grad():
-        built.modules[0].vision_projection.encoder.linear_fc1.bias[0] = math.nan  # reaches only rows with an image
+        built.modules[0].vision_projection.encoder.linear_fc1.bias[0] = (
+            math.nan
+        )  # reaches only rows with an image
     with pytest.raises(NonFiniteError) as error:
         take_step(built, step_of(good, bad), 17)
     message = str(error.value)
@@ -168,7 +186,10 @@ def test_nan_stops_naming_step_rank_and_samples():
 def test_clipping_and_schedule():
     from megatron_evomoe.train.step import take_step
 
-    built = built_for("warmup", optimizer={"lr_decay_style": "cosine", "lr_warmup_fraction": 0.2, "lr": 1.0, "clip_grad": 0.5})
+    built = built_for(
+        "warmup",
+        optimizer={"lr_decay_style": "cosine", "lr_warmup_fraction": 0.2, "lr": 1.0, "clip_grad": 0.5},
+    )
     rates, taken = [], []
     for i in range(10):
         result = take_step(built, step_of(rows([1, 0])), i + 1)
@@ -182,11 +203,22 @@ def test_clipping_and_schedule():
     assert taken == pytest.approx([0.0, *rates[:-1]]), "what is logged is the rate of the step itself"
 
 
-@pytest.mark.parametrize("language", [{}, {"parallel_residual": True, "normalization": "LayerNorm"}, {"qk_layernorm": True},
-                                      {"tie_word_embeddings": False, "add_bias_linear": True}])
-@pytest.mark.parametrize(("kind", "moe"), [("warmup", {}), ("evolve", {}), ("route", {}), ("route", {"router": "modality-linear"})])
+@pytest.mark.parametrize(
+    "language",
+    [
+        {},
+        {"parallel_residual": True, "normalization": "LayerNorm"},
+        {"qk_layernorm": True},
+        {"tie_word_embeddings": False, "add_bias_linear": True},
+    ],
+)
+@pytest.mark.parametrize(
+    ("kind", "moe"), [("warmup", {}), ("evolve", {}), ("route", {}), ("route", {"router": "modality-linear"})]
+)
 def test_every_trained_parameter_belongs_to_a_module_that_is_called(kind, moe, language):
-    """With `overlap_param_gather` the core waits for a parameter's update when the module that owns it is called."""
+    """With `overlap_param_gather` the core waits for a parameter's update when the module that owns it is
+    called.
+    """
     built = built_for(kind, moe=moe, language=language, train={"trainable": list(PARTS)})
     called = set()
     for name, module in built.modules[0].named_modules():

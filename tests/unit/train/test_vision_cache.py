@@ -49,14 +49,18 @@ def test_no_room(tmp_path, monkeypatch):
     cache = SimpleNamespace(folder=tmp_path, bytes_per_image=1_000_000)
     monkeypatch.setattr(vision_cache.shutil, "disk_usage", lambda _: SimpleNamespace(free=2_500_000))
     assert vision_cache._no_room(cache, 2) is None
-    assert "3 images take 0.003 GB" in vision_cache._no_room(cache, 3) and "feature_cache_dir" in vision_cache._no_room(cache, 3)
+    assert "3 images take 0.003 GB" in vision_cache._no_room(
+        cache, 3
+    ) and "feature_cache_dir" in vision_cache._no_room(cache, 3)
 
 
 def test_a_request_to_stop_is_met_between_two_parts(one_rank, monkeypatch):
     monkeypatch.setattr(vision_cache._Extraction, "_compute", lambda self, part: computed.append(part.first))
     computed, answers = [], iter([None, "SIGTERM"])
-    session = SimpleNamespace(topology=SimpleNamespace(data_parallel_rank=0, data_parallel_size=1, first_stage=True),
-                              heartbeat=SimpleNamespace(enter=lambda phase: None))
+    session = SimpleNamespace(
+        topology=SimpleNamespace(data_parallel_rank=0, data_parallel_size=1, first_stage=True),
+        heartbeat=SimpleNamespace(enter=lambda phase: None),
+    )
     parts = [Part(shard=0, first=first, count=256, path="") for first in (0, 256, 512)]
     extraction = vision_cache._Extraction(parts, None, None, session, tiny_config())
     assert extraction.run(SimpleNamespace(agreed=lambda: next(answers))) == "SIGTERM"
