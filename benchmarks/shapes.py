@@ -8,13 +8,13 @@ from typing import Any
 import torch
 
 from megatron_evomoe.config import RunConfig, from_mapping
+from megatron_evomoe.config.presets import LANGUAGE_PRESETS
 from megatron_evomoe.data.conversation import IGNORE_INDEX, TEXT, VISION
 from megatron_evomoe.parallel import backend
 from megatron_evomoe.parallel.broadcast import Step
 from megatron_evomoe.plan import fp8, layout
 from megatron_evomoe.plan.activations import activation_bytes
 from megatron_evomoe.plan.states import states_of
-from megatron_evomoe.presets import LANGUAGE_PRESETS
 
 MODELS = {"1.8b": "qwen-1.8b", "7b": "openchat-7b"}
 """Name in a table -> preset."""

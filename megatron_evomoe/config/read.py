@@ -10,6 +10,7 @@ from typing import Any
 from megatron_evomoe.config import text
 from megatron_evomoe.config.check import check
 from megatron_evomoe.config.errors import ConfigError
+from megatron_evomoe.config.presets import PRESETS
 from megatron_evomoe.config.run import (
     FLAT,
     MODEL_SECTIONS,
@@ -20,7 +21,6 @@ from megatron_evomoe.config.run import (
     StageConfig,
 )
 from megatron_evomoe.config.types import nearest, shown, validated
-from megatron_evomoe.presets import PRESETS
 
 _MOST_STAGES = 1000
 

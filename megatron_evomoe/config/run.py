@@ -33,7 +33,7 @@ class StageConfig:
     name: StageName
     """Folder and log name; unique."""
     kind: Literal["align", "warmup", "dense", "evolve", "route"]
-    """What the stage does (train/stages.py); defaults to the name."""
+    """What the stage does (config/recipe.py); defaults to the name."""
     load: Optional[Text] = None
     """Checkpoint directory it starts from; none means the stage before it in the list."""
     overrides: dict[str, Any] = field(default_factory=dict)

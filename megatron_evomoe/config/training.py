@@ -41,7 +41,7 @@ def _split(value: Any) -> Any:
 Names = Annotated[list[Text], BeforeValidator(_split)]
 """A list, or one text with commas."""
 Part = Literal["vision", "projector", "language", "first_expert", "experts", "router"]
-"""Parts of the model that a stage can train (train/stages.py)."""
+"""Parts of the model that a stage can train (config/recipe.py)."""
 Recomputed = Literal["core_attn", "moe", "mlp", "layernorm", "moe_act"]
 
 
@@ -184,7 +184,7 @@ class TrainConfig:
     deterministic_mode: Said[Bool] = False
     """Only deterministic kernels (CUDA; the CPU path always is)."""
     trainable: Fixed[list[Part]] = field(default_factory=list)
-    """Parts to train; empty takes the stage kind's (train/stages.py)."""
+    """Parts to train; empty takes the stage kind's (config/recipe.py)."""
     exit_signal_handler: Free[Bool] = True
     """On SIGTERM or SIGUSR1 in any rank: finish the step, save, exit with status 0."""
     exit_duration_in_mins: Free[Optional[Annotated[Float, Field(gt=0)]]] = None

@@ -34,8 +34,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from megatron_evomoe.arguments import whole
 from megatron_evomoe.config import ConfigError
+from megatron_evomoe.config.arguments import whole
 from megatron_evomoe.data.conversation import parse_turns
 from megatron_evomoe.data.errors import SampleError
 from megatron_evomoe.data.image import decode_image

@@ -24,7 +24,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from megatron_evomoe.arguments import whole
+from megatron_evomoe.config.arguments import whole
 from megatron_evomoe.data.errors import SampleError
 from megatron_evomoe.data.image import decode_image
 from megatron_evomoe.evaluation.item import Benchmark, BenchmarkError, Item, Source, first_groups

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from megatron_evomoe.arguments import number, whole
+from megatron_evomoe.config.arguments import number, whole
 from megatron_evomoe.generate.chat import chat, reply
 from megatron_evomoe.generate.conversation import Conversation
 from megatron_evomoe.hf.loading import DTYPES, ModelError, check_directory, greedy, load

@@ -13,6 +13,7 @@ import torch
 
 from megatron_evomoe.checkpoint.record import CheckpointError
 from megatron_evomoe.config import MODEL_SECTIONS, STAGE_KINDS, ConfigError
+from megatron_evomoe.config.presets import VISION_PRESETS
 from megatron_evomoe.hf import layouts
 from megatron_evomoe.hf.config_in import (
     LLAVA_TYPES,
@@ -26,7 +27,6 @@ from megatron_evomoe.hf.config_in import (
 from megatron_evomoe.hf.directory import HfDirectory, Place
 from megatron_evomoe.hf.given import Given
 from megatron_evomoe.hf.names import PARTS
-from megatron_evomoe.presets import VISION_PRESETS
 
 log = logging.getLogger(__name__)
 

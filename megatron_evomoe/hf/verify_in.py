@@ -222,7 +222,7 @@ def _core_model(imported: Imported) -> Iterator[Any]:
 def _loaded(imported: Imported, config: RunConfig) -> Any:
     from megatron_evomoe.checkpoint import store
     from megatron_evomoe.hf.names import PARTS
-    from megatron_evomoe.train.build import build_modules
+    from megatron_evomoe.model.build import build_modules
 
     [model] = build_modules(config, "route" if imported.kind == "route" else "dense")
     lacking = "|".join(rf"^{part}\." for part in PARTS if part not in imported.parts) or r"(?!)"

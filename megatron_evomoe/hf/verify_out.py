@@ -212,7 +212,7 @@ def core_model(exported: Exported) -> Iterator[Any]:
 
 def _loaded(exported: Exported, config: RunConfig) -> Any:
     from megatron_evomoe.checkpoint import store
-    from megatron_evomoe.train.build import build_modules
+    from megatron_evomoe.model.build import build_modules
 
     [model] = build_modules(config, "route" if exported.kind == "route" else "dense")
     states, _ = store.load_weights(

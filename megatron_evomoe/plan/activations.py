@@ -17,12 +17,12 @@ import math
 from dataclasses import dataclass
 
 from megatron_evomoe.config import RunConfig
+from megatron_evomoe.config.recipe import trained_parts
 from megatron_evomoe.data.feature_cache import image_form
 from megatron_evomoe.plan import fp8, layout
 from megatron_evomoe.plan.counts import attention_heads, chunks, is_first, is_last, router
 from megatron_evomoe.plan.flow import LayerFlow, chunk_flow, recomputed_modules
 from megatron_evomoe.plan.states import element_bytes
-from megatron_evomoe.train.stages import trained_parts
 
 
 @dataclass(frozen=True)

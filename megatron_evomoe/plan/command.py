@@ -10,8 +10,8 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_evomoe.arguments import number, whole
 from megatron_evomoe.config import RunConfig, add_flags, flags_from, load_config
+from megatron_evomoe.config.arguments import number, whole
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -12,12 +12,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from megatron_evomoe.config import RunConfig
+from megatron_evomoe.config.recipe import trained_parts
 from megatron_evomoe.plan import layout
 from megatron_evomoe.plan.activations import Sizes, sizes_of
 from megatron_evomoe.plan.counts import chunks, is_first, is_last
 from megatron_evomoe.plan.flow import LayerFlow, chunk_flow, recomputed_modules
 from megatron_evomoe.plan.states import GRADIENT_BYTES, States
-from megatron_evomoe.train.stages import trained_parts
 
 
 @dataclass(frozen=True, kw_only=True)

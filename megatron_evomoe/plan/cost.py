@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_evomoe.config import RunConfig
+from megatron_evomoe.config.recipe import trained_parts
 from megatron_evomoe.plan import layout
 from megatron_evomoe.plan.activations import sizes_of
 from megatron_evomoe.plan.communication import Volume
@@ -23,7 +24,6 @@ from megatron_evomoe.plan.counts import (
     vision_tower,
 )
 from megatron_evomoe.plan.flow import LayerFlow, chunk_flow, recomputed_modules
-from megatron_evomoe.train.stages import trained_parts
 
 
 @dataclass(frozen=True, kw_only=True)

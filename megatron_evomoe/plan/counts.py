@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from megatron_evomoe.config import RunConfig
+from megatron_evomoe.config.recipe import part_of, trained_parts
 from megatron_evomoe.parallel import topology
-from megatron_evomoe.train.stages import part_of, trained_parts
 
 Named = Iterator[tuple[str, int]]
 
@@ -26,7 +26,7 @@ class Tensor(NamedTuple):
     name: str
     numel: int
     part: str
-    """As in `train.stages.PARTS`."""
+    """As in `config.recipe.PARTS`."""
     trains: bool
     layer: int
     """Decoder layer, global, from 0; −1 outside the decoder's layers."""

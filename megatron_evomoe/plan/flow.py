@@ -12,8 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_evomoe.config import RunConfig
+from megatron_evomoe.config.recipe import trained_parts
 from megatron_evomoe.plan.counts import chunk_layers, is_first
-from megatron_evomoe.train.stages import trained_parts
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from megatron_evomoe.config import STAGE_KINDS, ConfigError, RunConfig, StageConfig
+from megatron_evomoe.config.recipe import check_feature_cache
 from megatron_evomoe.plan import fp8
 from megatron_evomoe.plan import layout as layouts
 from megatron_evomoe.plan.activations import activation_bytes
@@ -16,7 +17,6 @@ from megatron_evomoe.plan.communication import Volume, volume_of
 from megatron_evomoe.plan.cost import Machine, StepTime, step_time
 from megatron_evomoe.plan.layout import Layout
 from megatron_evomoe.plan.states import States, states_of
-from megatron_evomoe.train.stages import check_feature_cache
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,17 +6,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from megatron.core import parallel_state as ps
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.utils import get_model_config
 
 from megatron_evomoe.config import RunConfig, StageConfig
+from megatron_evomoe.model.build import build_modules, freeze
 from megatron_evomoe.model.llava import LlavaModel
 from megatron_evomoe.moe.evolving import EvolvingMLP
-from megatron_evomoe.parallel import backend
+from megatron_evomoe.moe.layer import EvoMoELayer
 from megatron_evomoe.train import optimizer as optim
 from megatron_evomoe.train.clock import StepClock
-from megatron_evomoe.train.stages import freeze
 
 
 @dataclass
@@ -37,8 +36,6 @@ class Built:
 
     def mixtures(self) -> list[torch.nn.Module]:
         """The mixture layers of this rank, in order."""
-        from megatron_evomoe.moe.layer import EvoMoELayer
-
         return [m for chunk in self.modules for m in chunk.modules() if isinstance(m, EvoMoELayer)]
 
     def gather_weights(self) -> list[LlavaModel]:
@@ -63,24 +60,6 @@ class Built:
             self.gather_weights()
             for mlp in evolving:
                 mlp.evolve(step, seed)
-
-
-def build_modules(config: RunConfig, kind: str) -> list[LlavaModel]:
-    """The model chunks of this pipeline rank, on their device, with fresh weights."""
-    chunks = ps.get_virtual_pipeline_model_parallel_world_size()
-    modules = []
-    for vp_stage in range(chunks or 1):
-        stage = vp_stage if chunks else None
-        modules.append(
-            LlavaModel(
-                config,
-                stage_kind=kind,
-                pre_process=ps.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
-                post_process=ps.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
-                vp_stage=stage,
-            )
-        )
-    return [m.to(backend.device(), dtype=torch.bfloat16 if config.train.bf16 else None) for m in modules]
 
 
 def build_stage(config: RunConfig, stage: StageConfig) -> Built:

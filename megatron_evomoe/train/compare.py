@@ -14,9 +14,9 @@ from typing import Any
 
 from megatron_evomoe.config import SECTIONS, ConfigError, RunConfig
 from megatron_evomoe.config.read import coerce
+from megatron_evomoe.config.recipe import TRAINS
 from megatron_evomoe.config.resume import OnResume, on_resume
 from megatron_evomoe.config.run import FLAT, flat_name
-from megatron_evomoe.train.stages import TRAINS
 
 DENSE = ("align", "warmup", "dense")
 _BEGINNING_ONLY = {

@@ -7,10 +7,10 @@ import importlib.util
 import torch.distributed as dist
 
 from megatron_evomoe.config import ConfigError, RunConfig
+from megatron_evomoe.config.recipe import check_feature_cache, trained_parts
 from megatron_evomoe.model import precision, transformer_config
 from megatron_evomoe.moe import evolution
 from megatron_evomoe.parallel import topology
-from megatron_evomoe.train.stages import check_feature_cache, trained_parts
 
 
 def check(config: RunConfig) -> None:

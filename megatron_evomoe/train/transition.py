@@ -13,10 +13,10 @@ import torch
 from megatron_evomoe.checkpoint import find, store
 from megatron_evomoe.checkpoint.record import CheckpointError, Record
 from megatron_evomoe.config import RunConfig, StageConfig
+from megatron_evomoe.config.recipe import STARTS_FROM
 from megatron_evomoe.data.tokenizer import same_tokenizer
 from megatron_evomoe.moe import expert_init
 from megatron_evomoe.train.build import Built
-from megatron_evomoe.train.stages import STARTS_FROM
 
 log = logging.getLogger(__name__)
 

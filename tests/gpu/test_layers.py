@@ -18,7 +18,7 @@ LOSS_TOLERANCE, GRADIENT_TOLERANCE = 0.01, 0.05
 
 def build(kind: str, implementation: str):
     """A model of the tiny preset, and its configuration."""
-    from megatron_evomoe.train.build import build_modules
+    from megatron_evomoe.model.build import build_modules
 
     config = from_mapping(
         {

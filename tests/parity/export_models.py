@@ -15,8 +15,8 @@ from megatron_evomoe.checkpoint.store import Saver
 from megatron_evomoe.config import CheckpointConfig, RunConfig, from_mapping
 from megatron_evomoe.data.conversation import PADDING, VISION
 from megatron_evomoe.data.tokenizer import build_tokenizer
+from megatron_evomoe.model.build import build_modules
 from megatron_evomoe.model.llava import LlavaModel
-from megatron_evomoe.train.build import build_modules
 from tests.unit.hf.fresh_process import BATCH, IMAGES, answer_of, pixels
 
 TOLERANCE = 1e-5  # of the largest logit; measured: 3e-6 at most, from sums in another order

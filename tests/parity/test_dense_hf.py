@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from megatron_evomoe.config import RunConfig, from_mapping
+from megatron_evomoe.config.presets import VISION_PRESETS
 from megatron_evomoe.model.language import build_language_model, padded_vocab_size
 from megatron_evomoe.model.projector import build_projector
 from megatron_evomoe.model.transformer_config import shapes_only
 from megatron_evomoe.model.vision import build_vision_model
-from megatron_evomoe.presets import VISION_PRESETS
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra [hf])")
 pytestmark = pytest.mark.usefixtures("one_rank")

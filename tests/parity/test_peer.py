@@ -47,7 +47,7 @@ def test_the_peer_computes_our_loss():
     import peer_model
     import shapes
 
-    from megatron_evomoe.train.build import build_modules
+    from megatron_evomoe.model.build import build_modules
 
     base = shapes.model_config("1.8b", 2, tiny=True, seq_length=48, micro_batch=2, microbatches=1).to_dict()
     config = from_mapping(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_evomoe.config import ConfigError
+from megatron_evomoe.config.presets import LANGUAGE_PRESETS, VISION_PRESETS
 from megatron_evomoe.hf.config_in import (
     TEXT_DEFAULTS,
     VISION_DEFAULTS,
@@ -12,7 +13,6 @@ from megatron_evomoe.hf.config_in import (
     llava_sections,
     vision_section,
 )
-from megatron_evomoe.presets import LANGUAGE_PRESETS, VISION_PRESETS
 
 # what the repositories on the hub say, as far as it is not a default
 PUBLISHED = {

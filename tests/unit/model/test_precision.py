@@ -253,7 +253,7 @@ def test_a_stage_may_choose_for_itself():
 
 
 def routed_model(**gpu):
-    from megatron_evomoe.train.build import build_modules
+    from megatron_evomoe.model.build import build_modules
 
     config = tiny_config("route")
     topology.seed_everything(1)

@@ -7,10 +7,10 @@ from __future__ import annotations
 import pytest
 
 from megatron_evomoe.config import from_mapping
+from megatron_evomoe.config.presets import PRESETS
 from megatron_evomoe.model.llava import LlavaModel
 from megatron_evomoe.model.transformer_config import shapes_only
 from megatron_evomoe.plan import counts
-from megatron_evomoe.presets import PRESETS
 
 TINY = {"vocab_size": 100, "num_layers": 4}
 

@@ -8,9 +8,9 @@ import math
 import pytest
 import torch
 
+from megatron_evomoe.config.recipe import PARTS
 from megatron_evomoe.data.conversation import IGNORE_INDEX, PADDING, VISION
 from megatron_evomoe.parallel import topology
-from megatron_evomoe.train.stages import PARTS
 from tests.tiny import rows, step_of, tiny_config
 
 pytestmark = pytest.mark.usefixtures("one_rank")

@@ -1,12 +1,11 @@
-"""What each stage trains and freezes. The recipe, as data (docs/stages.md)."""
+"""What each stage kind trains, has and starts from: the recipe as data (docs/stages.md)."""
 
 from __future__ import annotations
 
 import typing
 
-import torch
-
-from megatron_evomoe.config import ConfigError, RunConfig, StageConfig
+from megatron_evomoe.config.errors import ConfigError
+from megatron_evomoe.config.run import RunConfig, StageConfig
 from megatron_evomoe.config.training import Part
 
 PARTS: tuple[str, ...] = typing.get_args(Part)
@@ -79,17 +78,3 @@ def check_feature_cache(config: RunConfig, stage: StageConfig) -> None:
             "out of "
             "trainable, or set cache_vision_features: false for this stage"
         )
-
-
-def freeze(model: torch.nn.Module, config: RunConfig, stage_kind: str, first_layer: int) -> dict[str, int]:
-    """Let only the stage's parts require gradients; returns this rank's parameter count per part."""
-    parts = trained_parts(config, stage_kind)
-    pattern = config.moe.layer_pattern(config.language.num_layers)
-    moe_layers = {i for i, is_moe in enumerate(pattern) if is_moe}
-    counts = dict.fromkeys(PARTS, 0)
-    for name, parameter in model.named_parameters():
-        part = part_of(name, stage_kind, moe_layers, first_layer)
-        counts[part] += parameter.numel()
-        wanted = part in parts or (part in ("experts", "router") and "language" in parts)
-        parameter.requires_grad_(wanted)
-    return counts

@@ -1,0 +1,43 @@
+"""Builds a stage's model on this rank and freezes what the stage does not train."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core import parallel_state as ps
+
+from megatron_evomoe.config import RunConfig
+from megatron_evomoe.config.recipe import PARTS, part_of, trained_parts
+from megatron_evomoe.model.llava import LlavaModel
+from megatron_evomoe.parallel import backend
+
+
+def build_modules(config: RunConfig, kind: str) -> list[LlavaModel]:
+    """The model chunks of this pipeline rank, on their device, with fresh weights."""
+    chunks = ps.get_virtual_pipeline_model_parallel_world_size()
+    modules = []
+    for vp_stage in range(chunks or 1):
+        stage = vp_stage if chunks else None
+        modules.append(
+            LlavaModel(
+                config,
+                stage_kind=kind,
+                pre_process=ps.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
+                post_process=ps.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
+                vp_stage=stage,
+            )
+        )
+    return [m.to(backend.device(), dtype=torch.bfloat16 if config.train.bf16 else None) for m in modules]
+
+
+def freeze(model: torch.nn.Module, config: RunConfig, stage_kind: str, first_layer: int) -> dict[str, int]:
+    """Let only the stage's parts require gradients; returns this rank's parameter count per part."""
+    parts = trained_parts(config, stage_kind)
+    pattern = config.moe.layer_pattern(config.language.num_layers)
+    moe_layers = {i for i, is_moe in enumerate(pattern) if is_moe}
+    counts = dict.fromkeys(PARTS, 0)
+    for name, parameter in model.named_parameters():
+        part = part_of(name, stage_kind, moe_layers, first_layer)
+        counts[part] += parameter.numel()
+        wanted = part in parts or (part in ("experts", "router") and "language" in parts)
+        parameter.requires_grad_(wanted)
+    return counts
