@@ -182,7 +182,7 @@ def row_of(
     """All figures of one stage and precision, in bytes, seconds and FLOP."""
     import shapes
 
-    from megatron_evomoe.plan.cost import flops
+    from megatron_evomoe.plan.flops import flops
 
     median = {name: statistics.median(values) for name, values in seconds.items()}
     m = config.train.global_batch_size // config.train.micro_batch_size

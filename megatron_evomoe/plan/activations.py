@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from megatron_evomoe.config import RunConfig
 from megatron_evomoe.config.recipe import trained_parts
 from megatron_evomoe.data.feature_cache import image_form
+from megatron_evomoe.model.language import padded_vocab_size
 from megatron_evomoe.plan import fp8, layout
 from megatron_evomoe.plan.counts import attention_heads, chunks, is_first, is_last, router
 from megatron_evomoe.plan.flow import LayerFlow, chunk_flow, recomputed_modules
@@ -289,8 +290,6 @@ def head(config: RunConfig, z: Sizes, kind: str) -> int:
     """Last norm, logits and loss: fp32 logits that become their softmax, and under bf16 the gradient's bf16
     copy beside them.
     """
-    from megatron_evomoe.model.language import padded_vocab_size
-
     logits = z.T * padded_vocab_size(config) // z.t * (4 if z.e == 4 else 4 + z.e)
     trains = "language" in trained_parts(config, kind)
     return logits + (z.R * z.C * (2 if trains else 1) + (_normalized(config, z) if trains else 0)) * z.e

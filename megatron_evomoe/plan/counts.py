@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from megatron_evomoe.config import RunConfig
 from megatron_evomoe.config.recipe import part_of, trained_parts
+from megatron_evomoe.model.language import padded_vocab_size
 from megatron_evomoe.parallel import topology
 
 Named = Iterator[tuple[str, int]]
@@ -119,8 +120,6 @@ def _named(config: RunConfig, kind: str, pp_rank: int, chunk: int) -> Iterator[t
 
 
 def _vocabulary_rows(config: RunConfig) -> int:
-    from megatron_evomoe.model.language import padded_vocab_size
-
     return padded_vocab_size(config) // config.parallel.tensor_model_parallel_size
 
 

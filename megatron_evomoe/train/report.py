@@ -22,7 +22,7 @@ from megatron_evomoe.diagnose.collect import Watch
 from megatron_evomoe.diagnose.routing import share_metrics
 from megatron_evomoe.observe import jsonl
 from megatron_evomoe.parallel import backend
-from megatron_evomoe.plan.cost import flops
+from megatron_evomoe.plan.flops import flops
 from megatron_evomoe.train.build import Built
 from megatron_evomoe.train.evaluate import Score
 from megatron_evomoe.train.session import Session
@@ -170,7 +170,7 @@ class _Capture:
 
 def flop_per_gpu(config: RunConfig, kind: str, seq_length: int) -> float:
     """FLOP of one optimizer step that the model asks for, mean over GPUs: recompute left out, padding and one
-    image a row counted (the formulas: plan/cost.py).
+    image a row counted (the formulas: plan/flops.py).
     """
     config = replace(config, train=replace(config.train, recompute_granularity=None))
     stages = config.parallel.pipeline_model_parallel_size

@@ -10,8 +10,9 @@ import pytest
 
 from megatron_evomoe.config import from_mapping
 from megatron_evomoe.plan.communication import volume_of
-from megatron_evomoe.plan.cost import Machine, flops, step_time
+from megatron_evomoe.plan.cost import Machine, step_time
 from megatron_evomoe.plan.counts import vision_tower
+from megatron_evomoe.plan.flops import flops
 from megatron_evomoe.plan.states import states_of
 
 C, SEQ, LAYERS = 64, 128, 4

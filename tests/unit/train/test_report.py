@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_evomoe.plan.cost import flops
+from megatron_evomoe.plan.flops import flops
 from megatron_evomoe.train.build import build_stage
 from megatron_evomoe.train.report import flop_per_gpu, params_norm
 from tests.tiny import tiny_config

@@ -1,0 +1,95 @@
+"""The arithmetic of a step, in floating-point operations (FLOP), by counting.
+
+Each weight and token costs 2 FLOP in the forward pass. The backward pass costs the same again for the
+gradient of the layer's input and for the gradient of each trained weight. Attention counts the causal half of
+its scores. What recompute repeats is part of the backward pass.
+"""
+
+from __future__ import annotations
+
+from megatron_evomoe.config import RunConfig
+from megatron_evomoe.config.recipe import trained_parts
+from megatron_evomoe.model.language import padded_vocab_size
+from megatron_evomoe.plan.activations import sizes_of
+from megatron_evomoe.plan.counts import (
+    attention_heads,
+    chunks,
+    decoder_layer,
+    is_first,
+    is_last,
+    vision_tower,
+)
+from megatron_evomoe.plan.flow import LayerFlow, chunk_flow, recomputed_modules
+
+
+def flops(config: RunConfig, kind: str, pp_rank: int, seq_length: int | None = None) -> tuple[float, float]:
+    """(forward, backward with recompute) of one microbatch on one rank of the pipeline stage."""
+    forward = backward = 0.0
+    for chunk in range(chunks(config)):
+        for flow in chunk_flow(config, kind, pp_rank, chunk):
+            f, b = _layer_flops(config, kind, flow, seq_length)
+            forward, backward = forward + f, backward + b
+        f, b = _ends_flops(config, kind, pp_rank, chunk, seq_length)
+        forward, backward = forward + f, backward + b
+    return forward, backward
+
+
+def _layer_flops(
+    config: RunConfig, kind: str, flow: LayerFlow, seq_length: int | None
+) -> tuple[float, float]:
+    z = sizes_of(config, seq_length)
+    weights = dict.fromkeys(("attention", "ffn", "router"), 0)
+    for name, numel in decoder_layer(config, kind, flow.mixture):
+        if ".experts." in name:
+            # of a mixture each token meets top-K experts; names of expert 0 stand for one of them
+            weights["ffn"] += numel * config.moe.moe_router_topk if ".local_experts.0." in name else 0
+        elif ".router." in name:
+            weights["router"] += numel
+        else:
+            weights["ffn" if name.startswith("mlp.") else "attention"] += numel
+    # weights are a rank's own: T tokens meet those that TP splits; a mixture's tokens come to its experts
+    # from all ranks alike
+    etp = config.parallel.expert_tensor_parallel_size
+    attention, ffn = 2 * z.T * weights["attention"], 2 * (z.R * etp if flow.mixture else z.T) * weights["ffn"]
+    router = z.R * weights["router"]  # half of them: a token meets its own modality's hypernetwork
+    heads, _, head_size = attention_heads(config)
+    scores = 2 * z.T * z.seq * heads * head_size / z.t  # QKᵀ and AV, causal half
+    forward = attention + ffn + router + scores
+    touched = flow.ffn_input_grad or flow.trains_ffn or flow.trains_router
+    backward = 0.0
+    if flow.ffn_input_grad:
+        backward += 2 * scores + attention * (1 + int(flow.trains_attention)) + ffn + router
+    elif flow.mixture and touched:
+        backward += ffn / 2  # through the output matrices, back to the probabilities
+    backward += ffn * flow.trains_ffn + router * flow.trains_router
+    return forward, backward + _recomputed_flops(config, flow, touched, forward, scores, ffn)
+
+
+def _recomputed_flops(
+    config: RunConfig, flow: LayerFlow, touched: bool, forward: float, scores: float, ffn: float
+) -> float:
+    if config.train.recompute_granularity == "full":
+        return forward
+    modules = recomputed_modules(config)
+    again = scores if "core_attn" in modules and flow.ffn_input_grad else 0.0
+    return again + (ffn if ("moe" if flow.mixture else "mlp") in modules and touched else 0.0)
+
+
+def _ends_flops(
+    config: RunConfig, kind: str, pp_rank: int, chunk: int, seq_length: int | None
+) -> tuple[float, float]:
+    z, parts = sizes_of(config, seq_length), trained_parts(config, kind)
+    forward = backward = 0.0
+    if is_first(pp_rank, chunk) and not config.data.cache_vision_features:
+        v = config.vision
+        tower = (
+            2
+            * config.train.micro_batch_size
+            * (v.image_size // v.patch_size) ** 2
+            * sum(n for _, n in vision_tower(config))
+        )
+        forward, backward = forward + tower, backward + (2 * tower if "vision" in parts else 0)
+    if is_last(config, pp_rank, chunk):
+        logits = 2 * z.T * z.C * padded_vocab_size(config) / z.t
+        forward, backward = forward + logits, backward + logits * (1 + int("language" in parts))
+    return forward, backward
