@@ -31,8 +31,8 @@ import torch  # noqa: E402
 from megatron_evomoe.config import from_mapping  # noqa: E402
 from megatron_evomoe.data.tokenizer import train_sentencepiece  # noqa: E402
 from megatron_evomoe.hf.config_in import llava_sections  # noqa: E402
-from megatron_evomoe.hf.names import NameMap  # noqa: E402
 from megatron_evomoe.hf.safetensors_out import ShardedWriter  # noqa: E402
+from megatron_evomoe.hf.tensor_map import NameMap  # noqa: E402
 
 _WRAPPER = """
 import json, runpy, sys, time

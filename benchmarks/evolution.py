@@ -49,7 +49,7 @@ def build(args: argparse.Namespace, evolves: bool, rule: str = "delta") -> Any:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from megatron_evomoe.config import MoEConfig
-    from megatron_evomoe.moe.evolving import evolving_mlp_spec
+    from megatron_evomoe.moe.evolving_mlp import evolving_mlp_spec
 
     dtype = torch.bfloat16 if backend.on_gpu() else torch.float32
     config = TransformerConfig(
@@ -115,8 +115,8 @@ def step_seconds(layer: Any, tokens: int, hidden: int, repeats: int) -> float:
 
 def evolve_seconds(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     """rule -> experts kept -> seconds of one `evolve()`."""
-    from megatron_evomoe.moe.evolution import RULES
-    from megatron_evomoe.moe.evolving import EvolvingMLP
+    from megatron_evomoe.moe.evolution_rules import RULES
+    from megatron_evomoe.moe.evolving_mlp import EvolvingMLP
 
     times: dict[str, dict[str, float]] = {}
     owned = EvolvingMLP.owned

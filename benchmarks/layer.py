@@ -114,7 +114,7 @@ def build_layer(config: Any) -> torch.nn.Module:
 def build_layers(args: argparse.Namespace, model: str, skipped: dict[str, str]) -> dict[str, torch.nn.Module]:
     """Router -> layer, all with the first one's experts. What cannot run here joins `skipped`."""
     from megatron_evomoe.config import ConfigError
-    from megatron_evomoe.moe import dtr_kernel
+    from megatron_evomoe.moe.dtr import kernel as dtr_kernel
 
     layers: dict[str, torch.nn.Module] = {}
     for name, router in ROUTERS.items():

@@ -22,7 +22,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, Qwen2Config, Qwen2Fo
 from megatron_evomoe.config import RunConfig
 from megatron_evomoe.data.conversation import IGNORE_INDEX, VISION
 from megatron_evomoe.data.image import processor_for
-from megatron_evomoe.hf.names import Entry, NameMap
+from megatron_evomoe.hf.tensor_map import Entry, NameMap
 
 
 def by_loop(x_TC: Tensor, weights_T2: Tensor, chosen_T2: Tensor, experts: nn.ModuleList) -> Tensor:

@@ -36,7 +36,7 @@ import measure
 import router_work
 from router_work import Shape
 
-from megatron_evomoe.moe import dtr
+from megatron_evomoe.moe.dtr import maths
 
 DEVICE = "cuda" if measure.ON_GPU else "cpu"
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -95,35 +95,35 @@ def missing(subject: str) -> str | None:
     return None if importlib.util.find_spec("triton") else "Triton does not import"
 
 
-def fused_logits(z_TC: Tensor, is_vision_T: Tensor, weights: dtr.DtrWeights) -> Tensor:
-    from megatron_evomoe.moe import dtr_triton  # imports Triton
+def fused_logits(z_TC: Tensor, is_vision_T: Tensor, weights: maths.DtrWeights) -> Tensor:
+    from megatron_evomoe.moe.dtr import triton as dtr_triton  # imports Triton
 
     return dtr_triton.dtr_logits(z_TC, is_vision_T, weights)
 
 
-def autograd_logits(z_TC: Tensor, is_vision_T: Tensor, weights: dtr.DtrWeights) -> Tensor:
-    """`dtr.dtr_logits` without its hand-written backward: what that is worth."""
+def autograd_logits(z_TC: Tensor, is_vision_T: Tensor, weights: maths.DtrWeights) -> Tensor:
+    """`maths.dtr_logits` without its hand-written backward: what that is worth."""
     halves, indices = [], [(~is_vision_T).nonzero()[:, 0], is_vision_T.nonzero()[:, 0]]
     for index, hyper in zip(indices, (weights.text, weights.vision), strict=True):
-        hyper = dtr.HyperWeights(*(w.float() for w in hyper))
+        hyper = maths.HyperWeights(*(w.float() for w in hyper))
         z = z_TC[index].float()
         projected = F.linear(z, hyper.weight1_hC), F.linear(z, hyper.weight2_down_KJC.flatten(0, 1))
-        halves.append(dtr._logits(*projected, hyper, weights.phi_NC.float(), "none"))
+        halves.append(maths._logits(*projected, hyper, weights.phi_NC.float(), "none"))
     logits = torch.cat(halves)
     return torch.empty_like(logits).index_copy(0, torch.cat(indices), logits)
 
 
-def naive_tuned_logits(z_TC: Tensor, is_vision_T: Tensor, weights: dtr.DtrWeights) -> Tensor:
-    """`dtr.naive_dtr_logits`, made as fast as it gets without giving up Θ."""
+def naive_tuned_logits(z_TC: Tensor, is_vision_T: Tensor, weights: maths.DtrWeights) -> Tensor:
+    """`maths.naive_dtr_logits`, made as fast as it gets without giving up Θ."""
     halves, indices = [], [(~is_vision_T).nonzero()[:, 0], is_vision_T.nonzero()[:, 0]]
     for index, hyper in zip(indices, (weights.text, weights.vision), strict=True):
-        hyper = dtr.HyperWeights(*(w.float() for w in hyper))
+        hyper = maths.HyperWeights(*(w.float() for w in hyper))
         K, J, C = hyper.weight2_down_KJC.shape
         z = z_TC[index].float()
         e_TK = F.pad(F.linear(z, hyper.weight1_hC, hyper.bias1_h), (0, 1), value=1.0)
         down_TJC = (e_TK @ hyper.weight2_down_KJC.view(K, -1)).view(-1, J, C)
         up_TrC = (e_TK @ hyper.weight2_up_KrC.view(K, -1)).view(-1, J // 2, C)
-        s_Tr = dtr._swiglu(torch.bmm(down_TJC, z[:, :, None])[:, :, 0])
+        s_Tr = maths._swiglu(torch.bmm(down_TJC, z[:, :, None])[:, :, 0])
         halves.append(F.linear(torch.bmm(s_Tr[:, None], up_TrC)[:, 0], weights.phi_NC.float()))
     logits = torch.cat(halves)
     return torch.empty_like(logits).index_copy(0, torch.cat(indices), logits)
@@ -139,26 +139,26 @@ def make_subjects(
     def parameter(*shape: int) -> Tensor:
         return (torch.randn(*shape, **options) * s.C**-0.5).requires_grad_()
 
-    def hyper() -> dtr.HyperWeights:
+    def hyper() -> maths.HyperWeights:
         K = s.h + 1
-        return dtr.HyperWeights(
+        return maths.HyperWeights(
             parameter(s.h, s.C), parameter(s.h), parameter(K, 2 * s.r, s.C), parameter(K, s.r, s.C)
         )
 
-    weights = dtr.DtrWeights(hyper(), hyper(), parameter(s.N, s.C))
-    dtr.init_dtr(weights, phi_std=0.02)
+    weights = maths.DtrWeights(hyper(), hyper(), parameter(s.N, s.C))
+    maths.init_dtr(weights, phi_std=0.02)
     z, gate = torch.randn(s.T, s.C, **options).requires_grad_(), parameter(s.N, s.C)
     is_vision = torch.rand(s.T, device=DEVICE) < args.vision_share
     fc1, fc2 = parameter(2 * s.ffn, s.C).detach(), parameter(s.C, s.ffn).detach()
     forwards = {
         "linear": lambda: F.linear(z.float(), gate.float()),
-        "naive": lambda: dtr.naive_dtr_logits(z, is_vision, weights),
+        "naive": lambda: maths.naive_dtr_logits(z, is_vision, weights),
         "naive-tuned": lambda: naive_tuned_logits(z, is_vision, weights),
         "autograd": lambda: autograd_logits(z, is_vision, weights),
-        "masked": lambda: dtr.dtr_logits(z, is_vision, weights, gather=False),
-        "factored": lambda: dtr.dtr_logits(z, is_vision, weights),
+        "masked": lambda: maths.dtr_logits(z, is_vision, weights, gather=False),
+        "factored": lambda: maths.dtr_logits(z, is_vision, weights),
         "fused": lambda: fused_logits(z, is_vision, weights),
-        "ffn": lambda: F.linear(dtr._swiglu(F.linear(z, fc1)), fc2),
+        "ffn": lambda: F.linear(maths._swiglu(F.linear(z, fc1)), fc2),
     }
     return (
         {name: forwards[name] for name in args.subjects},

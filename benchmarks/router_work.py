@@ -10,7 +10,8 @@ gradients of tokens and weights are written once, the logits' gradient is read o
 the other could be computed again, so it counts nothing. Forms that build Θ write it once, read it in both
 passes, and write and read its gradient.
 
-Shapes as in `megatron_evomoe/moe/dtr.py`: T tokens · C width · h, r inner sizes · K = h + 1 · N experts.
+Shapes as in `megatron_evomoe/moe/dtr/maths.py`: T tokens · C width · h, r inner sizes · K = h + 1 · N
+experts.
 """
 
 from __future__ import annotations

@@ -38,8 +38,8 @@ from megatron_evomoe.hf import card, config_out, origin
 from megatron_evomoe.hf.chat import chat_template
 from megatron_evomoe.hf.code.files import source_files
 from megatron_evomoe.hf.directory import require_empty
-from megatron_evomoe.hf.names import PARTS, Entry, NameMap
 from megatron_evomoe.hf.safetensors_out import ShardedWriter
+from megatron_evomoe.hf.tensor_map import PARTS, Entry, NameMap
 from megatron_evomoe.hf.tokenizer_out import TokenizerFiles, check_ids, tokenizer_files
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -29,8 +29,8 @@ from megatron_evomoe.config import ConfigError, MoEConfig, RunConfig, from_mappi
 from megatron_evomoe.hf import sources, tokenizer_in
 from megatron_evomoe.hf.directory import require_empty
 from megatron_evomoe.hf.finite import converted
-from megatron_evomoe.hf.names import Entry, NameMap
-from megatron_evomoe.moe import fresh
+from megatron_evomoe.hf.tensor_map import Entry, NameMap
+from megatron_evomoe.moe import initial_draws
 
 DTYPES = {
     "keep": None,
@@ -334,7 +334,7 @@ def _pieces(
     """The core tensor of an entry, in pieces along its first axis, in `dtype` and finite."""
     if _is_fresh(entry, request):
         layer, name = int(_LAYER.search(entry.core)[1]), entry.core.split(".mlp.router.")[1]
-        return [converted(entry.core, fresh.router_weights(config, layer + 1)[name], dtype)]
+        return [converted(entry.core, initial_draws.router_weights(config, layer + 1)[name], dtype)]
     origins = {name: Target.origin(name, source) for name in entry.hf}
     if not is_drawn(entry, request):
         return entry.to_core(
@@ -353,10 +353,10 @@ def _pieces(
 def _with_noise(weight: Tensor, entry: Entry, gates: int, config: RunConfig) -> Tensor:
     """As `expert_init.add_noise` does to a model in memory, with the same numbers."""
     layer, which = int(_LAYER.search(entry.core)[1]) + 1, 1 if ".linear_fc1." in entry.core else 2
-    noise = fresh.expert_noise(
+    noise = initial_draws.expert_noise(
         config.train.seed, layer, entry.expert, which, (gates, len(weight) // gates, weight.shape[1])
     )
-    scale = config.moe.expert_init_noise * fresh.std_of(fresh.moments(weight))
+    scale = config.moe.expert_init_noise * initial_draws.std_of(initial_draws.moments(weight))
     return noise.reshape(weight.shape).mul_(scale).add_(weight).to(weight.dtype)
 
 

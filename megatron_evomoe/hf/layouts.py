@@ -1,5 +1,5 @@
-"""The names Hugging Face files were given over the years, brought to those of `names.py` (transformers 4.x
-LLaVA files).
+"""Renames the tensors of older and newer Hugging Face files to the names of `tensor_map.py` (those of
+transformers 4.x LLaVA files).
 
 | written by | language model | output layer | tower |
 |---|---|---|---|

@@ -26,7 +26,7 @@ from megatron_evomoe.hf.config_in import (
 )
 from megatron_evomoe.hf.directory import HfDirectory, Place
 from megatron_evomoe.hf.given import Given
-from megatron_evomoe.hf.names import PARTS
+from megatron_evomoe.hf.tensor_map import PARTS
 
 log = logging.getLogger(__name__)
 

@@ -221,7 +221,7 @@ def _core_model(imported: Imported) -> Iterator[Any]:
 
 def _loaded(imported: Imported, config: RunConfig) -> Any:
     from megatron_evomoe.checkpoint import store
-    from megatron_evomoe.hf.names import PARTS
+    from megatron_evomoe.hf.tensor_map import PARTS
     from megatron_evomoe.model.build import build_modules
 
     [model] = build_modules(config, "route" if imported.kind == "route" else "dense")

@@ -245,7 +245,7 @@ def _ffn_spec(config: RunConfig, stage_kind: str, use_te: bool, linear_fc1: type
         return allow_expert_biases(spec) if config.language.add_bias_linear and not use_te else spec
     dense = dense_mlp_spec(linear_fc1, _backend(use_te).row_parallel_linear())
     if stage_kind == "evolve":
-        from megatron_evomoe.moe.evolving import evolving_mlp_spec
+        from megatron_evomoe.moe.evolving_mlp import evolving_mlp_spec
 
         return evolving_mlp_spec(dense, config.moe)
     return dense

@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from megatron_evomoe.config import ConfigError, RunConfig
 from megatron_evomoe.model import precision
-from megatron_evomoe.moe import dtr_kernel
+from megatron_evomoe.moe.dtr import kernel as dtr_kernel
 from megatron_evomoe.parallel import backend
 
 

@@ -26,7 +26,7 @@ from megatron.core.dist_checkpointing.mapping import (
 from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 
 from megatron_evomoe.config import ConfigError
-from megatron_evomoe.moe import fresh
+from megatron_evomoe.moe import initial_draws
 
 _EXPERT_KEY = re.compile(
     r"^(?P<before>(?:.*\.)?)experts\.experts\.(?:(?P<index>\d+)\.)?(?P<name>linear_fc[12]\..+)$"
@@ -132,7 +132,7 @@ def add_noise(experts: Any, seed: int, layer_number: int, std_units: float) -> N
         )  # of [gates, rows, columns]: fc1 is cut by rows within gate and value, fc2 by columns
         local = (gates, weight.shape[0] // gates, weight.shape[1])
         shape = [n * ranks if i == axis else n for i, n in enumerate(local)]
-        whole = fresh.expert_noise(seed, layer_number, expert, which, shape)
+        whole = initial_draws.expert_noise(seed, layer_number, expert, which, shape)
         part = whole.narrow(axis, rank * local[axis], local[axis]).reshape(weight.shape)
         scale = std_units * _std(weight, experts.tp_group)
         weight.copy_(weight.float() + part.to(weight.device) * scale)
@@ -151,7 +151,7 @@ def _matrices(experts: Any) -> Iterator[tuple[int, int, torch.nn.Parameter]]:
 
 def _std(weight: torch.Tensor, group: torch.distributed.ProcessGroup) -> float:
     """Standard deviation of the whole matrix, of which each rank of the group has a part."""
-    total = fresh.moments(weight)
+    total = initial_draws.moments(weight)
     if group.size() > 1:
         torch.distributed.all_reduce(total, group=group)
-    return fresh.std_of(total)
+    return initial_draws.std_of(total)

@@ -26,8 +26,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_evomoe.config import MoEConfig
-from megatron_evomoe.moe import dtr, dtr_kernel
 from megatron_evomoe.moe.capacity import within_capacity
+from megatron_evomoe.moe.dtr import kernel as dtr_kernel
+from megatron_evomoe.moe.dtr import maths
 from megatron_evomoe.parallel import backend
 
 TEXT, VISION, PADDING = 0, 1, 2
@@ -233,7 +234,7 @@ class ModalityLinearRouter(TypedRouter):
 
 
 class HyperNetwork(nn.Module):
-    """The parameters of one modality's hypernetwork (Eq. 5); `dtr.HyperWeights` names their shapes."""
+    """The parameters of one modality's hypernetwork (Eq. 5); `maths.HyperWeights` names their shapes."""
 
     def __init__(self, width: int, hidden: int, rank: int) -> None:
         super().__init__()
@@ -242,11 +243,11 @@ class HyperNetwork(nn.Module):
         self.weight2_down = nn.Parameter(torch.empty(hidden + 1, 2 * rank, width))
         self.weight2_up = nn.Parameter(torch.empty(hidden + 1, rank, width))
 
-    def forward(self) -> dtr.HyperWeights:
+    def forward(self) -> maths.HyperWeights:
         """The parameters. Call the module for them: only a call makes `overlap_param_gather` wait for their
         last update.
         """
-        return dtr.HyperWeights(self.weight1, self.bias1, self.weight2_down, self.weight2_up)
+        return maths.HyperWeights(self.weight1, self.bias1, self.weight2_down, self.weight2_up)
 
 
 class DynamicTokenRouter(TypedRouter):
@@ -267,18 +268,18 @@ class DynamicTokenRouter(TypedRouter):
         self.text, self.vision = HyperNetwork(*shape), HyperNetwork(*shape)
         self.phi = nn.Parameter(torch.empty(config.num_moe_experts, config.hidden_size))
         if config.perform_initialization:
-            dtr.init_dtr(self.weights(), self.moe.dtr_init_std)
+            maths.init_dtr(self.weights(), self.moe.dtr_init_std)
         self._finish_parameters()
 
-    def weights(self) -> dtr.DtrWeights:
-        return dtr.DtrWeights(self.text(), self.vision(), self.phi)
+    def weights(self) -> maths.DtrWeights:
+        return maths.DtrWeights(self.text(), self.vision(), self.phi)
 
     def gating(self, input: Tensor, is_vision: Tensor | None = None) -> Tensor:
         z_TC, is_vision_T, activation = input.flatten(0, 1), is_vision.flatten(), self.moe.dtr_activation
         if self.fused is not None:
             logits_TN = self.fused(z_TC, is_vision_T, self.weights(), activation=activation)
         else:
-            logits_TN = dtr.dtr_logits(
+            logits_TN = maths.dtr_logits(
                 z_TC,
                 is_vision_T,
                 self.weights(),

@@ -2,7 +2,7 @@
 all.
 
 Nothing here allocates or communicates. The rules of feasibility are the trainer's own: `topology.validate`,
-`topology.virtual_stages`, `evolution.check_rule` and megatron-core's `TransformerConfig`.
+`topology.virtual_stages`, `evolution_rules.check_rule` and megatron-core's `TransformerConfig`.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def check(config: RunConfig, kind: str, world_size: int) -> None:
     precision.check_sequence(config)
     p = config.parallel
     if kind == "evolve":
-        from megatron_evomoe.moe.evolution import check_rule, validate_ranges
+        from megatron_evomoe.moe.evolution_rules import check_rule, validate_ranges
 
         validate_ranges(config.moe.num_experts, config.moe.evolution_ranges)
         check_rule(config.moe.evolution_rule, p.use_distributed_optimizer, data_parallel(config, world_size))

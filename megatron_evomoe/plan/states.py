@@ -119,7 +119,7 @@ def _evolution_bytes(
     """Experts 2…N are dealt round robin over the replicas (× CP), so the first replica keeps the most."""
     if kind != "evolve":
         return 0
-    from megatron_evomoe.moe.evolution import rule_named
+    from megatron_evomoe.moe.evolution_rules import rule_named
 
     group = replicas * config.parallel.context_parallel_size
     kept = len(range(1, config.moe.num_experts)[dp_rank or 0 :: group])

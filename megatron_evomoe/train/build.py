@@ -12,7 +12,7 @@ from megatron.core.utils import get_model_config
 from megatron_evomoe.config import RunConfig, StageConfig
 from megatron_evomoe.model.build import build_modules, freeze
 from megatron_evomoe.model.llava import LlavaModel
-from megatron_evomoe.moe.evolving import EvolvingMLP
+from megatron_evomoe.moe.evolving_mlp import EvolvingMLP
 from megatron_evomoe.moe.layer import EvoMoELayer
 from megatron_evomoe.train import optimizer as optim
 from megatron_evomoe.train.clock import StepClock

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from megatron_evomoe.config import ConfigError, RunConfig
 from megatron_evomoe.config.recipe import check_feature_cache, trained_parts
 from megatron_evomoe.model import precision, transformer_config
-from megatron_evomoe.moe import evolution
+from megatron_evomoe.moe import evolution_rules
 from megatron_evomoe.parallel import topology
 
 
@@ -37,9 +37,9 @@ def check_stage(config: RunConfig, kind: str, world_size: int) -> None:
         build(config)
     parallel, train = config.parallel, config.train
     if kind == "evolve":
-        evolution.validate_ranges(config.moe.num_experts, config.moe.evolution_ranges)
+        evolution_rules.validate_ranges(config.moe.num_experts, config.moe.evolution_ranges)
         replicas = world_size // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
-        evolution.check_rule(config.moe.evolution_rule, parallel.use_distributed_optimizer, replicas)
+        evolution_rules.check_rule(config.moe.evolution_rule, parallel.use_distributed_optimizer, replicas)
     if kind == "route" and config.moe.moe_token_dispatcher_type == "flex":
         _check_flex(config)
     if train.profile and (absent := [rank for rank in train.profile_ranks if rank >= world_size]):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_evomoe.moe.dtr import DtrWeights, HyperWeights, dtr_logits, init_dtr, naive_dtr_logits
+from megatron_evomoe.moe.dtr.maths import DtrWeights, HyperWeights, dtr_logits, init_dtr, naive_dtr_logits
 from tests.gpu import needs
 
 pytestmark = needs.cuda
@@ -48,7 +48,7 @@ def doubled(weights: DtrWeights) -> DtrWeights:
 def logits_of(form: str, *arguments) -> torch.Tensor:
     if form == "masked":
         return dtr_logits(*arguments, gather=False)
-    from megatron_evomoe.moe import dtr_triton
+    from megatron_evomoe.moe.dtr import triton as dtr_triton
 
     return dtr_triton.dtr_logits(*arguments)
 

@@ -143,7 +143,7 @@ def _randomise(model: LlavaModel) -> None:
 
 @torch.no_grad()
 def _move_experts_apart(model: LlavaModel) -> None:
-    from megatron_evomoe.moe.evolving import EvolvingMLP
+    from megatron_evomoe.moe.evolving_mlp import EvolvingMLP
 
     for layer in (m for m in model.modules() if isinstance(m, EvolvingMLP)):
         layer.begin()

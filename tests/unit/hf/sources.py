@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from megatron_evomoe.config import from_mapping
 from megatron_evomoe.hf.config_in import llava_sections
-from megatron_evomoe.hf.names import NameMap
+from megatron_evomoe.hf.tensor_map import NameMap
 
 TEXT = {
     "model_type": "llama",

@@ -82,7 +82,7 @@ def test_names_agree_between_kinds_but_for_the_ffn(language):
 def test_ffn_by_kind():
     from megatron.core.transformer.mlp import MLP
 
-    from megatron_evomoe.moe.evolving import EvolvingMLP
+    from megatron_evomoe.moe.evolving_mlp import EvolvingMLP
     from megatron_evomoe.moe.layer import EvoMoELayer
 
     for kind, cls in {

@@ -11,8 +11,8 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from megatron_evomoe.moe import dtr_triton
-from megatron_evomoe.moe import dtr_triton_kernels as kernels
+from megatron_evomoe.moe.dtr import triton as dtr_triton
+from megatron_evomoe.moe.dtr import triton_kernels as kernels
 
 HOPPER = GPUTarget("cuda", 90, 32)
 TOKENS, COLUMNS, DEPTH = dtr_triton.BLOCK_TOKENS, dtr_triton.BLOCK_COLUMNS, dtr_triton.BLOCK_DEPTH

@@ -67,7 +67,7 @@ def dense_mlp(config: Any) -> Any:
 def evolving_mlp(config: Any, moe: Any, layer: int = 2) -> Any:
     from megatron.core.transformer.spec_utils import build_module
 
-    from megatron_evomoe.moe.evolving import evolving_mlp_spec
+    from megatron_evomoe.moe.evolving_mlp import evolving_mlp_spec
 
     module = build_module(evolving_mlp_spec(dense_spec(), moe), config=config)
     module.set_layer_number(layer)

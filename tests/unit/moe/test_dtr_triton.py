@@ -1,4 +1,4 @@
-"""moe/dtr_triton.py against the paper's equations in float64: on a GPU where there is one, else in Triton's
+"""moe/dtr/triton.py against the paper's equations in float64: on a GPU where there is one, else in Triton's
 interpreter.
 
 Tiles are made small, so that few tokens fill several and leave some half empty.
@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_evomoe.config import ConfigError, MoEConfig, check, from_mapping
 from megatron_evomoe.model.transformer_config import language_transformer_config
-from megatron_evomoe.moe import dtr_kernel
-from megatron_evomoe.moe.dtr import DtrWeights, HyperWeights, dtr_logits, naive_dtr_logits
+from megatron_evomoe.moe.dtr import kernel as dtr_kernel
+from megatron_evomoe.moe.dtr.maths import DtrWeights, HyperWeights, dtr_logits, naive_dtr_logits
 from megatron_evomoe.moe.router import to_planes
 from megatron_evomoe.parallel import topology
 from megatron_evomoe.train.build import build_stage
@@ -53,7 +53,7 @@ def triton():
 @pytest.fixture
 def fused(triton, monkeypatch):
     """`dtr_triton.dtr_logits` with tiles of 16."""
-    from megatron_evomoe.moe import dtr_triton
+    from megatron_evomoe.moe.dtr import triton as dtr_triton
 
     for name in ("BLOCK_TOKENS", "BLOCK_COLUMNS", "BLOCK_DEPTH"):
         monkeypatch.setattr(dtr_triton, name, 16)
@@ -271,10 +271,12 @@ def run_config(**moe):
 
 def test_auto_is_torch_and_imports_no_kernel():
     code = (
-        "import sys, torch; from megatron_evomoe.moe import dtr_kernel, router\n"
+        "import sys, torch\n"
+        "from megatron_evomoe.moe import router\n"
+        "from megatron_evomoe.moe.dtr import kernel as dtr_kernel\n"
         "assert dtr_kernel.fused('auto', torch.float32) is None and dtr_kernel.fused('torch', torch.float64) "
         "is None\n"
-        "assert not [name for name in sys.modules if 'dtr_triton' in name]"
+        "assert not [name for name in sys.modules if 'dtr.triton' in name]"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_evomoe.moe.evolution import RULES
+from megatron_evomoe.moe.evolution_rules import RULES
 
 DOCS = Path(__file__).parents[3] / "docs" / "stages.md"
 
@@ -17,7 +17,7 @@ DOCS = Path(__file__).parents[3] / "docs" / "stages.md"
 def test_a_new_rule_takes_ten_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     from tests.unit.moe import evolution_models as models
 
-    monkeypatch.setattr("megatron_evomoe.moe.evolution.RULES", dict(RULES))
+    monkeypatch.setattr("megatron_evomoe.moe.evolution_rules.RULES", dict(RULES))
     (code,) = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
     assert len([line for line in code.splitlines() if line.strip()]) <= 10
     exec(code, {})

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_evomoe.moe.evolution import RULES, draw_beta
+from megatron_evomoe.moe.evolution_rules import RULES, draw_beta
 from tests.unit.moe import evolution_models as models
 
 STEPS = range(4)
@@ -200,7 +200,7 @@ def test_every_layout_saves_and_loads_the_same_experts(tmp_path: Path) -> None:
 def test_each_evolved_expert_has_exactly_one_keeper(experts: int, ranks: int) -> None:
     from types import SimpleNamespace
 
-    from megatron_evomoe.moe.evolving import EvolvingMLP
+    from megatron_evomoe.moe.evolving_mlp import EvolvingMLP
 
     kept = []
     for rank in range(ranks):

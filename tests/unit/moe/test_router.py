@@ -11,7 +11,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from megatron_evomoe.config import MoEConfig
-from megatron_evomoe.moe.dtr import naive_dtr_logits
+from megatron_evomoe.moe.dtr.maths import naive_dtr_logits
 from megatron_evomoe.moe.router import ROUTERS, router_builder, straight_through, to_planes
 from tests.unit.moe.router_models import batch, build_router, transformer_config
 

@@ -1,4 +1,4 @@
-"""moe/dtr.py: the factored DTR against the paper's equations with Θ built, in float64, and its start."""
+"""moe/dtr/maths.py: the factored DTR against the paper's equations with Θ built, in float64; its start."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_evomoe.moe.dtr import DtrWeights, HyperWeights, dtr_logits, init_dtr, naive_dtr_logits
+from megatron_evomoe.moe.dtr.maths import DtrWeights, HyperWeights, dtr_logits, init_dtr, naive_dtr_logits
 
 T, C, N, h, r = 13, 24, 4, 3, 2
 MODALITIES = {

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_evomoe.config import RunConfig
-from megatron_evomoe.moe import dtr
+from megatron_evomoe.moe.dtr import maths
 
 
 def expert_noise(seed: int, layer_number: int, expert: int, which: int, shape: Sequence[int]) -> Tensor:
@@ -68,13 +68,13 @@ def router_weights(config: RunConfig, layer_number: int) -> dict[str, Tensor]:
                 name: torch.empty(N, C).normal_(std=config.language.init_method_std) for name in names
             } | bias
         text, vision = (
-            dtr.HyperWeights(
+            maths.HyperWeights(
                 torch.empty(h, C), torch.empty(h), torch.empty(h + 1, 2 * r, C), torch.empty(h + 1, r, C)
             )
             for _ in range(2)
         )
-        weights = dtr.DtrWeights(text, vision, torch.empty(N, C))
-        dtr.init_dtr(weights, moe.dtr_init_std)
+        weights = maths.DtrWeights(text, vision, torch.empty(N, C))
+        maths.init_dtr(weights, moe.dtr_init_std)
     names = ("weight1", "bias1", "weight2_down", "weight2_up")
     return {
         "phi": weights.phi_NC,

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatron_evomoe.config import ConfigError
-from megatron_evomoe.moe.evolution import RULES, draw_beta
+from megatron_evomoe.moe.evolution_rules import RULES, draw_beta
 from tests.unit.moe import evolution_models as models
 
 pytestmark = pytest.mark.usefixtures("one_rank")
@@ -94,7 +94,7 @@ def test_a_transformer_layer_builds_and_numbers_it() -> None:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer.spec_utils import build_module
 
-    from megatron_evomoe.moe.evolving import evolving_mlp_spec
+    from megatron_evomoe.moe.evolving_mlp import evolving_mlp_spec
 
     spec = get_gpt_layer_local_spec()
     spec.submodules.mlp = evolving_mlp_spec(spec.submodules.mlp, models.moe_config())
@@ -277,7 +277,7 @@ def test_what_is_missing_is_named() -> None:
 def test_a_norm_fused_into_the_ffn_is_refused() -> None:
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 
-    from megatron_evomoe.moe.evolving import EvolvingMLP
+    from megatron_evomoe.moe.evolving_mlp import EvolvingMLP
 
     class Fused(ColumnParallelLinear):
         def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -1,11 +1,11 @@
-"""The DTR on Triton kernels: the function of `dtr.dtr_logits` with nothing read back by the host, so CUDA
+"""The DTR on Triton kernels: the function of `maths.dtr_logits` with nothing read back by the host, so CUDA
 graphs can hold it.
 
-Importing this imports Triton; `dtr_kernel.py` says when that may be done. What each pass reads and writes,
+Importing this imports Triton; `kernel.py` says when that may be done. What each pass reads and writes,
 and why the passes are cut where they are, stands in docs/router.md. None of it has run on a GPU yet: tile
 sizes are guesses.
 
-Shapes as in `dtr.py` and `dtr_triton_kernels.py`.
+Shapes as in `maths.py` and `triton_kernels.py`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_evomoe.moe import dtr_triton_kernels as kernels
-from megatron_evomoe.moe.dtr import DtrWeights
+from megatron_evomoe.moe.dtr import triton_kernels as kernels
+from megatron_evomoe.moe.dtr.maths import DtrWeights
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 

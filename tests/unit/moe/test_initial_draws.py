@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_evomoe.moe import fresh
+from megatron_evomoe.moe import initial_draws
 from tests.tiny import tiny_config
 
 
 def test_noise_depends_on_its_place_alone():
     places = ((1, 2, 3, 1), (2, 2, 3, 1), (1, 3, 3, 1), (1, 2, 4, 1), (1, 2, 3, 2))
-    drawn = [fresh.expert_noise(*place, (2, 40, 50)) for place in places]
-    assert torch.equal(drawn[0], fresh.expert_noise(1, 2, 3, 1, (2, 40, 50)))
+    drawn = [initial_draws.expert_noise(*place, (2, 40, 50)) for place in places]
+    assert torch.equal(drawn[0], initial_draws.expert_noise(1, 2, 3, 1, (2, 40, 50)))
     assert all(not torch.equal(drawn[0], other) for other in drawn[1:])
     assert abs(drawn[0].std() - 1) < 0.05 and drawn[0].dtype == torch.float32
 
@@ -21,9 +21,9 @@ def test_noise_depends_on_its_place_alone():
 def test_std_of_parts_is_that_of_the_whole(dtype):
     """Half a unit in the last place of fp32: what the rounding at the end leaves."""
     weight = (torch.randn(60, 70, generator=torch.Generator().manual_seed(1)) * 0.03 + 0.01).to(dtype)
-    total = sum(fresh.moments(part) for part in weight.split(17))
+    total = sum(initial_draws.moments(part) for part in weight.split(17))
     wanted = weight.double().std(correction=0).item()
-    assert abs(fresh.std_of(total) / wanted - 1) < 2**-23
+    assert abs(initial_draws.std_of(total) / wanted - 1) < 2**-23
 
 
 @pytest.mark.parametrize("router", ["dtr", "linear", "modality-linear"])
@@ -34,9 +34,9 @@ def test_routers_have_the_parameters_of_the_model(one_rank, router):
     [layer] = [
         m for m in LlavaModel(config, stage_kind="route").modules() if type(m).__name__ == "EvoMoELayer"
     ]
-    drawn = fresh.router_weights(config, 2)
+    drawn = initial_draws.router_weights(config, 2)
     assert {k: v.shape for k, v in drawn.items()} == {k: v.shape for k, v in layer.router.named_parameters()}
-    again, other = fresh.router_weights(config, 2), fresh.router_weights(config, 1)
+    again, other = initial_draws.router_weights(config, 2), initial_draws.router_weights(config, 1)
     assert all(torch.equal(again[k], v) for k, v in drawn.items())
     assert any(not torch.equal(other[k], v) for k, v in drawn.items())
 
@@ -45,5 +45,5 @@ def test_drawing_leaves_the_generator_alone():
     torch.manual_seed(4)
     wanted = torch.rand(1)
     torch.manual_seed(4)
-    fresh.router_weights(tiny_config("route"), 1)
+    initial_draws.router_weights(tiny_config("route"), 1)
     assert torch.equal(torch.rand(1), wanted)

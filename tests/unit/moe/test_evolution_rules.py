@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from megatron_evomoe.config import ConfigError
-from megatron_evomoe.moe import evolution
-from megatron_evomoe.moe.evolution import RULES, check_rule, draw_beta, rule_named, validate_ranges
+from megatron_evomoe.moe import evolution_rules
+from megatron_evomoe.moe.evolution_rules import RULES, check_rule, draw_beta, rule_named, validate_ranges
 
 STEPS = 400
 RANGE = (0.7, 0.79)
@@ -58,7 +58,7 @@ def test_delta_keeps_its_share_of_every_update() -> None:
 def test_delta_with_a_constant_beta_telescopes() -> None:
     path, theta_n = walk(torch.float64), walk(torch.float64)[0]
     for before, now in itertools.pairwise(path):
-        evolution.delta(theta_n, now, before, None, 0.75)
+        evolution_rules.delta(theta_n, now, before, None, 0.75)
     torch.testing.assert_close(theta_n, 0.75 * path[0] + 0.25 * path[-1], **FLOAT64)
 
 
@@ -75,7 +75,7 @@ def test_ema_is_the_weighted_sum_of_the_past() -> None:
 def test_ema_of_a_resting_expert_decays_geometrically() -> None:
     theta_1, theta_n = torch.full((8,), 2.0), torch.full((8,), 3.0)
     for _ in range(10):
-        evolution.ema(theta_n, theta_1, None, None, 0.5)
+        evolution_rules.ema(theta_n, theta_1, None, None, 0.5)
     assert torch.equal(theta_n, torch.full((8,), 2.0 + 0.5**10))  # powers of two: exact
 
 

@@ -12,7 +12,7 @@ import torch
 
 from megatron_evomoe.checkpoint.record import CheckpointError
 from megatron_evomoe.config import ConfigError
-from megatron_evomoe.hf.names import PARTS, NameMap
+from megatron_evomoe.hf.tensor_map import PARTS, NameMap
 from tests.tiny import tiny_config
 
 LANGUAGE = {

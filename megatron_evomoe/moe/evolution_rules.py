@@ -3,8 +3,8 @@ their draws.
 
 Names: θ_1 is the trained FFN, θ_n an evolved expert, θ_1^prev the trained FFN one optimizer step ago, g_1
 that step's gradient, β the share of θ_n that is kept. `docs/stages.md` has the printed formula, why there are
-three rules and what each measured. No state, no communication: `moe/evolving.py` holds the first and nothing
-needs the second.
+three rules and what each measured. The functions keep no state (`moe/evolving_mlp.py` does) and do not
+communicate.
 
 Every operation below is a single correctly rounded multiplication, addition or subtraction, so the bits are
 the same on any device, vector width and layout. ``add_(…, alpha=…)`` and ``lerp_`` would save a pass, but

@@ -34,7 +34,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, sharded_state_dict_default
 
 from megatron_evomoe.config import ConfigError, MoEConfig
-from megatron_evomoe.moe.evolution import draw_beta, rule_named, validate_ranges
+from megatron_evomoe.moe.evolution_rules import draw_beta, rule_named, validate_ranges
 
 BLOCK_CPU = 1 << 17
 """Elements updated at a time: the temporaries of a block stay in cache (measured: 4 times faster than whole

@@ -1,8 +1,7 @@
-"""Triton kernels of the DTR: grouped products around two small element-wise ones. `dtr_triton.py` launches
-them.
+"""Triton kernels of the DTR: grouped products around two small element-wise ones; `triton.py` launches them.
 
-Shapes as in `dtr.py`, and: M = 2 modalities (text, vision) · P = h + K·2r columns of a token's projection eu
-= [W1·z, W2_down·z].
+Shapes as in `maths.py`, and: M = 2 modalities (text, vision) · P = h + K·2r columns of a token's projection
+eu = [W1·z, W2_down·z].
 
 Rows are tokens sorted by modality, text first; `order[row]` is the token. Where text ends is read from device
 memory, so no shape depends on the data: a launch covers ⌈T / BLOCK_T⌉ + 1 tiles of rows, enough wherever the

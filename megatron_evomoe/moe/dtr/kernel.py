@@ -44,6 +44,6 @@ def fused(kernel: str, dtype: torch.dtype) -> Callable[..., Tensor] | None:
         raise ConfigError(
             f"dtr_kernel triton computes in fp32, and this router in {dtype}; set dtr_kernel to auto or torch"
         )
-    from megatron_evomoe.moe import dtr_triton
+    from megatron_evomoe.moe.dtr import triton as dtr_triton
 
     return dtr_triton.dtr_logits
