@@ -148,7 +148,7 @@ def _decoder(config: RunConfig) -> nn.Module:
             intermediate_size=lm.ffn_hidden_size,
             num_hidden_layers=lm.num_layers,
             num_attention_heads=lm.num_attention_heads,
-            num_key_value_heads=lm.num_query_groups or lm.num_attention_heads,
+            num_key_value_heads=lm.query_groups,
             max_position_embeddings=lm.max_position_embeddings,
             rms_norm_eps=lm.norm_epsilon,
             tie_word_embeddings=lm.tie_word_embeddings,

@@ -32,7 +32,7 @@ def check(config: RunConfig, kind: str | None = None) -> None:
 
 def _check_language(config: RunConfig, rule: Rule) -> None:
     lm, length = config.language, config.data.seq_length
-    heads, groups = lm.num_attention_heads, lm.num_query_groups or lm.num_attention_heads
+    heads, groups = lm.num_attention_heads, lm.query_groups
     rule(
         lm.kv_channels is not None or lm.hidden_size % heads == 0,
         f"hidden_size {lm.hidden_size} is not a multiple of num_attention_heads {heads}; change one, or give "
@@ -42,7 +42,7 @@ def _check_language(config: RunConfig, rule: Rule) -> None:
         heads % groups == 0,
         f"num_attention_heads {heads} is not a multiple of num_query_groups {groups}; change one",
     )
-    head = lm.kv_channels or lm.hidden_size // heads
+    head = lm.head_size
     rotated = int(head * lm.rotary_percent) if lm.rotary_percent < 1 else head  # as the core rounds it
     rule(
         rotated > 0 and rotated % 2 == 0,
@@ -179,7 +179,7 @@ def _check_fp8(config: RunConfig, rule: Rule) -> None:
             "num_layers_at_start_in_bf16 "
             "or num_layers_at_end_in_bf16",
         )
-    heads = lm.num_attention_heads * (lm.kv_channels or lm.hidden_size // lm.num_attention_heads)
+    heads = lm.num_attention_heads * lm.head_size
     tp, etp = parallel.tensor_model_parallel_size, parallel.expert_tensor_parallel_size
     for name, width in {
         "hidden_size": lm.hidden_size,

@@ -86,6 +86,16 @@ class LanguageConfig:
     from more).
     """
 
+    @property
+    def query_groups(self) -> int:
+        """Key/value heads: `num_query_groups`, or one per query head."""
+        return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def head_size(self) -> int:
+        """Channels of one attention head: `kv_channels`, or an equal share of `hidden_size`."""
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
+
 
 @dataclass(kw_only=True)
 class VisionConfig:

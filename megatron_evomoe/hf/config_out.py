@@ -65,7 +65,7 @@ def evomoe_config(config: RunConfig, kind: str, tokens: Tokens, own: Json, dtype
     text = {
         "model_type": "evomoe_text",
         **_sizes(lm),
-        "head_dim": _head_dim(lm),
+        "head_dim": lm.head_size,
         "norm_type": lm.normalization,
         "norm_eps": lm.norm_epsilon,
         "hidden_act": _ACTIVATIONS[lm.activation],
@@ -175,7 +175,7 @@ def stock_text_config(lm: LanguageConfig) -> Json:
             "use_parallel_residual": False,
             "qk_layernorm": False,
         }
-    base |= {"rms_norm_eps": lm.norm_epsilon, "head_dim": _head_dim(lm)}
+    base |= {"rms_norm_eps": lm.norm_epsilon, "head_dim": lm.head_size}
     if kind == "mistral":
         return {**base, "sliding_window": lm.window_size}
     if kind == "llama":
@@ -195,7 +195,7 @@ def _stock_type(lm: LanguageConfig) -> str:
     need(not lm.lm_head_bias, "its output layer has a bias")
     biased, plain_heads = (
         lm.add_qkv_bias or lm.add_bias_linear,
-        _head_dim(lm) == lm.hidden_size // lm.num_attention_heads,
+        lm.head_size == lm.hidden_size // lm.num_attention_heads,
     )
     if lm.normalization == "LayerNorm":
         need(
@@ -282,7 +282,7 @@ def _sizes(lm: LanguageConfig) -> Json:
         "intermediate_size": lm.ffn_hidden_size,
         "num_hidden_layers": lm.num_layers,
         "num_attention_heads": lm.num_attention_heads,
-        "num_key_value_heads": lm.num_query_groups or lm.num_attention_heads,
+        "num_key_value_heads": lm.query_groups,
         "max_position_embeddings": lm.max_position_embeddings,
         "initializer_range": lm.init_method_std,
         "tie_word_embeddings": lm.tie_word_embeddings,
@@ -299,10 +299,6 @@ def _tower_sizes(vision: VisionConfig) -> Json:
         "patch_size": vision.patch_size,
         "layer_norm_eps": vision.norm_epsilon,
     }
-
-
-def _head_dim(lm: LanguageConfig) -> int:
-    return lm.kv_channels or lm.hidden_size // lm.num_attention_heads
 
 
 def _rope_adjustment(lm: LanguageConfig) -> Json | None:

@@ -294,8 +294,8 @@ def _decoder_layer(config: RunConfig, i: int, mixtures: bool, routed: bool) -> I
     lm, designated = config.language, config.moe.is_moe_layer(i)
     our, their, C = f"language_model.decoder.layers.{i}", f"language_model.model.layers.{i}", lm.hidden_size
     norm_bias, fused = lm.normalization == "LayerNorm", not lm.parallel_residual
-    groups = lm.num_query_groups or lm.num_attention_heads
-    head = lm.kv_channels or C // lm.num_attention_heads
+    groups = lm.query_groups
+    head = lm.head_size
     norm = "self_attention.linear_qkv.layer_norm_" if fused else "input_layernorm."
     yield from _norm(f"{our}.{norm}", f"{their}.input_layernorm", C, bias=norm_bias)
     yield from _qkv(

@@ -141,8 +141,8 @@ def language_transformer_config(config: RunConfig) -> TransformerConfig:
         ffn_hidden_size=lm.ffn_hidden_size,
         num_attention_heads=lm.num_attention_heads,
         init_method_std=lm.init_method_std,
-        num_query_groups=lm.num_query_groups or lm.num_attention_heads,
-        kv_channels=lm.kv_channels or lm.hidden_size // lm.num_attention_heads,
+        num_query_groups=lm.query_groups,
+        kv_channels=lm.head_size,
         normalization=lm.normalization,
         layernorm_epsilon=lm.norm_epsilon,
         activation_func=ACTIVATIONS[lm.activation],
@@ -198,7 +198,7 @@ def _check_language(config: RunConfig) -> None:
     lm, train, tp = config.language, config.train, config.parallel.tensor_model_parallel_size
     local = resolve_transformer_impl(config) == "local"
     dtr_kernel.check(config.moe.dtr_kernel)  # in the first stage, not when one with a mixture begins
-    groups = lm.num_query_groups or lm.num_attention_heads
+    groups = lm.query_groups
     if local and groups % tp:
         raise ConfigError(
             f"num_query_groups {groups} is not a multiple of tensor_model_parallel_size {tp}, as attention "

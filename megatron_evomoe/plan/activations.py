@@ -21,7 +21,7 @@ from megatron_evomoe.config.recipe import trained_parts
 from megatron_evomoe.data.feature_cache import image_form
 from megatron_evomoe.model.language import padded_vocab_size
 from megatron_evomoe.plan import fp8, layout
-from megatron_evomoe.plan.counts import attention_heads, chunks, is_first, is_last, router
+from megatron_evomoe.plan.counts import chunks, is_first, is_last, router
 from megatron_evomoe.plan.flow import LayerFlow, chunk_flow, recomputed_modules
 from megatron_evomoe.plan.states import element_bytes
 
@@ -126,7 +126,8 @@ def layer(config: RunConfig, z: Sizes, flow: LayerFlow) -> int:
 def _attention(config: RunConfig, z: Sizes, flow: LayerFlow) -> int:
     if not flow.ffn_input_grad:
         return 0
-    heads, groups, head_size = attention_heads(config)
+    lm = config.language
+    heads, groups, head_size = lm.num_attention_heads, lm.query_groups, lm.head_size
     recomputed = recomputed_modules(config)
     kept = z.R * z.C  # the norm's input
     inputs = 0

@@ -127,7 +127,7 @@ def decoder_layer(config: RunConfig, kind: str, designated: bool) -> Named:
     """One layer; `designated` ones are a mixture in `route` and hold one dense FFN before."""
     lm, tp = config.language, config.parallel.tensor_model_parallel_size
     C, norm = lm.hidden_size, lm.normalization
-    heads, groups, head = attention_heads(config)
+    heads, groups, head = lm.num_attention_heads, lm.query_groups, lm.head_size
     yield from _norm("input_layernorm", C, norm)
     attention = "self_attention."
     yield f"{attention}linear_proj.weight", heads * head // tp * C
@@ -148,16 +148,6 @@ def decoder_layer(config: RunConfig, kind: str, designated: bool) -> Named:
             yield from ((f"mlp.experts.local_experts.{i}.{n}", s) for n, s in expert)
     else:
         yield from ((f"mlp.{n}", s) for n, s in ffn(config, tp))
-
-
-def attention_heads(config: RunConfig) -> tuple[int, int, int]:
-    """Query heads, key/value heads, size of one head; over all TP ranks."""
-    lm = config.language
-    return (
-        lm.num_attention_heads,
-        lm.num_query_groups or lm.num_attention_heads,
-        lm.kv_channels or lm.hidden_size // lm.num_attention_heads,
-    )
 
 
 def ffn(config: RunConfig, tp: int) -> Named:

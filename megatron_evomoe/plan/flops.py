@@ -12,7 +12,6 @@ from megatron_evomoe.config.recipe import trained_parts
 from megatron_evomoe.model.language import padded_vocab_size
 from megatron_evomoe.plan.activations import sizes_of
 from megatron_evomoe.plan.counts import (
-    attention_heads,
     chunks,
     decoder_layer,
     is_first,
@@ -52,7 +51,7 @@ def _layer_flops(
     etp = config.parallel.expert_tensor_parallel_size
     attention, ffn = 2 * z.T * weights["attention"], 2 * (z.R * etp if flow.mixture else z.T) * weights["ffn"]
     router = z.R * weights["router"]  # half of them: a token meets its own modality's hypernetwork
-    heads, _, head_size = attention_heads(config)
+    heads, head_size = config.language.num_attention_heads, config.language.head_size
     scores = 2 * z.T * z.seq * heads * head_size / z.t  # QKᵀ and AV, causal half
     forward = attention + ffn + router + scores
     touched = flow.ffn_input_grad or flow.trains_ffn or flow.trains_router

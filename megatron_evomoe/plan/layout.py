@@ -141,7 +141,7 @@ def _check_core(config: RunConfig) -> None:
     train, gpu = config.train, config.gpu
     if assume_te:
         groups, tp = (
-            language.num_query_groups or language.num_attention_heads,
+            language.query_groups,
             config.parallel.tensor_model_parallel_size,
         )
         if groups % tp and tp % groups:

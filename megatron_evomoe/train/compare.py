@@ -197,12 +197,8 @@ def _is_used(section: str, field: str, config: RunConfig, kind: str) -> bool:
 
 _Meaning = Callable[[RunConfig, str], Any]
 _MEANINGS: dict[tuple[str, str], _Meaning] = {
-    ("language", "num_query_groups"): lambda c, _: (
-        c.language.num_query_groups or c.language.num_attention_heads
-    ),
-    ("language", "kv_channels"): lambda c, _: (
-        c.language.kv_channels or c.language.hidden_size // c.language.num_attention_heads
-    ),
+    ("language", "num_query_groups"): lambda c, _: c.language.query_groups,
+    ("language", "kv_channels"): lambda c, _: c.language.head_size,
     ("language", "rope_scaling_type"): lambda c, _: (
         c.language.rope_scaling_type if c.language.rope_scaling_factor != 1 else None
     ),

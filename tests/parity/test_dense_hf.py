@@ -109,7 +109,7 @@ def fuse_qkv(parts: list[torch.Tensor], groups: int) -> torch.Tensor:
 def core_language_weights(hf: dict[str, torch.Tensor], config: RunConfig) -> dict[str, torch.Tensor]:
     """transformers' weights under megatron-core's names; every weight in `hf` must be used."""
     left, out = dict(hf), {}
-    groups = config.language.num_query_groups or HEADS
+    groups = config.language.query_groups
 
     def move(target: str, *sources: str, fuse=torch.cat) -> None:
         for kind in ("weight", "bias"):
