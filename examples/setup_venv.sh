@@ -2,7 +2,7 @@
 # Make a virtual environment if there is none and install the package with its tested versions.
 #   source examples/setup_venv.sh        sets PYTHON to its interpreter
 # VENV names the folder (.venv), BASE_PYTHON the interpreter to make it from (python3), CONSTRAINTS the pins, EXTRAS the extra of
-# setup.py that is wanted (dev, which holds the others).
+# pyproject.toml that is wanted (dev, which holds the others).
 # pip takes the torch build its own settings lead to: on Linux without a GPU, point PIP_INDEX_URL or PIP_FIND_LINKS at
 # PyTorch's CPU wheels to save gigabytes of CUDA libraries.
 set -euo pipefail
@@ -15,7 +15,7 @@ if [ ! -x "$PYTHON" ]; then
 fi
 EXTRAS="${EXTRAS:-dev}"
 # reinstalled only when what is asked for changed
-WANTED="$(cat "$CONSTRAINTS" "$ROOT/setup.py" | cksum)"
+WANTED="$(sed '/^\[tool\./,$d' "$ROOT/pyproject.toml" | cat "$CONSTRAINTS" - | cksum)"
 installed() { [ "$(cat "$VENV/.installed-$1" 2>/dev/null)" = "$WANTED" ]; }
 if ! installed "$EXTRAS" && ! installed dev; then
     echo "installing into $VENV (a few minutes the first time)"

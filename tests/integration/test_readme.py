@@ -26,7 +26,15 @@ ELSEWHERE = {
 def checkout(tmp_path_factory, digits) -> Path:
     """A folder that looks like a checkout with a user's data in it: what the README's commands assume."""
     folder = tmp_path_factory.mktemp("readme")
-    for name in ("examples", "tests", "tools", "megatron_evomoe", "constraints.txt", "setup.py", "README.md"):
+    for name in (
+        "examples",
+        "tests",
+        "tools",
+        "megatron_evomoe",
+        "constraints.txt",
+        "pyproject.toml",
+        "README.md",
+    ):
         (folder / name).symlink_to(ROOT / name)
     from megatron_evomoe.data.shards import ShardDataset
 
@@ -149,7 +157,7 @@ def test_command_runs(command, checkout, digits, tmp_path_factory):
 
 
 def test_wheel_is_complete(tmp_path):
-    """`pip install .` packs every module: nothing of the package lives outside what setup.py finds."""
+    """`pip install .` packs every module, and the mark that the package has types."""
     subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(tmp_path), str(ROOT)],
         check=True,
@@ -160,4 +168,5 @@ def test_wheel_is_complete(tmp_path):
 
     packed = set(zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist())
     modules = {str(p.relative_to(ROOT)) for p in (ROOT / "megatron_evomoe").rglob("*.py")}
-    assert modules <= packed, sorted(modules - packed)
+    expected = modules | {"megatron_evomoe/py.typed"}
+    assert expected <= packed, sorted(expected - packed)
