@@ -30,13 +30,13 @@ import torch  # noqa: E402
 
 from megatron_evomoe.config import from_mapping  # noqa: E402
 from megatron_evomoe.data.tokenizer import train_sentencepiece  # noqa: E402
-from megatron_evomoe.hf.config_in import llava_sections  # noqa: E402
-from megatron_evomoe.hf.safetensors_out import ShardedWriter  # noqa: E402
+from megatron_evomoe.hf.from_hf.config_sections import llava_sections  # noqa: E402
 from megatron_evomoe.hf.tensor_map import NameMap  # noqa: E402
+from megatron_evomoe.hf.to_hf.safetensors_writer import ShardedWriter  # noqa: E402
 
 _WRAPPER = """
 import json, runpy, sys, time
-import megatron_evomoe.hf.convert_in, megatron_evomoe.hf.convert_out
+import megatron_evomoe.commands.convert_from_hf, megatron_evomoe.commands.convert_to_hf
 start = time.perf_counter()
 sys.argv = sys.argv[1:]
 try:

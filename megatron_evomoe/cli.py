@@ -74,7 +74,7 @@ def _user_errors() -> tuple[type[Exception], ...]:
     from megatron_evomoe.config import ConfigError
     from megatron_evomoe.data.errors import DataError
     from megatron_evomoe.evaluation.item import BenchmarkError
-    from megatron_evomoe.hf.loading import ModelError
+    from megatron_evomoe.generate.loading import ModelError
 
     return ConfigError, CheckpointError, DataError, BenchmarkError, ModelError
 
@@ -165,10 +165,10 @@ def _add_inspect_data(parser: argparse.ArgumentParser) -> Callable[[argparse.Nam
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
-    from megatron_evomoe.plan import command
+    from megatron_evomoe.commands import plan
 
-    command.add_arguments(parser)
-    return command.run
+    plan.add_arguments(parser)
+    return plan.run
 
 
 def _add_plot(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
@@ -179,24 +179,24 @@ def _add_plot(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace],
 
 
 def _add_doctor(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
-    from megatron_evomoe import doctor
+    from megatron_evomoe.commands import doctor
 
     doctor.add_arguments(parser)
     return doctor.run
 
 
 def _add_evaluate(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
-    from megatron_evomoe.evaluation import evaluate
+    from megatron_evomoe.evaluation import benchmark_run
 
-    evaluate.add_arguments(parser)
-    return evaluate.run
+    benchmark_run.add_arguments(parser)
+    return benchmark_run.run
 
 
 def _add_generate(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
-    from megatron_evomoe.generate import command
+    from megatron_evomoe.commands import generate
 
-    command.add_arguments(parser)
-    return command.run
+    generate.add_arguments(parser)
+    return generate.run
 
 
 _HELP = {

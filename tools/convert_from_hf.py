@@ -14,8 +14,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
 
 from megatron_evomoe.checkpoint.record import CheckpointError
+from megatron_evomoe.commands import convert_from_hf
 from megatron_evomoe.config import ConfigError, flags_from
-from megatron_evomoe.hf import convert_in
 
 
 def main() -> int:
@@ -23,10 +23,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    convert_in.add_arguments(parser)
+    convert_from_hf.add_arguments(parser)
     args = parser.parse_args()
     try:
-        return convert_in.run(args, flags_from(args))
+        return convert_from_hf.run(args, flags_from(args))
     except (CheckpointError, ConfigError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -13,8 +13,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
 
 from megatron_evomoe.checkpoint.record import CheckpointError
+from megatron_evomoe.commands import convert_to_hf
 from megatron_evomoe.config import ConfigError
-from megatron_evomoe.hf import convert_out
 
 
 def main() -> int:
@@ -22,9 +22,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    convert_out.add_arguments(parser)
+    convert_to_hf.add_arguments(parser)
     try:
-        return convert_out.run(parser.parse_args())
+        return convert_to_hf.run(parser.parse_args())
     except (CheckpointError, ConfigError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_evomoe.data.shards import write_atomically
-from megatron_evomoe.evaluation.files import field, find_image, read_json
 from megatron_evomoe.evaluation.item import Answers, Benchmark, BenchmarkError, Item, Metrics, Source
 from megatron_evomoe.evaluation.normalize import gqa_answer
 from megatron_evomoe.evaluation.prompts import short_answer
+from megatron_evomoe.evaluation.published_files import field, find_image, read_json
 from megatron_evomoe.evaluation.scores import grouped, mean_by, mean_percent
 
 

@@ -15,10 +15,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from megatron_evomoe.data.shards import write_atomically
-from megatron_evomoe.evaluation.files import field, read_text
 from megatron_evomoe.evaluation.item import Answers, Benchmark, BenchmarkError, Item, Metrics, Source
 from megatron_evomoe.evaluation.normalize import mmbench_letter
 from megatron_evomoe.evaluation.prompts import LETTERS, OPTION_LETTER, OPTION_LETTER_CHINESE, option_lines
+from megatron_evomoe.evaluation.published_files import field, read_text
 from megatron_evomoe.evaluation.scores import grouped, mean_by, mean_percent
 
 _ROTATION = 1_000_000  # row n + k·10⁶ is row n with its options rotated k times

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_evomoe.evaluation.files import find_image, one_of, read_text
 from megatron_evomoe.evaluation.item import Answers, Benchmark, BenchmarkError, Item, Metrics, Source
 from megatron_evomoe.evaluation.normalize import mme_yes_no
 from megatron_evomoe.evaluation.prompts import short_answer
+from megatron_evomoe.evaluation.published_files import find_image, one_of, read_text
 from megatron_evomoe.evaluation.scores import grouped, mean_percent
 
 PERCEPTION = (

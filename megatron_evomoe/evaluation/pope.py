@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_evomoe.evaluation.files import field, find_image, one_of, read_json_lines
 from megatron_evomoe.evaluation.item import Answers, Benchmark, BenchmarkError, Item, Metrics, Source
 from megatron_evomoe.evaluation.normalize import pope_yes_no
 from megatron_evomoe.evaluation.prompts import short_answer
+from megatron_evomoe.evaluation.published_files import field, find_image, one_of, read_json_lines
 from megatron_evomoe.evaluation.scores import grouped, percent
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_evomoe.evaluation.files import field, find_image, read_json
 from megatron_evomoe.evaluation.item import Answers, Benchmark, BenchmarkError, Item, Metrics, Source
 from megatron_evomoe.evaluation.normalize import scienceqa_letter
 from megatron_evomoe.evaluation.prompts import LETTERS, OPTION_LETTER
+from megatron_evomoe.evaluation.published_files import field, find_image, read_json
 from megatron_evomoe.evaluation.scores import mean_percent
 
 _SUBJECTS = {"natural": "natural science", "social": "social science", "language": "language science"}

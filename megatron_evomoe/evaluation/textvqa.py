@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron_evomoe.data.shards import write_atomically
-from megatron_evomoe.evaluation.files import field, find_image, read_json
 from megatron_evomoe.evaluation.item import Answers, Benchmark, Item, Metrics, Source
 from megatron_evomoe.evaluation.normalize import evalai_answer
 from megatron_evomoe.evaluation.prompts import SHORT_ANSWER, short_answer
+from megatron_evomoe.evaluation.published_files import field, find_image, read_json
 from megatron_evomoe.evaluation.scores import leave_one_out, mean_percent
 
 

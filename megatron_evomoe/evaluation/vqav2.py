@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_evomoe.evaluation.files import field, find_image, read_json
 from megatron_evomoe.evaluation.item import Answers, Benchmark, BenchmarkError, Item, Metrics, Source
 from megatron_evomoe.evaluation.normalize import evalai_answer, vqa_answer
 from megatron_evomoe.evaluation.prompts import short_answer
+from megatron_evomoe.evaluation.published_files import field, find_image, read_json
 from megatron_evomoe.evaluation.scores import leave_one_out, mean_by, mean_percent
 from megatron_evomoe.evaluation.textvqa import submission
 

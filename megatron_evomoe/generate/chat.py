@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_evomoe.generate.conversation import Conversation
-from megatron_evomoe.hf.loading import LoadedModel, ModelError
+from megatron_evomoe.generate.dialogue import Conversation
+from megatron_evomoe.generate.loading import LoadedModel, ModelError
 
 HELP = "/image PATH adds an image to your next message, /reset forgets the conversation, /quit leaves"
 

@@ -30,8 +30,8 @@ def register() -> None:
         AutoModelForImageTextToText,
     )
 
-    from megatron_evomoe.hf.code.configuration_evomoe import EvoMoeConfig
-    from megatron_evomoe.hf.code.modeling_evomoe import EvoMoeForConditionalGeneration
+    from megatron_evomoe.hf.remote_code.configuration_evomoe import EvoMoeConfig
+    from megatron_evomoe.hf.remote_code.modeling_evomoe import EvoMoeForConditionalGeneration
 
     AutoConfig.register(EvoMoeConfig.model_type, EvoMoeConfig, exist_ok=True)
     for auto in (AutoModel, AutoModelForImageTextToText, AutoModelForCausalLM):
@@ -39,7 +39,7 @@ def register() -> None:
     with contextlib.suppress(
         RuntimeError
     ):  # a torchvision that does not fit torch; what has to do with pictures says so when used
-        from megatron_evomoe.hf.code.image_processing_evomoe import EvoMoeImageProcessor
+        from megatron_evomoe.hf.remote_code.image_processing_evomoe import EvoMoeImageProcessor
 
         AutoImageProcessor.register(
             EvoMoeConfig, slow_image_processor_class=EvoMoeImageProcessor, exist_ok=True

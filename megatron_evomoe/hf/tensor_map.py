@@ -6,8 +6,8 @@ one model; it says what either side must hold, so that a missing, surplus or mis
 anything is written.
 
 HF names are those of transformers 4.x LLaVA files (``language_model.model.…``,
-``vision_tower.vision_model.…``, ``multi_modal_projector.…``); `hf/layouts.py` brings other layouts to them.
-Dtypes do not matter here.
+``vision_tower.vision_model.…``, ``multi_modal_projector.…``); `hf/from_hf/canonical_names.py` brings other
+names to them. Dtypes do not matter here.
 
 Shape legend: C width, F FFN width, V vocabulary, H heads, G key/value groups, D head size, N experts.
 """

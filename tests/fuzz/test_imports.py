@@ -21,8 +21,8 @@ import torch
 from megatron_evomoe.checkpoint.record import CheckpointError
 from megatron_evomoe.checkpoint.stream import CheckpointReader
 from megatron_evomoe.config import ConfigError
-from megatron_evomoe.hf.config_in import language_section
-from megatron_evomoe.hf.importing import Request, import_model
+from megatron_evomoe.hf.from_hf.config_sections import language_section
+from megatron_evomoe.hf.from_hf.importing import Request, import_model
 from tests.unit.hf.sources import TEXT, tensors, write
 
 INDEX = "model.safetensors.index.json"

@@ -17,8 +17,8 @@ from megatron_evomoe.data.conversation import IMAGE_TOKEN, stop_ids
 from megatron_evomoe.data.image import decode_image, processor_for
 from megatron_evomoe.data.shards import ShardDataset
 from megatron_evomoe.data.tokenizer import build_tokenizer
-from megatron_evomoe.hf import verify_out
-from megatron_evomoe.hf.exporting import Exported, Request, export_model
+from megatron_evomoe.hf.to_hf import verify_export
+from megatron_evomoe.hf.to_hf.exporting import Exported, Request, export_model
 from megatron_evomoe.train.evaluate import greedy
 from tests.integration.conftest import ROOT, environment, run
 
@@ -62,7 +62,7 @@ def megatrons_answers(exported: Exported) -> list[str]:
     config = exported.config
     tokenizer = build_tokenizer(config.data.tokenizer)
     samples = [sample for *_, sample in held_out(config)]
-    with verify_out.core_model(exported) as model, torch.no_grad():
+    with verify_export.core_model(exported) as model, torch.no_grad():
         ids = greedy(
             [model],
             [s.prompt for s in samples],
@@ -152,5 +152,5 @@ def test_every_layout_exports(tiny_yaml, parallel, tmp_path):
         exported = export_model(
             Request(checkpoint=str(tmp_path / "run" / stage), output=str(tmp_path / stage))
         )
-        rows = verify_out.compare(exported)
-        assert all(row.good for row in rows), verify_out.table(rows)
+        rows = verify_export.compare(exported)
+        assert all(row.good for row in rows), verify_export.table(rows)

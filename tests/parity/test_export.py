@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from megatron_evomoe.data.tokenizer import train_sentencepiece
-from megatron_evomoe.hf.exporting import Request, export_model
+from megatron_evomoe.hf.to_hf.exporting import Request, export_model
 from tests.parity.export_models import CUSTOM, LANGUAGES, TOLERANCE, answer_of, core_answer, saved_model
 
 pytest.importorskip(
@@ -154,7 +154,7 @@ def test_three_ways_of_loading(make, kind, modes, tmp_path):
 def check_fresh(found, wanted, config, mode):
     assert found["report"] == CLEAN_REPORT, mode
     origin = {
-        "installed": "megatron_evomoe.hf.code",
+        "installed": "megatron_evomoe.hf.remote_code",
         "remote": "transformers_modules.",
         "plain": "transformers.models.llava",
     }[mode]

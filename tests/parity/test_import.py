@@ -25,8 +25,9 @@ import torch
 import yaml
 
 from megatron_evomoe.config import ConfigError, VisionConfig, from_mapping
-from megatron_evomoe.hf import verify_in, verify_out
-from megatron_evomoe.hf.importing import Request, import_model
+from megatron_evomoe.hf.from_hf import verify_import
+from megatron_evomoe.hf.from_hf.importing import Request, import_model
+from megatron_evomoe.hf.to_hf import verify_export
 from tests.parity import hf_models
 from tests.parity.hf_models import IMAGE_TOKEN, LANGUAGE, LLAVA, PATCHES, SIDE
 
@@ -185,7 +186,7 @@ def test_a_wrong_detail_shows(name, change, imported, folder, tmp_path):
 
 
 def rows_of(request: Request) -> list[Any]:
-    return verify_in.compare(request, import_model(request))
+    return verify_import.compare(request, import_model(request))
 
 
 def test_more_ranks_than_groups_are_refused(imported):
@@ -252,7 +253,7 @@ def test_verify_sees_a_changed_source(one_rank, imported, folder, tmp_path):
     weights = load_file(source / "model.safetensors")
     weights["model.layers.1.self_attn.k_proj.weight"][3, 5] += 1.0
     save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
-    tensors, logits, _ = verify_in.compare(request, done)
+    tensors, logits, _ = verify_import.compare(request, done)
     assert not tensors.good and tensors.found.endswith("model.layers.1.self_attn.k_proj.weight")
     assert not logits.good
 
@@ -286,7 +287,7 @@ def stretched(kind: str, folder: Path) -> str:
 def test_verify_looks_where_rope_is_stretched(one_rank, tmp_path, kind):
     request = Request(language_model=stretched(kind, tmp_path), output=str(tmp_path / "out"))
     rows = rows_of(request)
-    print(verify_out.table(rows))
+    print(verify_export.table(rows))
     assert rows[-1].what.startswith(f"logits, positions up to {STRETCHED[kind][1] - 1}") and all(
         row.good for row in rows
     )
@@ -306,8 +307,8 @@ def test_verify_sees_another_stretch(one_rank, tmp_path, kind, change):
     request = Request(language_model=stretched(kind, tmp_path), output=str(tmp_path / "out"))
     done = import_model(request)
     done.config = replace(done.config, language=replace(done.config.language, **change))
-    tensors, short, far = verify_in.compare(request, done)
-    print(verify_out.table([tensors, short, far]))
+    tensors, short, far = verify_import.compare(request, done)
+    print(verify_export.table([tensors, short, far]))
     assert tensors.good and not far.good
     assert short.good == (change == {"rope_scaling_factor": 8.5})
 

@@ -17,7 +17,7 @@ from megatron_evomoe.config import from_mapping
 from megatron_evomoe.data.image import decode_image, processor_for
 from megatron_evomoe.data.picture import as_rgb
 from megatron_evomoe.data.tokenizer import train_sentencepiece
-from megatron_evomoe.hf.exporting import Request, export_model
+from megatron_evomoe.hf.to_hf.exporting import Request, export_model
 from tests.parity.export_models import VISION_SIZES, saved_model
 
 transformers = pytest.importorskip(

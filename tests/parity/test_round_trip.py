@@ -8,8 +8,9 @@ import torch
 from megatron_evomoe.checkpoint.stream import CheckpointReader
 from megatron_evomoe.config import load_config
 from megatron_evomoe.data.tokenizer import build_tokenizer, train_sentencepiece
-from megatron_evomoe.hf import exporting, importing, verify_in
-from megatron_evomoe.hf.origin import find_checkpoint
+from megatron_evomoe.hf.from_hf import importing, verify_import
+from megatron_evomoe.hf.to_hf import exporting
+from megatron_evomoe.hf.to_hf.origin import find_checkpoint
 from tests.parity.export_models import CUSTOM, PHI, saved_model
 
 pytest.importorskip("tokenizers")
@@ -104,7 +105,7 @@ def test_an_export_s_import_can_be_verified(tmp_path, tokenizer_path, kind, expo
         exporting.Request(checkpoint=str(saved.folder), output=str(tmp_path / "hf"), **export)
     )
     request = importing.Request(model=str(tmp_path / "hf"), output=str(tmp_path / "back"))
-    rows = verify_in.compare(request, importing.import_model(request))
+    rows = verify_import.compare(request, importing.import_model(request))
     assert [row.what.split(":")[0] for row in rows] == [
         "tensors",
         "logits, one image",

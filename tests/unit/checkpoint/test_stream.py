@@ -203,7 +203,7 @@ def test_a_cut_file_is_no_checkpoint(tmp_path):
 def test_megatron_core_is_not_imported():
     """Nor Transformer Engine, nor any process group."""
     code = (
-        "import sys, json\nimport megatron_evomoe.checkpoint.stream, megatron_evomoe.hf.importing, "
+        "import sys, json\nimport megatron_evomoe.checkpoint.stream, megatron_evomoe.hf.from_hf.importing, "
         "torch.distributed as d\n"
         "print(json.dumps([[m for m in sys.modules if m.startswith(('megatron.', 'transformer_engine', "
         "'transformers'))], "

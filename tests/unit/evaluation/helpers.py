@@ -108,8 +108,8 @@ def _llava(vocabulary: int, image_id: int, positions: int) -> Any:
 
 
 def _evomoe(vocabulary: int, image_id: int, positions: int) -> Any:
-    from megatron_evomoe.hf.code.configuration_evomoe import EvoMoeConfig
-    from megatron_evomoe.hf.code.modeling_evomoe import EvoMoeForConditionalGeneration
+    from megatron_evomoe.hf.remote_code.configuration_evomoe import EvoMoeConfig
+    from megatron_evomoe.hf.remote_code.modeling_evomoe import EvoMoeForConditionalGeneration
 
     vision = dict(
         hidden_size=16,

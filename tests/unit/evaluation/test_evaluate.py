@@ -15,7 +15,7 @@ import pytest
 from megatron_evomoe.cli import main
 from megatron_evomoe.evaluation.item import BenchmarkError
 from megatron_evomoe.evaluation.registry import BENCHMARKS
-from megatron_evomoe.evaluation.report import report
+from megatron_evomoe.evaluation.score_report import report
 
 from . import helpers
 

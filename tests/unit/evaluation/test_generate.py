@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from megatron_evomoe.cli import main
-from megatron_evomoe.generate.conversation import Conversation
-from megatron_evomoe.hf.loading import ModelError, load
+from megatron_evomoe.generate.dialogue import Conversation
+from megatron_evomoe.generate.loading import ModelError, load
 
 from . import helpers
 

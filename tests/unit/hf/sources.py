@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_evomoe.config import from_mapping
-from megatron_evomoe.hf.config_in import llava_sections
+from megatron_evomoe.hf.from_hf.config_sections import llava_sections
 from megatron_evomoe.hf.tensor_map import NameMap
 
 TEXT = {

@@ -13,8 +13,8 @@ import torch
 
 from megatron_evomoe.checkpoint.record import CheckpointError
 from megatron_evomoe.config import ConfigError
-from megatron_evomoe.hf.directory import HfDirectory
-from megatron_evomoe.hf.loading import ModelError, check_directory
+from megatron_evomoe.generate.loading import ModelError, check_directory
+from megatron_evomoe.hf.from_hf.directory import HfDirectory
 
 safetensors = pytest.importorskip("safetensors.torch")
 
@@ -139,14 +139,14 @@ def test_damaged_files_are_named(tmp_path, name):
 
 def test_a_file_is_opened_anew_after_so_many_bytes(tmp_path, monkeypatch):
     """So that memory does not hold all that was read; and every tensor is right through whichever opening."""
-    from megatron_evomoe.hf import safetensors_in
+    from megatron_evomoe.hf.from_hf import safetensors_reader
 
     openings = []
-    monkeypatch.setattr(safetensors_in, "_MAPPED", 100)
+    monkeypatch.setattr(safetensors_reader, "_MAPPED", 100)
     monkeypatch.setattr(
-        safetensors_in,
+        safetensors_reader,
         "safe_open",
-        lambda *a, _f=safetensors_in.safe_open, **k: openings.append(a) or _f(*a, **k),
+        lambda *a, _f=safetensors_reader.safe_open, **k: openings.append(a) or _f(*a, **k),
     )
     tensors = {f"t{i}": torch.randn(10) for i in range(9)}
     found = HfDirectory(directory(tmp_path / "m", {"model.safetensors": tensors}))
@@ -161,8 +161,8 @@ def test_the_largest_import_does_not_stay_in_memory(tmp_path):
     path = directory(tmp_path / "m", {"model.safetensors": tensors})
     del tensors
     script = f"""
-from megatron_evomoe.hf.directory import HfDirectory
-from megatron_evomoe.hf.loading import ModelError, check_directory
+from megatron_evomoe.hf.from_hf.directory import HfDirectory
+from megatron_evomoe.generate.loading import ModelError, check_directory
 def resident():
     return int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) * 1024
 found, before = HfDirectory({str(path)!r}), resident()

@@ -15,12 +15,12 @@ from megatron_evomoe.checkpoint.record import CheckpointError, read
 from megatron_evomoe.checkpoint.stream import CheckpointReader, CheckpointWriter
 from megatron_evomoe.config import ConfigError, LanguageConfig
 from megatron_evomoe.data.tokenizer import train_sentencepiece
-from megatron_evomoe.hf import hub, verify_out
-from megatron_evomoe.hf.config_out import stock_text_config
-from megatron_evomoe.hf.exporting import Request, export_model
-from megatron_evomoe.hf.importing import Request as ImportRequest
-from megatron_evomoe.hf.importing import import_model
-from megatron_evomoe.hf.origin import find_checkpoint
+from megatron_evomoe.hf.from_hf.importing import Request as ImportRequest
+from megatron_evomoe.hf.from_hf.importing import import_model
+from megatron_evomoe.hf.to_hf import hub, verify_export
+from megatron_evomoe.hf.to_hf.config_files import stock_text_config
+from megatron_evomoe.hf.to_hf.exporting import Request, export_model
+from megatron_evomoe.hf.to_hf.origin import find_checkpoint
 from tests.parity.export_models import CUSTOM, saved_model
 
 pytest.importorskip(
@@ -262,14 +262,14 @@ def test_stock_classes(fields, kind):
 
 def test_verify_tells_a_good_export_from_a_bad_one(saved, tmp_path):
     exported = export_model(request(saved("route"), tmp_path / "out"))
-    rows = verify_out.compare(exported)
+    rows = verify_export.compare(exported)
     assert all(row.good for row in rows) and len(rows) == 3 * 5 + 2
-    assert "experts in mixture 2" in verify_out.table(rows)
+    assert "experts in mixture 2" in verify_export.table(rows)
     file = exported.output / "model.safetensors"
     content = bytearray(file.read_bytes())
     content[-50_000:] = bytes(50_000)
     file.write_bytes(content)
-    assert "FAILED" in verify_out.table(verify_out.compare(exported))
+    assert "FAILED" in verify_export.table(verify_export.compare(exported))
 
 
 def test_the_command(saved, tmp_path):
@@ -313,7 +313,7 @@ def test_the_hub_out_of_reach(saved, tmp_path, monkeypatch):
 
 def test_conversion_loads_neither_transformers_nor_megatron_core(saved, tmp_path):
     code = (
-        f"import sys; from megatron_evomoe.hf.exporting import *; "
+        f"import sys; from megatron_evomoe.hf.to_hf.exporting import *; "
         f"export_model(Request(checkpoint={str(saved('route').folder)!r}, "
         f"output={str(tmp_path / 'out')!r})); "
         "bad = {'transformers', 'megatron.core', 'transformer_engine'} & set(sys.modules); assert not bad, "
@@ -337,7 +337,7 @@ def test_memory_is_that_of_the_largest_tensor(tmp_path, tokenizer_path):
     size = {"num_layers": 10, "hidden_size": 1024, "ffn_hidden_size": 2730, "num_attention_heads": 8}
     big = saved_model(tmp_path / "run", tokenizer_path, "warmup", language=size, moe={"moe_layer_freq": 2})
     code = (
-        f"import resource, sys; from megatron_evomoe.hf.exporting import *; "
+        f"import resource, sys; from megatron_evomoe.hf.to_hf.exporting import *; "
         f"before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; "
         f"out = export_model(Request(checkpoint={str(big.folder)!r}, output={str(tmp_path / 'out')!r})); "
         "print(before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, out.size)"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_evomoe.checkpoint.record import CheckpointError
-from megatron_evomoe.hf.finite import converted, is_finite
+from megatron_evomoe.hf.from_hf.finite import converted, is_finite
 
 TYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 

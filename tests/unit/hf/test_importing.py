@@ -13,15 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from tests.unit.hf.test_layouts import LAYOUTS
 
 from megatron_evomoe.checkpoint.record import CheckpointError
 from megatron_evomoe.checkpoint.stream import CheckpointReader
 from megatron_evomoe.config import ConfigError, from_mapping, load_config
 from megatron_evomoe.data.tokenizer import build_tokenizer, train_sentencepiece
-from megatron_evomoe.hf.importing import Request, describe, import_model
+from megatron_evomoe.hf.from_hf.importing import Request, describe, import_model
 from tests.unit.data import helpers
 from tests.unit.hf.sources import LLAVA, TEXT, TOWER, part, tensors, write
-from tests.unit.hf.test_layouts import LAYOUTS
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -513,7 +513,7 @@ def test_an_error_while_writing_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_no_room_is_said_before_anything_is_written(tmp_path, monkeypatch):
-    from megatron_evomoe.hf import importing
+    from megatron_evomoe.hf.from_hf import importing
 
     write(tmp_path / "hf")
     monkeypatch.setattr(importing.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_evomoe.data.shards import write_atomically
-from megatron_evomoe.evaluation.files import field
 from megatron_evomoe.evaluation.item import BenchmarkError
+from megatron_evomoe.evaluation.published_files import field
 
 
 class AnswerStore:

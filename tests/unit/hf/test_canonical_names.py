@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_evomoe.checkpoint.record import CheckpointError
-from megatron_evomoe.hf.layouts import canonical, is_unread
+from megatron_evomoe.hf.from_hf.canonical_names import canonical, is_unread
 
 LM, HEAD, TOWER = "language_model.model.", "language_model.lm_head.weight", "vision_tower.vision_model."
 CANONICAL = {

@@ -26,9 +26,9 @@ from torch import Tensor
 from megatron_evomoe.checkpoint.record import CheckpointError, Record
 from megatron_evomoe.checkpoint.stream import CheckpointWriter
 from megatron_evomoe.config import ConfigError, MoEConfig, RunConfig, from_mapping
-from megatron_evomoe.hf import sources, tokenizer_in
-from megatron_evomoe.hf.directory import require_empty
-from megatron_evomoe.hf.finite import converted
+from megatron_evomoe.hf.from_hf import sources, tokenizer_copy
+from megatron_evomoe.hf.from_hf.directory import require_empty
+from megatron_evomoe.hf.from_hf.finite import converted
 from megatron_evomoe.hf.tensor_map import Entry, NameMap
 from megatron_evomoe.moe import initial_draws
 
@@ -96,7 +96,7 @@ def import_model(request: Request) -> Imported:
     pending = output.with_name(f".{output.name}.importing-{os.getpid()}")
     try:
         source = _open_source(request)
-        tokenizer = tokenizer_in.bring(source.tokenizer, pending / "tokenizer")
+        tokenizer = tokenizer_copy.bring(source.tokenizer, pending / "tokenizer")
         notes = _fit_vocabulary(source, tokenizer, request)
         config, left_out = _checked(source, request)
         target = _target(source, config, request)
@@ -143,7 +143,7 @@ def _open_source(request: Request) -> sources.Source:
     )
 
 
-def _fit_vocabulary(source: sources.Source, tokenizer: tokenizer_in.Brought, request: Request) -> list[str]:
+def _fit_vocabulary(source: sources.Source, tokenizer: tokenizer_copy.Brought, request: Request) -> list[str]:
     """Give the embedding a row for every id of the tokenizer, if that is asked for; notes for the report.
 
     Raises:

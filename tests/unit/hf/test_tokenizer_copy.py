@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from megatron_evomoe.data.tokenizer import build_tokenizer, train_sentencepiece
-from megatron_evomoe.hf import tokenizer_in
-from megatron_evomoe.hf.tokenizer_in import bring
+from megatron_evomoe.hf.from_hf import tokenizer_copy
+from megatron_evomoe.hf.from_hf.tokenizer_copy import bring
 from tests.unit.data import helpers
 
 pytest.importorskip("transformers", reason="transformers is not installed (extra [hf])")
@@ -38,7 +38,7 @@ def slow(fast: Path, folder: Path) -> Path:
 
 @pytest.mark.parametrize("with_transformers", [True, False])
 def test_a_fast_tokenizer(fast, tmp_path, monkeypatch, with_transformers):
-    monkeypatch.setattr(tokenizer_in, "_has_transformers", lambda: with_transformers)
+    monkeypatch.setattr(tokenizer_copy, "_has_transformers", lambda: with_transformers)
     brought = bring(fast, tmp_path / "out")
     assert (brought.path, brought.size) == ("", build_tokenizer(fast).vocab_size)
     assert build_tokenizer(tmp_path / "out").fingerprint() == build_tokenizer(fast).fingerprint()
@@ -53,7 +53,7 @@ def test_vocabulary_and_merges_are_converted(fast, tmp_path):
 
 
 def test_vocabulary_and_merges_without_transformers(fast, tmp_path, monkeypatch):
-    monkeypatch.setattr(tokenizer_in, "_has_transformers", lambda: False)
+    monkeypatch.setattr(tokenizer_copy, "_has_transformers", lambda: False)
     brought = bring(slow(fast, tmp_path / "slow"), tmp_path / "out")
     assert (
         brought.path is None
@@ -89,7 +89,7 @@ def test_a_damaged_tokenizer_is_said(fast, tmp_path, content, monkeypatch):
     folder.mkdir()
     (folder / "tokenizer.json").write_text(content)
     for with_transformers in (True, False):
-        monkeypatch.setattr(tokenizer_in, "_has_transformers", lambda known=with_transformers: known)
+        monkeypatch.setattr(tokenizer_copy, "_has_transformers", lambda known=with_transformers: known)
         brought = bring(folder, tmp_path / "out")
         assert brought.path is None and brought.note.startswith("tokenizer.json cannot be used (")
         assert str(tmp_path) not in brought.note and not (tmp_path / "out").exists()
@@ -125,7 +125,7 @@ def test_nothing_is_said(tmp_path):
         (tmp_path / "hf" / name).write_text("{}")
     note = bring(tmp_path / "hf", tmp_path / "out").note
     assert note.endswith("it has no tokenizer.json, no vocab.json with merges.txt and no tokenizer.model")
-    assert bring(None, tmp_path / "out") == tokenizer_in.Brought()
+    assert bring(None, tmp_path / "out") == tokenizer_copy.Brought()
 
 
 def test_code_beside_a_tokenizer_is_not_run(fast, tmp_path):

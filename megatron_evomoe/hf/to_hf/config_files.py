@@ -9,8 +9,8 @@ from typing import Any
 
 from megatron_evomoe.config import ConfigError, LanguageConfig, RunConfig, VisionConfig
 from megatron_evomoe.data.image import processor_for
-from megatron_evomoe.hf.code.files import AUTO_MAP, IMAGE_AUTO_MAP
-from megatron_evomoe.hf.sources import OWN_KEY
+from megatron_evomoe.hf.from_hf.sources import OWN_KEY
+from megatron_evomoe.hf.remote_code.exported_files import AUTO_MAP, IMAGE_AUTO_MAP
 
 _ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
 _LLAMA3 = {

@@ -14,8 +14,8 @@ import torch
 from megatron_evomoe.checkpoint.record import CheckpointError
 from megatron_evomoe.config import MODEL_SECTIONS, STAGE_KINDS, ConfigError
 from megatron_evomoe.config.presets import VISION_PRESETS
-from megatron_evomoe.hf import layouts
-from megatron_evomoe.hf.config_in import (
+from megatron_evomoe.hf.from_hf import canonical_names
+from megatron_evomoe.hf.from_hf.config_sections import (
     LLAVA_TYPES,
     TEXT_DEFAULTS,
     VISION_DEFAULTS,
@@ -24,8 +24,8 @@ from megatron_evomoe.hf.config_in import (
     refuse_type,
     vision_section,
 )
-from megatron_evomoe.hf.directory import HfDirectory, Place
-from megatron_evomoe.hf.given import Given
+from megatron_evomoe.hf.from_hf.config_values import Given
+from megatron_evomoe.hf.from_hf.directory import HfDirectory, Place
 from megatron_evomoe.hf.tensor_map import PARTS
 
 log = logging.getLogger(__name__)
@@ -103,7 +103,7 @@ class Source:
         Raises:
             CheckpointError: two names mean the same tensor.
         """
-        for name, original in layouts.canonical(directory.tensors, directory.path).items():
+        for name, original in canonical_names.canonical(directory.tensors, directory.path).items():
             if keep(name):
                 self.tensors[name] = (directory, original)
 
@@ -308,7 +308,7 @@ def drop_unread(source: Source, tower_layers: int) -> list[str]:
         CheckpointError: the configuration ties the output layer to the embedding, and the file has another
             one.
     """
-    dropped = [name for name in source.tensors if layouts.is_unread(name, tower_layers)]
+    dropped = [name for name in source.tensors if canonical_names.is_unread(name, tower_layers)]
     if (
         source.sections.get("language", {}).get("tie_word_embeddings")
         and {OUTPUT, EMBEDDING} <= source.tensors.keys()

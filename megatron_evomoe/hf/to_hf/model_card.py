@@ -29,7 +29,7 @@ def model_card(own: dict[str, Any], form: str, dtype: str, size: int) -> str:
     """README.md.
 
     Args:
-        own: `config_out.own_sections`.
+        own: `config_files.own_sections`.
         form: evomoe or llava.
         size: bytes of weights.
     """

@@ -6,7 +6,7 @@ import pytest
 
 from megatron_evomoe.config import ConfigError
 from megatron_evomoe.config.presets import LANGUAGE_PRESETS, VISION_PRESETS
-from megatron_evomoe.hf.config_in import (
+from megatron_evomoe.hf.from_hf.config_sections import (
     TEXT_DEFAULTS,
     VISION_DEFAULTS,
     language_section,

@@ -22,7 +22,7 @@ from torch import Tensor
 from megatron_evomoe.checkpoint import contents
 from megatron_evomoe.checkpoint.record import CheckpointError
 from megatron_evomoe.config import ConfigError
-from megatron_evomoe.hf.safetensors_in import DTYPES, Place, Reader, read_header, unique
+from megatron_evomoe.hf.from_hf.safetensors_reader import DTYPES, Place, Reader, read_header, unique
 
 log = logging.getLogger(__name__)
 

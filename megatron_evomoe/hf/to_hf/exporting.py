@@ -34,13 +34,13 @@ from megatron_evomoe.data.tokenizer import (
     build_tokenizer,
     same_tokenizer,
 )
-from megatron_evomoe.hf import card, config_out, origin
-from megatron_evomoe.hf.chat import chat_template
-from megatron_evomoe.hf.code.files import source_files
-from megatron_evomoe.hf.directory import require_empty
-from megatron_evomoe.hf.safetensors_out import ShardedWriter
+from megatron_evomoe.hf.from_hf.directory import require_empty
+from megatron_evomoe.hf.remote_code.exported_files import source_files
 from megatron_evomoe.hf.tensor_map import PARTS, Entry, NameMap
-from megatron_evomoe.hf.tokenizer_out import TokenizerFiles, check_ids, tokenizer_files
+from megatron_evomoe.hf.to_hf import config_files, model_card, origin
+from megatron_evomoe.hf.to_hf.chat_template import chat_template
+from megatron_evomoe.hf.to_hf.safetensors_writer import ShardedWriter
+from megatron_evomoe.hf.to_hf.tokenizer_json import TokenizerFiles, check_ids, tokenizer_files
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MIXTURES = ("evolve", "route")
@@ -95,7 +95,7 @@ class _Plan:
     names: NameMap
     tokenizer: SentencePieceTokenizer | HuggingFaceTokenizer
     tokenizer_files: TokenizerFiles
-    tokens: config_out.Tokens
+    tokens: config_files.Tokens
     own: dict[str, Any]
 
     @property
@@ -181,8 +181,8 @@ def _plan(request: Request) -> _Plan:
         names=names,
         tokenizer=tokenizer,
         tokenizer_files=files,
-        own=config_out.own_sections(config, kind, stage),
-        tokens=config_out.Tokens(
+        own=config_files.own_sections(config, kind, stage),
+        tokens=config_files.Tokens(
             bos=tokenizer.bos_id,
             eos=tokenizer.eos_id,
             pad=tokenizer.pad_id,
@@ -213,7 +213,7 @@ def _kind_and_format(request: Request, record: Record, config: RunConfig) -> tup
     if request.format == "evomoe":
         return kind, "evomoe"
     try:
-        config_out.stock_text_config(config.language)
+        config_files.stock_text_config(config.language)
     except ConfigError:
         if request.format == "llava":
             raise
@@ -308,15 +308,15 @@ def _require_room(pending: Path, needed: int, output: Path) -> None:
 def _write_files(plan: _Plan, folder: Path, writer: ShardedWriter) -> None:
     config, tokens, files = plan.config, plan.tokens, plan.tokenizer_files
     if plan.format == "llava":
-        described = config_out.llava_config(config, tokens, plan.own, plan.dtype, plan.rows)
+        described = config_files.llava_config(config, tokens, plan.own, plan.dtype, plan.rows)
     else:
-        described = config_out.evomoe_config(config, plan.kind, tokens, plan.own, plan.dtype)
+        described = config_files.evomoe_config(config, plan.kind, tokens, plan.own, plan.dtype)
         for name, file in source_files().items():
             shutil.copyfile(file, folder / name)
     contents = {
         "config.json": described,
-        "generation_config.json": config_out.generation_config(tokens, plan.rows),
-        **config_out.processor_configs(config, plan.format),
+        "generation_config.json": config_files.generation_config(tokens, plan.rows),
+        **config_files.processor_configs(config, plan.format),
         **files.files,
     }
     for name, value in contents.items():
@@ -324,4 +324,6 @@ def _write_files(plan: _Plan, folder: Path, writer: ShardedWriter) -> None:
     template = config.data.conversation_template
     end = files.pieces[end_id(plan.tokenizer, template)]
     (folder / "chat_template.jinja").write_text(chat_template(template, end, files.template_prefix))
-    (folder / "README.md").write_text(card.model_card(plan.own, plan.format, plan.dtype, writer.total_size))
+    (folder / "README.md").write_text(
+        model_card.model_card(plan.own, plan.format, plan.dtype, writer.total_size)
+    )

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_evomoe.config import ConfigError
-from megatron_evomoe.hf.safetensors_out import INDEX, ShardedWriter, parse_size
+from megatron_evomoe.hf.to_hf.safetensors_writer import INDEX, ShardedWriter, parse_size
 
 safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed (extra [hf])")
 

@@ -22,8 +22,8 @@ from megatron_evomoe.data.conversation import IMAGE_TOKEN, VISION, EncodedSample
 from megatron_evomoe.data.image import processor_for
 from megatron_evomoe.data.tokenizer import build_tokenizer
 from megatron_evomoe.hf.core_world import one_rank
-from megatron_evomoe.hf.exporting import DTYPES, Exported
 from megatron_evomoe.hf.tensor_map import EVOLVING
+from megatron_evomoe.hf.to_hf.exporting import DTYPES, Exported
 
 LOGITS = 1e-4
 """Largest accepted difference, of the largest logit. Tiny models: 3e-6; sums in another order grow with width

@@ -16,7 +16,7 @@ from typing import Any
 from megatron_evomoe.config import ConfigError
 from megatron_evomoe.data.conversation import IMAGE_TOKEN
 from megatron_evomoe.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer
-from megatron_evomoe.hf.sentencepiece_spec import read_sentencepiece
+from megatron_evomoe.hf.to_hf.sentencepiece_spec import read_sentencepiece
 
 Spec = dict[str, Any]
 """The contents of a ``tokenizer.json``."""

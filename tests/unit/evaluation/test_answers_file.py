@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
+from megatron_evomoe.evaluation.answers_file import AnswerStore
 from megatron_evomoe.evaluation.item import BenchmarkError
-from megatron_evomoe.evaluation.store import AnswerStore
 
 
 @pytest.fixture

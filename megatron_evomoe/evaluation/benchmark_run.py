@@ -27,12 +27,12 @@ from rich.progress import (
 from megatron_evomoe.config.arguments import whole
 from megatron_evomoe.data.errors import SampleError
 from megatron_evomoe.data.image import decode_image
+from megatron_evomoe.evaluation.answers_file import AnswerStore
 from megatron_evomoe.evaluation.item import Benchmark, BenchmarkError, Item, Source, first_groups
 from megatron_evomoe.evaluation.ranks import Ranks
 from megatron_evomoe.evaluation.registry import BENCHMARKS
-from megatron_evomoe.evaluation.report import report
-from megatron_evomoe.evaluation.store import AnswerStore
-from megatron_evomoe.hf.loading import (
+from megatron_evomoe.evaluation.score_report import report
+from megatron_evomoe.generate.loading import (
     DTYPES,
     LoadedModel,
     ModelError,

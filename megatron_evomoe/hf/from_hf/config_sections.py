@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from megatron_evomoe.config import ConfigError
-from megatron_evomoe.hf import reasons
-from megatron_evomoe.hf.given import Given, refuse
+from megatron_evomoe.hf.from_hf import unsupported
+from megatron_evomoe.hf.from_hf.config_values import Given, refuse
 
 _ROPE_DEFAULT = 10000.0
 _LLAMA_LIKE = {
@@ -345,7 +345,7 @@ def _refuse_quantised(c: Given) -> None:
 
 
 def _refuse_marks(kind: str, config: Mapping[str, Any]) -> None:
-    if found := reasons.marks(config):
+    if found := unsupported.marks(config):
         raise ConfigError(f"this {kind} cannot be imported: {'; '.join(found)}")
 
 
@@ -409,7 +409,7 @@ def _rope(kind: str, c: Given, head: int) -> dict[str, Any]:
 def _scaling(kind: str, r: Given, c: Given) -> dict[str, Any]:
     """How RoPE is stretched."""
     scaling = r.raw("rope_type", r.raw("type", "default"))
-    reason = reasons.rope_reason({"rope_type": scaling, "mrope_section": r.raw("mrope_section")})
+    reason = unsupported.rope_reason({"rope_type": scaling, "mrope_section": r.raw("mrope_section")})
     if reason or scaling not in ("default", "linear", "llama3"):
         refuse(
             kind,
@@ -445,7 +445,7 @@ def refuse_type(config: Mapping[str, Any], known: Mapping[str, Any], what: str) 
     """Raises `ConfigError`: why a family cannot be imported as a `what`, as far as that is known, and which
     can.
     """
-    found = reasons.against(config)
+    found = unsupported.against(config)
     raise ConfigError(
         f"model_type {reprlib.repr(config.get('model_type'))} cannot be imported as a {what}"
         f"{': ' + '; '.join(found) if found else ''}; these can: {', '.join(known)}"

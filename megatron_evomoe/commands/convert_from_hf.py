@@ -7,7 +7,7 @@ import logging
 from typing import Any
 
 from megatron_evomoe.config import ConfigError
-from megatron_evomoe.hf.importing import DTYPES, Request, describe, import_model
+from megatron_evomoe.hf.from_hf.importing import DTYPES, Request, describe, import_model
 
 _FIELDS = {
     "num-experts": "experts per mixture layer",
@@ -92,9 +92,10 @@ def run(args: argparse.Namespace, flags: dict[str, Any]) -> int:
     imported = import_model(request)
     print(describe(imported))
     if args.verify:
-        from megatron_evomoe.hf import verify_in, verify_out
+        from megatron_evomoe.hf.from_hf import verify_import
+        from megatron_evomoe.hf.to_hf import verify_export
 
-        rows = verify_in.compare(request, imported)
-        print(verify_out.table(rows))
+        rows = verify_import.compare(request, imported)
+        print(verify_export.table(rows))
         return 0 if all(row.good for row in rows) else 1
     return 0

@@ -8,8 +8,8 @@ from typing import Any
 
 from megatron_evomoe.config.arguments import number, whole
 from megatron_evomoe.generate.chat import chat, reply
-from megatron_evomoe.generate.conversation import Conversation
-from megatron_evomoe.hf.loading import DTYPES, ModelError, check_directory, greedy, load
+from megatron_evomoe.generate.dialogue import Conversation
+from megatron_evomoe.generate.loading import DTYPES, ModelError, check_directory, greedy, load
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -19,11 +19,11 @@ from megatron_evomoe.checkpoint.stream import CheckpointReader
 from megatron_evomoe.config import ConfigError, LanguageConfig, ParallelConfig, RunConfig
 from megatron_evomoe.data.conversation import TEXT, VISION
 from megatron_evomoe.data.image import processor_for
-from megatron_evomoe.hf import sources
-from megatron_evomoe.hf.config_in import LLAVA_TYPES
 from megatron_evomoe.hf.core_world import one_rank
-from megatron_evomoe.hf.importing import DTYPES, Imported, Request, is_drawn, open_target
-from megatron_evomoe.hf.verify_out import LOGITS, Row
+from megatron_evomoe.hf.from_hf import sources
+from megatron_evomoe.hf.from_hf.config_sections import LLAVA_TYPES
+from megatron_evomoe.hf.from_hf.importing import DTYPES, Imported, Request, is_drawn, open_target
+from megatron_evomoe.hf.to_hf.verify_export import LOGITS, Row
 
 _LENGTH = 24
 

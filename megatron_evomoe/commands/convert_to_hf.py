@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megatron_evomoe.hf.exporting import DTYPES, Exported, Request, export_model
-from megatron_evomoe.hf.safetensors_out import parse_size
+from megatron_evomoe.hf.to_hf.exporting import DTYPES, Exported, Request, export_model
+from megatron_evomoe.hf.to_hf.safetensors_writer import parse_size
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     """Export, then verify and upload where asked; 1 if the models differ (nothing is uploaded then).
 
     Raises:
-        ConfigError, CheckpointError: see `export_model`, `verify_out.compare` and `hub.push`.
+        ConfigError, CheckpointError: see `export_model`, `verify_export.compare` and `hub.push`.
     """
     exported = export_model(
         Request(
@@ -59,15 +59,15 @@ def run(args: argparse.Namespace) -> int:
     )
     print(describe(exported))
     if args.verify:
-        from megatron_evomoe.hf import verify_out
+        from megatron_evomoe.hf.to_hf import verify_export
 
-        rows = verify_out.compare(exported)
-        print(verify_out.table(rows))
+        rows = verify_export.compare(exported)
+        print(verify_export.table(rows))
         if not all(row.good for row in rows):
             print(f"error: {exported.output} does not compute what {exported.source} computes")
             return 1
     if args.push_to_hub:
-        from megatron_evomoe.hf import hub
+        from megatron_evomoe.hf.to_hf import hub
 
         print(f"uploaded to {hub.push(exported.output, args.push_to_hub, private=args.private)}")
     return 0

@@ -7,9 +7,14 @@ from __future__ import annotations
 import pytest
 
 from megatron_evomoe.config import ConfigError
-from megatron_evomoe.hf.config_in import TEXT_DEFAULTS, VISION_DEFAULTS, language_section, vision_section
-from megatron_evomoe.hf.importing import Request, import_model
-from megatron_evomoe.hf.reasons import against, marks
+from megatron_evomoe.hf.from_hf.config_sections import (
+    TEXT_DEFAULTS,
+    VISION_DEFAULTS,
+    language_section,
+    vision_section,
+)
+from megatron_evomoe.hf.from_hf.importing import Request, import_model
+from megatron_evomoe.hf.from_hf.unsupported import against, marks
 from tests.unit.hf.sources import TEXT, write
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra [hf])")

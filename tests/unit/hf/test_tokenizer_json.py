@@ -10,8 +10,8 @@ import pytest
 from megatron_evomoe.config import ConfigError
 from megatron_evomoe.data.conversation import IMAGE_TOKEN, VISION, encode, encode_prompt, end_id
 from megatron_evomoe.data.tokenizer import build_tokenizer, train_sentencepiece
-from megatron_evomoe.hf.chat import chat_template
-from megatron_evomoe.hf.tokenizer_out import check_ids, tokenizer_files
+from megatron_evomoe.hf.to_hf.chat_template import chat_template
+from megatron_evomoe.hf.to_hf.tokenizer_json import check_ids, tokenizer_files
 from tests.unit.data import helpers
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra [hf])")

@@ -8,7 +8,7 @@ import numpy as np
 
 from megatron_evomoe.data.errors import SampleError
 from megatron_evomoe.data.image import decode_image
-from megatron_evomoe.hf.loading import Message, ModelError, user_message
+from megatron_evomoe.generate.loading import Message, ModelError, user_message
 
 
 class Conversation:

@@ -1,0 +1,1 @@
+"""The commands of ``python -m megatron_evomoe``: one file each, named for its command."""

@@ -1,0 +1,1 @@
+"""Checkpoints out: a checkpoint of any stage becomes a directory that transformers loads."""
