@@ -1,193 +1,207 @@
-"""What one field alone cannot know."""
+"""Cross-field validation: rules that relate fields to each other.
+
+What a single field may hold is its type (config/types.py). Each function here takes the sections whose fields
+it relates and raises `ConfigError` for the first rule that does not hold; `RunConfig.check` calls them all.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
-
 from megatron_evomoe.config.errors import ConfigError
+from megatron_evomoe.config.model import LanguageConfig, MoEConfig, VisionConfig
+from megatron_evomoe.config.training import (
+    DataConfig,
+    GpuConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    TrainConfig,
+)
 
-if TYPE_CHECKING:
-    from megatron_evomoe.config.run import RunConfig
+_FP8_MULTIPLE = 16  # Transformer Engine's FP8 matrix products take sizes that are multiples of this
 
 
-Rule = Callable[[bool, str], None]
+def _rule(holds: bool, message: str) -> None:
+    if not holds:
+        raise ConfigError(message)
 
 
-def check(config: RunConfig, kind: str | None = None) -> None:
-    """Check `config`, and what a stage of `kind` needs of it. Raises `ConfigError`."""
-
-    def rule(ok: bool, message: str) -> None:
-        if not ok:
-            raise ConfigError(message)
-
-    for part in (_check_language, _check_vision, _check_experts, _check_loop, _check_fp8):
-        part(config, rule)
-    rule(
-        kind not in ("evolve", "route") or any(config.moe.layer_pattern(config.language.num_layers)),
-        f"moe_layer_freq lists no MoE layer, and a stage of kind {kind} needs one; put a 1 where one is to "
-        "be",
+def check_language(language: LanguageConfig, data: DataConfig) -> None:
+    """Heads, RoPE, sequence length and the output layer fit each other."""
+    heads, groups = language.num_attention_heads, language.query_groups
+    _rule(
+        language.kv_channels is not None or language.hidden_size % heads == 0,
+        f"hidden_size {language.hidden_size} is not a multiple of num_attention_heads {heads}; change one, "
+        "or set kv_channels",
     )
-
-
-def _check_language(config: RunConfig, rule: Rule) -> None:
-    lm, length = config.language, config.data.seq_length
-    heads, groups = lm.num_attention_heads, lm.query_groups
-    rule(
-        lm.kv_channels is not None or lm.hidden_size % heads == 0,
-        f"hidden_size {lm.hidden_size} is not a multiple of num_attention_heads {heads}; change one, or give "
-        "kv_channels",
-    )
-    rule(
+    _rule(
         heads % groups == 0,
-        f"num_attention_heads {heads} is not a multiple of num_query_groups {groups}; change one",
+        f"num_attention_heads {heads} is not a multiple of num_query_groups {groups}; change one of them",
     )
-    head = lm.head_size
-    rotated = int(head * lm.rotary_percent) if lm.rotary_percent < 1 else head  # as the core rounds it
-    rule(
+    size, percent = language.head_size, language.rotary_percent
+    rotated = int(size * percent) if percent < 1 else size  # megatron-core rounds down
+    _rule(
         rotated > 0 and rotated % 2 == 0,
-        f"RoPE would turn {rotated} of the {head} channels of a head (hidden_size, "
-        "num_attention_heads, kv_channels, rotary_percent), and it turns pairs; make that even and at least "
-        "2",
+        f"RoPE would turn {rotated} of the {size} channels of a head, and it turns pairs of channels; change "
+        "hidden_size, num_attention_heads, kv_channels or rotary_percent so that the number is even and at "
+        "least 2",
     )
-    rule(
-        length <= lm.max_position_embeddings,
-        f"seq_length {length} exceeds max_position_embeddings {lm.max_position_embeddings}",
+    _rule(
+        data.seq_length <= language.max_position_embeddings,
+        f"seq_length {data.seq_length} exceeds max_position_embeddings {language.max_position_embeddings}; "
+        "lower the first, or raise the second",
     )
-    rule(not (lm.tie_word_embeddings and lm.lm_head_bias), "lm_head_bias needs untied embeddings")
+    _rule(
+        not (language.tie_word_embeddings and language.lm_head_bias),
+        "lm_head_bias needs untied embeddings; set tie_word_embeddings to false, or leave lm_head_bias out",
+    )
 
 
-def _check_vision(config: RunConfig, rule: Rule) -> None:
-    vision = config.vision
-    rule(
+def check_vision(vision: VisionConfig, data: DataConfig) -> None:
+    """Patches, heads and the chosen layer exist, and an image fits the sequence."""
+    _rule(
         vision.image_size % vision.patch_size == 0,
-        f"vision image_size {vision.image_size} is not a multiple of patch_size {vision.patch_size}",
+        f"vision image_size {vision.image_size} is not a multiple of patch_size {vision.patch_size}; change "
+        "one of them",
     )
-    rule(
+    _rule(
         vision.hidden_size % vision.num_attention_heads == 0,
         f"vision hidden_size {vision.hidden_size} is not a multiple of its num_attention_heads "
-        f"{vision.num_attention_heads}",
+        f"{vision.num_attention_heads}; change one of them",
     )
-    rule(
+    _rule(
         1 <= vision.num_layers_used <= vision.num_layers,
-        f"vision feature_layer {vision.feature_layer} needs a layer the tower's {vision.num_layers} do not "
-        "have",
+        f"vision feature_layer {vision.feature_layer} is not a layer of a tower of {vision.num_layers}; use "
+        f"1 to {vision.num_layers}, or {-vision.num_layers} to -1 counted from the last",
     )
-    rule(
-        vision.tokens_per_image < config.data.seq_length,
-        f"one image takes {vision.tokens_per_image} tokens and does not fit seq_length "
-        f"{config.data.seq_length}",
+    _rule(
+        vision.tokens_per_image < data.seq_length,
+        f"one image takes {vision.tokens_per_image} tokens and does not fit seq_length {data.seq_length}; "
+        "raise seq_length",
     )
 
 
-def _check_experts(config: RunConfig, rule: Rule) -> None:
-    moe, layers = config.moe, config.language.num_layers
+def check_experts(moe: MoEConfig, num_layers: int) -> None:
+    """The MoE layers exist, and the router's options fit the router."""
     if isinstance(moe.moe_layer_freq, list):
-        rule(
-            len(moe.moe_layer_freq) == layers,
-            f"moe_layer_freq lists {len(moe.moe_layer_freq)} layers, the model has {layers}",
+        _rule(
+            len(moe.moe_layer_freq) == num_layers,
+            f"moe_layer_freq lists {len(moe.moe_layer_freq)} layers, the model has {num_layers}; list one "
+            "0 or 1 per layer",
         )
     else:
-        rule(
-            moe.moe_layer_freq <= layers,
-            f"moe_layer_freq {moe.moe_layer_freq} leaves no MoE layer among {layers}; use 1 to {layers}",
+        _rule(
+            moe.moe_layer_freq <= num_layers,
+            f"moe_layer_freq {moe.moe_layer_freq} leaves no MoE layer among {num_layers}; use 1 to "
+            f"{num_layers}",
         )
-    rule(
+    _rule(
         moe.moe_router_topk <= moe.num_experts,
         f"moe_router_topk {moe.moe_router_topk} must lie between 1 and num_experts {moe.num_experts}",
     )
-    rule(
+    _rule(
         moe.dtr_kernel != "triton" or moe.router == "dtr",
-        f"dtr_kernel triton is for router dtr, and this router is {moe.router}; leave dtr_kernel out",
+        f"dtr_kernel triton computes the router dtr, and this router is {moe.router}; leave dtr_kernel out",
     )
     for low, high in moe.evolution_beta or []:
-        rule(low <= high, f"evolution_beta range [{low}, {high}] must satisfy 0 <= low <= high <= 1")
+        _rule(low <= high, f"evolution_beta range [{low}, {high}] must satisfy 0 <= low <= high <= 1")
 
 
-def _check_loop(config: RunConfig, rule: Rule) -> None:
-    train, optimizer, parallel = config.train, config.optimizer, config.parallel
-    rule(
-        optimizer.min_lr <= optimizer.lr,
-        f"min_lr {optimizer.min_lr} is above lr {optimizer.lr}; lower it, or raise lr",
+def check_mixture(moe: MoEConfig, num_layers: int, kind: str) -> None:
+    """A stage kind that trains experts or a router has a layer to train them in."""
+    _rule(
+        kind not in ("evolve", "route") or any(moe.layer_pattern(num_layers)),
+        f"moe_layer_freq lists no MoE layer, and a stage of kind {kind} needs at least one; put a 1 into the "
+        "list",
     )
-    rule(
+
+
+def check_training(
+    train: TrainConfig, optimizer: OptimizerConfig, parallel: ParallelConfig, gpu: GpuConfig, num_layers: int
+) -> None:
+    """Schedule, profiler, recompute and precision do not contradict each other."""
+    _rule(
+        optimizer.min_lr <= optimizer.lr,
+        f"min_lr {optimizer.min_lr} is above lr {optimizer.lr}; lower min_lr, or raise lr",
+    )
+    _rule(
         not train.profile or train.profile_step_start < train.profile_step_end,
         f"profile_step_start {train.profile_step_start} must be below profile_step_end "
         f"{train.profile_step_end}",
     )
-    together = (
-        parallel.num_layers_per_virtual_pipeline_stage
-        or config.language.num_layers // parallel.pipeline_model_parallel_size
+    chunk = parallel.num_layers_per_virtual_pipeline_stage
+    consecutive = chunk or num_layers // parallel.pipeline_model_parallel_size
+    _rule(
+        train.recompute_granularity != "full" or consecutive % train.recompute_num_layers == 0,
+        f"recompute_num_layers {train.recompute_num_layers} does not divide the {consecutive} layers that "
+        "follow each other on a rank; use a divisor",
     )
-    rule(
-        train.recompute_granularity != "full" or together % train.recompute_num_layers == 0,
-        f"recompute_num_layers {train.recompute_num_layers} does not divide the {together} layers in a row; "
-        "use a divisor",
-    )
-    rule(
-        train.bf16 or not config.gpu.cross_entropy_loss_fusion,
+    _rule(
+        train.bf16 or not gpu.cross_entropy_loss_fusion,
         "cross_entropy_loss_fusion rounds the gradient to bf16, and this run is fp32; set bf16, or leave it "
         "out",
     )
-    rule(
-        not (
-            config.optimizer.override_opt_param_scheduler
-            and config.optimizer.use_checkpoint_opt_param_scheduler
-        ),
+    _rule(
+        not (optimizer.override_opt_param_scheduler and optimizer.use_checkpoint_opt_param_scheduler),
         "override_opt_param_scheduler and use_checkpoint_opt_param_scheduler contradict each other; set one "
         "of them",
     )
 
 
-def _check_fp8(config: RunConfig, rule: Rule) -> None:
-    gpu, lm, parallel = config.gpu, config.language, config.parallel
+def check_fp8(
+    gpu: GpuConfig, train: TrainConfig, moe: MoEConfig, parallel: ParallelConfig, language: LanguageConfig
+) -> None:
+    """What FP8 needs: bf16, sizes of which it can make blocks, and options that its recipe can do."""
     if gpu.fp8_format is None:
-        rule(
+        _rule(
             not gpu.moe_router_padding_for_fp8,
-            "moe_router_padding_for_fp8 pads for FP8, and there is none; set fp8_format",
+            "moe_router_padding_for_fp8 pads for FP8, and this run has no FP8; set fp8_format, or leave it out",
         )
         return
-    rule(
-        config.train.bf16,
+    _rule(
+        train.bf16,
         f"fp8_format {gpu.fp8_format} keeps everything but linear layers in bf16; set train.bf16 too",
     )
-    rule(
-        not (gpu.moe_router_padding_for_fp8 and config.moe.moe_token_dispatcher_type == "allgather"),
-        "moe_router_padding_for_fp8 does nothing for moe_token_dispatcher_type allgather; use alltoall or "
+    _rule(
+        not (gpu.moe_router_padding_for_fp8 and moe.moe_token_dispatcher_type == "allgather"),
+        "moe_router_padding_for_fp8 has no effect with moe_token_dispatcher_type allgather; use alltoall or "
         "flex",
     )
-    train = config.train
-    recomputed = (
-        set(train.recompute_modules) & {"moe_act", "layernorm"}
-        if train.recompute_granularity == "selective"
-        else set()
-    )
-    rule(
-        gpu.fp8_recipe != "delayed" or not recomputed,
-        f"recompute_modules {', '.join(sorted(recomputed))} cannot be had with "
-        "fp8_recipe delayed (a rule of megatron-core); leave them out, or use tensorwise or blockwise",
+    recomputed = set(train.recompute_modules) if train.recompute_granularity == "selective" else set()
+    refused = sorted(recomputed & {"moe_act", "layernorm"})
+    _rule(
+        gpu.fp8_recipe != "delayed" or not refused,
+        f"megatron-core cannot recompute {', '.join(refused)} with fp8_recipe delayed; take them out of "
+        "recompute_modules, or use tensorwise or blockwise",
     )
     if gpu.first_last_layers_bf16:
-        start, end = gpu.num_layers_at_start_in_bf16, gpu.num_layers_at_end_in_bf16
-        rule(
-            gpu.fp8_recipe != "delayed",
-            "first_last_layers_bf16 cannot be had with fp8_recipe delayed; use tensorwise",
-        )
-        rule(
-            start + end < lm.num_layers,
-            f"{start} first and {end} last layers in bf16 leave none of {lm.num_layers} in FP8; lower "
-            "num_layers_at_start_in_bf16 "
-            "or num_layers_at_end_in_bf16",
-        )
-    heads = lm.num_attention_heads * lm.head_size
-    tp, etp = parallel.tensor_model_parallel_size, parallel.expert_tensor_parallel_size
+        _check_bf16_ends(gpu, language.num_layers)
+    _check_fp8_widths(language, parallel)
+
+
+def _check_bf16_ends(gpu: GpuConfig, num_layers: int) -> None:
+    start, end = gpu.num_layers_at_start_in_bf16, gpu.num_layers_at_end_in_bf16
+    _rule(
+        gpu.fp8_recipe != "delayed",
+        "first_last_layers_bf16 does not work with fp8_recipe delayed; use tensorwise",
+    )
+    _rule(
+        start + end < num_layers,
+        f"{start} first and {end} last layers in bf16 leave none of {num_layers} in FP8; lower "
+        "num_layers_at_start_in_bf16 or num_layers_at_end_in_bf16",
+    )
+
+
+def _check_fp8_widths(language: LanguageConfig, parallel: ParallelConfig) -> None:
+    tp, expert_tp = parallel.tensor_model_parallel_size, parallel.expert_tensor_parallel_size
     for name, width in {
-        "hidden_size": lm.hidden_size,
-        "ffn_hidden_size / tensor_model_parallel_size": lm.ffn_hidden_size / tp,
-        "ffn_hidden_size / expert_tensor_parallel_size": lm.ffn_hidden_size / etp,
-        "attention heads' width / tensor_model_parallel_size": heads / tp,
+        "hidden_size": language.hidden_size,
+        "ffn_hidden_size / tensor_model_parallel_size": language.ffn_hidden_size / tp,
+        "ffn_hidden_size / expert_tensor_parallel_size": language.ffn_hidden_size / expert_tp,
+        "attention heads' width / tensor_model_parallel_size": (
+            language.num_attention_heads * language.head_size / tp
+        ),
     }.items():
-        rule(
-            width % 16 == 0,
-            f"{name} is {width:g}, and FP8 needs multiples of 16; leave fp8_format out, or change the size",
+        _rule(
+            width % _FP8_MULTIPLE == 0,
+            f"{name} is {width:g}, and FP8 needs multiples of {_FP8_MULTIPLE}; leave fp8_format out, or "
+            "change the size",
         )

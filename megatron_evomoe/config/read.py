@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron_evomoe.config import text
-from megatron_evomoe.config.check import check
 from megatron_evomoe.config.errors import ConfigError
 from megatron_evomoe.config.presets import PRESETS
 from megatron_evomoe.config.run import (
@@ -72,7 +71,7 @@ def from_mapping(raw: dict[str, Any], flags: dict[str, Any] | None = None) -> Ru
     for stage in stages:  # a flag on the command line wins over a stage's own value too
         stage.overrides = {k: v for k, v in stage.overrides.items() if k not in flags}
     config = RunConfig(preset=preset, stages=stages, **sections)
-    check(config)
+    config.check()
     for stage in stages:
         config.for_stage(stage.name)
     return config

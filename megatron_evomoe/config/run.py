@@ -6,8 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, Optional
 
-from megatron_evomoe.config import text
-from megatron_evomoe.config.check import check
+from megatron_evomoe.config import check, text
 from megatron_evomoe.config.errors import ConfigError
 from megatron_evomoe.config.model import LanguageConfig, MoEConfig, VisionConfig
 from megatron_evomoe.config.training import (
@@ -60,8 +59,27 @@ class RunConfig:
     log: LogConfig = field(default_factory=LogConfig)
     stages: list[StageConfig] = field(default_factory=list)
 
+    def check(self, kind: str | None = None) -> None:
+        """Check the fields against each other, and against what a stage of `kind` needs.
+
+        Raises:
+            ConfigError: a rule of config/check.py does not hold.
+        """
+        layers = self.language.num_layers
+        check.check_language(self.language, self.data)
+        check.check_vision(self.vision, self.data)
+        check.check_experts(self.moe, layers)
+        check.check_training(self.train, self.optimizer, self.parallel, self.gpu, layers)
+        check.check_fp8(self.gpu, self.train, self.moe, self.parallel, self.language)
+        if kind is not None:
+            check.check_mixture(self.moe, layers, kind)
+
     def for_stage(self, name: str) -> RunConfig:
-        """A copy with stage `name`'s overrides applied and checked."""
+        """A copy with the overrides of stage `name` applied.
+
+        Raises:
+            ConfigError: the run has no such stage, or its fields contradict each other.
+        """
         stage = next((s for s in self.stages if s.name == name), None)
         if stage is None:
             raise ConfigError(
@@ -72,7 +90,7 @@ class RunConfig:
             section, field_name = FLAT[key]
             setattr(config, section, replace(getattr(config, section), **{field_name: value}))
         try:
-            check(config, stage.kind)
+            config.check(stage.kind)
         except ConfigError as error:
             raise ConfigError(f"stage {name!r}: {error}") from None
         return config

@@ -26,6 +26,7 @@ from megatron_evomoe.config import ConfigError, RunConfig
 from megatron_evomoe.model import precision
 from megatron_evomoe.moe.dtr import kernel as dtr_kernel
 from megatron_evomoe.parallel import backend
+from megatron_evomoe.parallel.topology import virtual_stages
 
 
 def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
@@ -161,12 +162,12 @@ def language_transformer_config(config: RunConfig) -> TransformerConfig:
         recompute_num_layers=train.recompute_num_layers if full else None,
         recompute_modules=list(train.recompute_modules) if selective else None,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=_virtual_stages(config),
+        virtual_pipeline_model_parallel_size=virtual_stages(config),
         # With two stages of several chunks each rank sends forward and backward to the same peer; batched,
         # the messages carry nothing to tell them apart and gradients arrive as activations. Overlapped ones
         # go through a group each.
-        overlap_p2p_comm=_virtual_stages(config) is not None,
-        batch_p2p_comm=_virtual_stages(config) is None,
+        overlap_p2p_comm=virtual_stages(config) is not None,
+        batch_p2p_comm=virtual_stages(config) is None,
         context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
@@ -319,18 +320,3 @@ def _sequence_parallel(config: RunConfig) -> bool:
         if parallel.sequence_parallel is None
         else parallel.sequence_parallel
     )
-
-
-def _virtual_stages(config: RunConfig) -> int | None:
-    per_chunk, stages = (
-        config.parallel.num_layers_per_virtual_pipeline_stage,
-        config.parallel.pipeline_model_parallel_size,
-    )
-    if per_chunk is None or stages == 1:
-        return None
-    if config.language.num_layers % (stages * per_chunk):
-        raise ConfigError(
-            f"num_layers {config.language.num_layers} is not a multiple of pipeline_model_parallel_size "
-            f"{stages} times num_layers_per_virtual_pipeline_stage {per_chunk}"
-        )
-    return config.language.num_layers // (stages * per_chunk)

@@ -145,17 +145,23 @@ def current() -> Topology:
 
 
 def virtual_stages(config: RunConfig) -> int | None:
-    """Chunks per pipeline rank of the interleaved schedule, or none."""
+    """Chunks per pipeline rank of the interleaved schedule, at least 2; none without interleaving.
+
+    Raises:
+        ConfigError: there is one pipeline stage only, or its layers do not split evenly into several chunks.
+    """
+    layers, stages = config.language.num_layers, config.parallel.pipeline_model_parallel_size
     per_chunk = config.parallel.num_layers_per_virtual_pipeline_stage
     if per_chunk is None:
         return None
-    per_stage = config.language.num_layers // config.parallel.pipeline_model_parallel_size
-    if config.parallel.pipeline_model_parallel_size < 2 or per_stage % per_chunk or per_stage == per_chunk:
+    chunks, left_over = divmod(layers, stages * per_chunk)
+    if stages < 2 or left_over or chunks < 2:
         raise ConfigError(
-            f"num_layers_per_virtual_pipeline_stage {per_chunk} must split the {per_stage} layers of each of "
-            f"{config.parallel.pipeline_model_parallel_size} pipeline stages into at least two chunks"
+            f"num_layers_per_virtual_pipeline_stage {per_chunk} must split the {layers // stages} layers of "
+            f"each of {stages} pipeline stages (at least 2) into at least two chunks; change it, or leave it "
+            "out"
         )
-    return per_stage // per_chunk
+    return chunks
 
 
 def seed_everything(seed: int) -> None:

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 
 from megatron_evomoe.config import ConfigError, GpuConfig, RunConfig
-from megatron_evomoe.config.check import check as check_fields
 from megatron_evomoe.parallel import topology
 
 RECOMPUTE = ("none", "selective", "full")
@@ -119,7 +118,7 @@ def check(config: RunConfig, kind: str, world_size: int) -> None:
     from megatron_evomoe.model import precision
 
     topology.validate(config, world_size)
-    check_fields(config, kind)  # FP8's widths are of a tensor-parallel rank
+    config.check(kind)  # again, because FP8's rules depend on the tensor-parallel size
     precision.check_sequence(config)
     p = config.parallel
     if kind == "evolve":

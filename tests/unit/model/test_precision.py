@@ -171,7 +171,10 @@ def test_refused_without_a_gpu(gpu):
     [
         ({"bf16": False, "gpu": FP8}, "set train.bf16 too"),
         ({"gpu": {"moe_router_padding_for_fp8": True}}, "set fp8_format"),
-        ({"gpu": {**FP8, "first_last_layers_bf16": True}}, "cannot be had with fp8_recipe delayed"),
+        (
+            {"gpu": {**FP8, "first_last_layers_bf16": True}},
+            "first_last_layers_bf16 does not work with fp8_recipe delayed",
+        ),
         (
             {
                 "gpu": {
@@ -199,7 +202,7 @@ def test_refused_without_a_gpu(gpu):
                 },
                 "gpu": FP8,
             },
-            "moe_act cannot be had with fp8_recipe delayed",
+            "megatron-core cannot recompute moe_act with fp8_recipe delayed",
         ),
         (
             {"gpu": FP8, "language": {"ffn_hidden_size": 344}},

@@ -114,7 +114,11 @@ def test_vision_and_projector_keep_to_one_pipeline_stage():
         ({"parallel": {"sequence_parallel": True}}, "tensor_model_parallel_size > 1"),
         (
             {"parallel": {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 3}},
-            "num_layers 4",
+            "3 must split the 2 layers of each of 2 pipeline stages",
+        ),
+        (
+            {"parallel": {"num_layers_per_virtual_pipeline_stage": 2}},
+            "2 must split the 4 layers of each of 1 pipeline stages",
         ),
         (
             {"language": {**BASE, "num_query_groups": 2}, "parallel": {"tensor_model_parallel_size": 4}},
