@@ -153,7 +153,8 @@ def check_fp8(
     if gpu.fp8_format is None:
         _rule(
             not gpu.moe_router_padding_for_fp8,
-            "moe_router_padding_for_fp8 pads for FP8, and this run has no FP8; set fp8_format, or leave it out",
+            "moe_router_padding_for_fp8 pads for FP8, and this run has no FP8; set fp8_format, or leave it "
+            "out",
         )
         return
     _rule(
