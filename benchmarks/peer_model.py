@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, Qwen2Config, Qwen2ForCausalLM
 
 from megatron_evomoe.config import RunConfig
-from megatron_evomoe.data.conversation import IGNORE_INDEX, VISION
+from megatron_evomoe.config.token_types import TokenType
+from megatron_evomoe.data.conversation import IGNORE_INDEX
 from megatron_evomoe.data.image import processor_for
 from megatron_evomoe.hf.tensor_map import Entry, NameMap
 
@@ -101,7 +102,7 @@ class Peer(nn.Module):
             features = self.vision_tower(self.normalize(pixels, first.weight.dtype)).last_hidden_state
         images = second(F.gelu(first(features[:, 1:])))
         words = self.language_model.model.embed_tokens(tokens)
-        spliced = words.masked_scatter((types == VISION)[..., None], images.to(words.dtype))
+        spliced = words.masked_scatter((types == TokenType.VISION)[..., None], images.to(words.dtype))
         logits = self.language_model(inputs_embeds=spliced, use_cache=False).logits
         return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX)
 

@@ -9,7 +9,8 @@ import torch
 
 from megatron_evomoe.config import RunConfig, from_mapping
 from megatron_evomoe.config.presets import LANGUAGE_PRESETS
-from megatron_evomoe.data.conversation import IGNORE_INDEX, TEXT, VISION
+from megatron_evomoe.config.token_types import TokenType
+from megatron_evomoe.data.conversation import IGNORE_INDEX
 from megatron_evomoe.parallel import backend
 from megatron_evomoe.parallel.broadcast import Step
 from megatron_evomoe.plan import fp8, layout
@@ -70,8 +71,8 @@ def random_step(config: RunConfig) -> Step:
     tokens = torch.randint(0, config.language.vocab_size, (m, b, s), generator=generator)
     labels = torch.randint(0, config.language.vocab_size, (m, b, s), generator=generator)
     labels[..., : images + (s - images) // 2] = IGNORE_INDEX
-    types = torch.full((m, b, s), TEXT)
-    types[..., 1 : 1 + images] = VISION
+    types = torch.full((m, b, s), TokenType.TEXT)
+    types[..., 1 : 1 + images] = TokenType.VISION
     pixels = torch.randint(
         0, 256, (m, b, 3, *(config.vision.image_size,) * 2), dtype=torch.uint8, generator=generator
     )

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from megatron_evomoe.config import RunConfig, from_mapping
-from megatron_evomoe.data.conversation import IGNORE_INDEX, PADDING, TEXT, VISION
+from megatron_evomoe.config.token_types import TokenType
+from megatron_evomoe.data.conversation import IGNORE_INDEX
 from megatron_evomoe.parallel.broadcast import Step
 
 VOCAB = 64
@@ -52,12 +53,12 @@ def rows(
     g = torch.Generator().manual_seed(seed)
     b = len(images_per_row)
     tokens = torch.randint(4, VOCAB, (b, length), generator=g)
-    types = torch.full((b, length), TEXT)
+    types = torch.full((b, length), TokenType.TEXT)
     labels = torch.full((b, length), IGNORE_INDEX)
     for i, images in enumerate(images_per_row):
         start, end = 1, length - 2 - i % 3
-        types[i, start : start + images * IMAGE_TOKENS] = VISION
-        types[i, end:] = PADDING
+        types[i, start : start + images * IMAGE_TOKENS] = TokenType.VISION
+        types[i, end:] = TokenType.PADDING
         supervised = answer[i % len(answer)]
         labels[i, end - supervised : end] = torch.randint(4, VOCAB, (supervised,), generator=g)
     pixels = torch.randint(0, 256, (sum(images_per_row), 3, 16, 16), generator=g, dtype=torch.uint8)

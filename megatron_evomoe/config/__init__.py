@@ -9,9 +9,11 @@ it.
 
 from megatron_evomoe.config.errors import ConfigError
 from megatron_evomoe.config.flags import add_flags, flags_from
+from megatron_evomoe.config.kinds import STAGE_KINDS, StageKind
 from megatron_evomoe.config.model import LanguageConfig, MoEConfig, VisionConfig
 from megatron_evomoe.config.read import from_mapping, load_config
-from megatron_evomoe.config.run import MODEL_SECTIONS, SECTIONS, STAGE_KINDS, RunConfig, StageConfig
+from megatron_evomoe.config.run import MODEL_SECTIONS, SECTIONS, RunConfig, StageConfig
+from megatron_evomoe.config.token_types import TokenType
 from megatron_evomoe.config.training import (
     CheckpointConfig,
     DataConfig,
@@ -37,6 +39,8 @@ __all__ = [
     "ParallelConfig",
     "RunConfig",
     "StageConfig",
+    "StageKind",
+    "TokenType",
     "TrainConfig",
     "VisionConfig",
     "add_flags",

@@ -7,6 +7,7 @@ it relates and raises `ConfigError` for the first rule that does not hold; `RunC
 from __future__ import annotations
 
 from megatron_evomoe.config.errors import ConfigError
+from megatron_evomoe.config.kinds import MIXTURE_KINDS, StageKind
 from megatron_evomoe.config.model import LanguageConfig, MoEConfig, VisionConfig
 from megatron_evomoe.config.training import (
     DataConfig,
@@ -105,10 +106,10 @@ def check_experts(moe: MoEConfig, num_layers: int) -> None:
         _rule(low <= high, f"evolution_beta range [{low}, {high}] must satisfy 0 <= low <= high <= 1")
 
 
-def check_mixture(moe: MoEConfig, num_layers: int, kind: str) -> None:
+def check_mixture(moe: MoEConfig, num_layers: int, kind: StageKind) -> None:
     """A stage kind that trains experts or a router has a layer to train them in."""
     _rule(
-        kind not in ("evolve", "route") or any(moe.layer_pattern(num_layers)),
+        kind not in MIXTURE_KINDS or any(moe.layer_pattern(num_layers)),
         f"moe_layer_freq lists no MoE layer, and a stage of kind {kind} needs at least one; put a 1 into the "
         "list",
     )

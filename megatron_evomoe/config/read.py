@@ -9,12 +9,12 @@ from typing import Any
 
 from megatron_evomoe.config import text
 from megatron_evomoe.config.errors import ConfigError
+from megatron_evomoe.config.kinds import STAGE_KINDS, StageKind
 from megatron_evomoe.config.presets import PRESETS
 from megatron_evomoe.config.run import (
     FLAT,
     MODEL_SECTIONS,
     SECTIONS,
-    STAGE_KINDS,
     STAGE_SECTIONS,
     RunConfig,
     StageConfig,
@@ -138,7 +138,7 @@ def _build_stage(entry: Any) -> StageConfig:
     allowed = [key for key, (section, _) in FLAT.items() if section in STAGE_SECTIONS]
     _refuse_unknown(entry, allowed, f"key in stage {name!r}:")
     overrides = {key: coerce(*FLAT[key], value, f"stage {name!r}: ") for key, value in entry.items()}
-    return StageConfig(name=name, kind=kind, load=load, overrides=overrides)
+    return StageConfig(name=name, kind=StageKind(kind), load=load, overrides=overrides)
 
 
 def coerce(section: str, name: str, value: Any, where: str = "") -> Any:

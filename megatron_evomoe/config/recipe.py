@@ -5,34 +5,45 @@ from __future__ import annotations
 import typing
 
 from megatron_evomoe.config.errors import ConfigError
+from megatron_evomoe.config.kinds import PRETRAINED, StageKind
 from megatron_evomoe.config.run import RunConfig, StageConfig
 from megatron_evomoe.config.training import Part
 
 PARTS: tuple[str, ...] = typing.get_args(Part)
 
-TRAINS: dict[str, tuple[str, ...]] = {
-    "align": ("projector",),
-    "warmup": ("projector", "language"),
-    "dense": ("projector", "language"),  # the dense baseline: stage I going on
-    "evolve": ("first_expert",),
-    "route": ("router",),
+TRAINS: dict[StageKind, tuple[str, ...]] = {
+    StageKind.ALIGN: ("projector",),
+    StageKind.WARMUP: ("projector", "language"),
+    StageKind.DENSE: ("projector", "language"),  # the dense baseline: stage I going on
+    StageKind.EVOLVE: ("first_expert",),
+    StageKind.ROUTE: ("router",),
 }
 """Stage kind -> parts trained by default (paper, section "Training"); `train.trainable` overrides it."""
 
-HAS_BESIDES: dict[str, tuple[str, ...]] = {"evolve": ("first_expert",), "route": ("experts", "router")}
+HAS_BESIDES: dict[StageKind, tuple[str, ...]] = {
+    StageKind.EVOLVE: ("first_expert",),
+    StageKind.ROUTE: ("experts", "router"),
+}
 """Stage kind -> parts that only its model has."""
 
-STARTS_FROM: dict[str, tuple[str, ...]] = {
-    "align": ("align", "pretrained"),
-    "warmup": ("align", "warmup", "dense", "pretrained"),
-    "dense": ("align", "warmup", "dense", "pretrained"),
-    "evolve": ("warmup", "dense", "align", "pretrained"),
-    "route": ("evolve", "route", "warmup", "dense", "align", "pretrained"),
+STARTS_FROM: dict[StageKind, tuple[str, ...]] = {
+    StageKind.ALIGN: (StageKind.ALIGN, PRETRAINED),
+    StageKind.WARMUP: (StageKind.ALIGN, StageKind.WARMUP, StageKind.DENSE, PRETRAINED),
+    StageKind.DENSE: (StageKind.ALIGN, StageKind.WARMUP, StageKind.DENSE, PRETRAINED),
+    StageKind.EVOLVE: (StageKind.WARMUP, StageKind.DENSE, StageKind.ALIGN, PRETRAINED),
+    StageKind.ROUTE: (
+        StageKind.EVOLVE,
+        StageKind.ROUTE,
+        StageKind.WARMUP,
+        StageKind.DENSE,
+        StageKind.ALIGN,
+        PRETRAINED,
+    ),
 }
 """Stage kind -> kinds whose checkpoint it can start from."""
 
 
-def part_of(name: str, stage_kind: str, moe_layers: set[int], first_layer: int) -> str:
+def part_of(name: str, stage_kind: StageKind, moe_layers: set[int], first_layer: int) -> str:
     """The part a parameter belongs to.
 
     Args:
@@ -49,14 +60,14 @@ def part_of(name: str, stage_kind: str, moe_layers: set[int], first_layer: int) 
         return "router"
     if ".mlp.experts." in name:
         return "experts"
-    if stage_kind == "evolve" and ".mlp." in name:
+    if stage_kind == StageKind.EVOLVE and ".mlp." in name:
         layer = int(name.split("decoder.layers.")[1].split(".")[0]) + first_layer
         if layer in moe_layers:
             return "first_expert"
     return "language"
 
 
-def trained_parts(config: RunConfig, stage_kind: str) -> tuple[str, ...]:
+def trained_parts(config: RunConfig, stage_kind: StageKind) -> tuple[str, ...]:
     """The parts that get gradients in this stage. Raises `ConfigError` on parts that the stage has not."""
     parts = tuple(config.train.trainable) or TRAINS[stage_kind]
     has = {"vision", "projector", "language", *HAS_BESIDES.get(stage_kind, ())}

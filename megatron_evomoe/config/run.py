@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, Optional
+from typing import Any, Optional
 
 from megatron_evomoe.config import check, text
 from megatron_evomoe.config.errors import ConfigError
+from megatron_evomoe.config.kinds import StageKind
 from megatron_evomoe.config.model import LanguageConfig, MoEConfig, VisionConfig
 from megatron_evomoe.config.training import (
     CheckpointConfig,
@@ -20,7 +21,6 @@ from megatron_evomoe.config.training import (
 )
 from megatron_evomoe.config.types import StageName, Text
 
-STAGE_KINDS = ("align", "warmup", "dense", "evolve", "route")
 STAGE_SECTIONS = ("moe", "data", "optimizer", "train", "gpu", "log")
 MODEL_SECTIONS = ("language", "vision", "moe")
 
@@ -31,7 +31,7 @@ class StageConfig:
 
     name: StageName
     """Folder and log name; unique."""
-    kind: Literal["align", "warmup", "dense", "evolve", "route"]
+    kind: StageKind
     """What the stage does (config/recipe.py); defaults to the name."""
     load: Optional[Text] = None
     """Checkpoint directory it starts from; none means the stage before it in the list."""
@@ -59,7 +59,7 @@ class RunConfig:
     log: LogConfig = field(default_factory=LogConfig)
     stages: list[StageConfig] = field(default_factory=list)
 
-    def check(self, kind: str | None = None) -> None:
+    def check(self, kind: StageKind | None = None) -> None:
         """Check the fields against each other, and against what a stage of `kind` needs.
 
         Raises:
@@ -99,7 +99,7 @@ class RunConfig:
         """Plain data that `from_mapping` takes back."""
         out = dataclasses.asdict(self)
         out["stages"] = [
-            {"name": s.name, "kind": s.kind, **({"load": s.load} if s.load else {}), **s.overrides}
+            {"name": s.name, "kind": s.kind.value, **({"load": s.load} if s.load else {}), **s.overrides}
             for s in self.stages
         ]
         return _plain(out)

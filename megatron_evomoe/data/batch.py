@@ -12,11 +12,10 @@ from typing import Any, NamedTuple, TypedDict
 import torch
 
 from megatron_evomoe.config import DataConfig
+from megatron_evomoe.config.token_types import TokenType
 from megatron_evomoe.data.conversation import (
     IGNORE_INDEX,
     IMAGE_TOKEN,
-    PADDING,
-    VISION,
     EncodedSample,
     check_length,
     encode,
@@ -32,14 +31,14 @@ from megatron_evomoe.data.tokenizer import Tokenizer
 
 
 class MicroBatch(TypedDict):
-    """What the model reads. A row that lost its sample is PADDING throughout, without labels or images."""
+    """What the model reads. A row without a sample is padding throughout; it has no labels and no images."""
 
     tokens: torch.Tensor
     """int64 [b, s]."""
     labels: torch.Tensor
     """int64 [b, s], -100 where nothing is learned; already shifted."""
     token_types: torch.Tensor
-    """int64 [b, s] of TEXT, VISION, PADDING."""
+    """int64 [b, s] of `TokenType`."""
     pixel_values: torch.Tensor
     """uint8 [n, 3, S, S], in order of occurrence row by row; n may be 0. Features [n, t, C] where they come
     from a cache.
@@ -168,7 +167,7 @@ def truncate(sample: EncodedSample, seq_length: int, tokens_per_image: int) -> t
         SampleError: too-long, when nothing supervised would be left.
     """
     end = seq_length
-    vision_before_end = sum(kind == VISION for kind in sample.token_types[:end])
+    vision_before_end = sample.token_types[:end].count(TokenType.VISION)
     kept, partial = divmod(vision_before_end, tokens_per_image)
     if partial:  # the cut lies in an image (adjacent images are told apart by their length)
         end -= partial
@@ -188,7 +187,7 @@ def collate(rows: Sequence[Row], pixels: torch.Tensor, length: int, pad_id: int)
     shape = (len(rows), length)
     tokens = torch.full(shape, pad_id, dtype=torch.int64)
     labels = torch.full(shape, IGNORE_INDEX, dtype=torch.int64)
-    types = torch.full(shape, PADDING, dtype=torch.int64)
+    types = torch.full(shape, TokenType.PADDING, dtype=torch.int64)
     for i, row in enumerate(rows):
         if row.sample is not None:
             n = len(row.sample.tokens)

@@ -21,12 +21,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from megatron_evomoe.config import ConfigError
+from megatron_evomoe.config.token_types import TokenType
 from megatron_evomoe.data.errors import SampleError
 from megatron_evomoe.data.media import IMAGE_TOKEN, check_placeholders, short
 from megatron_evomoe.data.tokenizer import Tokenizer
 
 IGNORE_INDEX = -100
-TEXT, VISION, PADDING = 0, 1, 2
 
 _VICUNA = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -59,7 +59,8 @@ class EncodedSample:
     """One sequence of s positions.
 
     `tokens[i]` is the input id (pad_id where an image feature goes), `labels[i]` the id to predict at i, that
-    is tokens[i+1] where that is part of an answer, else -100; `token_types[i]` is TEXT or VISION.
+    is tokens[i+1] where that is part of an answer, else -100; `token_types[i]` is TEXT or VISION of
+    `TokenType`.
     """
 
     tokens: list[int]
@@ -309,7 +310,7 @@ def _encode_pieces(
     pieces: Sequence[Piece], tokenizer: Tokenizer, template: Template, tokens_per_image: int
 ) -> EncodedSample:
     tokens: list[int] = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    types, supervised = [TEXT] * len(tokens), [False] * len(tokens)
+    types, supervised = [TokenType.TEXT] * len(tokens), [False] * len(tokens)
     for i, (text, is_answer, kind) in enumerate(_merge(pieces)):
         if kind == "image":
             ids = [tokenizer.pad_id] * tokens_per_image
@@ -322,7 +323,7 @@ def _encode_pieces(
             # and only there
             ids = tokenizer.encode((getattr(tokenizer, "text_prefix", "") if i == 0 else "") + text)
         tokens += ids
-        types += [VISION if kind == "image" else TEXT] * len(ids)
+        types += [TokenType.VISION if kind == "image" else TokenType.TEXT] * len(ids)
         supervised += [is_answer] * len(ids)
     following = zip(tokens[1:], supervised[1:], strict=True)
     labels = [token if answer else IGNORE_INDEX for token, answer in following]

@@ -21,8 +21,9 @@ from rich.console import Console
 from rich.text import Text
 
 from megatron_evomoe.config import ConfigError, RunConfig, add_flags, flags_from, from_mapping, load_config
+from megatron_evomoe.config.token_types import TokenType
 from megatron_evomoe.data.batch import EvalSample, Preparer, Row, prepare_eval
-from megatron_evomoe.data.conversation import IGNORE_INDEX, TEMPLATES, VISION, EncodedSample, check_template
+from megatron_evomoe.data.conversation import IGNORE_INDEX, TEMPLATES, EncodedSample, check_template
 from megatron_evomoe.data.errors import SampleError
 from megatron_evomoe.data.image import processor_for
 from megatron_evomoe.data.order import SampleOrder
@@ -231,9 +232,8 @@ def describe(row: Row, tokenizer: Tokenizer, tokens_per_image: int, *, colour: b
     sample = row.sample
     images = ", ".join(f"{image.shape[2]} x {image.shape[1]}" for image in row.images) or "none"
     out.append(
-        f"{len(sample.tokens)} tokens: {sample.token_types.count(VISION)} vision, {sample.num_supervised} "
-        "supervised; "
-        f"images: {images}\n",
+        f"{len(sample.tokens)} tokens: {sample.token_types.count(TokenType.VISION)} vision, "
+        f"{sample.num_supervised} supervised; images: {images}\n",
         style="dim" if colour else "",
     )
     for text, is_supervised in spans(sample, tokenizer, tokens_per_image):
@@ -252,7 +252,7 @@ def spans(sample: EncodedSample, tokenizer: Tokenizer, tokens_per_image: int) ->
     found = []
     for (kind, is_supervised), group in groupby(kinds, key=lambda item: item[:2]):
         ids = [token for _, _, token in group]
-        if kind == VISION:
+        if kind == TokenType.VISION:
             found.append(("<image>" * (len(ids) // tokens_per_image), False))
         else:
             found.append((_decode_visibly(ids, tokenizer), is_supervised))

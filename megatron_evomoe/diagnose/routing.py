@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from megatron_evomoe.config.token_types import TokenType
 from megatron_evomoe.diagnose.similarity import (  # noqa: F401  (one door to the measures)
     cosine_from_gram,
     expert_gram,
@@ -21,7 +22,6 @@ from megatron_evomoe.diagnose.similarity import (  # noqa: F401  (one door to th
     output_similarity,
 )
 
-TEXT, VISION, PADDING = 0, 1, 2
 MODALITIES = ("text", "vision")
 
 
@@ -52,7 +52,7 @@ class ShareCounter:
                 f"{experts} "
                 f"experts need ({token_types.numel()}, {experts})"
             )
-        is_modality = torch.stack([token_types == TEXT, token_types == VISION])  # [M, T]
+        is_modality = torch.stack([token_types == TokenType.TEXT, token_types == TokenType.VISION])  # [M, T]
         # float64: a matrix product that exists on every device and counts exactly
         counted = is_modality.double() @ routing_map.to(is_modality.device).double()
         self.counts[layer] += counted.to(self.counts)
@@ -157,7 +157,7 @@ class LogitSample:
         it on few steps).
         """
         token_types, logits = token_types.reshape(-1).cpu(), logits.detach().double().cpu()
-        for m, kind in enumerate((TEXT, VISION)):
+        for m, kind in enumerate((TokenType.TEXT, TokenType.VISION)):
             chosen = logits[token_types == kind]
             # float64: the largest of 10⁸ float32 keys would tie, and ties favour early tokens
             keys = torch.rand(len(chosen), 1, generator=self._generators[layer][m], dtype=torch.float64)

@@ -21,7 +21,8 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_evomoe.diagnose.routing import TEXT, VISION, LogitSample, modality_divergence, normalise
+from megatron_evomoe.config.token_types import TokenType
+from megatron_evomoe.diagnose.routing import LogitSample, modality_divergence, normalise
 from megatron_evomoe.observe import jsonl
 
 FILE = "diagnostics.jsonl"
@@ -70,7 +71,15 @@ def write_logits(
             for i in range(len(layers))
         ]
 
-    write(run_dir, stage, step, "logits", layers=list(layers), text=rounded(TEXT), vision=rounded(VISION))
+    write(
+        run_dir,
+        stage,
+        step,
+        "logits",
+        layers=list(layers),
+        text=rounded(TokenType.TEXT),
+        vision=rounded(TokenType.VISION),
+    )
 
 
 def write_similarity(

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from megatron_evomoe.checkpoint.record import CheckpointError
 from megatron_evomoe.config import ConfigError, RunConfig
+from megatron_evomoe.config.kinds import StageKind
 
 PARTS = ("vision_model", "vision_projection", "language_model")
 """Top-level parts of a checkpoint."""
@@ -160,13 +161,13 @@ class NameMap:
         self, config: RunConfig, kind: str, parts: Sequence[str] = PARTS, *, all_experts: bool = False
     ) -> None:
         self.kind, self.parts = kind, tuple(parts)
-        evolved = kind == "evolve" and all_experts
-        self._aside = _EVOLVING_STATE if evolved else EVOLVING if kind == "evolve" else None
+        evolved = kind == StageKind.EVOLVE and all_experts
+        self._aside = _EVOLVING_STATE if evolved else EVOLVING if kind == StageKind.EVOLVE else None
         makers: dict[str, Callable[[], Iterator[Entry]]] = {
             "vision_model": lambda: _vision(config),
             "vision_projection": lambda: _projector(config),
             "language_model": lambda: _language(
-                config, mixtures=kind == "route" or evolved, routed=kind == "route"
+                config, mixtures=kind == StageKind.ROUTE or evolved, routed=kind == StageKind.ROUTE
             ),
         }
         self.num_experts = config.moe.num_experts

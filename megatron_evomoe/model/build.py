@@ -6,12 +6,13 @@ import torch
 from megatron.core import parallel_state as ps
 
 from megatron_evomoe.config import RunConfig
+from megatron_evomoe.config.kinds import StageKind
 from megatron_evomoe.config.recipe import PARTS, part_of, trained_parts
 from megatron_evomoe.model.llava import LlavaModel
 from megatron_evomoe.parallel import backend
 
 
-def build_modules(config: RunConfig, kind: str) -> list[LlavaModel]:
+def build_modules(config: RunConfig, kind: StageKind) -> list[LlavaModel]:
     """The model chunks of this pipeline rank, on their device, with fresh weights."""
     chunks = ps.get_virtual_pipeline_model_parallel_world_size()
     modules = []
@@ -29,7 +30,9 @@ def build_modules(config: RunConfig, kind: str) -> list[LlavaModel]:
     return [m.to(backend.device(), dtype=torch.bfloat16 if config.train.bf16 else None) for m in modules]
 
 
-def freeze(model: torch.nn.Module, config: RunConfig, stage_kind: str, first_layer: int) -> dict[str, int]:
+def freeze(
+    model: torch.nn.Module, config: RunConfig, stage_kind: StageKind, first_layer: int
+) -> dict[str, int]:
     """Let only the stage's parts require gradients; returns this rank's parameter count per part."""
     parts = trained_parts(config, stage_kind)
     pattern = config.moe.layer_pattern(config.language.num_layers)

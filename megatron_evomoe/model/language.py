@@ -29,6 +29,7 @@ from megatron.core.transformer.transformer_layer import (
 from megatron.core.utils import make_viewless_tensor
 
 from megatron_evomoe.config import ConfigError, RunConfig
+from megatron_evomoe.config.kinds import StageKind
 from megatron_evomoe.model.mlp import allow_expert_biases, dense_mlp_spec
 from megatron_evomoe.model.norm import TorchNorm
 from megatron_evomoe.model.transformer_config import language_transformer_config, resolve_transformer_impl
@@ -115,7 +116,7 @@ def padded_vocab_size(config: RunConfig) -> int:
 def build_language_model(
     config: RunConfig,
     *,
-    stage_kind: str,
+    stage_kind: StageKind,
     pre_process: bool = True,
     post_process: bool = True,
     vp_stage: int | None = None,
@@ -178,7 +179,10 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 
 def language_block_spec(
-    config: RunConfig, transformer_config: TransformerConfig, stage_kind: str, vp_stage: int | None = None
+    config: RunConfig,
+    transformer_config: TransformerConfig,
+    stage_kind: StageKind,
+    vp_stage: int | None = None,
 ) -> TransformerBlockSubmodules:
     """The specs of the layers that this pipeline rank and chunk build, and of the norm after the last."""
     pattern = config.moe.layer_pattern(config.language.num_layers)
@@ -191,7 +195,7 @@ def language_block_spec(
     )
 
 
-def _layer_spec(config: RunConfig, stage_kind: str, designated: bool) -> ModuleSpec:
+def _layer_spec(config: RunConfig, stage_kind: StageKind, designated: bool) -> ModuleSpec:
     """One layer. `designated`: a layer that is, or will become, a mixture.
 
     Transformer Engine can fuse a norm into the linear layer behind it and then renames the norm's weights.
@@ -228,7 +232,10 @@ def _layer_spec(config: RunConfig, stage_kind: str, designated: bool) -> ModuleS
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=IdentityOp if fuse_ffn_norm or lm.parallel_residual else norm,
             mlp=_ffn_spec(
-                config, stage_kind if designated else "dense", use_te, fused if fuse_ffn_norm else unfused
+                config,
+                stage_kind if designated else StageKind.DENSE,
+                use_te,
+                fused if fuse_ffn_norm else unfused,
             ),
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map=renamed,
@@ -236,15 +243,15 @@ def _layer_spec(config: RunConfig, stage_kind: str, designated: bool) -> ModuleS
     )
 
 
-def _ffn_spec(config: RunConfig, stage_kind: str, use_te: bool, linear_fc1: type) -> Any:
+def _ffn_spec(config: RunConfig, stage_kind: StageKind, use_te: bool, linear_fc1: type) -> Any:
     """The FFN of a layer; anything but `evolve` and `route` is dense."""
-    if stage_kind == "route":
+    if stage_kind == StageKind.ROUTE:
         from megatron_evomoe.moe.layer import moe_layer_spec
 
         spec = moe_layer_spec(config.moe, use_te)
         return allow_expert_biases(spec) if config.language.add_bias_linear and not use_te else spec
     dense = dense_mlp_spec(linear_fc1, _backend(use_te).row_parallel_linear())
-    if stage_kind == "evolve":
+    if stage_kind == StageKind.EVOLVE:
         from megatron_evomoe.moe.evolving_mlp import evolving_mlp_spec
 
         return evolving_mlp_spec(dense, config.moe)

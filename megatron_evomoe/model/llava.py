@@ -11,7 +11,9 @@ from megatron.core.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 
 from megatron_evomoe.config import RunConfig
-from megatron_evomoe.data.conversation import IGNORE_INDEX, VISION
+from megatron_evomoe.config.kinds import StageKind
+from megatron_evomoe.config.token_types import TokenType
+from megatron_evomoe.data.conversation import IGNORE_INDEX
 from megatron_evomoe.data.image import processor_for
 from megatron_evomoe.model.language import build_language_model
 from megatron_evomoe.model.projector import build_projector
@@ -30,7 +32,7 @@ class LlavaModel(MegatronModule):
         self,
         config: RunConfig,
         *,
-        stage_kind: str,
+        stage_kind: StageKind,
         pre_process: bool = True,
         post_process: bool = True,
         vp_stage: int | None = None,
@@ -86,7 +88,7 @@ class LlavaModel(MegatronModule):
         SP).
         """
         words = self.language_model.embedding(input_ids=tokens, position_ids=_positions(tokens))
-        is_vision = token_types == VISION
+        is_vision = token_types == TokenType.VISION
         features = self.encode_images(pixel_values).to(words.dtype)
         # With no image at all `features` is [0, t, C]: the scatter moves nothing, and its backward still
         # hands every projector parameter a zero gradient, so ranks with and without images stay in step.
@@ -114,7 +116,7 @@ class LlavaModel(MegatronModule):
 
         Args:
             tokens: int64 [b, s]; ids at vision positions are ignored.
-            token_types: int64 [b, s] of `data.conversation`'s TEXT, VISION, PADDING.
+            token_types: int64 [b, s] of `TokenType`.
             pixel_values: uint8 [n, 3, S, S] or cached features [n, t, C], in the order their positions occur
                 row by row; first stage only.
             labels: int64 [b, s], already shifted; IGNORE_INDEX where nothing is supervised.

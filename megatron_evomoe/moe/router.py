@@ -26,13 +26,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_evomoe.config import MoEConfig
+from megatron_evomoe.config.token_types import TokenType
 from megatron_evomoe.moe.capacity import within_capacity
 from megatron_evomoe.moe.dtr import kernel as dtr_kernel
 from megatron_evomoe.moe.dtr import maths
 from megatron_evomoe.parallel import backend
-
-TEXT, VISION, PADDING = 0, 1, 2
-"""Token types, as they travel in megatron-core's `padding_mask` argument."""
 
 Observer = Callable[[int, Tensor, Tensor, Tensor, Tensor], None]
 """(layer_number, token_types [T], logits [T, N], probs [T, N], routing_map [T, N]), all detached."""
@@ -50,7 +48,7 @@ def to_planes(token_types: Tensor) -> Tensor:
     """
     if token_types.dtype == torch.bool:
         return torch.stack([torch.zeros_like(token_types), token_types], dim=-1)
-    return torch.stack([token_types == VISION, token_types == PADDING], dim=-1)
+    return torch.stack([token_types == TokenType.VISION, token_types == TokenType.PADDING], dim=-1)
 
 
 def straight_through(probs_TN: Tensor) -> Tensor:
@@ -173,7 +171,7 @@ class TypedRouter(TopKRouter):
         """Let the hooks change (evaluation only) and see the decision."""
         if self.observer is None and self.intervene is None:
             return probs, routing_map
-        types_T = (is_vision * VISION + is_padding * PADDING).flatten()
+        types_T = (is_vision * TokenType.VISION + is_padding * TokenType.PADDING).flatten()
         if self.intervene is not None:
             if self.training:  # recompute would ask twice and could be told two different things
                 raise ValueError(

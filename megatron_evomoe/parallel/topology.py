@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 
 from megatron_evomoe.config import ConfigError, RunConfig
+from megatron_evomoe.config.kinds import StageKind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +77,8 @@ def validate(config: RunConfig, world_size: int) -> None:
     ):
         if width % degree:
             raise ConfigError(f"{what} {width} cannot be split over {degree} tensor-parallel ranks")
-    if tp > 1 and p.sequence_parallel is False and any(stage.kind == "route" for stage in config.stages):
+    routed = any(stage.kind == StageKind.ROUTE for stage in config.stages)
+    if tp > 1 and p.sequence_parallel is False and routed:
         raise ConfigError(
             f"mixtures under TP {tp} need sequence_parallel (a rule of megatron-core's MoELayer); leave it "
             "out, or "

@@ -17,6 +17,7 @@ import math
 from dataclasses import dataclass
 
 from megatron_evomoe.config import RunConfig
+from megatron_evomoe.config.kinds import StageKind
 from megatron_evomoe.config.recipe import trained_parts
 from megatron_evomoe.data.feature_cache import image_form
 from megatron_evomoe.model.language import padded_vocab_size
@@ -63,7 +64,7 @@ def sizes_of(config: RunConfig, seq_length: int | None = None, *, on_gpu: bool =
 
 
 def activation_bytes(
-    config: RunConfig, kind: str, pp_rank: int, microbatches: int, *, on_gpu: bool = True
+    config: RunConfig, kind: StageKind, pp_rank: int, microbatches: int, *, on_gpu: bool = True
 ) -> int:
     """The most one rank of pipeline stage `pp_rank` keeps at a time, the step's images included.
 
@@ -104,7 +105,7 @@ def _layers(config: RunConfig, z: Sizes, flows: list[LayerFlow]) -> int:
     return blocks * z.R * z.C * z.e
 
 
-def recomputed_block(config: RunConfig, z: Sizes, kind: str, pp_rank: int) -> int:
+def recomputed_block(config: RunConfig, z: Sizes, kind: StageKind, pp_rank: int) -> int:
     """Under full recompute one block at a time is whole again during its backward."""
     if config.train.recompute_granularity != "full":
         return 0
@@ -254,7 +255,7 @@ def images(config: RunConfig, microbatches: int) -> int:
     return microbatches * config.train.micro_batch_size * math.prod(shape) * dtype.itemsize
 
 
-def projector(config: RunConfig, z: Sizes, kind: str) -> int:
+def projector(config: RunConfig, z: Sizes, kind: StageKind) -> int:
     """Tower and projector; a frozen tower runs without autograd, and not at all where its features are
     cached.
     """
@@ -287,7 +288,7 @@ def projector(config: RunConfig, z: Sizes, kind: str) -> int:
     return kept * z.e
 
 
-def head(config: RunConfig, z: Sizes, kind: str) -> int:
+def head(config: RunConfig, z: Sizes, kind: StageKind) -> int:
     """Last norm, logits and loss: fp32 logits that become their softmax, and under bf16 the gradient's bf16
     copy beside them.
     """

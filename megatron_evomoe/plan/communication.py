@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from megatron_evomoe.config import RunConfig
+from megatron_evomoe.config.kinds import StageKind
 from megatron_evomoe.config.recipe import trained_parts
 from megatron_evomoe.plan import layout
 from megatron_evomoe.plan.activations import Sizes, sizes_of
@@ -43,7 +44,7 @@ class Volume:
 
 def volume_of(
     config: RunConfig,
-    kind: str,
+    kind: StageKind,
     states: States,
     *,
     world_size: int,
@@ -100,7 +101,7 @@ def _expert_parallel(config: RunConfig, z: Sizes, flow: LayerFlow) -> int:
     return passes * (over_ep + over_etp)
 
 
-def _ends(config: RunConfig, z: Sizes, kind: str, pp_rank: int, chunk: int) -> int:
+def _ends(config: RunConfig, z: Sizes, kind: StageKind, pp_rank: int, chunk: int) -> int:
     """TP traffic of embedding, tower, projector and output layer, per microbatch."""
     total = 0
     if z.t == 1:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_evomoe.config import RunConfig
+from megatron_evomoe.config.kinds import StageKind
 from megatron_evomoe.plan import layout
 from megatron_evomoe.plan.communication import Volume
 from megatron_evomoe.plan.counts import chunks
@@ -71,7 +72,7 @@ def bubble_ratio(pp: int, chunks_per_rank: int, microbatches: int) -> float:
 
 def step_time(
     config: RunConfig,
-    kind: str,
+    kind: StageKind,
     volume: Volume,
     machine: Machine,
     pp_rank: int,
@@ -91,7 +92,7 @@ def step_time(
     reduce, gather = volume.gradients / replicas, volume.parameters / replicas
     if p.overlap_grad_reduce:
         reduce = max(0.0, reduce - m * backward / (machine.tflops * 1e12))
-    if p.overlap_param_gather and kind != "evolve":  # evolution waits for the weights
+    if p.overlap_param_gather and kind != StageKind.EVOLVE:  # evolution waits for the weights
         gather = max(0.0, gather - m * forward / (machine.tflops * 1e12))
     return StepTime(compute=compute, tp=tp, ep=ep, pp=pp, dp=reduce + gather, bubble=bubble)
 

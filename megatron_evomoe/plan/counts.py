@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from megatron_evomoe.config import RunConfig
+from megatron_evomoe.config.kinds import StageKind
 from megatron_evomoe.config.recipe import part_of, trained_parts
 from megatron_evomoe.model.language import padded_vocab_size
 from megatron_evomoe.parallel import topology
@@ -62,7 +63,7 @@ def is_last(config: RunConfig, pp_rank: int, chunk: int) -> bool:
     return pp_rank == config.parallel.pipeline_model_parallel_size - 1 and chunk == chunks(config) - 1
 
 
-def chunk_tensors(config: RunConfig, kind: str, pp_rank: int, chunk: int = 0) -> list[Tensor]:
+def chunk_tensors(config: RunConfig, kind: StageKind, pp_rank: int, chunk: int = 0) -> list[Tensor]:
     """The parameters of one chunk, in the model's order; `config` has the layout and the stage's overrides
     applied.
     """
@@ -98,7 +99,7 @@ def experts_reduced_apart(config: RunConfig) -> bool:
     return p.expert_model_parallel_size > 1 or p.expert_tensor_parallel_size != p.tensor_model_parallel_size
 
 
-def _named(config: RunConfig, kind: str, pp_rank: int, chunk: int) -> Iterator[tuple[int, str, int]]:
+def _named(config: RunConfig, kind: StageKind, pp_rank: int, chunk: int) -> Iterator[tuple[int, str, int]]:
     """(layer or −1, name, size)."""
     lm = config.language
     C, rows = lm.hidden_size, _vocabulary_rows(config)
@@ -123,7 +124,7 @@ def _vocabulary_rows(config: RunConfig) -> int:
     return padded_vocab_size(config) // config.parallel.tensor_model_parallel_size
 
 
-def decoder_layer(config: RunConfig, kind: str, designated: bool) -> Named:
+def decoder_layer(config: RunConfig, kind: StageKind, designated: bool) -> Named:
     """One layer; `designated` ones are a mixture in `route` and hold one dense FFN before."""
     lm, tp = config.language, config.parallel.tensor_model_parallel_size
     C, norm = lm.hidden_size, lm.normalization
@@ -141,7 +142,7 @@ def decoder_layer(config: RunConfig, kind: str, designated: bool) -> Named:
         yield from _norm(f"{attention}k_layernorm", head, norm)
     if not lm.parallel_residual:
         yield from _norm("pre_mlp_layernorm", C, norm)
-    if designated and kind == "route":
+    if designated and kind == StageKind.ROUTE:
         yield from ((f"mlp.router.{n}", s) for n, s in router(config))
         for i in range(config.moe.num_experts // config.parallel.expert_model_parallel_size):
             expert = ffn(config, config.parallel.expert_tensor_parallel_size)

@@ -8,6 +8,7 @@ its scores. What recompute repeats is part of the backward pass.
 from __future__ import annotations
 
 from megatron_evomoe.config import RunConfig
+from megatron_evomoe.config.kinds import StageKind
 from megatron_evomoe.config.recipe import trained_parts
 from megatron_evomoe.model.language import padded_vocab_size
 from megatron_evomoe.plan.activations import sizes_of
@@ -21,7 +22,9 @@ from megatron_evomoe.plan.counts import (
 from megatron_evomoe.plan.flow import LayerFlow, chunk_flow, recomputed_modules
 
 
-def flops(config: RunConfig, kind: str, pp_rank: int, seq_length: int | None = None) -> tuple[float, float]:
+def flops(
+    config: RunConfig, kind: StageKind, pp_rank: int, seq_length: int | None = None
+) -> tuple[float, float]:
     """(forward, backward with recompute) of one microbatch on one rank of the pipeline stage."""
     forward = backward = 0.0
     for chunk in range(chunks(config)):
@@ -34,7 +37,7 @@ def flops(config: RunConfig, kind: str, pp_rank: int, seq_length: int | None = N
 
 
 def _layer_flops(
-    config: RunConfig, kind: str, flow: LayerFlow, seq_length: int | None
+    config: RunConfig, kind: StageKind, flow: LayerFlow, seq_length: int | None
 ) -> tuple[float, float]:
     z = sizes_of(config, seq_length)
     weights = dict.fromkeys(("attention", "ffn", "router"), 0)
@@ -75,7 +78,7 @@ def _recomputed_flops(
 
 
 def _ends_flops(
-    config: RunConfig, kind: str, pp_rank: int, chunk: int, seq_length: int | None
+    config: RunConfig, kind: StageKind, pp_rank: int, chunk: int, seq_length: int | None
 ) -> tuple[float, float]:
     z, parts = sizes_of(config, seq_length), trained_parts(config, kind)
     forward = backward = 0.0

@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_evomoe.config import RunConfig
+from megatron_evomoe.config.kinds import StageKind
 from megatron_evomoe.config.recipe import trained_parts
 from megatron_evomoe.plan.counts import chunk_layers, is_first
 
@@ -42,7 +43,7 @@ class LayerFlow:
         return self.ffn_input_grad or self.trains_ffn or self.trains_router
 
 
-def chunk_flow(config: RunConfig, kind: str, pp_rank: int, chunk: int) -> list[LayerFlow]:
+def chunk_flow(config: RunConfig, kind: StageKind, pp_rank: int, chunk: int) -> list[LayerFlow]:
     """The chunk's layers, in order; `config` has layout and overrides applied."""
     parts = trained_parts(config, kind)
     language = "language" in parts
@@ -56,11 +57,11 @@ def chunk_flow(config: RunConfig, kind: str, pp_rank: int, chunk: int) -> list[L
     flows = []
     for layer in chunk_layers(config, pp_rank, chunk):
         designated = config.moe.is_moe_layer(layer)
-        mixture = designated and kind == "route"
+        mixture = designated and kind == StageKind.ROUTE
         if mixture:
             ffn = language or "experts" in parts
         else:
-            ffn = "first_expert" in parts if designated and kind == "evolve" else language
+            ffn = "first_expert" in parts if designated and kind == StageKind.EVOLVE else language
         router = mixture and (language or "router" in parts)
         flows.append(LayerFlow(mixture, grad, language, ffn, router, in_fp8(config, layer)))
         grad = flows[-1].output_grad

@@ -11,6 +11,7 @@ orders. Padding of rows and scales is not counted.
 from __future__ import annotations
 
 from megatron_evomoe.config import RunConfig
+from megatron_evomoe.config.kinds import StageKind
 from megatron_evomoe.plan.counts import chunk_layers, chunks, decoder_layer
 from megatron_evomoe.plan.flow import LayerFlow, chunk_flow, recomputed_modules
 
@@ -34,7 +35,7 @@ def projection_keeps_copy(config: RunConfig) -> bool:
     return config.gpu.fp8_recipe == "delayed"
 
 
-def weight_bytes(config: RunConfig, kind: str, pp_rank: int) -> int:
+def weight_bytes(config: RunConfig, kind: StageKind, pp_rank: int) -> int:
     """FP8 copies of the decoder's weights on one rank; `config` has layout and overrides applied."""
     if config.gpu.fp8_format is None:
         return 0
@@ -46,7 +47,7 @@ def weight_bytes(config: RunConfig, kind: str, pp_rank: int) -> int:
     return total
 
 
-def _layer_bytes(config: RunConfig, kind: str, layer: int, flow: LayerFlow) -> int:
+def _layer_bytes(config: RunConfig, kind: StageKind, layer: int, flow: LayerFlow) -> int:
     transposed = _transposed(config, layer, flow)
     total = 0
     for name, numel in decoder_layer(config, kind, config.moe.is_moe_layer(layer)):

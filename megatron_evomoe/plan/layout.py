@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 
 from megatron_evomoe.config import ConfigError, GpuConfig, RunConfig
+from megatron_evomoe.config.kinds import StageKind
 from megatron_evomoe.parallel import topology
 
 RECOMPUTE = ("none", "selective", "full")
@@ -109,7 +110,7 @@ def _chunk_lengths(layers: int, pp: int) -> list[int | None]:
     return [None, *(d for d in _divisors(per_rank) if 2 <= per_rank // d <= MOST_CHUNKS)]
 
 
-def check(config: RunConfig, kind: str, world_size: int) -> None:
+def check(config: RunConfig, kind: StageKind, world_size: int) -> None:
     """Refuse what could not be built or started on `world_size` ranks. `config` has the layout applied.
 
     Raises:
@@ -121,7 +122,7 @@ def check(config: RunConfig, kind: str, world_size: int) -> None:
     config.check(kind)  # again, because FP8's rules depend on the tensor-parallel size
     precision.check_sequence(config)
     p = config.parallel
-    if kind == "evolve":
+    if kind == StageKind.EVOLVE:
         from megatron_evomoe.moe.evolution_rules import check_rule, validate_ranges
 
         validate_ranges(config.moe.num_experts, config.moe.evolution_ranges)

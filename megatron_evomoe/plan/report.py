@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from megatron_evomoe.config.kinds import StageKind
 from megatron_evomoe.plan.cost import Machine, StepTime
 from megatron_evomoe.plan.layout import Layout, of_config
 from megatron_evomoe.plan.search import Estimate, StagePlan, whole_run
@@ -66,7 +67,7 @@ def distinct(plan: StagePlan) -> list[Estimate]:
     """
     seen: dict[tuple, Estimate] = {}
     for e in plan.fits:
-        seen.setdefault((e.layout if plan.kind == "route" else e.layout.without_experts()).degrees, e)
+        seen.setdefault((e.layout if plan.kind == StageKind.ROUTE else e.layout.without_experts()).degrees, e)
     return list(seen.values())
 
 
@@ -90,17 +91,17 @@ def _as_configured(plan: StagePlan, shown: list[Estimate]) -> Iterator[str]:
             yield f"  as configured: {label(own, plan.kind)} cannot run"
 
 
-def label(layout: Layout, kind: str = "route") -> str:
+def label(layout: Layout, kind: StageKind = StageKind.ROUTE) -> str:
     """A layout in a few words; EP and expert-TP only where there are experts."""
     words = [f"TP {layout.tp}", f"PP {layout.pp}"]
-    if kind == "route":
+    if kind == StageKind.ROUTE:
         words += [f"EP {layout.ep}", f"expert-TP {layout.etp}"]
     if layout.layers_per_chunk:
         words.append(f"chunks of {layout.layers_per_chunk} layers")
     return ", ".join([*words, f"recompute {layout.recompute}"])
 
 
-def _row(number: int, e: Estimate, kind: str, why: str) -> Iterator[str]:
+def _row(number: int, e: Estimate, kind: StageKind, why: str) -> Iterator[str]:
     """A layout in three lines: what it is and how fast, memory, traffic."""
     s, v = e.states, e.volume
     yield (

@@ -8,7 +8,8 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from megatron_evomoe.config import STAGE_KINDS, ConfigError, RunConfig, StageConfig
+from megatron_evomoe.config import ConfigError, RunConfig, StageConfig
+from megatron_evomoe.config.kinds import StageKind
 from megatron_evomoe.config.recipe import check_feature_cache
 from megatron_evomoe.plan import fp8
 from megatron_evomoe.plan import layout as layouts
@@ -69,7 +70,7 @@ class StagePlan:
     """All that is known of one stage."""
 
     name: str
-    kind: str
+    kind: StageKind
     config: RunConfig
     """With the stage's overrides."""
     fits: list[Estimate]
@@ -82,7 +83,7 @@ def stages_of(config: RunConfig, names: Sequence[str] | None = None) -> list[Sta
     """The run's stages (all five kinds where it lists none), or those named. Raises `ConfigError` for an
     unknown name.
     """
-    stages = config.stages or [StageConfig(name=kind, kind=kind) for kind in STAGE_KINDS]
+    stages = config.stages or [StageConfig(name=kind.value, kind=kind) for kind in StageKind]
     known = {s.name: s for s in stages}
     for name in names or ():
         if name not in known:
@@ -136,7 +137,7 @@ def plan_stage(
 class _Search:
     """One stage's estimates, with what several layouts share computed once."""
 
-    def __init__(self, config: RunConfig, kind: str, machine: Machine, seq_length: int | None) -> None:
+    def __init__(self, config: RunConfig, kind: StageKind, machine: Machine, seq_length: int | None) -> None:
         self.config, self.kind, self.machine, self.seq_length = config, kind, machine, seq_length
         self._checked: dict[tuple, str | None] = {}
         self._states: dict[tuple, list[States]] = {}
@@ -158,7 +159,7 @@ class _Search:
 
     def estimate(self, layout: Layout) -> Estimate:
         """Of a layout that passed `check`. Stages without experts do not care how experts would be split."""
-        counted = layout if self.kind == "route" else layout.without_experts()
+        counted = layout if self.kind == StageKind.ROUTE else layout.without_experts()
         if counted not in self._estimates:
             self._estimates[counted] = estimate(
                 self.config, self.kind, counted, self.machine, self.seq_length, self._states_of(counted)
@@ -173,7 +174,7 @@ class _Search:
         return self._states[layout.degrees]
 
 
-def all_states(config: RunConfig, kind: str, machine: Machine) -> list[States]:
+def all_states(config: RunConfig, kind: StageKind, machine: Machine) -> list[States]:
     """Per pipeline rank; `config` has layout and overrides applied."""
     ranks = range(config.parallel.pipeline_model_parallel_size)
     return [states_of(config, kind, world_size=machine.world_size, pp_rank=rank) for rank in ranks]
@@ -181,7 +182,7 @@ def all_states(config: RunConfig, kind: str, machine: Machine) -> list[States]:
 
 def estimate(
     config: RunConfig,
-    kind: str,
+    kind: StageKind,
     layout: Layout,
     machine: Machine,
     seq_length: int | None = None,

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_evomoe.config import RunConfig
+from megatron_evomoe.config.kinds import StageKind
 from megatron_evomoe.plan.buffers import Buffer, lay_out
 from megatron_evomoe.plan.counts import Tensor, chunk_tensors, chunks
 from megatron_evomoe.plan.layout import data_parallel, expert_data_parallel
@@ -55,7 +56,7 @@ def element_bytes(config: RunConfig) -> int:
 
 def states_of(
     config: RunConfig,
-    kind: str,
+    kind: StageKind,
     *,
     world_size: int,
     pp_rank: int,
@@ -114,10 +115,10 @@ def _buffer(
 
 
 def _evolution_bytes(
-    config: RunConfig, kind: str, tensors: Sequence[Tensor], replicas: int, dp_rank: int | None
+    config: RunConfig, kind: StageKind, tensors: Sequence[Tensor], replicas: int, dp_rank: int | None
 ) -> int:
     """Experts 2…N are dealt round robin over the replicas (× CP), so the first replica keeps the most."""
-    if kind != "evolve":
+    if kind != StageKind.EVOLVE:
         return 0
     from megatron_evomoe.moe.evolution_rules import rule_named
 

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_evomoe.config import SECTIONS, ConfigError, RunConfig
+from megatron_evomoe.config.kinds import MIXTURE_KINDS, StageKind
 from megatron_evomoe.config.read import coerce
 from megatron_evomoe.config.recipe import TRAINS
 from megatron_evomoe.config.resume import OnResume, on_resume
 from megatron_evomoe.config.run import FLAT, flat_name
 
-DENSE = ("align", "warmup", "dense")
+DENSE = (StageKind.ALIGN, StageKind.WARMUP, StageKind.DENSE)
 _BEGINNING_ONLY = {
     ("language", "init_method_std"),
     ("vision", "init_method_std"),
@@ -103,7 +104,7 @@ def _coerced(section: str, field: str, value: Any) -> Any:
         return value
 
 
-def changes(before: RunConfig, now: RunConfig, kind: str) -> list[Change]:
+def changes(before: RunConfig, now: RunConfig, kind: StageKind) -> list[Change]:
     """Every field that differs in what it means, of whatever class, in the order of the configuration.
 
     Args:
@@ -119,7 +120,7 @@ def changes(before: RunConfig, now: RunConfig, kind: str) -> list[Change]:
     return found
 
 
-def _change(section: str, field: str, before: RunConfig, now: RunConfig, kind: str) -> Change | None:
+def _change(section: str, field: str, before: RunConfig, now: RunConfig, kind: StageKind) -> Change | None:
     old, new = (plain(getattr(getattr(config, section), field)) for config in (before, now))
     if old == new or _meaning(section, field, before, kind) == _meaning(section, field, now, kind):
         return None
@@ -132,7 +133,7 @@ def _change(section: str, field: str, before: RunConfig, now: RunConfig, kind: s
 
 
 def model_changes(
-    before: RunConfig, now: RunConfig, source_kind: str, kind: str, parts: list[str]
+    before: RunConfig, now: RunConfig, source_kind: str, kind: StageKind, parts: list[str]
 ) -> list[Change]:
     """The must-equal fields by which a checkpoint's weights would mean another model in a stage that begins
     from them.
@@ -147,7 +148,7 @@ def model_changes(
     sections = {
         "language": "language_model" in parts,
         "vision": "vision_model" in parts,
-        "moe": source_kind in ("evolve", "route"),
+        "moe": source_kind in MIXTURE_KINDS,
     }
     found = [
         c
@@ -163,10 +164,10 @@ def model_changes(
             if (c.section, c.field)
             not in {("vision", "feature_layer"), ("vision", "feature_select"), ("vision", "num_layers")}
         ]
-    if source_kind == "evolve":  # it has no router
+    if source_kind == StageKind.EVOLVE:  # it has no router
         found = [c for c in found if c.section != "moe" or c.field in ("num_experts", "moe_layer_freq")]
     if (
-        source_kind == "route" and before.moe.router != now.moe.router
+        source_kind == StageKind.ROUTE and before.moe.router != now.moe.router
     ):  # another router starts fresh, and is named
         found = [c for c in found if c.field != "router" and not c.field.startswith("dtr_")]
     return found
@@ -179,7 +180,7 @@ def plain(value: Any) -> Any:
     return {k: plain(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
-def _is_used(section: str, field: str, config: RunConfig, kind: str) -> bool:
+def _is_used(section: str, field: str, config: RunConfig, kind: StageKind) -> bool:
     """Whether a stage of `kind` computes or draws anything with a field."""
     if (
         section != "moe" or field == "moe_layer_freq"
@@ -188,7 +189,7 @@ def _is_used(section: str, field: str, config: RunConfig, kind: str) -> bool:
     if kind in DENSE:
         return False
     evolves = field.startswith("evolution_")
-    if kind == "evolve":
+    if kind == StageKind.EVOLVE:
         return evolves or field == "num_experts"
     if field.startswith("dtr_"):
         return config.moe.router == "dtr"
@@ -228,7 +229,7 @@ _MEANINGS: dict[tuple[str, str], _Meaning] = {
 }
 
 
-def _meaning(section: str, field: str, config: RunConfig, kind: str) -> Any:
+def _meaning(section: str, field: str, config: RunConfig, kind: StageKind) -> Any:
     raw = plain(getattr(getattr(config, section), field))
     try:
         return plain(_MEANINGS.get((section, field), lambda *_: raw)(config, kind))

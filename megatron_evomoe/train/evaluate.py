@@ -17,7 +17,8 @@ from megatron.core import parallel_state as ps
 from megatron.core import tensor_parallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megatron_evomoe.data.conversation import PADDING, TEXT, VISION, EncodedSample
+from megatron_evomoe.config.token_types import TokenType
+from megatron_evomoe.data.conversation import EncodedSample
 from megatron_evomoe.model.precision import without_fp8
 from megatron_evomoe.parallel import backend
 
@@ -149,14 +150,14 @@ def greedy(
             else:
                 answers[row].append(token)
                 sequences[row][0].append(token)
-                sequences[row][1].append(TEXT)
+                sequences[row][1].append(TokenType.TEXT)
         if not _any_open(bool(open_rows)):
             break
     return answers
 
 
 def _images_per_prompt(prompts: Sequence[EncodedSample], total: int, tokens_per_image: int) -> list[int]:
-    counts = [p.token_types.count(VISION) // tokens_per_image for p in prompts]
+    counts = [p.token_types.count(TokenType.VISION) // tokens_per_image for p in prompts]
     assert sum(counts) == total, f"prompts have places for {sum(counts)} images, {total} are given"
     return counts
 
@@ -169,7 +170,7 @@ def _pad(
     longest = max(len(tokens) for tokens, _ in sequences)
     longest += -longest % multiple
     tokens = torch.tensor([t + [pad_id] * (longest - len(t)) for t, _ in sequences], device=where)
-    types = torch.tensor([t + [PADDING] * (longest - len(t)) for _, t in sequences], device=where)
+    types = torch.tensor([t + [TokenType.PADDING] * (longest - len(t)) for _, t in sequences], device=where)
     return tokens, types, torch.tensor([len(t) - 1 for t, _ in sequences], device=where)
 
 

@@ -16,6 +16,7 @@ from megatron_evomoe.checkpoint import find, run_id, store
 from megatron_evomoe.checkpoint import record as records
 from megatron_evomoe.checkpoint.record import CheckpointError, Record
 from megatron_evomoe.config import RunConfig, StageConfig
+from megatron_evomoe.config.kinds import MIXTURE_KINDS, StageKind
 from megatron_evomoe.data.shards import ShardDataset
 from megatron_evomoe.diagnose import collect
 from megatron_evomoe.observe import profile
@@ -222,7 +223,7 @@ def _begin(session: Session, built: Built, stage: StageConfig, config: RunConfig
         session.logger.say(f"stage {stage.name}: other than in {source_path}: {line}")
     return Record(
         stage=stage.name,
-        kind=stage.kind,
+        kind=stage.kind.value,
         step=0,
         position=0,
         finished=False,
@@ -232,7 +233,7 @@ def _begin(session: Session, built: Built, stage: StageConfig, config: RunConfig
         run_id=session.run_id,
         wandb_run_id=session.logger.wandb_run_id,
         lineage=lineage,
-        num_experts=config.moe.num_experts if stage.kind in ("evolve", "route") else 0,
+        num_experts=config.moe.num_experts if stage.kind in MIXTURE_KINDS else 0,
     )
 
 
@@ -404,7 +405,7 @@ def _measure(
     with collect.watching(mixtures, config) as watch:
         scores = {"accuracy": ask()}
     scores["blind"] = ask(blind=True)
-    if stage.kind == "route":
+    if stage.kind == StageKind.ROUTE:
         collect.save(
             session.run_dir, stage.name, step, watch, mixtures, config, is_main=session.topology.rank == 0
         )

@@ -7,6 +7,7 @@ import importlib.util
 import torch.distributed as dist
 
 from megatron_evomoe.config import ConfigError, RunConfig
+from megatron_evomoe.config.kinds import StageKind
 from megatron_evomoe.config.recipe import check_feature_cache, trained_parts
 from megatron_evomoe.model import precision, transformer_config
 from megatron_evomoe.moe import evolution_rules
@@ -24,7 +25,7 @@ def check(config: RunConfig) -> None:
         check_feature_cache(of_stage, stage)
 
 
-def check_stage(config: RunConfig, kind: str, world_size: int) -> None:
+def check_stage(config: RunConfig, kind: StageKind, world_size: int) -> None:
     """Check one stage, its configuration already resolved. Raises `ConfigError`."""
     topology.validate(config, world_size)
     precision.check_sequence(config)
@@ -36,11 +37,11 @@ def check_stage(config: RunConfig, kind: str, world_size: int) -> None:
     ):
         build(config)
     parallel, train = config.parallel, config.train
-    if kind == "evolve":
+    if kind == StageKind.EVOLVE:
         evolution_rules.validate_ranges(config.moe.num_experts, config.moe.evolution_ranges)
         replicas = world_size // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
         evolution_rules.check_rule(config.moe.evolution_rule, parallel.use_distributed_optimizer, replicas)
-    if kind == "route" and config.moe.moe_token_dispatcher_type == "flex":
+    if kind == StageKind.ROUTE and config.moe.moe_token_dispatcher_type == "flex":
         _check_flex(config)
     if train.profile and (absent := [rank for rank in train.profile_ranks if rank >= world_size]):
         raise ConfigError(

@@ -17,6 +17,7 @@ from megatron.core.transformer.module import param_is_not_shared
 from megatron.core.transformer.moe import moe_utils
 
 from megatron_evomoe.config import RunConfig, StageConfig
+from megatron_evomoe.config.kinds import StageKind
 from megatron_evomoe.data.loader import TrainLoader
 from megatron_evomoe.diagnose.collect import Watch
 from megatron_evomoe.diagnose.routing import share_metrics
@@ -39,7 +40,7 @@ class StageMeter:
         self.session, self.built, self.config, self.stage = session, built, config, stage
         self.sizes = count_parameters(built, config)
         self.started = time.perf_counter()
-        self.watch = Watch(config, with_logits=False) if stage.kind == "route" else None
+        self.watch = Watch(config, with_logits=False) if stage.kind == StageKind.ROUTE else None
         for layer in built.mixtures():
             layer.router.observer = self.watch
         forget_auxiliary_losses()
@@ -168,7 +169,7 @@ class _Capture:
         self.values[name] = float(value)
 
 
-def flop_per_gpu(config: RunConfig, kind: str, seq_length: int) -> float:
+def flop_per_gpu(config: RunConfig, kind: StageKind, seq_length: int) -> float:
     """FLOP of one optimizer step that the model asks for, mean over GPUs: recompute left out, padding and one
     image a row counted (the formulas: plan/flops.py).
     """

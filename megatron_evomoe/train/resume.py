@@ -18,6 +18,7 @@ from megatron_evomoe.checkpoint import files, find
 from megatron_evomoe.checkpoint import record as records
 from megatron_evomoe.checkpoint.record import CheckpointError, Record, TrainingData
 from megatron_evomoe.config import RunConfig, StageConfig, text
+from megatron_evomoe.config.kinds import StageKind
 from megatron_evomoe.config.resume import OnResume
 from megatron_evomoe.data import changed
 from megatron_evomoe.parallel.agree import on_all_ranks
@@ -89,7 +90,7 @@ def _compare(
 ) -> Comparison:
     if record.kind != stage.kind:
         raise CheckpointError(
-            f"{folder} belongs to a {record.kind!r} stage, {stage.name!r} is {stage.kind!r}; "
+            f"{folder} belongs to a {record.kind!r} stage, {stage.name!r} is {stage.kind.value!r}; "
             "choose another --save"
         )
     allowed = config.checkpoint.allow_changed
@@ -132,7 +133,7 @@ def stored(folder: Path, stage: str | None) -> RunConfig | None:
     return stored_config(raw, stage) if isinstance(raw, dict) else None
 
 
-def configured_changes(before: RunConfig | None, config: RunConfig, kind: str) -> list[Change]:
+def configured_changes(before: RunConfig | None, config: RunConfig, kind: StageKind) -> list[Change]:
     """Changed fields that are not free; none where there is nothing to compare with."""
     return (
         [c for c in changes(before, config, kind) if c.kind is not OnResume.FREE]

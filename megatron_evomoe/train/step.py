@@ -13,7 +13,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state as ps
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megatron_evomoe.data.conversation import IGNORE_INDEX, PADDING
+from megatron_evomoe.config.token_types import TokenType
+from megatron_evomoe.data.conversation import IGNORE_INDEX
 from megatron_evomoe.observe.profile import phase
 from megatron_evomoe.parallel import backend
 from megatron_evomoe.parallel.broadcast import Step
@@ -79,7 +80,7 @@ def take_step(built: Built, step: Step, number: int) -> StepResult:
 
 def _count(step: Step) -> list[float]:
     """Supervised and real tokens of the global batch. Communicates over data parallelism."""
-    counts = torch.stack([(step.labels != IGNORE_INDEX).sum(), (step.token_types != PADDING).sum()])
+    counts = torch.stack([(step.labels != IGNORE_INDEX).sum(), (step.token_types != TokenType.PADDING).sum()])
     dist.all_reduce(counts, group=ps.get_data_parallel_group())
     return counts.tolist()
 

@@ -13,6 +13,7 @@ import torch
 from megatron_evomoe.checkpoint import find, store
 from megatron_evomoe.checkpoint.record import CheckpointError, Record
 from megatron_evomoe.config import RunConfig, StageConfig
+from megatron_evomoe.config.kinds import MIXTURE_KINDS, StageKind
 from megatron_evomoe.config.recipe import STARTS_FROM
 from megatron_evomoe.data.tokenizer import same_tokenizer
 from megatron_evomoe.moe import expert_init
@@ -42,13 +43,13 @@ def start_from(
     """
     source = find.record_of(folder)
     _check_source(source, folder, stage, config, fingerprint)
-    dense_to_mixture = stage.kind == "route" and source.kind not in ("evolve", "route")
+    dense_to_mixture = stage.kind == StageKind.ROUTE and source.kind not in MIXTURE_KINDS
     if dense_to_mixture and config.moe.expert_init == "evolve":
         raise CheckpointError(
             f"stage {stage.name!r} wants evolved experts (expert_init: evolve), but {folder} is a "
             f"{source.kind!r} checkpoint; put an evolve stage before it, or choose replicate or noise"
         )
-    fresh_allowed = [_ROUTER, _EVOLUTION] if stage.kind == "evolve" else [_ROUTER]
+    fresh_allowed = [_ROUTER, _EVOLUTION] if stage.kind == StageKind.EVOLVE else [_ROUTER]
     fresh_allowed += [
         rf"^{part}\."
         for part in ("vision_model", "vision_projection", "language_model")
@@ -59,7 +60,7 @@ def start_from(
         state = module.sharded_state_dict(metadata=store.metadata())
         if dense_to_mixture:
             state = expert_init.read_experts_from_dense(state)
-        if stage.kind == "evolve":
+        if stage.kind == StageKind.EVOLVE:
             state = {k: v for k, v in state.items() if not re.search(_EVOLUTION, getattr(v, "key", k))}
         states.append(state)
     states = _under_stored_names(states, folder)
@@ -89,7 +90,7 @@ def _may_be_left(source: Record, stage: StageConfig) -> re.Pattern[str]:
         _ROUTER,
         r"\.mlp\.evolution\.",
     ]  # another router starts fresh; the evolved experts in fp32 are for a resume
-    if source.kind == "evolve":
+    if source.kind == StageKind.EVOLVE:
         keys.append(
             r"\.mlp\.linear_fc[12]\."
         )  # of mixtures: the first expert, which is among the experts too
@@ -131,7 +132,7 @@ def _check_source(
         raise CheckpointError(
             f"{folder} has a vocabulary of {source.vocab_size}, this run one of {config.language.vocab_size}"
         )
-    if stage.kind == "route" and source.num_experts not in (0, config.moe.num_experts):
+    if stage.kind == StageKind.ROUTE and source.num_experts not in (0, config.moe.num_experts):
         raise CheckpointError(
             f"{folder} holds {source.num_experts} experts per layer, this run asks for "
             f"{config.moe.num_experts}"

@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from megatron_evomoe.data.conversation import IGNORE_INDEX, PADDING, TEXT, VISION
+from megatron_evomoe.config.token_types import TokenType
+from megatron_evomoe.data.conversation import IGNORE_INDEX
 from tests.tiny import IMAGE_TOKENS, VOCAB
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -167,13 +168,13 @@ def global_batch(step: int) -> dict[str, Any]:
     """The step's eight rows, whatever the layout: tokens, labels, types [8, s] and each row's pixels."""
     g = torch.Generator().manual_seed(step)
     tokens = torch.randint(4, VOCAB, (ROWS, LENGTH), generator=g)
-    types = torch.full((ROWS, LENGTH), TEXT)
+    types = torch.full((ROWS, LENGTH), TokenType.TEXT)
     labels = torch.full((ROWS, LENGTH), IGNORE_INDEX)
     pixels = []
     for i, images in enumerate(IMAGES):
         end = SHORT.get(i, LENGTH - 2 - i % 3)
-        types[i, 1 : 1 + images * IMAGE_TOKENS] = VISION
-        types[i, end:] = PADDING
+        types[i, 1 : 1 + images * IMAGE_TOKENS] = TokenType.VISION
+        types[i, end:] = TokenType.PADDING
         supervised = 1 + i % 4  # rows differ, so a mean of means would show
         labels[i, end - supervised : end] = torch.randint(4, VOCAB, (supervised,), generator=g)
         pixels.append(torch.randint(0, 256, (images, 3, 16, 16), generator=g, dtype=torch.uint8))

@@ -10,9 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from megatron_evomoe.config.token_types import TokenType
 from megatron_evomoe.data import make_shards
 from megatron_evomoe.data.batch import Row, prepare_eval
-from megatron_evomoe.data.conversation import IGNORE_INDEX, VISION
+from megatron_evomoe.data.conversation import IGNORE_INDEX
 from megatron_evomoe.data.errors import SampleError
 from megatron_evomoe.data.image import ImageProcessor
 from megatron_evomoe.data.record import load_json
@@ -161,7 +162,10 @@ def judge(tally, row: Row, data: bytes, images: int) -> None:
     if row.problem is not None:
         tally.add("counted")
         return
-    assert row.sample.token_types.count(VISION) == images * TOKENS_PER_IMAGE and len(row.images) == images
+    assert (
+        row.sample.token_types.count(TokenType.VISION) == images * TOKENS_PER_IMAGE
+        and len(row.images) == images
+    )
     assert answers(row, tokenizer()) == expected_answers(json.loads(data)), data
     tally.add("right")
 

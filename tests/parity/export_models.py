@@ -13,7 +13,7 @@ import torch
 from megatron_evomoe.checkpoint.record import Record
 from megatron_evomoe.checkpoint.store import Saver
 from megatron_evomoe.config import CheckpointConfig, RunConfig, from_mapping
-from megatron_evomoe.data.conversation import PADDING, VISION
+from megatron_evomoe.config.token_types import TokenType
 from megatron_evomoe.data.tokenizer import build_tokenizer
 from megatron_evomoe.model.build import build_modules
 from megatron_evomoe.model.llava import LlavaModel
@@ -170,7 +170,7 @@ def core_answer(saved: Saved, image_token: int, stage: str = "") -> dict[str, to
     # normalised pixels: the model's own normalisation is compared elsewhere
     saved.model._normalize = lambda given, dtype: given.to(dtype)
     logits = saved.model(tokens, types, images)
-    real = types != PADDING
+    real = types != TokenType.PADDING
     out = {"logits": logits[real][:, : saved.config.language.vocab_size]}
     rows, length = tokens.shape
     for i, layer in enumerate(sorted(chosen)):
@@ -185,12 +185,12 @@ def _right_padded(image_token: int) -> tuple[torch.Tensor, torch.Tensor]:
     longest = max(map(len, BATCH))
     tokens, types = (
         torch.zeros(len(BATCH), longest, dtype=torch.long),
-        torch.full((len(BATCH), longest), PADDING),
+        torch.full((len(BATCH), longest), TokenType.PADDING),
     )
     for i, row in enumerate(BATCH):
         ids = torch.tensor(row)
         tokens[i, : len(row)] = ids.clamp(min=0)
-        types[i, : len(row)] = (ids < 0).long() * VISION
+        types[i, : len(row)] = (ids < 0).long() * TokenType.VISION
     return tokens, types
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from megatron_evomoe.config.token_types import TokenType
 from megatron_evomoe.data.tokenizer import train_sentencepiece
 from megatron_evomoe.hf.to_hf.exporting import Request, export_model
 from tests.parity.export_models import CUSTOM, LANGUAGES, TOLERANCE, answer_of, core_answer, saved_model
@@ -166,7 +167,7 @@ def check_fresh(found, wanted, config, mode):
 
 def check_processor(found, config):
     """Ids equal training's; pixels come through another bicubic filter that rounds differently."""
-    from megatron_evomoe.data.conversation import VISION, encode_prompt
+    from megatron_evomoe.data.conversation import encode_prompt
     from megatron_evomoe.data.image import processor_for
     from megatron_evomoe.data.picture import as_rgb
     from megatron_evomoe.data.tokenizer import build_tokenizer
@@ -184,7 +185,7 @@ def check_processor(found, config):
             config.vision.tokens_per_image,
         )
         wanted = [
-            tokenizer.vocab_size if kind == VISION else t
+            tokenizer.vocab_size if kind == TokenType.VISION else t
             for t, kind in zip(sample.tokens, sample.token_types, strict=True)
         ]
         assert found["input_ids"][i][found["attention_mask"][i].bool()].tolist() == wanted

@@ -26,6 +26,7 @@ from torch import Tensor
 from megatron_evomoe.checkpoint.record import CheckpointError, Record
 from megatron_evomoe.checkpoint.stream import CheckpointWriter
 from megatron_evomoe.config import ConfigError, MoEConfig, RunConfig, from_mapping
+from megatron_evomoe.config.kinds import MIXTURE_KINDS, PRETRAINED, StageKind
 from megatron_evomoe.hf.from_hf import sources, tokenizer_copy
 from megatron_evomoe.hf.from_hf.directory import require_empty
 from megatron_evomoe.hf.from_hf.finite import converted
@@ -178,7 +179,9 @@ def _checked(source: sources.Source, request: Request) -> tuple[RunConfig, list[
 
 
 def _target(source: sources.Source, config: RunConfig, request: Request) -> Target:
-    return Target(config, source.kind if request.expert_init == "none" else "route", source.parts)
+    return Target(
+        config, source.kind if request.expert_init == "none" else StageKind.ROUTE.value, source.parts
+    )
 
 
 class Target:
@@ -189,7 +192,7 @@ class Target:
     def __init__(self, config: RunConfig, kind: str, parts: list[str]) -> None:
         maps = [
             NameMap(config, kind, parts, all_experts=every)
-            for every in ((True, False) if kind == "evolve" else (False,))
+            for every in ((True, False) if kind == StageKind.EVOLVE else (False,))
         ]
         self.kind, self.parts = kind, parts
         self.shapes = {key: shape for names in maps for key, shape in names.core_shapes().items()}
@@ -233,7 +236,7 @@ def model_yaml(config: RunConfig, kind: str, parts: list[str]) -> str:
     described = {
         "language": "language_model" in parts,
         "vision": "vision_model" in parts,
-        "moe": kind in ("evolve", "route"),
+        "moe": kind in MIXTURE_KINDS,
     }
     sections = config.to_dict()
     if (
@@ -251,13 +254,11 @@ def _config(source: sources.Source, request: Request) -> RunConfig:
     """The source's sections with the request's fields over them."""
     if request.dtype not in DTYPES:
         raise ConfigError(f"dtype {request.dtype!r} is unknown; known: {', '.join(DTYPES)}")
-    if request.expert_init != "none" and (
-        source.kind != "pretrained" or "language_model" not in source.parts
-    ):
+    if request.expert_init != "none" and (source.kind != PRETRAINED or "language_model" not in source.parts):
         raise ConfigError(
             f"--expert-init {request.expert_init} makes a mixture of a dense language model, and the source "
             "is "
-            f"{'one already' if source.kind != 'pretrained' else 'a vision tower alone'}; leave it out"
+            f"{'one already' if source.kind != PRETRAINED else 'a vision tower alone'}; leave it out"
         )
     moe = {"expert_init": request.expert_init} if request.expert_init != "none" else {}
     sections = {**source.sections, "moe": {**source.sections.get("moe", {}), **moe}}
@@ -295,7 +296,7 @@ def _write(
         tokenizer_fingerprint="",
         parts=target.parts,
         lineage=source.lineage,
-        num_experts=config.moe.num_experts if target.kind in ("evolve", "route") else 0,
+        num_experts=config.moe.num_experts if target.kind in MIXTURE_KINDS else 0,
     )
     dtypes = target.dtypes(source, request)
     with CheckpointWriter(directory, record, config.to_yaml()) as writer:
@@ -377,11 +378,11 @@ def describe(imported: Imported) -> str:
             f"  language model  {lm.num_layers} layers, {lm.hidden_size} wide, vocabulary {lm.vocab_size}"
         )
     lines += [f"  {note}" for note in imported.notes]
-    if imported.kind in ("evolve", "route"):
+    if imported.kind in MIXTURE_KINDS:
         mixtures = sum(moe.layer_pattern(lm.num_layers))
         lines.append(
             f"  mixture         {moe.num_experts} experts in {mixtures} layers"
-            f"{f', {moe.router} router' if imported.kind == 'route' else ', no router yet'}"
+            f"{f', {moe.router} router' if imported.kind == StageKind.ROUTE else ', no router yet'}"
         )
     if "vision_projection" not in imported.parts:
         lines.append("  the projector will start fresh")

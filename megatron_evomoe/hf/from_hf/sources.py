@@ -13,6 +13,7 @@ import torch
 
 from megatron_evomoe.checkpoint.record import CheckpointError
 from megatron_evomoe.config import MODEL_SECTIONS, STAGE_KINDS, ConfigError
+from megatron_evomoe.config.kinds import MIXTURE_KINDS, PRETRAINED
 from megatron_evomoe.config.presets import VISION_PRESETS
 from megatron_evomoe.hf.from_hf import canonical_names
 from megatron_evomoe.hf.from_hf.config_sections import (
@@ -43,7 +44,7 @@ class Source:
     """Sections of our configuration, the stage kind, and the tensors by canonical name."""
 
     sections: dict[str, dict[str, Any]] = field(default_factory=dict)
-    kind: str = "pretrained"
+    kind: str = PRETRAINED
     parts: list[str] = field(default_factory=list)
     tensors: dict[str, tuple[HfDirectory, str]] = field(default_factory=dict)
     tokenizer: Path | None = None
@@ -185,7 +186,7 @@ def _own_export(directory: HfDirectory) -> Source:
     whole = Given(f"{directory.path / 'config.json'}", directory.config, {})
     own = whole.section(OWN_KEY)
     kind = own.get("kind")
-    if kind not in (*STAGE_KINDS, "pretrained") or not all(
+    if kind not in (*STAGE_KINDS, PRETRAINED) or not all(
         isinstance(own.get(s), dict) for s in MODEL_SECTIONS
     ):
         raise ConfigError(
@@ -196,7 +197,7 @@ def _own_export(directory: HfDirectory) -> Source:
         name: dict(own[name]) for name in (*MODEL_SECTIONS, "data") if isinstance(own.get(name), dict)
     }
     source = Source(
-        sections, kind if kind in ("evolve", "route") else "pretrained", list(PARTS), tokenizer=directory.path
+        sections, kind if kind in MIXTURE_KINDS else PRETRAINED, list(PARTS), tokenizer=directory.path
     )
     source.lineage = _lineage(Given(whole.kind, own, {}), directory.path)
     if (

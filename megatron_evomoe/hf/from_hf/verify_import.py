@@ -17,7 +17,8 @@ import torch
 
 from megatron_evomoe.checkpoint.stream import CheckpointReader
 from megatron_evomoe.config import ConfigError, LanguageConfig, ParallelConfig, RunConfig
-from megatron_evomoe.data.conversation import TEXT, VISION
+from megatron_evomoe.config.kinds import StageKind
+from megatron_evomoe.config.token_types import TokenType
 from megatron_evomoe.data.image import processor_for
 from megatron_evomoe.hf.core_world import one_rank
 from megatron_evomoe.hf.from_hf import sources
@@ -64,12 +65,12 @@ def _compare_tensors(request: Request, imported: Imported) -> Row:
 def _why_not_run(request: Request, imported: Imported) -> str:
     """Why both models cannot be run; empty if they can."""
     if request.expert_init == "noise" or (
-        imported.kind == "route"
+        imported.kind == StageKind.ROUTE
         and imported.config.moe.router_gate != "straight_through"
         and request.expert_init != "none"
     ):
         return "not compared: the new experts do not compute what the dense model does"
-    if imported.kind == "evolve":
+    if imported.kind == StageKind.EVOLVE:
         return "not compared: an evolving model's router does not exist yet"
     if request.model and sources.directory_of(request.model).config.get("model_type") in LLAVA_TYPES[1:]:
         return "not compared: transformers has no class for this format"
@@ -107,7 +108,7 @@ def _compare_models(request: Request, imported: Imported) -> Iterator[Row]:
             wanted = theirs(input_ids=tokens, **({"pixel_values": normalised} if whole else {})).logits
             # what stands at image positions is replaced, and an export's image token is no row of the core's
             # embedding
-            got = ours(tokens.masked_fill(types == VISION, 0), types, pixels[: int(whole)])
+            got = ours(tokens.masked_fill(types == TokenType.VISION, 0), types, pixels[: int(whole)])
             size = min(config.language.vocab_size, wanted.shape[-1])  # rows that the import added are new
             yield _row("logits, one image" if whole else "logits, text", got[..., :size], wanted[..., :size])
             yield _at_long_positions(config, ours, theirs, rows)
@@ -156,7 +157,7 @@ def _at_long_positions(config: RunConfig, ours: Any, theirs: Any, rows: int) -> 
     try:
         got = ours(
             tokens,
-            torch.full_like(tokens, TEXT),
+            torch.full_like(tokens, TokenType.TEXT),
             torch.empty(0, 3, *[config.vision.image_size] * 2, dtype=torch.uint8),
         )
     finally:
@@ -178,11 +179,11 @@ def _prompt(
     rows = min(rows, config.language.vocab_size)
     tokens = torch.randint(0, rows, (1, length), generator=torch.Generator().manual_seed(2))
     if image_token is None:
-        return tokens, torch.full_like(tokens, TEXT)
+        return tokens, torch.full_like(tokens, TokenType.TEXT)
     tokens[tokens == image_token] = (image_token + 1) % rows
     image = torch.full((1, config.vision.tokens_per_image), image_token)
     tokens = torch.cat([tokens[:, :4], image, tokens[:, 4:]], dim=1)
-    return tokens, torch.where(tokens == image_token, VISION, TEXT)
+    return tokens, torch.where(tokens == image_token, TokenType.VISION, TokenType.TEXT)
 
 
 def _theirs(request: Request, kind: str, path: str | None) -> Any:
@@ -224,7 +225,7 @@ def _loaded(imported: Imported, config: RunConfig) -> Any:
     from megatron_evomoe.hf.tensor_map import PARTS
     from megatron_evomoe.model.build import build_modules
 
-    [model] = build_modules(config, "route" if imported.kind == "route" else "dense")
+    [model] = build_modules(config, StageKind.ROUTE if imported.kind == StageKind.ROUTE else StageKind.DENSE)
     lacking = "|".join(rf"^{part}\." for part in PARTS if part not in imported.parts) or r"(?!)"
     states, _ = store.load_weights(
         imported.checkpoint,

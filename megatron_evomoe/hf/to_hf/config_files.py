@@ -8,6 +8,7 @@ import dataclasses
 from typing import Any
 
 from megatron_evomoe.config import ConfigError, LanguageConfig, RunConfig, VisionConfig
+from megatron_evomoe.config.kinds import MIXTURE_KINDS, StageKind
 from megatron_evomoe.data.image import processor_for
 from megatron_evomoe.hf.from_hf.sources import OWN_KEY
 from megatron_evomoe.hf.remote_code.exported_files import AUTO_MAP, IMAGE_AUTO_MAP
@@ -59,7 +60,7 @@ def evomoe_config(config: RunConfig, kind: str, tokens: Tokens, own: Json, dtype
     lm, vision, moe = config.language, config.vision, config.moe
     mixtures = (
         [i for i, is_moe in enumerate(moe.layer_pattern(lm.num_layers)) if is_moe]
-        if kind in ("evolve", "route")
+        if kind in MIXTURE_KINDS
         else []
     )
     text = {
@@ -82,7 +83,7 @@ def evomoe_config(config: RunConfig, kind: str, tokens: Tokens, own: Json, dtype
         "moe_layers": mixtures,
         "num_experts": moe.num_experts,
         "num_experts_per_tok": moe.moe_router_topk,
-        "router": moe.router if kind == "route" else "none",
+        "router": moe.router if kind == StageKind.ROUTE else "none",
         "router_gate": moe.router_gate,
         "dtr_hidden_size": moe.dtr_hidden_size,
         "dtr_rank": moe.dtr_rank,

@@ -27,6 +27,7 @@ from megatron_evomoe.checkpoint import integrity
 from megatron_evomoe.checkpoint.record import CheckpointError, Record
 from megatron_evomoe.checkpoint.stream import CheckpointReader
 from megatron_evomoe.config import ConfigError, RunConfig
+from megatron_evomoe.config.kinds import MIXTURE_KINDS, StageKind
 from megatron_evomoe.data.conversation import TEMPLATES, end_id, stop_ids
 from megatron_evomoe.data.tokenizer import (
     HuggingFaceTokenizer,
@@ -43,7 +44,6 @@ from megatron_evomoe.hf.to_hf.safetensors_writer import ShardedWriter
 from megatron_evomoe.hf.to_hf.tokenizer_json import TokenizerFiles, check_ids, tokenizer_files
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-MIXTURES = ("evolve", "route")
 _EMBEDDINGS = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
 
 
@@ -162,7 +162,7 @@ def _plan(request: Request) -> _Plan:
     files = tokenizer_files(tokenizer, path, config.language.max_position_embeddings)
     check_ids(files.files["tokenizer.json"], tokenizer, files.template_prefix, _probes(config))
     stops = stop_ids(tokenizer, config.data.conversation_template)
-    names = NameMap(config, record.kind, all_experts=kind == "evolve")
+    names = NameMap(config, record.kind, all_experts=kind == StageKind.EVOLVE)
     names.check_core(reader.shapes, folder)
     if request.tokenizer:
         config = replace(config, data=replace(config.data, tokenizer=str(path)))
@@ -195,19 +195,19 @@ def _plan(request: Request) -> _Plan:
 def _kind_and_format(request: Request, record: Record, config: RunConfig) -> tuple[str, str]:
     kind = record.kind
     if request.dense:
-        if kind == "route":
+        if kind == StageKind.ROUTE:
             raise ConfigError(
                 f"--dense takes the first expert of an evolving model, and {request.checkpoint} is a routed "
                 "one, "
                 "whose tokens go to all of them; export its evolve stage, or leave --dense out"
             )
-        kind = "dense"
-    if kind in MIXTURES:
+        kind = StageKind.DENSE.value
+    if kind in MIXTURE_KINDS:
         if request.format == "llava":
             raise ConfigError(
                 f"--format llava: transformers' LLaVA has no experts, and {request.checkpoint} is a {kind!r} "
-                "stage; "
-                f"use --format evomoe{', or --dense for its first expert' if kind == 'evolve' else ''}"
+                "stage; use --format evomoe"
+                f"{', or --dense for its first expert' if kind == StageKind.EVOLVE else ''}"
             )
         return kind, "evomoe"
     if request.format == "evomoe":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from megatron_evomoe.config.kinds import MIXTURE_KINDS, StageKind
 from megatron_evomoe.data.picture import as_rgb
 
 _LOAD = """\
@@ -34,7 +35,7 @@ def model_card(own: dict[str, Any], form: str, dtype: str, size: int) -> str:
         size: bytes of weights.
     """
     lm, vision, moe, kind = own["language"], own["vision"], own["moe"], own["kind"]
-    mixtures = kind in ("evolve", "route")
+    mixtures = kind in MIXTURE_KINDS
     parts = [
         "---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\ntags: [evomoe, llava, "
         "vision-language" + (", moe" if mixtures else "") + "]\n---\n",
@@ -69,7 +70,7 @@ def _mixture_row(lm: dict[str, Any], moe: dict[str, Any], kind: str) -> str:
     count = sum(freq) if isinstance(freq, list) else layers // freq
     how = (
         f"top-{moe['moe_router_topk']}, {moe['router']} router"
-        if kind == "route"
+        if kind == StageKind.ROUTE
         else "no router yet: expert 1 computes"
     )
     return f"| mixtures | {count} layers of {moe['num_experts']} experts, {how} |\n"
@@ -115,7 +116,7 @@ def _notes(kind: str, moe: dict[str, Any]) -> str:
         "* Image tokens and text tokens are routed differently, so a program that feeds embeddings must give "
         "`image_mask` too. Servers that cannot (transformers backends of vLLM and SGLang) are refused.",
     ]
-    if kind == "route" and moe["moe_expert_capacity_factor"]:
+    if kind == StageKind.ROUTE and moe["moe_expert_capacity_factor"]:
         notes.append(
             f"* Trained with an expert capacity factor of {moe['moe_expert_capacity_factor']}; here no token "
             "is dropped."

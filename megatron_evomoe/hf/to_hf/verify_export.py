@@ -17,8 +17,10 @@ import numpy as np
 import torch
 
 from megatron_evomoe.config import ConfigError, RunConfig, TrainConfig
+from megatron_evomoe.config.kinds import StageKind
+from megatron_evomoe.config.token_types import TokenType
 from megatron_evomoe.data.batch import stack_images
-from megatron_evomoe.data.conversation import IMAGE_TOKEN, VISION, EncodedSample, encode_prompt
+from megatron_evomoe.data.conversation import IMAGE_TOKEN, EncodedSample, encode_prompt
 from megatron_evomoe.data.image import processor_for
 from megatron_evomoe.data.tokenizer import build_tokenizer
 from megatron_evomoe.hf.core_world import one_rank
@@ -96,7 +98,7 @@ def _compare_prompt(
         return_tensors="pt",
     )
     wanted = [
-        image_token if kind == VISION else i
+        image_token if kind == TokenType.VISION else i
         for i, kind in zip(sample.tokens, sample.token_types, strict=True)
     ]
     same = batch["input_ids"][0].tolist() == wanted
@@ -214,12 +216,12 @@ def _loaded(exported: Exported, config: RunConfig) -> Any:
     from megatron_evomoe.checkpoint import store
     from megatron_evomoe.model.build import build_modules
 
-    [model] = build_modules(config, "route" if exported.kind == "route" else "dense")
+    [model] = build_modules(config, StageKind.ROUTE if exported.kind == StageKind.ROUTE else StageKind.DENSE)
     states, _ = store.load_weights(
         exported.source,
         [model.sharded_state_dict(metadata=store.metadata())],
         may_be_fresh=re.compile(r"(?!)"),
-        may_be_left=None if exported.kind == "route" else EVOLVING,
+        may_be_left=None if exported.kind == StageKind.ROUTE else EVOLVING,
     )
     model.load_state_dict({k: v for k, v in states[0].items() if torch.is_tensor(v)}, strict=False)
     with torch.no_grad():

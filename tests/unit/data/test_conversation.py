@@ -5,11 +5,10 @@ from __future__ import annotations
 import pytest
 
 from megatron_evomoe.config import ConfigError
+from megatron_evomoe.config.token_types import TokenType
 from megatron_evomoe.data.batch import truncate
 from megatron_evomoe.data.conversation import (
     IGNORE_INDEX,
-    TEXT,
-    VISION,
     check_template,
     encode,
     encode_prompt,
@@ -66,17 +65,17 @@ def test_labels_are_the_next_token_where_supervised(tokenizer, template):
     assert sample.labels[-1] == IGNORE_INDEX
     for i, label in enumerate(sample.labels[:-1]):
         assert label in (IGNORE_INDEX, sample.tokens[i + 1])
-        assert label == IGNORE_INDEX or sample.token_types[i + 1] == TEXT
+        assert label == IGNORE_INDEX or sample.token_types[i + 1] == TokenType.TEXT
 
 
 def test_images_expand_in_place_and_text_reads_as_laid_out(tokenizer, template):
     sample = run(encode, tokenizer=tokenizer, template=template)
-    assert sample.token_types.count(VISION) == 3 * TOKENS_PER_IMAGE
-    assert {t for t, kind in zip(sample.tokens, sample.token_types, strict=True) if kind == VISION} == {
-        tokenizer.pad_id
-    }
+    assert sample.token_types.count(TokenType.VISION) == 3 * TOKENS_PER_IMAGE
+    assert {
+        t for t, kind in zip(sample.tokens, sample.token_types, strict=True) if kind == TokenType.VISION
+    } == {tokenizer.pad_id}
     text = tokenizer.decode(
-        [t for t, kind in zip(sample.tokens, sample.token_types, strict=True) if kind == TEXT]
+        [t for t, kind in zip(sample.tokens, sample.token_types, strict=True) if kind == TokenType.TEXT]
     )
     system = (
         "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
@@ -125,13 +124,13 @@ def test_text_cannot_inject_special_tokens(tokenizer, template):
 
 def test_the_answers_own_image_marker_is_text(sp):
     sample = encode(chat("hello", "write <image> for one"), 0, sp, "v1", TOKENS_PER_IMAGE)
-    assert VISION not in sample.token_types
+    assert TokenType.VISION not in sample.token_types
     assert sp.decode(supervised_spans(sample)[0]) == " write <image> for one"
 
 
 def test_text_only_sample(sp):
     sample = encode(chat("1 + 1?", "2"), 0, sp, "v1", TOKENS_PER_IMAGE)
-    assert set(sample.token_types) == {TEXT} and len(supervised_spans(sample)) == 1
+    assert set(sample.token_types) == {TokenType.TEXT} and len(supervised_spans(sample)) == 1
 
 
 @pytest.mark.parametrize(
@@ -193,12 +192,12 @@ def test_a_template_that_cannot_be_written_is_refused(tmp_path):
 def test_truncation_keeps_images_whole_and_some_answer(sp):
     sample = run(encode, tokenizer=sp, template="v1")
     total = len(sample.tokens)
-    last = max(i for i, kind in enumerate(sample.token_types) if kind == VISION)
+    last = max(i for i, kind in enumerate(sample.token_types) if kind == TokenType.VISION)
     cut, images = truncate(sample, last, TOKENS_PER_IMAGE)  # would cut the third image's last position
     assert (
         images == 2
         and len(cut.tokens) == last + 1 - TOKENS_PER_IMAGE
-        and cut.token_types.count(VISION) == 2 * TOKENS_PER_IMAGE
+        and cut.token_types.count(TokenType.VISION) == 2 * TOKENS_PER_IMAGE
     )
     cut, images = truncate(sample, total - 1, TOKENS_PER_IMAGE)
     assert images == 3 and cut.tokens == sample.tokens[:-1] and cut.labels[-1] == sample.tokens[-1]

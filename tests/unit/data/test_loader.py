@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from megatron_evomoe.config import ConfigError
-from megatron_evomoe.data.conversation import IGNORE_INDEX, PADDING, VISION
+from megatron_evomoe.config.token_types import TokenType
+from megatron_evomoe.data.conversation import IGNORE_INDEX
 from megatron_evomoe.data.errors import DataError
 from megatron_evomoe.data.image import ImageProcessor, decode_image
 from megatron_evomoe.data.loader import SampleOrder, prepare_eval
@@ -93,11 +94,11 @@ def test_microbatch_contents(dataset, sp, processor):
             record, data = samples(50)[i]
             assert micro["keys"][row] == f"{i:09d}"
             kinds = micro["token_types"][row]
-            n = int((kinds != PADDING).sum())
+            n = int((kinds != TokenType.PADDING).sum())
             longest = max(longest, n)
-            assert (kinds[:n] != PADDING).all() and (micro["tokens"][row, n:] == sp.pad_id).all()
+            assert (kinds[:n] != TokenType.PADDING).all() and (micro["tokens"][row, n:] == sp.pad_id).all()
             assert (micro["labels"][row, n:] == IGNORE_INDEX).all()
-            assert int((kinds == VISION).sum()) == TOKENS_PER_IMAGE * len(data)
+            assert int((kinds == TokenType.VISION).sum()) == TOKENS_PER_IMAGE * len(data)
             answer = micro["labels"][row][micro["labels"][row] != IGNORE_INDEX]
             assert sp.decode(answer[:-1].tolist()).strip() == record["conversations"][1]["value"]
             images += [processor(decode_image(d)) for d in data]
@@ -325,8 +326,12 @@ def test_bad_samples_keep_their_slot_and_are_counted_and_logged_once(
     assert step.skipped == train.skipped == dict.fromkeys(BAD, 1) and train.read == 10
     assert keys_of([step]) == [f"{i:09d}" for i in range(10)]
     for i, micro in enumerate(step.microbatches):
-        assert (micro["token_types"][1] == PADDING).all() and (micro["labels"][1] == IGNORE_INDEX).all()
-        assert (micro["tokens"][1] == sp.pad_id).all() and (micro["token_types"][0] != PADDING).any()
+        assert (micro["token_types"][1] == TokenType.PADDING).all() and (
+            micro["labels"][1] == IGNORE_INDEX
+        ).all()
+        assert (micro["tokens"][1] == sp.pad_id).all() and (
+            micro["token_types"][0] != TokenType.PADDING
+        ).any()
         assert len(micro["pixel_values"]) == len(samples(20)[i][1])
         reason = list(BAD)[i]
         lines = [r.getMessage() for r in caplog.records if f"{2 * i + 1:09d}" in r.getMessage()]
@@ -344,7 +349,7 @@ def test_bad_json_too_many_pixels_and_missing_answer(tmp_path, sp, processor):
     (step,) = take(train, 1)
     assert step.skipped == {"image-too-large": 1, "bad-json": 1}
     assert step.microbatches[0]["pixel_values"].shape[0] == 0  # an all-empty microbatch is one still
-    assert (step.microbatches[0]["token_types"] == PADDING).all()
+    assert (step.microbatches[0]["token_types"] == TokenType.PADDING).all()
 
 
 def test_every_sample_of_a_step_may_be_bad(tmp_path, sp, processor):
@@ -444,9 +449,9 @@ def test_prepare_eval(sp, processor):
     assert [item.answer for item in items] == ["7", "It is 3.", "No"]
     assert [len(item.images) for item in items] == [1, 2, 2]
     for i, (prompt, _, images, metadata) in enumerate(items):
-        assert prompt.token_types.count(VISION) == TOKENS_PER_IMAGE * len(images) and set(prompt.labels) == {
-            IGNORE_INDEX
-        }
+        assert prompt.token_types.count(TokenType.VISION) == TOKENS_PER_IMAGE * len(images) and set(
+            prompt.labels
+        ) == {IGNORE_INDEX}
         assert metadata == {"id": 1, "kind": "digit", "key": "k", "shard": "s.tar", "turn": i}
         assert sp.decode(prompt.tokens).endswith("ASSISTANT:")
     assert torch.equal(items[1].images[1], processor(decode_image(jpeg(1))))

@@ -8,8 +8,8 @@ import json
 
 import pytest
 
+from megatron_evomoe.config.token_types import TokenType
 from megatron_evomoe.data.batch import Preparer, prepare_eval
-from megatron_evomoe.data.conversation import VISION
 from megatron_evomoe.data.errors import SampleError
 from megatron_evomoe.data.record import MAX_RECORD_BYTES, image_names, load_json, usable_record
 from megatron_evomoe.data.shards import ShardDataset
@@ -215,7 +215,7 @@ def test_img2datasets_layout(tmp_path, sp, processor):
     preparer = Preparer(dataset, sp, processor, "plain", TOKENS_PER_IMAGE, 512, "skip", 10**6)
     rows = [preparer.row(i) for i in range(5)]
     assert [row.problem and row.problem[0] for row in rows] == [None, None, "missing-image", None, "bad-text"]
-    assert rows[0].sample.token_types.count(VISION) == TOKENS_PER_IMAGE
+    assert rows[0].sample.token_types.count(TokenType.VISION) == TOKENS_PER_IMAGE
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from megatron_evomoe.config.token_types import TokenType
 from megatron_evomoe.diagnose import routing
 from megatron_evomoe.diagnose.routing import LogitSample, ShareCounter, draw_permutation, shuffle_routing
 
@@ -90,7 +91,7 @@ def test_the_sample_is_bounded_sorted_by_modality_and_deterministic():
     for sample in samples:
         for start in range(0, 5000, 500):
             sample.add(0, types[start : start + 500], logits[start : start + 500])
-    for modality in (routing.TEXT, routing.VISION):
+    for modality in (TokenType.TEXT, TokenType.VISION):
         values = samples[0].values(0, modality)
         assert values.shape == (100, 2) and (values[:, 0] == modality).all()
         assert torch.equal(values, samples[1].values(0, modality))
@@ -105,9 +106,9 @@ def test_the_sample_is_bounded_sorted_by_modality_and_deterministic():
 def test_few_tokens_are_all_kept():
     sample = LogitSample(2, 2, capacity=10)
     sample.add(1, torch.tensor([0, 1, 2, 0]), torch.tensor([[1.0, 2], [3, 4], [5, 6], [7, 8]]))
-    assert sorted(sample.values(1, routing.TEXT).tolist()) == [[1, 2], [7, 8]]
-    assert sample.values(1, routing.VISION).tolist() == [[3, 4]]
-    assert sample.values(0, routing.TEXT).shape == (0, 2)
+    assert sorted(sample.values(1, TokenType.TEXT).tolist()) == [[1, 2], [7, 8]]
+    assert sample.values(1, TokenType.VISION).tolist() == [[3, 4]]
+    assert sample.values(0, TokenType.TEXT).shape == (0, 2)
 
 
 def test_merged_ranks_are_one_sample_weighted_by_their_tokens():
@@ -117,8 +118,8 @@ def test_merged_ranks_are_one_sample_weighted_by_their_tokens():
     states = torch.stack([r.state for r in ranks])
     for sample in ranks:
         sample.merge(states)
-    values = ranks[0].values(0, routing.TEXT)
-    assert torch.equal(values, ranks[1].values(0, routing.TEXT)) and len(values) == 200
+    values = ranks[0].values(0, TokenType.TEXT)
+    assert torch.equal(values, ranks[1].values(0, TokenType.TEXT)) and len(values) == 200
     # a tenth of the tokens is rank 1's: 20 expected, standard deviation 4.2; equal weights would give 100
     assert 3 <= values.sum() <= 40
 

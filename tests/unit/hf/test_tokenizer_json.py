@@ -8,7 +8,8 @@ import re
 import pytest
 
 from megatron_evomoe.config import ConfigError
-from megatron_evomoe.data.conversation import IMAGE_TOKEN, VISION, encode, encode_prompt, end_id
+from megatron_evomoe.config.token_types import TokenType
+from megatron_evomoe.data.conversation import IMAGE_TOKEN, encode, encode_prompt, end_id
 from megatron_evomoe.data.tokenizer import build_tokenizer, train_sentencepiece
 from megatron_evomoe.hf.to_hf.chat_template import chat_template
 from megatron_evomoe.hf.to_hf.tokenizer_json import check_ids, tokenizer_files
@@ -102,7 +103,7 @@ def ids_of_training(conversation, tokenizer, template, image_token):
     make = encode if conversation[-1][0] == "gpt" else encode_prompt
     sample = make(turns, images, tokenizer, template, 4)
     return [
-        image_token if kind == VISION else i
+        image_token if kind == TokenType.VISION else i
         for i, kind in zip(sample.tokens, sample.token_types, strict=True)
     ]
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_evomoe.data.conversation import PADDING, TEXT, VISION, EncodedSample
+from megatron_evomoe.config.token_types import TokenType
+from megatron_evomoe.data.conversation import EncodedSample
 from megatron_evomoe.parallel import topology
 from tests.tiny import IMAGE_TOKENS, VOCAB, tiny_config
 
@@ -25,7 +26,9 @@ def prompt(images: int, length: int, seed: int) -> EncodedSample:
     g = torch.Generator().manual_seed(seed)
     text = torch.randint(4, VOCAB, (length,), generator=g).tolist()
     tokens = [0] * (images * IMAGE_TOKENS) + text
-    return EncodedSample(tokens, [-100] * len(tokens), [VISION] * (images * IMAGE_TOKENS) + [TEXT] * length)
+    return EncodedSample(
+        tokens, [-100] * len(tokens), [TokenType.VISION] * (images * IMAGE_TOKENS) + [TokenType.TEXT] * length
+    )
 
 
 PROMPTS = [prompt(1, 3, 0), prompt(0, 9, 1), prompt(2, 4, 2), prompt(1, 6, 3)]
@@ -40,7 +43,7 @@ def plain_greedy(model, sample: EncodedSample, images: torch.Tensor, count: int)
             logits = model.eval()(torch.tensor([tokens]), torch.tensor([types]), images)
         out.append(int(logits[0, -1, :VOCAB].argmax()))
         tokens.append(out[-1])
-        types.append(TEXT)
+        types.append(TokenType.TEXT)
     return out
 
 
@@ -49,7 +52,7 @@ def test_batched_greedy_equals_row_by_row(model):
 
     wanted, start = [], 0
     for p in PROMPTS:
-        n = p.token_types.count(VISION) // IMAGE_TOKENS
+        n = p.token_types.count(TokenType.VISION) // IMAGE_TOKENS
         wanted.append(plain_greedy(model, p, IMAGES[start : start + n], 5))
         start += n
     assert len({tuple(w) for w in wanted}) > 1, "prompts that all decode alike would prove nothing"
@@ -107,4 +110,4 @@ def test_padding_rows_of_the_vocabulary_are_never_chosen(model):
             assert int(next_tokens([model], tokens, types, IMAGES[:0], torch.tensor([8]))) < free
         finally:
             model.run_config.language.vocab_size = limit
-    assert PADDING not in (TEXT, VISION)
+    assert TokenType.PADDING not in (TokenType.TEXT, TokenType.VISION)

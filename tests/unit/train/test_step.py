@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from megatron_evomoe.config.recipe import PARTS
-from megatron_evomoe.data.conversation import IGNORE_INDEX, PADDING, VISION
+from megatron_evomoe.config.token_types import TokenType
+from megatron_evomoe.data.conversation import IGNORE_INDEX
 from megatron_evomoe.parallel import topology
 from tests.tiny import rows, step_of, tiny_config
 
@@ -149,7 +150,7 @@ def test_images_land_on_their_positions_in_order():
         hidden = model.embed(batch["tokens"], batch["token_types"], batch["pixel_values"]).transpose(0, 1)
         features = model.encode_images(batch["pixel_values"])
         words = model.language_model.embedding(input_ids=batch["tokens"], position_ids=None).transpose(0, 1)
-    is_vision = batch["token_types"] == VISION
+    is_vision = batch["token_types"] == TokenType.VISION
     assert torch.equal(hidden[is_vision], features.flatten(0, 1))
     assert torch.equal(hidden[~is_vision], words[~is_vision])
 
@@ -159,11 +160,11 @@ def test_padding_and_other_rows_do_not_change_a_row():
     model = built.modules[0].eval()
     batch = rows([1, 1])
     altered = batch["tokens"].clone()
-    altered[batch["token_types"] == PADDING] = 5
+    altered[batch["token_types"] == TokenType.PADDING] = 5
     with torch.no_grad():
         one = model(batch["tokens"], batch["token_types"], batch["pixel_values"])
         two = model(altered, batch["token_types"], batch["pixel_values"])
-    real = batch["token_types"] != PADDING
+    real = batch["token_types"] != TokenType.PADDING
     assert torch.equal(one[real], two[real])
 
 
