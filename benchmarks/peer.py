@@ -110,7 +110,7 @@ class PeerTraining:
         m, losses = len(self.step.tokens), []
         for i in range(m):
             loss = forward(
-                self.step.tokens[i], self.step.token_types[i], self.step.pixel_values[i], self.step.labels[i]
+                self.step.tokens[i], self.step.token_types[i], self.step.images[i], self.step.labels[i]
             )
             ((loss + self.peer.balance()) / m).backward()
             losses.append(loss.detach())

@@ -81,7 +81,7 @@ def random_step(config: RunConfig) -> Step:
         tokens=tokens.to(where),
         labels=labels.to(where),
         token_types=types.to(where),
-        pixel_values=list(pixels.to(where)),
+        images=list(pixels.to(where)),
     )
 
 

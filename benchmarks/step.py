@@ -123,7 +123,7 @@ def images_alone(built: Any, step: Any) -> Callable[[], None]:
 
     def run() -> None:
         with torch.no_grad():
-            for pixels in step.pixel_values:
+            for pixels in step.images:
                 built.modules[0].encode_images(pixels)
 
     return run

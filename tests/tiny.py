@@ -66,7 +66,7 @@ def rows(
         "tokens": tokens,
         "labels": labels,
         "token_types": types,
-        "pixel_values": pixels,
+        "images": pixels,
         "keys": [f"sample-{seed}-{i}" for i in range(b)],
     }
 
@@ -77,6 +77,6 @@ def step_of(*microbatches: dict[str, Any]) -> Step:
         tokens=torch.stack([m["tokens"] for m in microbatches]),
         labels=torch.stack([m["labels"] for m in microbatches]),
         token_types=torch.stack([m["token_types"] for m in microbatches]),
-        pixel_values=[m["pixel_values"] for m in microbatches],
+        images=[m["images"] for m in microbatches],
         keys=[m["keys"] for m in microbatches],
     )

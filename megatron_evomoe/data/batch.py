@@ -39,9 +39,9 @@ class MicroBatch(TypedDict):
     """int64 [b, s], -100 where nothing is learned; already shifted."""
     token_types: torch.Tensor
     """int64 [b, s] of `TokenType`."""
-    pixel_values: torch.Tensor
-    """uint8 [n, 3, S, S], in order of occurrence row by row; n may be 0. Features [n, t, C] where they come
-    from a cache.
+    images: torch.Tensor
+    """uint8 pixels [n, 3, S, S], or features [n, t, C] from a cache; row by row in order of occurrence, n may
+    be 0.
     """
     keys: list[str]
     """b sample keys, those of unusable samples too."""
@@ -180,22 +180,20 @@ def truncate(sample: EncodedSample, seq_length: int, tokens_per_image: int) -> t
     return cut, kept
 
 
-def collate(rows: Sequence[Row], pixels: torch.Tensor, length: int, pad_id: int) -> MicroBatch:
-    """Rows to tensors of `length` positions; `pixels` are the rows' images, uint8 [n, 3, S, S] or features
-    [n, t, C].
-    """
+def collate(rows: Sequence[Row], images: torch.Tensor, length: int, pad_id: int) -> MicroBatch:
+    """Rows to tensors of `length` positions; `images` are all rows' images, as in `MicroBatch`."""
     shape = (len(rows), length)
     tokens = torch.full(shape, pad_id, dtype=torch.int64)
     labels = torch.full(shape, IGNORE_INDEX, dtype=torch.int64)
-    types = torch.full(shape, TokenType.PADDING, dtype=torch.int64)
+    token_types = torch.full(shape, TokenType.PADDING, dtype=torch.int64)
     for i, row in enumerate(rows):
         if row.sample is not None:
             n = len(row.sample.tokens)
             tokens[i, :n] = torch.tensor(row.sample.tokens)
             labels[i, :n] = torch.tensor(row.sample.labels)
-            types[i, :n] = torch.tensor(row.sample.token_types)
+            token_types[i, :n] = torch.tensor(row.sample.token_types)
     return MicroBatch(
-        tokens=tokens, labels=labels, token_types=types, pixel_values=pixels, keys=[row.key for row in rows]
+        tokens=tokens, labels=labels, token_types=token_types, images=images, keys=[row.key for row in rows]
     )
 
 

@@ -53,8 +53,9 @@ class StepBatch:
 
 
 class _Rows(Dataset):
-    """Sample number to row; batches become (rows, pixels), so that pixels cross processes as one shared
-    tensor.
+    """Sample numbers to (rows, images).
+
+    One tensor holds the images of a batch, so that they cross processes in shared memory.
     """
 
     def __init__(self, preparer: Preparer) -> None:
@@ -62,10 +63,10 @@ class _Rows(Dataset):
 
     def __getitems__(self, indices: list[int]) -> tuple[list[Row], torch.Tensor]:
         rows = [self.preparer.row(i) for i in indices]
-        pixels = self.preparer.stack([image for row in rows for image in row.images])
+        images = self.preparer.stack([image for row in rows for image in row.images])
         for row in rows:
             row.images = []
-        return rows, pixels
+        return rows, images
 
 
 def _as_is(batch: Any) -> Any:
@@ -200,12 +201,12 @@ class TrainLoader:
             # copied out of shared memory: every tensor in it keeps a file descriptor open, and a step may
             # have hundreds
             fetched = [
-                (rows, pixels.clone() if pixels.is_shared() else pixels)
-                for rows, pixels in itertools.islice(batches, per_step)
+                (rows, images.clone() if images.is_shared() else images)
+                for rows, images in itertools.islice(batches, per_step)
             ]
             skipped = self._count([row for rows, _ in fetched for row in rows])
             length = self._length([row for rows, _ in fetched for row in rows])
-            microbatches = [collate(rows, pixels, length, self._pad_id) for rows, pixels in fetched]
+            microbatches = [collate(rows, images, length, self._pad_id) for rows, images in fetched]
             epoch = self.order.epoch(self.position)
             self.position += step
             yield StepBatch(microbatches, self.position, epoch, skipped)

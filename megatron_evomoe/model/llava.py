@@ -66,13 +66,13 @@ class LlavaModel(MegatronModule):
         """The tied matrix; gradient finalisation sums it over first and last stage."""
         return self.language_model.shared_embedding_or_output_weight()
 
-    def vision_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def vision_features(self, pixels: torch.Tensor) -> torch.Tensor:
         """uint8 [n, 3, S, S] to the tower's features [n, t, C]. A frozen tower runs without autograd."""
         assert self.vision_model is not None
-        pixels = self._normalize(pixel_values, self.config.params_dtype)
+        normalized = self._normalize(pixels, self.config.params_dtype)
         trains_tower = any(p.requires_grad for p in self.vision_model.parameters())
         with torch.set_grad_enabled(trains_tower and torch.is_grad_enabled()):
-            return self.vision_model(pixels)
+            return self.vision_model(normalized)
 
     def encode_images(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 pixels [n, 3, S, S], or features [n, t, C] that a frozen tower made of them before, to [n, t,
@@ -81,15 +81,13 @@ class LlavaModel(MegatronModule):
         assert self.vision_projection is not None
         return self.vision_projection(images if images.dim() == 3 else self.vision_features(images))
 
-    def embed(
-        self, tokens: torch.Tensor, token_types: torch.Tensor, pixel_values: torch.Tensor
-    ) -> torch.Tensor:
+    def embed(self, tokens: torch.Tensor, token_types: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
         """Word embeddings with image features at the vision positions, [s, b, C] (this rank's part of s under
         SP).
         """
         words = self.language_model.embedding(input_ids=tokens, position_ids=_positions(tokens))
         is_vision = token_types == TokenType.VISION
-        features = self.encode_images(pixel_values).to(words.dtype)
+        features = self.encode_images(images).to(words.dtype)
         # With no image at all `features` is [0, t, C]: the scatter moves nothing, and its backward still
         # hands every projector parameter a zero gradient, so ranks with and without images stay in step.
         spliced = words.transpose(0, 1).masked_scatter(is_vision.unsqueeze(-1), features)
@@ -109,7 +107,7 @@ class LlavaModel(MegatronModule):
         self,
         tokens: torch.Tensor,
         token_types: torch.Tensor,
-        pixel_values: torch.Tensor | None = None,
+        images: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Run this pipeline stage.
@@ -117,8 +115,8 @@ class LlavaModel(MegatronModule):
         Args:
             tokens: int64 [b, s]; ids at vision positions are ignored.
             token_types: int64 [b, s] of `TokenType`.
-            pixel_values: uint8 [n, 3, S, S] or cached features [n, t, C], in the order their positions occur
-                row by row; first stage only.
+            images: uint8 pixels [n, 3, S, S], or features [n, t, C] that were kept of them, in the order in
+                which their positions occur row by row; needed on the first pipeline stage only.
             labels: int64 [b, s], already shifted; IGNORE_INDEX where nothing is supervised.
 
         Returns:
@@ -127,12 +125,11 @@ class LlavaModel(MegatronModule):
         """
         decoder_input = None
         if self.pre_process:
-            assert pixel_values is not None
-            decoder_input = self.embed(tokens, token_types, pixel_values)
-        types = token_types
+            assert images is not None
+            decoder_input = self.embed(tokens, token_types, images)
         if self.config.sequence_parallel:
             tp = self.config.tensor_model_parallel_size
-            types = types.chunk(tp, dim=1)[tensor_parallel_rank()].contiguous()
+            token_types = token_types.chunk(tp, dim=1)[tensor_parallel_rank()].contiguous()
         # ignored positions get some valid id; the caller masks their loss
         targets = labels.masked_fill(labels == IGNORE_INDEX, 0) if labels is not None else None
         return self.language_model(
@@ -141,7 +138,7 @@ class LlavaModel(MegatronModule):
             attention_mask=None,
             decoder_input=decoder_input,
             labels=targets,
-            padding_mask=types,
+            padding_mask=token_types,  # the argument that megatron-core hands to every layer (moe/layer.py)
         )
 
     def sharded_state_dict(

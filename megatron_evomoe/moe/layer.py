@@ -18,7 +18,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_evomoe.config import MoEConfig
-from megatron_evomoe.moe.router import router_builder, to_planes
+from megatron_evomoe.moe.planes import to_planes
+from megatron_evomoe.moe.router import router_builder
 
 
 class EvoMoELayer(MoELayer):
@@ -46,16 +47,16 @@ class EvoMoELayer(MoELayer):
     ) -> tuple[Tensor, Tensor | None]:
         """Mix experts over hidden_states [s, b, C].
 
-        `padding_mask` is [b, s], of this rank's own tokens: int64 token types (0 text, 1 vision, 2 padding),
-        or bool, True for padding; None makes every token text. Returns the output [s, b, C] and None for a
-        bias.
+        `padding_mask` (megatron-core fixes this name) holds the `token_types` of this rank's tokens, int64
+        [b, s]; it may also be bool, True for padding. None makes every token text. Returns the output
+        [s, b, C] and None for a bias.
         """
         if padding_mask is not None:
             if padding_mask.shape != (hidden_states.shape[1], hidden_states.shape[0]):
                 raise ValueError(
                     f"token types of shape {tuple(padding_mask.shape)} for hidden states of shape "
-                    f"{tuple(hidden_states.shape)}: "
-                    "they must be [batch, sequence], scattered along the sequence as the hidden states are"
+                    f"{tuple(hidden_states.shape)}: they must be [batch, sequence], scattered along the "
+                    "sequence as the hidden states are"
                 )
             padding_mask = to_planes(padding_mask)  # [b, s, 2]; the core transposes it to [s, b, 2]
         if self.moe_layer_recompute and self._has_trainable() and not hidden_states.requires_grad:

@@ -30,6 +30,7 @@ from megatron_evomoe.config.token_types import TokenType
 from megatron_evomoe.moe.capacity import within_capacity
 from megatron_evomoe.moe.dtr import kernel as dtr_kernel
 from megatron_evomoe.moe.dtr import maths
+from megatron_evomoe.moe.planes import from_planes
 from megatron_evomoe.parallel import backend
 
 Observer = Callable[[int, Tensor, Tensor, Tensor, Tensor], None]
@@ -37,18 +38,6 @@ Observer = Callable[[int, Tensor, Tensor, Tensor, Tensor], None]
 
 Intervention = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """(probs [T, N], routing_map [T, N], token_types [T]) -> (probs, routing_map)."""
-
-
-def to_planes(token_types: Tensor) -> Tensor:
-    """Token types [...] as two bool planes [..., 2]: is it vision, is it padding.
-
-    `MoELayer.forward` casts what it is given to bool, which would merge vision and padding; bool planes pass
-    unharmed, through the core's own recompute too. A bool tensor is taken for what the core calls a padding
-    mask (True = padding).
-    """
-    if token_types.dtype == torch.bool:
-        return torch.stack([torch.zeros_like(token_types), token_types], dim=-1)
-    return torch.stack([token_types == TokenType.VISION, token_types == TokenType.PADDING], dim=-1)
 
 
 def straight_through(probs_TN: Tensor) -> Tensor:
@@ -93,46 +82,41 @@ class TypedRouter(TopKRouter):
         self.observer: Observer | None = None
         self.intervene: Intervention | None = None
 
-    def gating(self, input: Tensor, is_vision: Tensor | None = None) -> Tensor:
-        """Logits [s, b, N] in `self.gate_dtype`, from tokens [s, b, C] and whether each is an image token [s,
-        b].
-        """
+    def gating(self, input: Tensor, token_types: Tensor) -> Tensor:
+        """Logits [s, b, N] in `self.gate_dtype`, from tokens [s, b, C] and their int64 types [s, b]."""
         raise NotImplementedError
 
     def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Route tokens [s, b, C].
 
-        `padding_mask` holds the planes [s, b, 2] of `to_planes`; None makes every token text. Returns probs
-        [T, N] in `self.gate_dtype` and the bool routing_map [T, N]. Padding tokens are routed like any other,
-        which harms nobody: they are left out of the auxiliary losses and nothing attends to them. With a
-        capacity factor, training drops them and what is over capacity; evaluation drops nothing. Communicates
-        over TP x CP.
+        `padding_mask` (megatron-core fixes this name) holds the planes [s, b, 2] of moe/planes.py; None makes
+        every token text. Returns probs [T, N] in `self.gate_dtype` and the bool routing_map [T, N]. Padding
+        tokens are routed like any other; the auxiliary losses leave them out and no token attends to them.
+        With a capacity factor, training drops padding tokens and those over capacity; evaluation drops
+        nothing. Communicates over TP x CP.
         """
-        planes = (
-            padding_mask
-            if padding_mask is not None
-            else input.new_zeros((*input.shape[:2], 2), dtype=torch.bool)
-        )
-        is_vision, is_padding = planes.unbind(dim=-1)
-        logits = self.gating(self.apply_input_jitter(input), is_vision)
+        if padding_mask is None:
+            token_types, is_padding = input.new_zeros(input.shape[:2], dtype=torch.int64), None
+        else:
+            token_types = from_planes(padding_mask)
+            is_padding = token_types == TokenType.PADDING
+        logits = self.gating(self.apply_input_jitter(input), token_types)
         if self.config.moe_router_force_load_balancing:
             logits = apply_random_logits(logits)
         self._maintain_float32_expert_bias()
-        probs, routing_map = self.routing(logits, padding_mask=None if padding_mask is None else is_padding)
+        probs, routing_map = self.routing(logits, padding_mask=is_padding)
         if self.capacity_factor is not None and self.training:
-            probs, routing_map = self._drop(
-                probs, routing_map, None if padding_mask is None else is_padding.flatten()
-            )
+            probs, routing_map = self._drop(probs, routing_map, is_padding)
         if self.moe.router_gate == "straight_through":
             probs = straight_through(probs)
-        return self._diagnose(logits, probs, routing_map, is_vision, is_padding)
+        return self._diagnose(logits, probs, routing_map, token_types.flatten())
 
     def _drop(self, probs: Tensor, routing_map: Tensor, is_padding: Tensor | None) -> tuple[Tensor, Tensor]:
         """What capacity leaves of the choices. Communicates over the ranks that share the microbatch."""
         kept = within_capacity(
             probs,
             routing_map,
-            is_padding,
+            None if is_padding is None else is_padding.flatten(),
             topk=self.topk,
             factor=self.capacity_factor,
             by_position=self.config.moe_token_drop_policy == "position",
@@ -166,12 +150,11 @@ class TypedRouter(TopKRouter):
         return MoEAuxLossAutoScaler.apply(logits, self.config.moe_z_loss_coeff * z_loss)
 
     def _diagnose(
-        self, logits: Tensor, probs: Tensor, routing_map: Tensor, is_vision: Tensor, is_padding: Tensor
+        self, logits: Tensor, probs: Tensor, routing_map: Tensor, types_T: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Let the hooks change (evaluation only) and see the decision."""
         if self.observer is None and self.intervene is None:
             return probs, routing_map
-        types_T = (is_vision * TokenType.VISION + is_padding * TokenType.PADDING).flatten()
         if self.intervene is not None:
             if self.training:  # recompute would ask twice and could be told two different things
                 raise ValueError(
@@ -202,7 +185,7 @@ class TypedRouter(TopKRouter):
 class LinearRouter(TypedRouter):
     """One linear map for all tokens (MoE-LLaVA): the core's router, always in fp32 or fp64."""
 
-    def gating(self, input: Tensor, is_vision: Tensor | None = None) -> Tensor:
+    def gating(self, input: Tensor, token_types: Tensor) -> Tensor:
         return router_gating_linear(input, self.weight, self.bias, self.gate_dtype)
 
 
@@ -221,13 +204,14 @@ class ModalityLinearRouter(TypedRouter):
             self.register_parameter(name, weight)
         self._finish_parameters()
 
-    def gating(self, input: Tensor, is_vision: Tensor | None = None) -> Tensor:
+    def gating(self, input: Tensor, token_types: Tensor) -> Tensor:
         # Both maps on every token: 2N columns cost what N do, since reading the tokens is what takes the
         # time.
         both = router_gating_linear(
             input, torch.cat([self.weight_text, self.weight_vision]), None, self.gate_dtype
         )
         of_text, of_vision = both.chunk(2, dim=-1)
+        is_vision = token_types == TokenType.VISION
         return torch.where(is_vision[..., None], of_vision, of_text).contiguous()
 
 
@@ -272,8 +256,9 @@ class DynamicTokenRouter(TypedRouter):
     def weights(self) -> maths.DtrWeights:
         return maths.DtrWeights(self.text(), self.vision(), self.phi)
 
-    def gating(self, input: Tensor, is_vision: Tensor | None = None) -> Tensor:
-        z_TC, is_vision_T, activation = input.flatten(0, 1), is_vision.flatten(), self.moe.dtr_activation
+    def gating(self, input: Tensor, token_types: Tensor) -> Tensor:
+        z_TC, is_vision_T = input.flatten(0, 1), (token_types == TokenType.VISION).flatten()
+        activation = self.moe.dtr_activation
         if self.fused is not None:
             logits_TN = self.fused(z_TC, is_vision_T, self.weights(), activation=activation)
         else:

@@ -28,7 +28,7 @@ class Step:
     """int64 [M, b, s], −100 where nothing is supervised"""
     token_types: torch.Tensor
     """int64 [M, b, s]: text, vision, padding (data/conversation.py)"""
-    pixel_values: list[torch.Tensor]
+    images: list[torch.Tensor]
     """per microbatch uint8 [n, 3, S, S], or cached features [n, t, C]; empty list off the first pipeline
     stage
     """
@@ -49,7 +49,7 @@ def to_replica(step: Step | None, topology: Topology, config: RunConfig) -> Step
     assert step is not None
     for name in ("tokens", "labels", "token_types"):
         setattr(step, name, getattr(step, name).to(where, non_blocking=True))
-    step.pixel_values = [p.to(where, non_blocking=True) for p in step.pixel_values]
+    step.images = [i.to(where, non_blocking=True) for i in step.images]
     return step
 
 
@@ -64,23 +64,23 @@ def _broadcast(step: Step | None, topology: Topology, config: RunConfig, where: 
     message = torch.zeros(1 + m + 3 * m * b * config.data.seq_length, dtype=torch.int32, device=where)
     if topology.reads_data:
         assert step is not None
-        head = torch.tensor([step.tokens.shape[2], *(len(p) for p in step.pixel_values)])
+        head = torch.tensor([step.tokens.shape[2], *(len(i) for i in step.images)])
         flat = torch.cat([head, step.tokens.flatten(), step.labels.flatten(), step.token_types.flatten()])
         message[: len(flat)].copy_(flat)
     dist.broadcast(message, dist.get_global_rank(group, 0), group=group)
-    s, *images = message[: 1 + m].tolist()
-    tokens, labels, types = message[1 + m : 1 + m + 3 * m * b * s].long().view(3, m, b, s)
-    pixels: list[torch.Tensor] = []
+    s, *counts = message[: 1 + m].tolist()
+    tokens, labels, token_types = message[1 + m : 1 + m + 3 * m * b * s].long().view(3, m, b, s)
+    images: list[torch.Tensor] = []
     if topology.first_stage:
         tp_group = ps.get_tensor_model_parallel_group()
         shape, dtype = image_form(config)
-        stacked = torch.empty(sum(images), *shape, dtype=dtype, device=where)
+        stacked = torch.empty(sum(counts), *shape, dtype=dtype, device=where)
         if topology.reads_data:
             assert step is not None
-            stacked.copy_(torch.cat(step.pixel_values))
+            stacked.copy_(torch.cat(step.images))
         if dist.get_world_size(tp_group) > 1 and len(stacked):
             dist.broadcast(stacked, dist.get_global_rank(tp_group, 0), group=tp_group)
-        pixels = list(stacked.split(images))
+        images = list(stacked.split(counts))
     return Step(
-        tokens=tokens, labels=labels, token_types=types, pixel_values=pixels, keys=step.keys if step else []
+        tokens=tokens, labels=labels, token_types=token_types, images=images, keys=step.keys if step else []
     )

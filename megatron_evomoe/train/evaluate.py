@@ -136,14 +136,16 @@ def greedy(
     have ended are left out of the next forward; a replica with none left repeats its first.
     """
     counts = _images_per_prompt(prompts, len(images), _unwrap(chunks[0]).run_config.vision.tokens_per_image)
-    pixels = images.to(backend.device()).split(counts)
+    images_of_prompt = images.to(backend.device()).split(counts)
     sequences = [(list(p.tokens), list(p.token_types)) for p in prompts]
     answers: list[list[int]] = [[] for _ in prompts]
     open_rows = list(range(len(prompts)))
     for _ in range(max_new_tokens):
         rows = open_rows or [0]
-        tokens, types, last = _pad([sequences[r] for r in rows], pad_id)
-        chosen = next_tokens(chunks, tokens, types, torch.cat([pixels[r] for r in rows]), last).tolist()
+        tokens, token_types, last = _pad([sequences[r] for r in rows], pad_id)
+        chosen = next_tokens(
+            chunks, tokens, token_types, torch.cat([images_of_prompt[r] for r in rows]), last
+        ).tolist()
         for row, token in zip(list(open_rows), chosen, strict=False):
             if token in stop:
                 open_rows.remove(row)
@@ -170,8 +172,10 @@ def _pad(
     longest = max(len(tokens) for tokens, _ in sequences)
     longest += -longest % multiple
     tokens = torch.tensor([t + [pad_id] * (longest - len(t)) for t, _ in sequences], device=where)
-    types = torch.tensor([t + [TokenType.PADDING] * (longest - len(t)) for _, t in sequences], device=where)
-    return tokens, types, torch.tensor([len(t) - 1 for t, _ in sequences], device=where)
+    token_types = torch.tensor(
+        [t + [TokenType.PADDING] * (longest - len(t)) for _, t in sequences], device=where
+    )
+    return tokens, token_types, torch.tensor([len(t) - 1 for t, _ in sequences], device=where)
 
 
 def _any_open(mine: bool) -> bool:
@@ -184,7 +188,7 @@ def _any_open(mine: bool) -> bool:
 def next_tokens(
     chunks: list[torch.nn.Module],
     tokens: torch.Tensor,
-    types: torch.Tensor,
+    token_types: torch.Tensor,
     images: torch.Tensor,
     at: torch.Tensor,
 ) -> torch.Tensor:
@@ -198,7 +202,7 @@ def next_tokens(
         batches: Iterator[int], model: torch.nn.Module
     ) -> tuple[torch.Tensor, Callable[..., Any]]:
         next(batches)
-        logits = model(tokens, types, images)
+        logits = model(tokens, token_types, images)
 
         def choose(output: torch.Tensor, non_loss_data: bool = True) -> torch.Tensor:
             last = output[torch.arange(b, device=output.device), at]

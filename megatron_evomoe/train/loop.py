@@ -177,7 +177,7 @@ def next_step(batches: Iterator[Any] | None, session: Session, config: RunConfig
             tokens=torch.stack([m["tokens"] for m in micro]),
             labels=torch.stack([m["labels"] for m in micro]),
             token_types=torch.stack([m["token_types"] for m in micro]),
-            pixel_values=[m["pixel_values"] for m in micro],
+            images=[m["images"] for m in micro],
             keys=[m["keys"] for m in micro],
         )
     return broadcast.to_replica(step, session.topology, config)

@@ -95,8 +95,8 @@ def _forward_backward(built: Built, step: Step, supervised: int) -> list[torch.T
 
     def forward_step(batches: Iterator[int], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
         i = next(batches)
-        pixels = step.pixel_values[i] if step.pixel_values else None
-        output = model(step.tokens[i], step.token_types[i], pixels, labels=step.labels[i])
+        images = step.images[i] if step.images else None
+        output = model(step.tokens[i], step.token_types[i], images, labels=step.labels[i])
 
         def loss_func(losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             total = (losses.float() * (step.labels[i] != IGNORE_INDEX)).sum()

@@ -184,7 +184,7 @@ def replica_step(number: int, config: Any) -> Any:
             tokens=torch.stack([batch["tokens"][c] for c in chunks]),
             labels=torch.stack([batch["labels"][c] for c in chunks]),
             token_types=torch.stack([batch["types"][c] for c in chunks]),
-            pixel_values=[torch.cat(batch["pixels"][c]) for c in chunks],
+            images=[torch.cat(batch["pixels"][c]) for c in chunks],
             keys=[[f"{number}-{i}" for i in range(c.start, c.stop)] for c in chunks],
         )
     return broadcast.to_replica(step, place, config)

@@ -16,7 +16,7 @@ KINDS = ("align", "warmup", "evolve", "route")
 def on_device(step: Step) -> Step:
     for name in ("tokens", "labels", "token_types"):
         setattr(step, name, getattr(step, name).to(backend.device()))
-    step.pixel_values = [p.to(backend.device()) for p in step.pixel_values]
+    step.images = [i.to(backend.device()) for i in step.images]
     return step
 
 

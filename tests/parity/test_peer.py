@@ -66,7 +66,7 @@ def test_the_peer_computes_our_loss():
     step = shapes.random_step(
         shapes.model_config("1.8b", 2, tiny=True, seq_length=48, micro_batch=2, microbatches=1)
     )
-    arguments = step.tokens[0], step.token_types[0], step.pixel_values[0]
+    arguments = step.tokens[0], step.token_types[0], step.images[0]
     labels = step.labels[0]
     with torch.no_grad():
         losses = ours(*arguments, labels=labels)[labels != IGNORE_INDEX]

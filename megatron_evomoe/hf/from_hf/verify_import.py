@@ -102,13 +102,15 @@ def _compare_models(request: Request, imported: Imported) -> Iterator[Row]:
             # transformers' LLaVA looks up the image token's own embedding, which some files do not have
             rows = theirs.get_input_embeddings().weight.shape[0]
             whole = whole and (theirs.config.model_type != "llava" or theirs.config.image_token_index < rows)
-            tokens, types = _prompt(
+            tokens, token_types = _prompt(
                 config, rows, image_token=theirs.config.image_token_index if whole else None
             )
             wanted = theirs(input_ids=tokens, **({"pixel_values": normalised} if whole else {})).logits
             # what stands at image positions is replaced, and an export's image token is no row of the core's
             # embedding
-            got = ours(tokens.masked_fill(types == TokenType.VISION, 0), types, pixels[: int(whole)])
+            got = ours(
+                tokens.masked_fill(token_types == TokenType.VISION, 0), token_types, pixels[: int(whole)]
+            )
             size = min(config.language.vocab_size, wanted.shape[-1])  # rows that the import added are new
             yield _row("logits, one image" if whole else "logits, text", got[..., :size], wanted[..., :size])
             yield _at_long_positions(config, ours, theirs, rows)

@@ -237,10 +237,10 @@ def _core_answer(
     chosen: dict[int, torch.Tensor] = {}
     for module in model.modules():
         if hasattr(module, "observer"):
-            module.observer = lambda layer, types, logits, probs, routing: chosen.__setitem__(
+            module.observer = lambda layer, token_types, logits, probs, routing: chosen.__setitem__(
                 layer, routing.cpu()
             )
     where = next(model.parameters()).device
-    tokens, types = (torch.tensor([x], device=where) for x in (sample.tokens, sample.token_types))
-    logits = model(tokens, types, pictures.to(where))[0, :, : model.run_config.language.vocab_size]
+    tokens, token_types = (torch.tensor([x], device=where) for x in (sample.tokens, sample.token_types))
+    logits = model(tokens, token_types, pictures.to(where))[0, :, : model.run_config.language.vocab_size]
     return logits.float().cpu(), [chosen[layer] for layer in sorted(chosen)]

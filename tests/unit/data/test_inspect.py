@@ -149,7 +149,7 @@ def test_a_runs_configuration_shows_what_the_run_sees(run_yaml, tmp_path, capsys
         )
         for batch in batches:
             png = np.asarray(Image.open(tmp_path / "png" / name / f"{batch['keys'][0]}.0.png"))
-            assert np.array_equal(png, batch["pixel_values"][0].permute(1, 2, 0).numpy())
+            assert np.array_equal(png, batch["images"][0].permute(1, 2, 0).numpy())
 
 
 def test_one_stage_flags_and_held_out_questions(run_yaml, shards, tmp_path, capsys):

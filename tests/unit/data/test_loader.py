@@ -32,7 +32,7 @@ def keys_of(steps):
 
 def same(a, b):
     return (
-        all(torch.equal(a[k], b[k]) for k in ("tokens", "labels", "token_types", "pixel_values"))
+        all(torch.equal(a[k], b[k]) for k in ("tokens", "labels", "token_types", "images"))
         and a["keys"] == b["keys"]
     )
 
@@ -102,13 +102,13 @@ def test_microbatch_contents(dataset, sp, processor):
             answer = micro["labels"][row][micro["labels"][row] != IGNORE_INDEX]
             assert sp.decode(answer[:-1].tolist()).strip() == record["conversations"][1]["value"]
             images += [processor(decode_image(d)) for d in data]
-        assert micro["pixel_values"].dtype == torch.uint8 and micro["pixel_values"].shape == (
+        assert micro["images"].dtype == torch.uint8 and micro["images"].shape == (
             len(images),
             3,
             8,
             8,
         )
-        assert all(torch.equal(a, b) for a, b in zip(micro["pixel_values"], images, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(micro["images"], images, strict=True))
         assert micro["tokens"].dtype == micro["labels"].dtype == micro["token_types"].dtype == torch.int64
     assert next(iter(lengths)) == (2, longest)
 
@@ -128,7 +128,7 @@ def test_padding(dataset, sp, processor):
 def test_text_only_microbatch_has_no_images(tmp_path, sp, processor):
     write_shards([({"conversations": chat("1 + 1?", "2")}, [])] * 4, tmp_path)
     (step,) = take(loader(ShardDataset(tmp_path), sp, processor, global_batch_size=2), 1)
-    assert step.microbatches[0]["pixel_values"].shape == (0, 3, 8, 8)
+    assert step.microbatches[0]["images"].shape == (0, 3, 8, 8)
 
 
 @pytest.mark.parametrize(
@@ -213,7 +213,7 @@ def test_no_descriptors_or_processes_are_left_over(dataset, sp, processor):
     deadline = time.monotonic() + 5
     while count() != before and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert count() == before and kept[0].microbatches[0]["pixel_values"].float().mean() > 0
+    assert count() == before and kept[0].microbatches[0]["images"].float().mean() > 0
 
 
 def _gloo_rank(rank, port, folder, sp_path, queue):
@@ -332,7 +332,7 @@ def test_bad_samples_keep_their_slot_and_are_counted_and_logged_once(
         assert (micro["tokens"][1] == sp.pad_id).all() and (
             micro["token_types"][0] != TokenType.PADDING
         ).any()
-        assert len(micro["pixel_values"]) == len(samples(20)[i][1])
+        assert len(micro["images"]) == len(samples(20)[i][1])
         reason = list(BAD)[i]
         lines = [r.getMessage() for r in caplog.records if f"{2 * i + 1:09d}" in r.getMessage()]
         assert len(lines) == 1 and reason in lines[0] and "shard-000000.tar" in lines[0]
@@ -348,7 +348,7 @@ def test_bad_json_too_many_pixels_and_missing_answer(tmp_path, sp, processor):
     )
     (step,) = take(train, 1)
     assert step.skipped == {"image-too-large": 1, "bad-json": 1}
-    assert step.microbatches[0]["pixel_values"].shape[0] == 0  # an all-empty microbatch is one still
+    assert step.microbatches[0]["images"].shape[0] == 0  # an all-empty microbatch is one still
     assert (step.microbatches[0]["token_types"] == TokenType.PADDING).all()
 
 
@@ -377,7 +377,7 @@ def test_long_samples_are_cut_when_asked(tmp_path, sp, processor):
     )
     micro = step.microbatches[0]
     assert micro["tokens"].shape == (2, 512) and (micro["labels"][0] != IGNORE_INDEX).sum() > 100
-    assert len(micro["pixel_values"]) == 1
+    assert len(micro["images"]) == 1
     assert step.skipped == {"too-long": 1}  # the second would have lost its whole answer
 
 

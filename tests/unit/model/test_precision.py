@@ -286,7 +286,7 @@ def outputs_and_gradients(**gpu):
     model, batch, given = routed_model(**gpu).train(), rows([1, 0], seed=3), []
     for expert in model.language_model.decoder.layers[1].mlp.experts.local_experts:
         expert.register_forward_pre_hook(lambda module, args: given.append(len(args[0])))
-    output = model(batch["tokens"], batch["token_types"], batch["pixel_values"])
+    output = model(batch["tokens"], batch["token_types"], batch["images"])
     output.square().mean().backward()
     return output.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, given
 

@@ -20,7 +20,7 @@ from megatron_evomoe.config import ConfigError, MoEConfig, check, from_mapping
 from megatron_evomoe.model.transformer_config import language_transformer_config
 from megatron_evomoe.moe.dtr import kernel as dtr_kernel
 from megatron_evomoe.moe.dtr.maths import DtrWeights, HyperWeights, dtr_logits, naive_dtr_logits
-from megatron_evomoe.moe.router import to_planes
+from megatron_evomoe.moe.planes import to_planes
 from megatron_evomoe.parallel import topology
 from megatron_evomoe.train.build import build_stage
 from megatron_evomoe.train.step import take_step

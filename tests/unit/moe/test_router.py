@@ -12,7 +12,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from megatron_evomoe.config import MoEConfig
 from megatron_evomoe.moe.dtr.maths import naive_dtr_logits
-from megatron_evomoe.moe.router import ROUTERS, router_builder, straight_through, to_planes
+from megatron_evomoe.moe.planes import from_planes, to_planes
+from megatron_evomoe.moe.router import ROUTERS, router_builder, straight_through
 from tests.unit.moe.router_models import batch, build_router, transformer_config
 
 pytestmark = pytest.mark.usefixtures("one_rank")
@@ -91,6 +92,7 @@ def test_no_types_means_all_text_and_a_bool_mask_means_padding():
     text = router(hidden, planes_of(torch.zeros_like(types)))
     assert all(torch.equal(a, b) for a, b in zip(router(hidden), text, strict=True))
     assert torch.equal(to_planes(types == 2), to_planes(torch.where(types == 2, 2, 0)))
+    assert torch.equal(from_planes(to_planes(types)), types) and set(types.unique().tolist()) == {0, 1, 2}
 
 
 @pytest.mark.parametrize("name", ROUTERS)
@@ -166,7 +168,7 @@ def test_aux_loss_is_the_papers_over_real_tokens_only(name, monkeypatch):
     probs, routing_map = router(hidden, planes_of(types))
     (probs * 0).sum().backward()  # leaves the auxiliary loss alone
     real = (types.T != 2).flatten()
-    logits_TN = router.gating(hidden, types.T == 1).flatten(0, 1)
+    logits_TN = router.gating(hidden, types.T).flatten(0, 1)
     share_N = routing_map[real].float().mean(0)
     expected = 0.3 * 4 * (share_N * torch.softmax(logits_TN, -1)[real].mean(0)).sum()
     with_padding = 0.3 * 4 * (routing_map.float().mean(0) * torch.softmax(logits_TN, -1).mean(0)).sum()
@@ -182,7 +184,7 @@ def test_z_loss_by_hand_over_real_tokens_only():
     hidden, types = batch()
     probs, _ = router(hidden, planes_of(types))
     (probs * 0).sum().backward()
-    logits = router.gating(hidden, types.T == 1)
+    logits = router.gating(hidden, types.T)
     (by_hand,) = torch.autograd.grad(0.5 * logits.logsumexp(-1)[types.T != 2].square().mean(), hidden)
     torch.testing.assert_close(hidden.grad, by_hand, rtol=0, atol=1e-8)  # measured: 0, entries to 0.04
     assert hidden.grad.abs().max() > 1e-5

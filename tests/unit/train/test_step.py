@@ -55,7 +55,7 @@ def test_loss_equals_cross_entropy_by_hand():
     built = built_for("warmup")
     batch = rows([1, 0], seed=3)
     with torch.no_grad():
-        logits = built.modules[0](batch["tokens"], batch["token_types"], batch["pixel_values"])
+        logits = built.modules[0](batch["tokens"], batch["token_types"], batch["images"])
         wanted = torch.nn.functional.cross_entropy(
             logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORE_INDEX
         )
@@ -72,9 +72,7 @@ def test_every_trained_parameter_gets_a_gradient_whatever_the_images(kind, image
     batch = rows(images)
     for p in built.modules[0].parameters():
         p.grad = None
-    losses = built.modules[0](
-        batch["tokens"], batch["token_types"], batch["pixel_values"], labels=batch["labels"]
-    )
+    losses = built.modules[0](batch["tokens"], batch["token_types"], batch["images"], labels=batch["labels"])
     trained = {n: p for n, p in built.modules[0].named_parameters() if p.requires_grad}
     grads = torch.autograd.grad(
         (losses * (batch["labels"] != IGNORE_INDEX)).sum(), list(trained.values()), allow_unused=True
@@ -121,7 +119,7 @@ def test_no_backward_below_the_lowest_trained_layer(kind, first_with_gradient):
             lambda m, a, out: tower.append((out[0].requires_grad, torch.is_grad_enabled()))
         )
     batch = rows([1, 0])
-    built.modules[0](batch["tokens"], batch["token_types"], batch["pixel_values"], labels=batch["labels"])
+    built.modules[0](batch["tokens"], batch["token_types"], batch["images"], labels=batch["labels"])
     assert seen == {i: i >= first_with_gradient for i in range(2)}
     assert tower and not any(itertools.chain(*tower))  # a frozen tower runs without autograd
 
@@ -147,8 +145,8 @@ def test_images_land_on_their_positions_in_order():
     model = built.modules[0]
     batch = rows([1, 0, 2])
     with torch.no_grad():
-        hidden = model.embed(batch["tokens"], batch["token_types"], batch["pixel_values"]).transpose(0, 1)
-        features = model.encode_images(batch["pixel_values"])
+        hidden = model.embed(batch["tokens"], batch["token_types"], batch["images"]).transpose(0, 1)
+        features = model.encode_images(batch["images"])
         words = model.language_model.embedding(input_ids=batch["tokens"], position_ids=None).transpose(0, 1)
     is_vision = batch["token_types"] == TokenType.VISION
     assert torch.equal(hidden[is_vision], features.flatten(0, 1))
@@ -162,8 +160,8 @@ def test_padding_and_other_rows_do_not_change_a_row():
     altered = batch["tokens"].clone()
     altered[batch["token_types"] == TokenType.PADDING] = 5
     with torch.no_grad():
-        one = model(batch["tokens"], batch["token_types"], batch["pixel_values"])
-        two = model(altered, batch["token_types"], batch["pixel_values"])
+        one = model(batch["tokens"], batch["token_types"], batch["images"])
+        two = model(altered, batch["token_types"], batch["images"])
     real = batch["token_types"] != TokenType.PADDING
     assert torch.equal(one[real], two[real])
 
@@ -225,6 +223,6 @@ def test_every_trained_parameter_belongs_to_a_module_that_is_called(kind, moe, l
     for name, module in built.modules[0].named_modules():
         module.register_forward_pre_hook(lambda *_, name=name: called.add(name))
     batch = rows([1, 0], seed=1)
-    built.modules[0](batch["tokens"], batch["token_types"], batch["pixel_values"], labels=batch["labels"])
+    built.modules[0](batch["tokens"], batch["token_types"], batch["images"], labels=batch["labels"])
     owners = {name.rpartition(".")[0] for name, p in built.modules[0].named_parameters() if p.requires_grad}
     assert owners and owners <= called, owners - called
