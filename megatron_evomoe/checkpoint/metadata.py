@@ -38,7 +38,7 @@ _LARGEST = 1 << 31  # bytes
 _MOST = (1 << 63) - 1  # elements, bytes
 _AXES = 64
 _MODULES = {module.__name__: module for module in (torch_metadata, planner, filesystem)}
-_DTYPES = {
+_TORCH_DTYPES = {
     str(value).removeprefix("torch."): value
     for value in vars(torch).values()
     if isinstance(value, torch.dtype)
@@ -86,7 +86,7 @@ def _is_known(name: Name) -> bool:
     """Whether checkpoint metadata may name it: sizes, dtypes, and the records and enumerations of torch's
     three modules.
     """
-    if name in (_SIZE, _LAYOUT, _GETATTR) or (name.module == "torch" and name.name in _DTYPES):
+    if name in (_SIZE, _LAYOUT, _GETATTR) or (name.module == "torch" and name.name in _TORCH_DTYPES):
         return True
     found = _class_of(name)
     return found is not None and (dataclasses.is_dataclass(found) or issubclass(found, enum.Enum))
@@ -184,7 +184,7 @@ class _Builder:
         dtype, layout, requires_grad, memory_format, pin_memory = (
             found.state if len(found.state) == 5 else [None] * 5
         )
-        if type(dtype) is not Name or dtype.module != "torch" or dtype.name not in _DTYPES:
+        if type(dtype) is not Name or dtype.module != "torch" or dtype.name not in _TORCH_DTYPES:
             raise ValueError("a tensor's dtype is missing")
         is_plain = (
             type(layout) is Call
@@ -195,7 +195,7 @@ class _Builder:
         if not is_plain or type(requires_grad) is not bool or type(pin_memory) is not bool:
             raise ValueError("a tensor is not strided and contiguous")
         return TensorProperties(
-            _DTYPES[dtype.name], torch.strided, requires_grad, torch.contiguous_format, pin_memory
+            _TORCH_DTYPES[dtype.name], torch.strided, requires_grad, torch.contiguous_format, pin_memory
         )
 
     def index(self, found: Any) -> MetadataIndex:

@@ -19,6 +19,7 @@ import pydantic
 from typing_extensions import NotRequired, TypedDict
 
 from megatron_evomoe.checkpoint import files
+from megatron_evomoe.config.recipe import MODULES
 
 FILE_NAME = "evomoe.json"
 FORMAT = 2
@@ -97,8 +98,8 @@ class Record:
     """The run that wrote it (checkpoint/run_id.py); empty for imported weights and in format 1."""
     wandb_run_id: str | None = None
     """Continued on resume."""
-    parts: list[str] = field(default_factory=lambda: ["vision_model", "vision_projection", "language_model"])
-    """Top-level parts the tensors cover."""
+    parts: list[str] = field(default_factory=lambda: list(MODULES))
+    """Modules (`config.recipe.MODULES`) whose tensors it holds."""
     lineage: list[Ancestor] = field(default_factory=list)
     """Stages before this one, oldest first."""
     num_experts: Count = 0

@@ -7,7 +7,7 @@ import logging
 from typing import Any
 
 from megatron_evomoe.config import ConfigError
-from megatron_evomoe.hf.from_hf.importing import DTYPES, Request, describe, import_model
+from megatron_evomoe.hf.from_hf.importing import CONVERSIONS, Request, describe, import_model
 
 _FIELDS = {
     "num-experts": "experts per mixture layer",
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--dtype",
-        choices=list(DTYPES),
+        choices=list(CONVERSIONS),
         default="keep",
         help="type of the weights written (default: as they are)",
     )

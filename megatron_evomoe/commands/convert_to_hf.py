@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megatron_evomoe.hf.to_hf.exporting import DTYPES, Exported, Request, export_model
+from megatron_evomoe.hf.dtypes import DTYPES
+from megatron_evomoe.hf.to_hf.exporting import Exported, Request, export_model
 from megatron_evomoe.hf.to_hf.safetensors_writer import parse_size
 
 
@@ -25,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dense", action="store_true", help="of an evolve stage, the first expert alone, as a dense model"
     )
     parser.add_argument(
-        "--dtype", choices=tuple(DTYPES), help="type of the weights; default: what the run trained in"
+        "--dtype", choices=DTYPES, help="type of the weights; default: what the run trained in"
     )
     parser.add_argument("--max-shard-size", default="5GB", help="largest weights file (5GB)")
     parser.add_argument("--tokenizer", help="the run's tokenizer, if it is no longer where it was")

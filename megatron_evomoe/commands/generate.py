@@ -9,7 +9,7 @@ from typing import Any
 from megatron_evomoe.config.arguments import number, whole
 from megatron_evomoe.generate.chat import chat, reply
 from megatron_evomoe.generate.dialogue import Conversation
-from megatron_evomoe.generate.loading import DTYPES, ModelError, check_directory, greedy, load
+from megatron_evomoe.generate.loading import DTYPE_CHOICES, ModelError, check_directory, greedy, load
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seed", type=whole(0, 2**63 - 1), default=0, help="of sampling (default %(default)s)"
     )
     parser.add_argument(
-        "--dtype", default="auto", choices=DTYPES, help="of the weights (default: the directory's)"
+        "--dtype", default="auto", choices=DTYPE_CHOICES, help="of the weights (default: the directory's)"
     )
     parser.add_argument("--device", help="cuda:0, cpu, …; default: the GPU where there is one")
 

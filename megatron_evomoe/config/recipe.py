@@ -10,6 +10,10 @@ from megatron_evomoe.config.run import RunConfig, StageConfig
 from megatron_evomoe.config.training import Part
 
 PARTS: tuple[str, ...] = typing.get_args(Part)
+"""What a stage can train or freeze; every parameter belongs to one part (`part_of`)."""
+
+MODULES = ("vision_model", "vision_projection", "language_model")
+"""The modules of the model; a checkpoint's record lists under `parts` those that it holds."""
 
 TRAINS: dict[StageKind, tuple[str, ...]] = {
     StageKind.ALIGN: ("projector",),

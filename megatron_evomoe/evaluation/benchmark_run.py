@@ -33,7 +33,7 @@ from megatron_evomoe.evaluation.ranks import Ranks
 from megatron_evomoe.evaluation.registry import BENCHMARKS
 from megatron_evomoe.evaluation.score_report import report
 from megatron_evomoe.generate.loading import (
-    DTYPES,
+    DTYPE_CHOICES,
     LoadedModel,
     ModelError,
     check_directory,
@@ -89,7 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--limit", type=whole(1), help="only the first questions, for a trial; a later run may raise it"
     )
     parser.add_argument(
-        "--dtype", default="auto", choices=DTYPES, help="of the weights (default: the directory's)"
+        "--dtype", default="auto", choices=DTYPE_CHOICES, help="of the weights (default: the directory's)"
     )
     parser.add_argument("--device", help="cuda:0, cpu, …; default: this rank's GPU where there is one")
 

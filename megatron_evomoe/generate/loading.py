@@ -18,7 +18,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+from megatron_evomoe.hf.dtypes import DTYPES
+
+DTYPE_CHOICES = ("auto", *DTYPES)
 Message = dict[str, Any]
 """``{"role": "user" | "assistant", "content": [{"type": "image"}, {"type": "text", "text": …}]}``"""
 
@@ -161,7 +163,7 @@ def load(path: str | Path, dtype: str = "auto", device: str | None = None) -> Lo
     """Load an exported directory, or any LLaVA-style one that transformers knows.
 
     Args:
-        dtype: one of `DTYPES`; auto takes the directory's.
+        dtype: one of `DTYPE_CHOICES`; auto takes the directory's.
         device: a torch device; None takes this process's GPU where there is one.
 
     Raises:

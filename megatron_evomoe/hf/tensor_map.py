@@ -1,9 +1,9 @@
 """The one map between a checkpoint's tensors and a Hugging Face directory's, for both directions.
 
 An `Entry` pairs one tensor of a `torch_dist` checkpoint (or one expert of a tensor that stacks them) with the
-HF tensors that hold the same numbers, and knows the two layouts. A `NameMap` is the list of all entries of
-one model; it says what either side must hold, so that a missing, surplus or misshapen tensor is named before
-anything is written.
+HF tensors that hold the same numbers, and knows how the numbers are arranged in both. A `NameMap` is the list
+of all entries of one model; it says what either side must hold, so that a missing, surplus or misshapen
+tensor is named before anything is written.
 
 HF names are those of transformers 4.x LLaVA files (``language_model.model.…``,
 ``vision_tower.vision_model.…``, ``multi_modal_projector.…``); `hf/from_hf/canonical_names.py` brings other
@@ -25,8 +25,8 @@ from torch import Tensor
 from megatron_evomoe.checkpoint.record import CheckpointError
 from megatron_evomoe.config import ConfigError, RunConfig
 from megatron_evomoe.config.kinds import StageKind
+from megatron_evomoe.config.recipe import MODULES
 
-PARTS = ("vision_model", "vision_projection", "language_model")
 """Top-level parts of a checkpoint."""
 
 Shape = tuple[int, ...]
@@ -38,8 +38,8 @@ _EVOLVING_STATE = re.compile(
 )  # the first expert is there twice
 
 
-class Layout(Protocol):
-    """How the numbers of one core tensor lie in HF's."""
+class Arrangement(Protocol):
+    """How the numbers of one core tensor are arranged in HF's tensors."""
 
     def split(self, core: Tensor) -> list[Tensor]:
         """Core tensor to HF tensors, in the entry's order; views where possible."""
@@ -120,25 +120,25 @@ class Entry:
     shape: Shape
     """Of the core tensor, without the expert axis; for `Vocabulary` as padded on one rank."""
     hf: dict[str, Shape]
-    """HF key -> shape, in the layout's order."""
-    layout: Layout
+    """HF key -> shape, in the order of `arrangement`."""
+    arrangement: Arrangement
     expert: int | None = None
     """Place on the core tensor's leading axis; none where it has no expert axis."""
 
     def to_hf(self, core: Tensor) -> dict[str, Tensor]:
         """The HF tensors of a core tensor of `shape` (a vocabulary may have any number of padding rows)."""
         if core.shape[1:] != self.shape[1:] or (
-            len(core) != self.shape[0] and not isinstance(self.layout, Vocabulary)
+            len(core) != self.shape[0] and not isinstance(self.arrangement, Vocabulary)
         ):
             raise CheckpointError(f"{self.core} has shape {tuple(core.shape)}, {self.shape} is expected")
-        return dict(zip(self.hf, self.layout.split(core), strict=True))
+        return dict(zip(self.hf, self.arrangement.split(core), strict=True))
 
     def to_core(self, hf: Mapping[str, Tensor]) -> list[Tensor]:
         """Pieces that, one after the other along axis 0, are the core tensor."""
         for name, shape in self.hf.items():
             if tuple(hf[name].shape) != shape:
                 raise CheckpointError(f"{name} has shape {tuple(hf[name].shape)}, {shape} is expected")
-        return self.layout.join([hf[name] for name in self.hf])
+        return self.arrangement.join([hf[name] for name in self.hf])
 
 
 class NameMap:
@@ -149,7 +149,7 @@ class NameMap:
         kind: stage kind, or `pretrained`: designated layers are mixtures for `route` and dense FFNs for
             everything else (an `evolve` checkpoint's experts are left aside; it computes with its first one,
             the dense FFN).
-        parts: of `PARTS`, those the checkpoint has.
+        parts: of `MODULES`, those the checkpoint has.
         all_experts: of an `evolve` checkpoint map all experts rather than the dense FFN, which is the first
             of them.
 
@@ -158,7 +158,7 @@ class NameMap:
     """
 
     def __init__(
-        self, config: RunConfig, kind: str, parts: Sequence[str] = PARTS, *, all_experts: bool = False
+        self, config: RunConfig, kind: str, parts: Sequence[str] = MODULES, *, all_experts: bool = False
     ) -> None:
         self.kind, self.parts = kind, tuple(parts)
         evolved = kind == StageKind.EVOLVE and all_experts
@@ -171,9 +171,11 @@ class NameMap:
             ),
         }
         self.num_experts = config.moe.num_experts
-        self.entries = [entry for part in PARTS if part in self.parts for entry in makers[part]()]
+        self.entries = [entry for part in MODULES if part in self.parts for entry in makers[part]()]
         self._dense = {e.core for e in self.entries if e.expert is None}
-        self._flexible = {e.core: e.layout.rows for e in self.entries if isinstance(e.layout, Vocabulary)}
+        self._flexible = {
+            e.core: e.arrangement.rows for e in self.entries if isinstance(e.arrangement, Vocabulary)
+        }
 
     def core_shapes(self) -> dict[str, Shape]:
         """Core key -> global shape, expert axis included."""
@@ -190,7 +192,7 @@ class NameMap:
         if _NO_WEIGHT.search(key) or (self._aside and self._aside.search(key) and key not in self._dense):
             return False
         part = key.split(".")[0]
-        return part in self.parts or part not in PARTS
+        return part in self.parts or part not in MODULES
 
     def check_core(self, found: Mapping[str, Sequence[int]], where: object) -> None:
         """Compare a checkpoint's keys and global shapes with the map.
@@ -206,7 +208,7 @@ class NameMap:
         _compare(weights, wanted, f"checkpoint {where}")
 
     def check_hf(self, found: Mapping[str, Sequence[int]], where: object) -> None:
-        """As `check_core`, for HF keys in the canonical layout."""
+        """As `check_core`, for HF keys by their canonical names."""
         _compare({k: tuple(s) for k, s in found.items()}, self.hf_shapes(), str(where))
 
 
@@ -390,14 +392,14 @@ def _qkv(
     ours: str, theirs: str, columns: int, groups: int, queries: int, head: int, *, bias: bool
 ) -> Iterator[Entry]:
     """`queries`: rows of one group's queries."""
-    layout = Qkv(groups, queries, head)
+    arrangement = Qkv(groups, queries, head)
     for kind, rest in (("weight", (columns,)), *((("bias", ()),) if bias else ())):
         rows = {"q": groups * queries, "k": groups * head, "v": groups * head}
         yield Entry(
             f"{ours}.{kind}",
             (sum(rows.values()), *rest),
             {f"{theirs}.{x}_proj.{kind}": (n, *rest) for x, n in rows.items()},
-            layout,
+            arrangement,
         )
 
 

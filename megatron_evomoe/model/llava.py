@@ -12,6 +12,7 @@ from megatron.core.transformer.module import MegatronModule
 
 from megatron_evomoe.config import RunConfig
 from megatron_evomoe.config.kinds import StageKind
+from megatron_evomoe.config.recipe import MODULES
 from megatron_evomoe.config.token_types import TokenType
 from megatron_evomoe.data.conversation import IGNORE_INDEX
 from megatron_evomoe.data.image import processor_for
@@ -146,7 +147,7 @@ class LlavaModel(MegatronModule):
     ) -> dict:
         """Parts under `vision_model.`, `vision_projection.` and `language_model.`."""
         out = {}
-        for name in ("vision_model", "vision_projection", "language_model"):
+        for name in MODULES:
             module = getattr(self, name)
             if module is not None:
                 out.update(module.sharded_state_dict(f"{prefix}{name}.", sharded_offsets, metadata))

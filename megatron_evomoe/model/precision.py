@@ -20,7 +20,7 @@ from megatron_evomoe.config import ConfigError, RunConfig
 
 Capability = tuple[int, int]
 
-# Transformer Engine's own limits (2.11); 12.x lacks some layouts of mxfp8
+# Transformer Engine's own limits (2.11); 12.x lacks some transposed forms of mxfp8
 _LOWEST: dict[str, Capability] = {
     "delayed": (8, 9),
     "tensorwise": (8, 9),

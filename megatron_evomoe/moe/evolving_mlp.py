@@ -294,7 +294,7 @@ def expert_entries(
     """
     singleton = metadata.get(
         "singleton_local_shards", False
-    )  # core's newer layout: the expert in the key, not on an axis
+    )  # newer cores name the expert in the key, not on an axis
     key = f"{prefix}{key}{index}." if singleton else f"{prefix}{key}"
     stacked = offsets if singleton else (*offsets, (len(offsets), index, total))
     entries = {}

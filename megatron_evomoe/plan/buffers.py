@@ -47,7 +47,7 @@ class Buffer:
         return total
 
 
-def lay_out(
+def buffer_of(
     tensors: Sequence[Tensor], group: int, distributed: bool, bucket_size: int | None = None
 ) -> Buffer:
     """Place `tensors`, last one first, as the core does.

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from megatron_evomoe.config import RunConfig
 from megatron_evomoe.config.kinds import StageKind
-from megatron_evomoe.plan.buffers import Buffer, lay_out
+from megatron_evomoe.plan.buffers import Buffer, buffer_of
 from megatron_evomoe.plan.counts import Tensor, chunk_tensors, chunks
 from megatron_evomoe.plan.layout import data_parallel, expert_data_parallel
 
@@ -106,7 +106,7 @@ def _buffer(
         else replicas * config.parallel.context_parallel_size
     )
     chosen = [t for t in tensors if t.trains and t.expert_parallel == expert]
-    return lay_out(
+    return buffer_of(
         chosen,
         group,
         config.parallel.use_distributed_optimizer,

@@ -14,7 +14,7 @@ from megatron_evomoe.checkpoint import find, store
 from megatron_evomoe.checkpoint.record import CheckpointError, Record
 from megatron_evomoe.config import RunConfig, StageConfig
 from megatron_evomoe.config.kinds import MIXTURE_KINDS, StageKind
-from megatron_evomoe.config.recipe import STARTS_FROM
+from megatron_evomoe.config.recipe import MODULES, STARTS_FROM
 from megatron_evomoe.data.tokenizer import same_tokenizer
 from megatron_evomoe.moe import expert_init
 from megatron_evomoe.train.build import Built
@@ -22,6 +22,9 @@ from megatron_evomoe.train.build import Built
 log = logging.getLogger(__name__)
 
 _ROUTER = r"\.mlp\.router\."
+# The norm before an FFN is stored under the first name in MoE layers, where no norm can be fused into the
+# experts, and elsewhere under the second, Transformer Engine's name. Existing checkpoints hold both names, so
+# both must stay.
 _NORM_NAMES = (".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_")
 _EVOLUTION = r"\.mlp\.(experts|evolution)\."
 
@@ -50,11 +53,7 @@ def start_from(
             f"{source.kind!r} checkpoint; put an evolve stage before it, or choose replicate or noise"
         )
     fresh_allowed = [_ROUTER, _EVOLUTION] if stage.kind == StageKind.EVOLVE else [_ROUTER]
-    fresh_allowed += [
-        rf"^{part}\."
-        for part in ("vision_model", "vision_projection", "language_model")
-        if part not in source.parts
-    ]
+    fresh_allowed += [rf"^{module}\." for module in MODULES if module not in source.parts]
     states = []
     for module in built.modules:
         state = module.sharded_state_dict(metadata=store.metadata())
@@ -102,9 +101,9 @@ def _may_be_left(source: Record, stage: StageConfig) -> re.Pattern[str]:
 
 
 def _under_stored_names(states: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
-    """The norm before an FFN has one name in layers designated as mixtures and another elsewhere; a
-    checkpoint may come from a run (or an import) that designated others. Each norm is read under the name it
-    was stored by.
+    """Read each norm before an FFN under the name it was stored by (see `_NORM_NAMES`).
+
+    The names differ where the checkpoint comes from a run, or an import, whose MoE layers were others.
     """
     stored = store.tensor_shapes(folder)
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from megatron_evomoe.checkpoint import contents
 from megatron_evomoe.checkpoint.record import CheckpointError
 from megatron_evomoe.config import ConfigError
-from megatron_evomoe.hf.from_hf.safetensors_reader import DTYPES, Place, Reader, read_header, unique
+from megatron_evomoe.hf.from_hf.safetensors_reader import DTYPE_OF_CODE, Place, Reader, read_header, unique
 
 log = logging.getLogger(__name__)
 
@@ -180,7 +180,7 @@ def _load_pickled(file: Path) -> dict[str, Tensor]:
         if (
             tensor.layout != torch.strided
             or tensor.device.type != "cpu"
-            or tensor.dtype not in DTYPES.values()
+            or tensor.dtype not in DTYPE_OF_CODE.values()
         ):
             raise CheckpointError(
                 f"{file}: {name} is a {tensor.layout} tensor of {tensor.dtype} on {tensor.device}, which is "

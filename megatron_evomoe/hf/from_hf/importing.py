@@ -27,21 +27,21 @@ from megatron_evomoe.checkpoint.record import CheckpointError, Record
 from megatron_evomoe.checkpoint.stream import CheckpointWriter
 from megatron_evomoe.config import ConfigError, MoEConfig, RunConfig, from_mapping
 from megatron_evomoe.config.kinds import MIXTURE_KINDS, PRETRAINED, StageKind
+from megatron_evomoe.hf.dtypes import DTYPES
 from megatron_evomoe.hf.from_hf import sources, tokenizer_copy
 from megatron_evomoe.hf.from_hf.directory import require_empty
 from megatron_evomoe.hf.from_hf.finite import converted
 from megatron_evomoe.hf.tensor_map import Entry, NameMap
 from megatron_evomoe.moe import initial_draws
 
-DTYPES = {
+CONVERSIONS = {
     "keep": None,
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
+    **{name: getattr(torch, name) for name in DTYPES},
 }
+"""What ``--dtype`` may be; `keep` leaves each tensor the type it is stored in."""
 _EXPERT = re.compile(r"\.mlp\.experts\.\d+\.")
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 
@@ -206,7 +206,7 @@ class Target:
         """
         found: dict[str, torch.dtype] = {}
         for entry in self.entries:
-            if dtype := DTYPES[request.dtype]:
+            if dtype := CONVERSIONS[request.dtype]:
                 found[entry.core] = dtype
                 continue
             names = (
@@ -252,8 +252,8 @@ def model_yaml(config: RunConfig, kind: str, parts: list[str]) -> str:
 
 def _config(source: sources.Source, request: Request) -> RunConfig:
     """The source's sections with the request's fields over them."""
-    if request.dtype not in DTYPES:
-        raise ConfigError(f"dtype {request.dtype!r} is unknown; known: {', '.join(DTYPES)}")
+    if request.dtype not in CONVERSIONS:
+        raise ConfigError(f"dtype {request.dtype!r} is unknown; known: {', '.join(CONVERSIONS)}")
     if request.expert_init != "none" and (source.kind != PRETRAINED or "language_model" not in source.parts):
         raise ConfigError(
             f"--expert-init {request.expert_init} makes a mixture of a dense language model, and the source "

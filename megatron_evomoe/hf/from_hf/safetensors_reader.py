@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron_evomoe.checkpoint.record import CheckpointError
 
-DTYPES = {
+DTYPE_OF_CODE = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -31,7 +31,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""safetensors' names of the types that are read."""
+"""The codes by which a safetensors header names the types that are read."""
 _MAPPED = 2**26  # bytes read through one opening
 
 
@@ -74,12 +74,12 @@ def read_header(file: Path) -> Iterator[tuple[str, Place]]:
     except (SafetensorError, OSError, ValueError, OverflowError) as error:
         raise _damaged(file, error) from None
     for name, dtype, shape in entries:
-        if dtype not in DTYPES:
+        if dtype not in DTYPE_OF_CODE:
             raise CheckpointError(
                 f"{file}: {name} has dtype {dtype}, which is not read here (quantised?); "
-                f"known: {', '.join(DTYPES)}"
+                f"known: {', '.join(DTYPE_OF_CODE)}"
             )
-        yield name, Place(file, DTYPES[dtype], shape)
+        yield name, Place(file, DTYPE_OF_CODE[dtype], shape)
 
 
 @dataclass

@@ -15,6 +15,7 @@ from megatron_evomoe.checkpoint.record import CheckpointError
 from megatron_evomoe.config import MODEL_SECTIONS, STAGE_KINDS, ConfigError
 from megatron_evomoe.config.kinds import MIXTURE_KINDS, PRETRAINED
 from megatron_evomoe.config.presets import VISION_PRESETS
+from megatron_evomoe.config.recipe import MODULES
 from megatron_evomoe.hf.from_hf import canonical_names
 from megatron_evomoe.hf.from_hf.config_sections import (
     LLAVA_TYPES,
@@ -27,7 +28,6 @@ from megatron_evomoe.hf.from_hf.config_sections import (
 )
 from megatron_evomoe.hf.from_hf.config_values import Given
 from megatron_evomoe.hf.from_hf.directory import HfDirectory, Place
-from megatron_evomoe.hf.tensor_map import PARTS
 
 log = logging.getLogger(__name__)
 
@@ -197,7 +197,7 @@ def _own_export(directory: HfDirectory) -> Source:
         name: dict(own[name]) for name in (*MODEL_SECTIONS, "data") if isinstance(own.get(name), dict)
     }
     source = Source(
-        sections, kind if kind in MIXTURE_KINDS else PRETRAINED, list(PARTS), tokenizer=directory.path
+        sections, kind if kind in MIXTURE_KINDS else PRETRAINED, list(MODULES), tokenizer=directory.path
     )
     source.lineage = _lineage(Given(whole.kind, own, {}), directory.path)
     if (
@@ -237,7 +237,7 @@ def _llava(directory: HfDirectory, tower: HfDirectory | None) -> Source:
     if config.get("model_type") not in LLAVA_TYPES:
         _refuse_no_llava(directory)
     language, vision = llava_sections(config)
-    source = Source({"language": language, "vision": vision}, parts=list(PARTS), tokenizer=directory.path)
+    source = Source({"language": language, "vision": vision}, parts=list(MODULES), tokenizer=directory.path)
     source.add(directory)
     if language.get(
         "lm_head_bias"

@@ -23,7 +23,7 @@ from megatron_evomoe.data.image import processor_for
 from megatron_evomoe.hf.core_world import one_rank
 from megatron_evomoe.hf.from_hf import sources
 from megatron_evomoe.hf.from_hf.config_sections import LLAVA_TYPES
-from megatron_evomoe.hf.from_hf.importing import DTYPES, Imported, Request, is_drawn, open_target
+from megatron_evomoe.hf.from_hf.importing import CONVERSIONS, Imported, Request, is_drawn, open_target
 from megatron_evomoe.hf.to_hf.verify_export import LOGITS, Row
 
 _LENGTH = 24
@@ -201,7 +201,7 @@ def _theirs(request: Request, kind: str, path: str | None) -> Any:
     model = getattr(transformers, kind).from_pretrained(
         sources.local_path(str(path)), dtype=torch.float32, local_files_only=True
     )
-    if dtype := DTYPES[request.dtype]:
+    if dtype := CONVERSIONS[request.dtype]:
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype).float()
     return model.eval()
@@ -224,11 +224,11 @@ def _core_model(imported: Imported) -> Iterator[Any]:
 
 def _loaded(imported: Imported, config: RunConfig) -> Any:
     from megatron_evomoe.checkpoint import store
-    from megatron_evomoe.hf.tensor_map import PARTS
+    from megatron_evomoe.config.recipe import MODULES
     from megatron_evomoe.model.build import build_modules
 
     [model] = build_modules(config, StageKind.ROUTE if imported.kind == StageKind.ROUTE else StageKind.DENSE)
-    lacking = "|".join(rf"^{part}\." for part in PARTS if part not in imported.parts) or r"(?!)"
+    lacking = "|".join(rf"^{part}\." for part in MODULES if part not in imported.parts) or r"(?!)"
     states, _ = store.load_weights(
         imported.checkpoint,
         [model.sharded_state_dict(metadata=store.metadata())],

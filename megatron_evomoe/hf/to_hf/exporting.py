@@ -28,6 +28,7 @@ from megatron_evomoe.checkpoint.record import CheckpointError, Record
 from megatron_evomoe.checkpoint.stream import CheckpointReader
 from megatron_evomoe.config import ConfigError, RunConfig
 from megatron_evomoe.config.kinds import MIXTURE_KINDS, StageKind
+from megatron_evomoe.config.recipe import MODULES
 from megatron_evomoe.data.conversation import TEMPLATES, end_id, stop_ids
 from megatron_evomoe.data.tokenizer import (
     HuggingFaceTokenizer,
@@ -35,15 +36,15 @@ from megatron_evomoe.data.tokenizer import (
     build_tokenizer,
     same_tokenizer,
 )
+from megatron_evomoe.hf.dtypes import DTYPES
 from megatron_evomoe.hf.from_hf.directory import require_empty
 from megatron_evomoe.hf.remote_code.exported_files import source_files
-from megatron_evomoe.hf.tensor_map import PARTS, Entry, NameMap
+from megatron_evomoe.hf.tensor_map import Entry, NameMap
 from megatron_evomoe.hf.to_hf import config_files, model_card, origin
 from megatron_evomoe.hf.to_hf.chat_template import chat_template
 from megatron_evomoe.hf.to_hf.safetensors_writer import ShardedWriter
 from megatron_evomoe.hf.to_hf.tokenizer_json import TokenizerFiles, check_ids, tokenizer_files
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _EMBEDDINGS = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
 
 
@@ -125,7 +126,7 @@ def export_model(request: Request) -> Exported:
         # checksums are read beside the conversion, which finds the same bytes in the page cache
         problem = checker.submit(integrity.mismatch, plan.reader.directory, plan.reader.record.files)
         pending.mkdir(parents=True)
-        writer = ShardedWriter(pending, _shapes(plan), DTYPES[plan.dtype], request.max_shard_bytes)
+        writer = ShardedWriter(pending, _shapes(plan), getattr(torch, plan.dtype), request.max_shard_bytes)
         _require_room(pending, writer.total_size, output)
         for name, tensor in _tensors(plan):
             writer.put(name, tensor)
@@ -155,7 +156,7 @@ def _plan(request: Request) -> _Plan:
     folder = origin.find_checkpoint(Path(request.checkpoint).expanduser())
     reader = CheckpointReader(folder)
     record, config = reader.record, origin.config_of(folder, reader.record)
-    if lacking := [part for part in PARTS if part not in record.parts]:
+    if lacking := [part for part in MODULES if part not in record.parts]:
         raise CheckpointError(f"{folder} holds no {', '.join(lacking)}; only a whole model can be exported")
     kind, form = _kind_and_format(request, record, config)
     tokenizer, path = _tokenizer(request, record, config)

@@ -25,7 +25,7 @@ from megatron_evomoe.data.image import processor_for
 from megatron_evomoe.data.tokenizer import build_tokenizer
 from megatron_evomoe.hf.core_world import one_rank
 from megatron_evomoe.hf.tensor_map import EVOLVING
-from megatron_evomoe.hf.to_hf.exporting import DTYPES, Exported
+from megatron_evomoe.hf.to_hf.exporting import Exported
 
 LOGITS = 1e-4
 """Largest accepted difference, of the largest logit. Tiny models: 3e-6; sums in another order grow with width
@@ -226,7 +226,7 @@ def _loaded(exported: Exported, config: RunConfig) -> Any:
     model.load_state_dict({k: v for k, v in states[0].items() if torch.is_tensor(v)}, strict=False)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.copy_(parameter.to(DTYPES[exported.dtype]))
+            parameter.copy_(parameter.to(getattr(torch, exported.dtype)))
     return model.eval()
 
 

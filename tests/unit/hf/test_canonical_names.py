@@ -24,7 +24,7 @@ CANONICAL = {
 }
 TEXT = {name for name in CANONICAL if name.startswith("language_model.")}
 VISION = {name for name in CANONICAL if name.startswith("vision_tower.")}
-LAYOUTS = {
+NAMINGS = {
     "transformers 4.x": (lambda n: n, CANONICAL),
     "transformers 5.4": (lambda n: n if n == HEAD else "model." + n, CANONICAL),
     "transformers 5.6": (lambda n: n.replace(TOWER, "vision_tower."), CANONICAL),
@@ -49,9 +49,9 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_layouts_become_canonical(name):
-    written, expected = LAYOUTS[name]
+@pytest.mark.parametrize("name", NAMINGS)
+def test_names_become_canonical(name):
+    written, expected = NAMINGS[name]
     assert canonical([written(n) for n in expected], "here") == {n: written(n) for n in expected}
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from tests.unit.hf.test_layouts import LAYOUTS
 
 from megatron_evomoe.checkpoint.record import CheckpointError
 from megatron_evomoe.checkpoint.stream import CheckpointReader
@@ -22,6 +21,7 @@ from megatron_evomoe.data.tokenizer import build_tokenizer, train_sentencepiece
 from megatron_evomoe.hf.from_hf.importing import Request, describe, import_model
 from tests.unit.data import helpers
 from tests.unit.hf.sources import LLAVA, TEXT, TOWER, part, tensors, write
+from tests.unit.hf.test_canonical_names import NAMINGS
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -50,9 +50,9 @@ def reference(tmp_path_factory) -> dict[str, torch.Tensor]:
     return contents(convert(folder, model=write(folder / "hf")).checkpoint)
 
 
-@pytest.mark.parametrize("name", [n for n in LAYOUTS if n.startswith(("transformers", "in memory"))])
+@pytest.mark.parametrize("name", [n for n in NAMINGS if n.startswith(("transformers", "in memory"))])
 def test_every_layout_gives_the_same_tensors(tmp_path, reference, name):
-    imported = convert(tmp_path, model=write(tmp_path / "hf", rename=LAYOUTS[name][0]))
+    imported = convert(tmp_path, model=write(tmp_path / "hf", rename=NAMINGS[name][0]))
     assert same(contents(imported.checkpoint), reference)
     assert len(imported.left_out) == 16 + 2 and imported.tensors + 18 == len(tensors())
 
@@ -71,7 +71,7 @@ def test_llavas_own_format(tmp_path, reference, holds_tower):
     """With the tower's weights in the file (then only its sizes are asked for), and without."""
     everything = tensors()
     kept = {k: v for k, v in everything.items() if holds_tower or not k.startswith("vision_tower.")}
-    write(tmp_path / "hf", ORIGINAL, kept, LAYOUTS["LLaVA's own"][0])
+    write(tmp_path / "hf", ORIGINAL, kept, NAMINGS["LLaVA's own"][0])
     clip = {"model_type": "clip", "vision_config": TOWER, "text_config": {}}
     weights = part("vision_tower.", everything)
     if holds_tower:
@@ -90,7 +90,7 @@ def test_llavas_own_format_asks_for_the_tower(tmp_path):
         tmp_path / "hf",
         ORIGINAL,
         {k: v for k, v in tensors().items() if "vision" not in k},
-        LAYOUTS["LLaVA's own"][0],
+        NAMINGS["LLaVA's own"][0],
     )
     with pytest.raises(
         ConfigError, match=r"sizes of its vision tower, 'openai/some-tower'; give.*--vision-model"
@@ -100,8 +100,8 @@ def test_llavas_own_format_asks_for_the_tower(tmp_path):
 
 def test_parts_with_a_fresh_projector(tmp_path, reference):
     everything = tensors()
-    write(tmp_path / "lm", TEXT, part("language_model.", everything), LAYOUTS["language model alone"][0])
-    write(tmp_path / "tower", TOWER, part("vision_tower.", everything), LAYOUTS["tower alone, 5.x"][0])
+    write(tmp_path / "lm", TEXT, part("language_model.", everything), NAMINGS["language model alone"][0])
+    write(tmp_path / "tower", TOWER, part("vision_tower.", everything), NAMINGS["tower alone, 5.x"][0])
     imported = convert(tmp_path, language_model=tmp_path / "lm", vision_model=tmp_path / "tower")
     assert (
         imported.parts

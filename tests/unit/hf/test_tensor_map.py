@@ -12,7 +12,8 @@ import torch
 
 from megatron_evomoe.checkpoint.record import CheckpointError
 from megatron_evomoe.config import ConfigError
-from megatron_evomoe.hf.tensor_map import PARTS, NameMap
+from megatron_evomoe.config.recipe import MODULES
+from megatron_evomoe.hf.tensor_map import NameMap
 from tests.tiny import tiny_config
 
 LANGUAGE = {
@@ -135,7 +136,7 @@ def test_training_state_is_no_weight():
 def test_parts_add_up():
     config = tiny_config("route")
     whole = NameMap(config, "route").hf_shapes()
-    parts = [NameMap(config, "route", [part]).hf_shapes() for part in PARTS]
+    parts = [NameMap(config, "route", [part]).hf_shapes() for part in MODULES]
     assert {k: s for part in parts for k, s in part.items()} == whole
     assert all(not a.keys() & b.keys() for a, b in itertools.combinations(parts, 2))
 
