@@ -17,7 +17,7 @@ from megatron.core import parallel_state as ps
 from torch import Tensor
 
 from megatron_evomoe.config import RunConfig
-from megatron_evomoe.diagnose import store
+from megatron_evomoe.diagnose import diagnostics_file
 from megatron_evomoe.diagnose.routing import LogitSample, ShareCounter, draw_permutation, shuffle_routing
 from megatron_evomoe.diagnose.similarity import cosine_from_gram, expert_gram
 from megatron_evomoe.parallel import backend
@@ -176,7 +176,7 @@ def save(
     watch.merge_logits()
     similarity = expert_similarity(layers, config)
     if is_main and watch.logits is not None:
-        store.write_shares(run_dir, stage, step, watch.layers, counts)
-        store.write_logits(run_dir, stage, step, watch.layers, watch.logits)
-        store.write_similarity(run_dir, stage, step, watch.layers, similarity)
+        diagnostics_file.write_shares(run_dir, stage, step, watch.layers, counts)
+        diagnostics_file.write_logits(run_dir, stage, step, watch.layers, watch.logits)
+        diagnostics_file.write_similarity(run_dir, stage, step, watch.layers, similarity)
     return {"shares": counts, "similarity": similarity}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megatron_evomoe.config import ConfigError
-from megatron_evomoe.diagnose import store
+from megatron_evomoe.diagnose import diagnostics_file
 from megatron_evomoe.observe import jsonl
 
 if TYPE_CHECKING:
@@ -125,9 +125,9 @@ FIGURES: dict[str, Callable[[Path], Any]] = {
 
 
 def _last(run_dir: Path, kind: str) -> dict[str, Any]:
-    records = [r for r in store.read(run_dir, kind) if r["layers"]]
+    records = [r for r in diagnostics_file.read(run_dir, kind) if r["layers"]]
     if not records:
-        raise NothingToPlotError(f"no {kind!r} record with MoE layers in {run_dir / store.FILE}")
+        raise NothingToPlotError(f"no {kind!r} record with MoE layers in {run_dir / diagnostics_file.FILE}")
     return records[-1]
 
 

@@ -10,20 +10,20 @@ import torch
 
 from megatron_evomoe.cli import main
 from megatron_evomoe.config import LogConfig
-from megatron_evomoe.diagnose import estimates, figures, plots, store
+from megatron_evomoe.diagnose import diagnostics_file, estimates, figures, plots
 from megatron_evomoe.diagnose.routing import LogitSample, ShareCounter
 from megatron_evomoe.observe import RunLogger
 
 
 def test_records_come_back_and_later_ones_replace(tmp_path):
     counts = torch.tensor([[[3, 1], [0, 0]]])
-    store.write_shares(tmp_path, "route", 10, [1], torch.zeros_like(counts))
-    store.write(
+    diagnostics_file.write_shares(tmp_path, "route", 10, [1], torch.zeros_like(counts))
+    diagnostics_file.write(
         tmp_path, "route", 10, "shuffle", mode="permute", accuracy=0.5, shuffled=torch.tensor([0.25, 0.5])
     )
-    store.write_shares(tmp_path, "route", 10, [1], counts)
-    store.write_shares(tmp_path, "evolve", 10, [1], counts)
-    shuffle, route, evolve = store.read(tmp_path)
+    diagnostics_file.write_shares(tmp_path, "route", 10, [1], counts)
+    diagnostics_file.write_shares(tmp_path, "evolve", 10, [1], counts)
+    shuffle, route, evolve = diagnostics_file.read(tmp_path)
     assert (shuffle["kind"], shuffle["shuffled"]) == ("shuffle", [0.25, 0.5])
     assert (
         route["counts"] == counts.tolist()
@@ -31,8 +31,11 @@ def test_records_come_back_and_later_ones_replace(tmp_path):
         and math.isnan(float(route["divergence"][0]))
     )
     assert evolve["stage"] == "evolve"
-    assert [r["stage"] for r in store.read(tmp_path, "shares")] == ["route", "evolve"]
-    assert store.read(tmp_path, "shares", "evolve") == [evolve] and store.read(tmp_path / "none") == []
+    assert [r["stage"] for r in diagnostics_file.read(tmp_path, "shares")] == ["route", "evolve"]
+    assert (
+        diagnostics_file.read(tmp_path, "shares", "evolve") == [evolve]
+        and diagnostics_file.read(tmp_path / "none") == []
+    )
 
 
 def test_a_run_that_cannot_be_plotted_is_named(tmp_path, capsys):
@@ -49,8 +52,8 @@ def test_a_run_that_cannot_be_plotted_is_named(tmp_path, capsys):
 def test_logits_are_rounded_and_keep_their_shape(tmp_path):
     sample = LogitSample(1, 2, capacity=5)
     sample.add(0, torch.tensor([0, 0, 1]), torch.tensor([[0.123456, 1.0], [0.2, 2.0], [0.3, 3.0]]))
-    store.write_logits(tmp_path, "route", 1, [3], sample)
-    (record,) = store.read(tmp_path, "logits")
+    diagnostics_file.write_logits(tmp_path, "route", 1, [3], sample)
+    (record,) = diagnostics_file.read(tmp_path, "logits")
     assert sorted(record["text"][0]) == [[0.1235, 1.0], [0.2, 2.0]] and record["vision"] == [[[0.3, 3.0]]]
 
 
@@ -77,9 +80,9 @@ def fill(run_dir, *, num_layers=2, experts=4):
             layer, types, torch.zeros(100, experts).scatter(1, logits.argmax(1, keepdim=True), 1).bool()
         )
         sample.add(layer, types, logits)
-    store.write_shares(run_dir, "route", 8, layers, counter.counts)
-    store.write_logits(run_dir, "route", 8, layers, sample)
-    store.write_similarity(
+    diagnostics_file.write_shares(run_dir, "route", 8, layers, counter.counts)
+    diagnostics_file.write_logits(run_dir, "route", 8, layers, sample)
+    diagnostics_file.write_similarity(
         run_dir, "route", 8, layers, {"weights": torch.eye(experts).expand(num_layers, -1, -1)}
     )
 
