@@ -13,14 +13,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state as ps
 from torch import Tensor
 
 from megatron_evomoe.config import RunConfig
 from megatron_evomoe.diagnose import diagnostics_file
 from megatron_evomoe.diagnose.routing import LogitSample, ShareCounter, draw_permutation, shuffle_routing
 from megatron_evomoe.diagnose.similarity import cosine_from_gram, expert_gram
-from megatron_evomoe.parallel import backend
+from megatron_evomoe.parallel import backend, topology
 
 
 class Watch:
@@ -94,8 +93,8 @@ def shuffled(layers: Sequence[Any], seed: int, mode: str = "random") -> Iterator
 
         return intervene
 
+    replica = topology.current().data.rank
     for layer in layers:
-        replica = ps.get_data_parallel_rank()
         layer.router.intervene = intervention(
             torch.Generator().manual_seed(seed * 1_000_003 + layer.layer_number * 1009 + replica)
         )
@@ -115,14 +114,15 @@ def expert_similarity(layers: Sequence[Any], config: RunConfig) -> dict[str, Ten
         name: torch.zeros(len(numbers), experts, experts, dtype=torch.float64, device=backend.device())
         for name in ("weights", "weights, less their mean")
     }
+    place = topology.current()
     for layer in layers:
         weights = _all_experts(layer)
         for name, reference in (("weights", None), ("weights, less their mean", "mean")):
             gram = expert_gram(weights, reference)
-            dist.all_reduce(gram, group=ps.get_expert_tensor_parallel_group())
+            dist.all_reduce(gram, group=place.expert_tensor.group)
             grams[name][numbers.index(layer.layer_number)] = gram
     for gram in grams.values():
-        dist.all_reduce(gram, group=ps.get_pipeline_model_parallel_group())
+        dist.all_reduce(gram, group=place.pipeline.group)
     return {name: cosine_from_gram(gram).cpu() for name, gram in grams.items()}
 
 

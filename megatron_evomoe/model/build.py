@@ -3,31 +3,34 @@
 from __future__ import annotations
 
 import torch
-from megatron.core import parallel_state as ps
 
 from megatron_evomoe.config import RunConfig
 from megatron_evomoe.config.kinds import StageKind
 from megatron_evomoe.config.recipe import PARTS, part_of, trained_parts
 from megatron_evomoe.model.llava import LlavaModel
-from megatron_evomoe.parallel import backend
+from megatron_evomoe.parallel import backend, topology
 
 
 def build_modules(config: RunConfig, kind: StageKind) -> list[LlavaModel]:
-    """The model chunks of this pipeline rank, on their device, with fresh weights."""
-    chunks = ps.get_virtual_pipeline_model_parallel_world_size()
-    modules = []
-    for vp_stage in range(chunks or 1):
-        stage = vp_stage if chunks else None
-        modules.append(
-            LlavaModel(
-                config,
-                stage_kind=kind,
-                pre_process=ps.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
-                post_process=ps.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
-                vp_stage=stage,
-            )
+    """The model chunks of this pipeline rank, on their device, with fresh weights.
+
+    One chunk, or with the interleaved schedule `topology.Topology.chunks` of them. The first chunk of the
+    first pipeline stage embeds, and the last chunk of the last stage computes the loss.
+    """
+    place = topology.current()
+    last = place.chunks - 1
+    modules = [
+        LlavaModel(
+            config,
+            stage_kind=kind,
+            pre_process=place.first_stage and chunk == 0,
+            post_process=place.last_stage and chunk == last,
+            vp_stage=chunk if place.chunks > 1 else None,
         )
-    return [m.to(backend.device(), dtype=torch.bfloat16 if config.train.bf16 else None) for m in modules]
+        for chunk in range(place.chunks)
+    ]
+    dtype = torch.bfloat16 if config.train.bf16 else None
+    return [module.to(backend.device(), dtype=dtype) for module in modules]
 
 
 def freeze(

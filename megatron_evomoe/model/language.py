@@ -13,7 +13,6 @@ from megatron.core import tensor_parallel
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt import GPTModel
-from megatron.core.parallel_state import get_tensor_model_parallel_rank
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -33,7 +32,9 @@ from megatron_evomoe.config.kinds import StageKind
 from megatron_evomoe.model.mlp import allow_expert_biases, dense_mlp_spec
 from megatron_evomoe.model.norm import TorchNorm
 from megatron_evomoe.model.transformer_config import language_transformer_config, resolve_transformer_impl
-from megatron_evomoe.parallel import rng
+from megatron_evomoe.moe.evolving_mlp import evolving_mlp_spec
+from megatron_evomoe.moe.layer import moe_layer_spec
+from megatron_evomoe.parallel import rng, topology
 
 
 class DecoderLayer(TransformerLayer):
@@ -168,7 +169,7 @@ def _draw_output_layer(model: GPTModel) -> None:
     with rng.derived("language_model.output_layer"), torch.no_grad():
         whole = weight.new_empty(model.output_layer.output_size, weight.shape[1])
         model.config.init_method(whole)
-        weight.copy_(whole.chunk(model.config.tensor_model_parallel_size)[get_tensor_model_parallel_rank()])
+        weight.copy_(whole.chunk(model.config.tensor_model_parallel_size)[topology.current().tensor.rank])
 
 
 def _is_news(record: logging.LogRecord) -> bool:
@@ -246,14 +247,10 @@ def _layer_spec(config: RunConfig, stage_kind: StageKind, designated: bool) -> M
 def _ffn_spec(config: RunConfig, stage_kind: StageKind, use_te: bool, linear_fc1: type) -> Any:
     """The FFN of a layer; anything but `evolve` and `route` is dense."""
     if stage_kind == StageKind.ROUTE:
-        from megatron_evomoe.moe.layer import moe_layer_spec
-
         spec = moe_layer_spec(config.moe, use_te)
         return allow_expert_biases(spec) if config.language.add_bias_linear and not use_te else spec
     dense = dense_mlp_spec(linear_fc1, _backend(use_te).row_parallel_linear())
     if stage_kind == StageKind.EVOLVE:
-        from megatron_evomoe.moe.evolving_mlp import evolving_mlp_spec
-
         return evolving_mlp_spec(dense, config.moe)
     return dense
 

@@ -19,7 +19,7 @@ from megatron_evomoe.data.image import processor_for
 from megatron_evomoe.model.language import build_language_model
 from megatron_evomoe.model.projector import build_projector
 from megatron_evomoe.model.vision import build_vision_model
-from megatron_evomoe.parallel import rng
+from megatron_evomoe.parallel import rng, topology
 
 
 class LlavaModel(MegatronModule):
@@ -130,7 +130,7 @@ class LlavaModel(MegatronModule):
             decoder_input = self.embed(tokens, token_types, images)
         if self.config.sequence_parallel:
             tp = self.config.tensor_model_parallel_size
-            token_types = token_types.chunk(tp, dim=1)[tensor_parallel_rank()].contiguous()
+            token_types = token_types.chunk(tp, dim=1)[topology.current().tensor.rank].contiguous()
         # ignored positions get some valid id; the caller masks their loss
         targets = labels.masked_fill(labels == IGNORE_INDEX, 0) if labels is not None else None
         return self.language_model(
@@ -152,13 +152,6 @@ class LlavaModel(MegatronModule):
             if module is not None:
                 out.update(module.sharded_state_dict(f"{prefix}{name}.", sharded_offsets, metadata))
         return out
-
-
-def tensor_parallel_rank() -> int:
-    """This rank's index in its TP group."""
-    from megatron.core import parallel_state
-
-    return parallel_state.get_tensor_model_parallel_rank()
 
 
 def _positions(tokens: torch.Tensor) -> torch.Tensor:

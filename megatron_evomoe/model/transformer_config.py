@@ -26,7 +26,7 @@ from megatron_evomoe.config import ConfigError, RunConfig
 from megatron_evomoe.model import precision
 from megatron_evomoe.moe.dtr import kernel as dtr_kernel
 from megatron_evomoe.parallel import backend
-from megatron_evomoe.parallel.topology import virtual_stages
+from megatron_evomoe.parallel.degrees import virtual_stages
 
 
 def gelu_tanh(x: torch.Tensor) -> torch.Tensor:

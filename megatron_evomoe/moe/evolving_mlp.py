@@ -27,7 +27,6 @@ from dataclasses import replace
 from typing import Any, Optional
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.transformer.mlp import MLP, apply_swiglu_sharded_factory
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -35,6 +34,7 @@ from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, sha
 
 from megatron_evomoe.config import ConfigError, MoEConfig
 from megatron_evomoe.moe.evolution_rules import draw_beta, rule_named, validate_ranges
+from megatron_evomoe.parallel import topology
 
 BLOCK_CPU = 1 << 17
 """Elements updated at a time: the temporaries of a block stay in cache (measured: 4 times faster than whole
@@ -112,7 +112,7 @@ class EvolvingMLP(MLP):
     @property
     def owned(self) -> list[int]:
         """Global indices, from 1, of the evolved experts this rank keeps (θ_1 is index 0)."""
-        group = self._dp_cp_group or parallel_state.get_data_parallel_group(with_context_parallel=True)
+        group = self._dp_cp_group or topology.current().data_and_context_group
         return list(range(1, self.moe.num_experts))[group.rank() :: group.size()]
 
     @torch.no_grad()

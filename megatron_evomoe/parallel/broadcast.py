@@ -40,11 +40,8 @@ def to_replica(step: Step | None, topology: Topology, config: RunConfig) -> Step
     """Give the reading rank's `step` to its TP x PP x CP ranks. Communicates unless the replica is one
     rank.
     """
-    from megatron.core import parallel_state as ps
-
     where = backend.device()
-    group = ps.get_model_parallel_group()
-    if dist.get_world_size(group) * ps.get_context_parallel_world_size() > 1:
+    if dist.get_world_size(topology.model_group) * topology.context.size > 1:
         step = _broadcast(step, topology, config, where)
     assert step is not None
     for name in ("tokens", "labels", "token_types"):
@@ -54,11 +51,9 @@ def to_replica(step: Step | None, topology: Topology, config: RunConfig) -> Step
 
 
 def _broadcast(step: Step | None, topology: Topology, config: RunConfig, where: torch.device) -> Step:
-    from megatron.core import parallel_state as ps
-
-    group = ps.get_model_parallel_group()
+    group = topology.model_group
     b = config.train.micro_batch_size
-    m = config.train.global_batch_size // (b * topology.data_parallel_size)
+    m = config.train.global_batch_size // (b * topology.data.size)
     # One message of a length all ranks know, so that none has to be told it first: s, images of each
     # microbatch, then tokens, labels and types, in int32, which is half the bytes.
     message = torch.zeros(1 + m + 3 * m * b * config.data.seq_length, dtype=torch.int32, device=where)
@@ -72,13 +67,13 @@ def _broadcast(step: Step | None, topology: Topology, config: RunConfig, where: 
     tokens, labels, token_types = message[1 + m : 1 + m + 3 * m * b * s].long().view(3, m, b, s)
     images: list[torch.Tensor] = []
     if topology.first_stage:
-        tp_group = ps.get_tensor_model_parallel_group()
+        tp_group = topology.tensor.group
         shape, dtype = image_form(config)
         stacked = torch.empty(sum(counts), *shape, dtype=dtype, device=where)
         if topology.reads_data:
             assert step is not None
             stacked.copy_(torch.cat(step.images))
-        if dist.get_world_size(tp_group) > 1 and len(stacked):
+        if topology.tensor.size > 1 and len(stacked):
             dist.broadcast(stacked, dist.get_global_rank(tp_group, 0), group=tp_group)
         images = list(stacked.split(counts))
     return Step(

@@ -12,11 +12,10 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state as ps
 from megatron.core import tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-from megatron_evomoe.parallel import backend
+from megatron_evomoe.parallel import backend, topology
 
 
 @contextlib.contextmanager
@@ -40,14 +39,15 @@ def derived(name: str) -> Iterator[None]:
 
 def layout() -> dict[str, int]:
     """World size and degrees; generator states are of use to the same layout only."""
+    place = topology.current()
     return {
-        "world": dist.get_world_size(),
-        "tensor": ps.get_tensor_model_parallel_world_size(),
-        "pipeline": ps.get_pipeline_model_parallel_world_size(),
-        "virtual": ps.get_virtual_pipeline_model_parallel_world_size() or 1,
-        "context": ps.get_context_parallel_world_size(),
-        "expert": ps.get_expert_model_parallel_world_size(),
-        "expert_tensor": ps.get_expert_tensor_parallel_world_size(),
+        "world": place.world_size,
+        "tensor": place.tensor.size,
+        "pipeline": place.pipeline.size,
+        "virtual": place.chunks,
+        "context": place.context.size,
+        "expert": place.expert.size,
+        "expert_tensor": place.expert_tensor.size,
     }
 
 

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from megatron_evomoe.config import RunConfig
 from megatron_evomoe.config.kinds import StageKind
 from megatron_evomoe.config.recipe import trained_parts
+from megatron_evomoe.parallel.degrees import data_parallel_size
 from megatron_evomoe.plan import layout
 from megatron_evomoe.plan.activations import Sizes, sizes_of
 from megatron_evomoe.plan.counts import chunks, is_first, is_last
@@ -137,7 +138,7 @@ def _pipeline(config: RunConfig, z: Sizes, pp_rank: int) -> int:
 
 def _data_parallel(config: RunConfig, states: States, world_size: int) -> tuple[int, int]:
     """(gradients, parameters) per step."""
-    replicas = layout.data_parallel(config, world_size) * config.parallel.context_parallel_size
+    replicas = data_parallel_size(config, world_size) * config.parallel.context_parallel_size
     same_experts = layout.expert_data_parallel(config, world_size)
     once = _ring(replicas, states.dense_reduced) + _ring(same_experts, states.expert_reduced)
     tied = states.tied * GRADIENT_BYTES  # an all-reduce between two ranks

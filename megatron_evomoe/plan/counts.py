@@ -17,7 +17,7 @@ from megatron_evomoe.config import RunConfig
 from megatron_evomoe.config.kinds import StageKind
 from megatron_evomoe.config.recipe import part_of, trained_parts
 from megatron_evomoe.model.language import padded_vocab_size
-from megatron_evomoe.parallel import topology
+from megatron_evomoe.parallel.degrees import virtual_stages
 
 Named = Iterator[tuple[str, int]]
 
@@ -50,7 +50,7 @@ def chunk_layers(config: RunConfig, pp_rank: int, chunk: int) -> range:
 
 def chunks(config: RunConfig) -> int:
     """Model chunks per pipeline rank."""
-    return topology.virtual_stages(config) or 1
+    return virtual_stages(config) or 1
 
 
 def is_first(pp_rank: int, chunk: int) -> bool:

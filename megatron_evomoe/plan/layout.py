@@ -1,8 +1,8 @@
 """A layout: how the ranks are split, and what is recomputed. Which ones to consider, and which cannot run at
 all.
 
-Nothing here allocates or communicates. The rules of feasibility are the trainer's own: `topology.validate`,
-`topology.virtual_stages`, `evolution_rules.check_rule` and megatron-core's `TransformerConfig`.
+Nothing here allocates or communicates. The rules of feasibility are the trainer's own: `degrees.validate`,
+`degrees.virtual_stages`, `evolution_rules.check_rule` and megatron-core's `TransformerConfig`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ from dataclasses import dataclass, fields, replace
 
 from megatron_evomoe.config import ConfigError, GpuConfig, RunConfig
 from megatron_evomoe.config.kinds import StageKind
-from megatron_evomoe.parallel import topology
+from megatron_evomoe.model import precision
+from megatron_evomoe.model.transformer_config import language_transformer_config
+from megatron_evomoe.moe.evolution_rules import check_rule, validate_ranges
+from megatron_evomoe.parallel import degrees
 
 RECOMPUTE = ("none", "selective", "full")
 MOST_CHUNKS = 4
@@ -116,17 +119,14 @@ def check(config: RunConfig, kind: StageKind, world_size: int) -> None:
     Raises:
         ConfigError: names the value, the rule and what would fit.
     """
-    from megatron_evomoe.model import precision
-
-    topology.validate(config, world_size)
+    degrees.validate(config, world_size)
     config.check(kind)  # again, because FP8's rules depend on the tensor-parallel size
     precision.check_sequence(config)
     p = config.parallel
     if kind == StageKind.EVOLVE:
-        from megatron_evomoe.moe.evolution_rules import check_rule, validate_ranges
-
         validate_ranges(config.moe.num_experts, config.moe.evolution_ranges)
-        check_rule(config.moe.evolution_rule, p.use_distributed_optimizer, data_parallel(config, world_size))
+        replicas = degrees.data_parallel_size(config, world_size)
+        check_rule(config.moe.evolution_rule, p.use_distributed_optimizer, replicas)
     _check_core(config)
 
 
@@ -134,8 +134,6 @@ def _check_core(config: RunConfig) -> None:
     """megatron-core's own refusals. Neither Transformer Engine nor a GPU need be here, so what only they can
     do is taken out first.
     """
-    from megatron_evomoe.model.transformer_config import language_transformer_config
-
     assume_te = transformer_engine(config)
     language, moe, parallel = config.language, replace(config.moe, dtr_kernel="torch"), config.parallel
     train, gpu = config.train, config.gpu
@@ -163,14 +161,6 @@ def transformer_engine(config: RunConfig) -> bool:
     return config.train.transformer_impl != "local"
 
 
-def data_parallel(config: RunConfig, world_size: int) -> int:
-    """Replicas: ranks that hold the same weights outside the experts and read different samples."""
-    p = config.parallel
-    return world_size // (
-        p.tensor_model_parallel_size * p.pipeline_model_parallel_size * p.context_parallel_size
-    )
-
-
 def expert_data_parallel(config: RunConfig, world_size: int) -> int:
     """Ranks that hold the same experts."""
     p = config.parallel
@@ -182,7 +172,7 @@ def expert_data_parallel(config: RunConfig, world_size: int) -> int:
 def microbatches(config: RunConfig, world_size: int) -> int:
     """Forward passes per optimizer step and replica."""
     return config.train.global_batch_size // (
-        config.train.micro_batch_size * data_parallel(config, world_size)
+        config.train.micro_batch_size * degrees.data_parallel_size(config, world_size)
     )
 
 

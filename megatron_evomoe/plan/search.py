@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from megatron_evomoe.config import ConfigError, RunConfig, StageConfig
 from megatron_evomoe.config.kinds import StageKind
 from megatron_evomoe.config.recipe import check_feature_cache
+from megatron_evomoe.parallel.degrees import data_parallel_size
 from megatron_evomoe.plan import fp8
 from megatron_evomoe.plan import layout as layouts
 from megatron_evomoe.plan.activations import activation_bytes
@@ -207,7 +208,7 @@ def estimate(
     slowest = max(range(layout.pp), key=lambda rank: times[rank].total)
     return Estimate(
         layout=layout,
-        data_parallel=layouts.data_parallel(config, world),
+        data_parallel=data_parallel_size(config, world),
         microbatches=m,
         states=states[fullest],
         fp8_bytes=copies[fullest],

@@ -15,9 +15,11 @@ from dataclasses import dataclass
 
 from megatron_evomoe.config import RunConfig
 from megatron_evomoe.config.kinds import StageKind
+from megatron_evomoe.moe.evolution_rules import rule_named
+from megatron_evomoe.parallel.degrees import data_parallel_size
 from megatron_evomoe.plan.buffers import Buffer, buffer_of
 from megatron_evomoe.plan.counts import Tensor, chunk_tensors, chunks
-from megatron_evomoe.plan.layout import data_parallel, expert_data_parallel
+from megatron_evomoe.plan.layout import expert_data_parallel
 
 GRADIENT_BYTES = 4
 MOMENT_BYTES = 8
@@ -85,7 +87,9 @@ def states_of(
         parameter_bytes=sum(t.numel for t in every) * element_bytes(config),
         gradient_bytes=sum(b.numel for b in dense + expert) * GRADIENT_BYTES,
         optimizer_bytes=optimized * (MOMENT_BYTES + (MASTER_BYTES if config.train.bf16 else 0)),
-        evolution_bytes=_evolution_bytes(config, kind, every, data_parallel(config, world_size), dp_rank),
+        evolution_bytes=_evolution_bytes(
+            config, kind, every, data_parallel_size(config, world_size), dp_rank
+        ),
         dense_reduced=sum(b.numel for b in dense),
         expert_reduced=sum(b.numel for b in expert),
         tied=sum(t.numel for t in every if t.own_bucket and t.trains),
@@ -98,7 +102,7 @@ def _buffer(
     """Buckets are cut only where reduction overlaps the backward, and then on the first stage's first chunk
     only.
     """
-    replicas = data_parallel(config, world_size)
+    replicas = data_parallel_size(config, world_size)
     cut = config.parallel.overlap_grad_reduce and pp_rank == 0 and chunk == 0
     group = (
         expert_data_parallel(config, world_size)
@@ -120,8 +124,6 @@ def _evolution_bytes(
     """Experts 2…N are dealt round robin over the replicas (× CP), so the first replica keeps the most."""
     if kind != StageKind.EVOLVE:
         return 0
-    from megatron_evomoe.moe.evolution_rules import rule_named
-
     group = replicas * config.parallel.context_parallel_size
     kept = len(range(1, config.moe.num_experts)[dp_rank or 0 :: group])
     previous = element_bytes(config) if kept and rule_named(config.moe.evolution_rule).needs_previous else 0

@@ -11,7 +11,7 @@ from megatron_evomoe.config.kinds import StageKind
 from megatron_evomoe.config.recipe import check_feature_cache, trained_parts
 from megatron_evomoe.model import precision, transformer_config
 from megatron_evomoe.moe import evolution_rules
-from megatron_evomoe.parallel import topology
+from megatron_evomoe.parallel import degrees
 
 
 def check(config: RunConfig) -> None:
@@ -27,7 +27,7 @@ def check(config: RunConfig) -> None:
 
 def check_stage(config: RunConfig, kind: StageKind, world_size: int) -> None:
     """Check one stage, its configuration already resolved. Raises `ConfigError`."""
-    topology.validate(config, world_size)
+    degrees.validate(config, world_size)
     precision.check_sequence(config)
     trained_parts(config, kind)
     for build in (
@@ -39,7 +39,7 @@ def check_stage(config: RunConfig, kind: StageKind, world_size: int) -> None:
     parallel, train = config.parallel, config.train
     if kind == StageKind.EVOLVE:
         evolution_rules.validate_ranges(config.moe.num_experts, config.moe.evolution_ranges)
-        replicas = world_size // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
+        replicas = degrees.data_parallel_size(config, world_size)
         evolution_rules.check_rule(config.moe.evolution_rule, parallel.use_distributed_optimizer, replicas)
     if kind == StageKind.ROUTE and config.moe.moe_token_dispatcher_type == "flex":
         _check_flex(config)

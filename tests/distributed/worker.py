@@ -116,11 +116,11 @@ def lay_out(config: Any) -> None:
     """megatron-core's groups for `config.parallel`, if they are not those of the job before."""
     from megatron.core import parallel_state
 
-    from megatron_evomoe.parallel import topology
+    from megatron_evomoe.parallel import degrees, topology
 
     flags = {k: v for k, v in config.to_dict()["parallel"].items() if "size" in k or "virtual" in k}
     if _current and _current[-1] == flags:
-        topology.validate(config, torch.distributed.get_world_size())
+        degrees.validate(config, torch.distributed.get_world_size())
         return
     if _current:
         parallel_state.destroy_model_parallel()

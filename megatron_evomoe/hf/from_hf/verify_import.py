@@ -20,11 +20,11 @@ from megatron_evomoe.config import ConfigError, LanguageConfig, ParallelConfig, 
 from megatron_evomoe.config.kinds import StageKind
 from megatron_evomoe.config.token_types import TokenType
 from megatron_evomoe.data.image import processor_for
-from megatron_evomoe.hf.core_world import one_rank
 from megatron_evomoe.hf.from_hf import sources
 from megatron_evomoe.hf.from_hf.config_sections import LLAVA_TYPES
 from megatron_evomoe.hf.from_hf.importing import CONVERSIONS, Imported, Request, is_drawn, open_target
 from megatron_evomoe.hf.to_hf.verify_export import LOGITS, Row
+from megatron_evomoe.parallel.single_rank import one_rank
 
 _LENGTH = 24
 

@@ -23,9 +23,9 @@ from megatron_evomoe.data.batch import stack_images
 from megatron_evomoe.data.conversation import IMAGE_TOKEN, EncodedSample, encode_prompt
 from megatron_evomoe.data.image import processor_for
 from megatron_evomoe.data.tokenizer import build_tokenizer
-from megatron_evomoe.hf.core_world import one_rank
 from megatron_evomoe.hf.tensor_map import EVOLVING
 from megatron_evomoe.hf.to_hf.exporting import Exported
+from megatron_evomoe.parallel.single_rank import one_rank
 
 LOGITS = 1e-4
 """Largest accepted difference, of the largest logit. Tiny models: 3e-6; sums in another order grow with width

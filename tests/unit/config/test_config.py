@@ -7,7 +7,7 @@ import argparse
 import pytest
 
 from megatron_evomoe.config import ConfigError, add_flags, flags_from, from_mapping, load_config
-from megatron_evomoe.parallel.topology import validate
+from megatron_evomoe.parallel.degrees import validate
 
 STAGES = [
     {"name": "align", "lr": 1e-3},
@@ -93,7 +93,7 @@ def test_errors_name_the_value_and_the_remedy(raw, message):
         ({"expert_model_parallel_size": 4}, {}, 2, "EP x expert-TP must be one of [1, 2]"),
         ({"expert_model_parallel_size": 4}, {"num_experts": 6}, 4, "EP must be one of [1, 2, 3, 6]"),
         ({"pipeline_model_parallel_size": 8}, {}, 8, "PP must be one of [1, 2, 4]"),
-        ({"tensor_model_parallel_size": 8}, {}, 8, "heads cannot be split over TP 8"),
+        ({"tensor_model_parallel_size": 8}, {}, 8, "num_attention_heads 4 cannot be split over TP 8"),
     ],
 )
 def test_impossible_degrees_say_what_fits(parallel, moe, world, message):

@@ -30,7 +30,10 @@ def held(**fields):
     [
         ({"tp": 3}, "TP 3 x PP 1 x CP 1 = 3 does not divide the 16 ranks"),
         ({"ep": 8}, "num_experts 4 cannot be split over EP 8"),
-        ({"pp": 16}, "24 layers cannot be split over PP 16"),
+        (
+            {"pp": 16},
+            "num_layers 24 cannot be split over PP 16; PP must be one of [1, 2, 3",
+        ),
         (
             {"pp": 2, "layers_per_chunk": 5},
             "num_layers_per_virtual_pipeline_stage 5 must split the 12 layers",

@@ -1,6 +1,4 @@
-"""megatron-core on one rank, for a comparison: set up if this process has no groups yet, and then taken down
-again.
-"""
+"""megatron-core on a single rank, for comparisons outside a training run."""
 
 from __future__ import annotations
 
@@ -8,30 +6,32 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch.distributed as dist
+
 from megatron_evomoe.config import RunConfig
+from megatron_evomoe.parallel import backend
 
 
 @contextmanager
 def one_rank(config: RunConfig) -> Iterator[None]:
-    """Inside, the builders of ``model/`` work. Groups that are there already are used and stay."""
-    from megatron_evomoe.parallel import backend
+    """Make the builders of ``model/`` work in this process for the duration of a ``with`` block.
 
+    Process groups that exist already are used and left in place; otherwise groups of one rank are created and
+    destroyed again.
+    """
     warnings.filterwarnings("ignore", module=r"megatron\.core.*|torch\.distributed.*")
     backend.prepare()
-    from torch import distributed as dist
-
     if dist.is_initialized():
         yield
         return
+    # These import megatron-core, for which `backend.prepare` has to come first.
     from megatron.core import parallel_state
 
     from megatron_evomoe.parallel import topology
 
     backend.init_process_group(timeout_minutes=1)
     topology.initialize(config)
-    topology.seed_everything(
-        config.train.seed
-    )  # the core wants its generators set, though evaluation draws nothing
+    topology.seed_everything(config.train.seed)  # megatron-core needs seeded generators to build a model
     try:
         yield
     finally:
