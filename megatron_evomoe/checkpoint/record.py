@@ -20,6 +20,7 @@ from typing_extensions import NotRequired, TypedDict
 
 from megatron_evomoe.checkpoint import files
 from megatron_evomoe.config.recipe import MODULES
+from megatron_evomoe.errors import UserError
 
 FILE_NAME = "evomoe.json"
 FORMAT = 2
@@ -37,7 +38,7 @@ FileName = Annotated[
 ]
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError, RuntimeError):
     """A checkpoint that cannot be used, or could not be written; the message says which and what stays
     intact.
 

@@ -1,12 +1,10 @@
-"""The command line of ``tools/convert_from_hf.py``."""
+"""``convert-from-hf``: convert a Hugging Face model to a checkpoint (see docs/huggingface.md)."""
 
 from __future__ import annotations
 
 import argparse
-import logging
-from typing import Any
 
-from megatron_evomoe.config import ConfigError
+from megatron_evomoe.config import ConfigError, flags_from
 from megatron_evomoe.hf.from_hf.importing import CONVERSIONS, Request, describe, import_model
 
 _FIELDS = {
@@ -69,13 +67,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{name}", dest=f"cfg_{name.replace('-', '_')}", metavar="VALUE", help=what)
 
 
-def run(args: argparse.Namespace, flags: dict[str, Any]) -> int:
+def run(args: argparse.Namespace) -> int:
     """Convert, say what was done, and verify if asked; 1 if the verification fails.
 
     Raises:
         ConfigError, CheckpointError: as `import_model`.
     """
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     if args.model and args.model_flag:
         raise ConfigError(f"two models are given: {args.model} and {args.model_flag}")
     request = Request(
@@ -87,7 +84,7 @@ def run(args: argparse.Namespace, flags: dict[str, Any]) -> int:
         dtype=args.dtype,
         expert_init=args.expert_init,
         resize_embeddings=args.resize_embeddings,
-        flags=flags,
+        flags=flags_from(args),
     )
     imported = import_model(request)
     print(describe(imported))

@@ -1,4 +1,4 @@
-"""The command that exports: arguments, order of steps, what is printed."""
+"""``convert-to-hf``: convert a checkpoint to a Hugging Face directory (see docs/huggingface.md)."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def describe(exported: Exported) -> str:
     how = (
         "LlavaForConditionalGeneration, no custom code"
         if exported.format == "llava"
-        else ("custom code: trust_remote_code=True, or import megatron_evomoe.hf before loading")
+        else "custom code: with trust_remote_code=True, or after megatron_evomoe.hf.register()"
     )
     return (
         f"{path}: {exported.tensors} tensors, {exported.size / 2**20:.1f} MiB, from {exported.source} "

@@ -1,4 +1,4 @@
-"""``python -m megatron_evomoe doctor``: what this machine offers, and what is missing with its remedy."""
+"""``doctor``: list what this machine offers, and what is missing with its remedy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``generate``: an exported model's answer to one prompt, or a chat when no prompt is given."""
+"""``generate``: answer a prompt with an exported model, or start a chat."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""``python -m megatron_evomoe plan``: which layouts of a run fit a cluster, and which of them would be
-fastest.
-"""
+"""``plan``: rank the parallel layouts of a run that fit a cluster."""
 
 from __future__ import annotations
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from megatron_evomoe.errors import UserError
 
-class ConfigError(ValueError):
+
+class ConfigError(UserError, ValueError):
     """A configuration that cannot be run; the message names the value, the rule and the remedy."""

@@ -4,6 +4,8 @@ fatal).
 
 from __future__ import annotations
 
+from megatron_evomoe.errors import UserError
+
 
 class SampleError(ValueError):
     """One sample cannot be used. `reason` is a short slug to count by; the message says what is wrong with
@@ -24,5 +26,5 @@ class SampleError(ValueError):
         return type(self), (self.reason, self.message)
 
 
-class DataError(ValueError):
+class DataError(UserError, ValueError):
     """The data as a whole is not fit to train on; the message has counts by reason and examples."""

@@ -7,7 +7,6 @@ with the same bytes. What was skipped, and why, is in report.json.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import multiprocessing
@@ -35,7 +34,6 @@ from rich.progress import (
 from rich.table import Table
 
 from megatron_evomoe.config import ConfigError
-from megatron_evomoe.config.arguments import whole
 from megatron_evomoe.data.conversation import parse_turns
 from megatron_evomoe.data.errors import SampleError
 from megatron_evomoe.data.image import decode_image
@@ -59,66 +57,48 @@ class Job:
     max_image_pixels: int
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of ``make-shards``."""
-    parser.add_argument(
-        "--json",
-        required=True,
-        type=Path,
-        help="LLaVA JSON: a list of {id, image?, conversations}; .jsonl too",
-    )
-    parser.add_argument(
-        "--images", type=Path, help="folder that the image paths are relative to; not needed for text only"
-    )
-    parser.add_argument(
-        "--output", required=True, type=Path, help="folder for shard-000000.tar … and report.json"
-    )
-    parser.add_argument(
-        "--samples-per-shard",
-        type=whole(1),
-        default=1000,
-        help="input records per shard (default %(default)s)",
-    )
-    parser.add_argument(
-        "--workers",
-        type=whole(1, 1024),
-        default=os.cpu_count() or 1,
-        help="processes (default: all cores, %(default)s)",
-    )
-    parser.add_argument(
-        "--max-image-pixels",
-        type=whole(1),
-        default=50_000_000,
-        help="larger images are skipped (default %(default)s)",
-    )
+def make_shards(
+    json_path: Path,
+    images: Path | None,
+    output: Path,
+    *,
+    samples_per_shard: int,
+    workers: int,
+    max_image_pixels: int,
+) -> int:
+    """Write the shards that are missing in `output`, then the report; returns the number of usable samples.
 
-
-def run(args: argparse.Namespace) -> int:
-    """Write what is missing, then the report; 0 unless no sample at all was usable.
+    Args:
+        json_path: LLaVA JSON, or JSON lines if its name ends in ``.jsonl``.
+        images: folder that the image paths are relative to; None for text only.
+        output: folder for ``shard-000000.tar`` … and ``report.json``.
+        samples_per_shard: input records per shard.
+        workers: processes.
+        max_image_pixels: larger images are skipped.
 
     Raises:
-        ConfigError: unreadable input, a folder that belongs to another job, or a worker that was killed.
+        ConfigError: the input cannot be read, the folder belongs to another job, or a worker was killed.
     """
     console = Console()
-    records, digest = _load(args.json)
-    if args.images is not None and not args.images.is_dir():
-        raise ConfigError(f"--images {args.images} is no folder")
+    records, digest = _load(json_path)
+    if images is not None and not images.is_dir():
+        raise ConfigError(f"--images {images} is not a folder")
     job = Job(
-        str(args.json.resolve()),
+        str(json_path.resolve()),
         digest,
-        str(args.images.resolve()) if args.images else "",
-        args.samples_per_shard,
-        args.max_image_pixels,
+        str(images.resolve()) if images else "",
+        samples_per_shard,
+        max_image_pixels,
     )
-    _open_output(args.output, job)
+    _open_output(output, job)
     total = -(-len(records) // job.samples_per_shard)
-    missing = [shard for shard in range(total) if not _is_done(args.output, shard)]
+    missing = [shard for shard in range(total) if not _is_done(output, shard)]
     if len(missing) < total:
         console.print(f"continuing: {total - len(missing)} of {total} shards are there")
-    _write_missing(records, missing, args.output, job, args.workers, console)
-    report = _report(args.output, job, len(records), total)
-    _print(report, args.output, console)
-    return 0 if report["written"] else 1
+    _write_missing(records, missing, output, job, workers, console)
+    report = _report(output, job, len(records), total)
+    _print(report, output, console)
+    return report["written"]
 
 
 def _load(path: Path) -> tuple[list[Any], str]:

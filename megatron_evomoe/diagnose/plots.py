@@ -4,14 +4,12 @@ is needed.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megatron_evomoe.config import ConfigError
 from megatron_evomoe.diagnose import diagnostics_file
 from megatron_evomoe.observe import jsonl
 
@@ -133,20 +131,3 @@ def _last(run_dir: Path, kind: str) -> dict[str, Any]:
 
 def _where(record: dict[str, Any]) -> str:
     return f"stage {record['stage']}, step {record['step']}"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of `plot`."""
-    parser.add_argument("--run", required=True, metavar="DIR", help="run directory: where metrics.jsonl lies")
-    parser.add_argument("--output", metavar="DIR", help="where the PNG files go (default: DIR/figures)")
-
-
-def run(args: argparse.Namespace) -> int:
-    """Draw, name the files, and return the exit status: 0 when there is at least one figure."""
-    try:
-        paths = plot_all(args.run, args.output or Path(args.run) / "figures")
-    except (ValueError, RuntimeError) as error:  # a damaged line; no matplotlib
-        raise ConfigError(str(error)) from error
-    for path in paths:
-        print(path)
-    return 0 if paths else 1

@@ -16,7 +16,7 @@ from megatron_evomoe.evaluation.item import BenchmarkError
 from megatron_evomoe.evaluation.published_files import field
 
 
-class AnswerStore:
+class AnswersFile:
     """The answers of one output folder."""
 
     def __init__(self, output: Path) -> None:

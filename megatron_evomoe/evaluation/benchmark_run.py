@@ -1,15 +1,13 @@
-"""``evaluate``: a benchmark's questions put to an exported model, batched over ranks, and the official metric
-of the answers.
-"""
+"""Runs a benchmark: an exported model answers the questions, and the answers are scored."""
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import itertools
 import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +22,13 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from megatron_evomoe.config.arguments import whole
 from megatron_evomoe.data.errors import SampleError
 from megatron_evomoe.data.image import decode_image
-from megatron_evomoe.evaluation.answers_file import AnswerStore
+from megatron_evomoe.evaluation.answers_file import AnswersFile
 from megatron_evomoe.evaluation.item import Benchmark, BenchmarkError, Item, Source, first_groups
 from megatron_evomoe.evaluation.ranks import Ranks
-from megatron_evomoe.evaluation.registry import BENCHMARKS
 from megatron_evomoe.evaluation.score_report import report
 from megatron_evomoe.generate.loading import (
-    DTYPE_CHOICES,
     LoadedModel,
     ModelError,
     check_directory,
@@ -45,118 +40,94 @@ from megatron_evomoe.generate.loading import (
 _SAMPLED_BYTES = 1 << 20
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of ``evaluate``."""
-    parser.add_argument(
-        "--model", required=True, type=Path, help="directory that convert_to_hf wrote, or a plain LLaVA one"
-    )
-    parser.add_argument("--benchmark", required=True, choices=list(BENCHMARKS))
-    parser.add_argument(
-        "--questions",
-        required=True,
-        type=Path,
-        help="the benchmark's own file or folder (docs/evaluation.md)",
-    )
-    parser.add_argument(
-        "--images", type=Path, help="folder of the images, where the benchmark keeps them apart"
-    )
-    parser.add_argument("--annotations", type=Path, help="VQAv2: the answers, where they are public")
-    parser.add_argument(
-        "--ocr-tokens", type=Path, help="TextVQA: Rosetta OCR tokens to show under each question"
-    )
-    parser.add_argument(
-        "--split", default="test", help="ScienceQA: which split of pid_splits.json (default %(default)s)"
-    )
-    parser.add_argument(
-        "--output",
-        required=True,
-        type=Path,
-        help="folder for predictions.jsonl, metrics.json, submission files",
-    )
-    parser.add_argument(
-        "--batch-size",
-        type=whole(1, 2**20),
-        default=8,
-        help="questions answered together on each rank (default %(default)s)",
-    )
-    parser.add_argument(
-        "--max-new-tokens",
-        type=whole(1, 2**20),
-        default=128,
-        help="longest answer (default %(default)s, LLaVA's)",
-    )
-    parser.add_argument(
-        "--limit", type=whole(1), help="only the first questions, for a trial; a later run may raise it"
-    )
-    parser.add_argument(
-        "--dtype", default="auto", choices=DTYPE_CHOICES, help="of the weights (default: the directory's)"
-    )
-    parser.add_argument("--device", help="cuda:0, cpu, …; default: this rank's GPU where there is one")
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One evaluation: the model, the benchmark's files, and how to generate."""
+
+    model: Path
+    """A directory that transformers loads."""
+    benchmark: Benchmark
+    source: Source
+    output: Path
+    batch_size: int
+    """Questions that each rank answers together."""
+    max_new_tokens: int
+    limit: int | None
+    """Only the first questions; None takes all."""
+    dtype: str
+    """One of `loading.DTYPE_CHOICES`."""
+    device: str | None
+    """A torch device; None takes this rank's GPU where there is one."""
 
 
-def run(args: argparse.Namespace) -> int:
-    """Answer what is unanswered, then score everything.
+def evaluate(job: Job) -> None:
+    """Answer the questions that have no answer yet, then score all of them.
+
+    Under torchrun the ranks share the questions, and rank 0 writes and prints the scores.
 
     Raises:
-        BenchmarkError: unreadable questions, missing images, or an output folder of another run.
+        BenchmarkError: unreadable questions, missing images, or an output folder that belongs to another run.
         ModelError: the model cannot be loaded or a prompt is too long for it.
     """
-    benchmark, store = BENCHMARKS[args.benchmark], AnswerStore(args.output)
+    answers = AnswersFile(job.output)
     with Ranks() as ranks:
-        questions = ranks.first_alone(lambda: _begin(benchmark, store, args)) or _questions(benchmark, args)
-        items = first_groups(questions, args.limit)
-        answered = store.read()
-        ranks.wait()  # a rank that began to answer before another had read would change that one's share
+        questions = ranks.first_alone(lambda: _begin(job, answers)) or _questions(job)
+        items = first_groups(questions, job.limit)
+        answered = answers.read()
+        # A rank that starts to answer before the others have read would change their share.
+        ranks.wait()
         share = [item for item in items if item.id not in answered][ranks.index :: ranks.size]
         if share:
-            _answer(share, load(args.model, args.dtype, args.device), store, ranks, args)
+            _answer(share, load(job.model, job.dtype, job.device), answers, ranks, job)
         ranks.wait()
-        ranks.first_alone(lambda: report(benchmark, items, store.read(), args.output))
-    return 0
+        ranks.first_alone(lambda: report(job.benchmark, items, answers.read(), job.output))
 
 
-def _begin(benchmark: Benchmark, store: AnswerStore, args: argparse.Namespace) -> list[Item]:
-    """Check everything that can be wrong before a model is loaded."""
-    check_directory(args.model)
-    questions = _questions(benchmark, args)
-    store.open(_job(args, questions))
+def _begin(job: Job, answers: AnswersFile) -> list[Item]:
+    """Check everything that can be checked before a model is loaded, and return the questions."""
+    check_directory(job.model)
+    questions = _questions(job)
+    answers.open(_identity(job, questions))
     return questions
 
 
-def _questions(benchmark: Benchmark, args: argparse.Namespace) -> list[Item]:
-    """Every question of the files; `--limit` comes after, so that it does not change what the answers belong
-    to.
+def _questions(job: Job) -> list[Item]:
+    """Every question of the files.
+
+    The limit is applied later: the answers belong to the same files whatever the limit is.
     """
-    if not args.questions.exists():
-        raise BenchmarkError(f"--questions {args.questions} does not exist")
-    if args.images is not None and not args.images.is_dir():
-        raise BenchmarkError(f"--images {args.images} is no folder")
-    items = benchmark.read(Source(args.questions, args.images, args.annotations, args.ocr_tokens, args.split))
+    source = job.source
+    if not source.questions.exists():
+        raise BenchmarkError(f"--questions {source.questions} does not exist")
+    if source.images is not None and not source.images.is_dir():
+        raise BenchmarkError(f"--images {source.images} is not a folder")
+    items = job.benchmark.read(source)
     if not items:
-        raise BenchmarkError(f"{args.questions} holds no questions")
+        raise BenchmarkError(f"{source.questions} holds no questions")
     seen: set[str] = set()
     for item in items:
         if item.id in seen:
-            raise BenchmarkError(f"{args.questions}: question {item.id} occurs twice")
+            raise BenchmarkError(f"{source.questions}: question {item.id} occurs twice")
         seen.add(item.id)
     return items
 
 
-def _job(args: argparse.Namespace, items: Sequence[Item]) -> dict[str, Any]:
-    """What the answers depend on; batch size, ranks and limit are free."""
+def _identity(job: Job, items: Sequence[Item]) -> dict[str, Any]:
+    """Everything that the answers depend on. Batch size, number of ranks and limit are not part of it."""
     prompts = hashlib.sha256(json.dumps([[item.id, item.prompt] for item in items]).encode())
     return {
-        "benchmark": args.benchmark,
+        "benchmark": job.benchmark.name,
         "questions": prompts.hexdigest(),
-        "model": _fingerprint(args.model),
-        "max_new_tokens": args.max_new_tokens,
-        "dtype": args.dtype,
+        "model": _fingerprint(job.model),
+        "max_new_tokens": job.max_new_tokens,
+        "dtype": job.dtype,
     }
 
 
 def _fingerprint(model: Path) -> str:
-    """Of all configuration, and of the ends and the size of each weight file: a retrained model differs
-    there, and is soon read.
+    """A digest of a model directory: its configuration files, and size, start and end of each weight file.
+
+    Two trained models differ there, and reading the ends of large files takes no time.
     """
     digest = hashlib.sha256()
     for path in sorted(
@@ -171,11 +142,9 @@ def _fingerprint(model: Path) -> str:
     return digest.hexdigest()
 
 
-def _answer(
-    share: Sequence[Item], model: LoadedModel, store: AnswerStore, ranks: Ranks, args: argparse.Namespace
-) -> None:
+def _answer(share: Sequence[Item], model: LoadedModel, answers: AnswersFile, ranks: Ranks, job: Job) -> None:
     columns = (
-        TextColumn(args.benchmark),
+        TextColumn(job.benchmark.name),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn(f"of rank 0 of {ranks.size}"),
@@ -183,18 +152,18 @@ def _answer(
         TimeRemainingColumn(),
     )
     with (
-        store.writer(ranks.index) as writer,
+        answers.writer(ranks.index) as writer,
         Progress(*columns, console=Console(stderr=True), disable=ranks.index > 0) as progress,
     ):
         task = progress.add_task("", total=len(share))
-        for items, batch in _encoded(share, model, args.batch_size):
-            answers = model.answer(batch, **greedy(args.max_new_tokens))
-            writer.add(dict(zip((item.id for item in items), answers, strict=True)))
+        for items, batch in _encoded(share, model, job.batch_size):
+            texts = model.answer(batch, **greedy(job.max_new_tokens))
+            writer.add(dict(zip((item.id for item in items), texts, strict=True)))
             progress.advance(task, len(items))
 
 
 def _encoded(share: Sequence[Item], model: LoadedModel, size: int) -> Iterator[tuple[Sequence[Item], Any]]:
-    """Batches of `size` with their inputs; the next one's pictures are decoded while this one is answered."""
+    """Batches of `size` questions with their inputs; the next batch is prepared while one is answered."""
     batches = [share[start : start + size] for start in range(0, len(share), size)]
     with ThreadPoolExecutor(1) as ahead:
         waiting = ahead.submit(_encode, batches[0], model)

@@ -7,13 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_evomoe.errors import UserError
+
 Metrics = dict[str, Any]
 """Name -> number, or a mapping of the same kind (by category). Empty where the ground truth is not public."""
 Answers = Mapping[str, str]
 """Item id -> what the model said."""
 
 
-class BenchmarkError(ValueError):
+class BenchmarkError(UserError):
     """Files, flags or answers that an evaluation cannot go on with; the message names the file and the line
     or field.
     """

@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
+from megatron_evomoe.errors import UserError
+
 if TYPE_CHECKING:
     import torch.distributed as dist
 
@@ -66,14 +68,14 @@ class Ranks:
             What `work` returned on rank 0, None on the others.
 
         Raises:
-            ValueError: on rank 0, what `work` raised (all errors meant for users are ValueErrors).
-            SystemExit: on the others, status 2.
+            UserError, OSError: on rank 0, what `work` raised.
+            SystemExit: on the other ranks, with status 2.
         """
         result, error = None, None
         if self.index == 0:
             try:
                 result = work()
-            except ValueError as raised:
+            except (UserError, OSError) as raised:
                 error = raised
         if self._any(error is not None):
             raise error or SystemExit(2)

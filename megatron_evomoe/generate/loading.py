@@ -1,7 +1,7 @@
-"""A Hugging Face directory to a model that answers: the one place where `evaluate` and `generate` load from.
+"""Loads the model and the processor of a Hugging Face directory, for `generate` and `evaluate`.
 
-EvoMoE exports load through this package's classes, which importing `megatron_evomoe.hf` registers; plain
-LLaVA directories load through transformers' own. Code that lies in a directory is never run.
+EvoMoE exports load through this package's classes, plain LLaVA directories through transformers' own. Code in
+a directory is never run.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from megatron_evomoe.errors import UserError
+from megatron_evomoe.hf import register
 from megatron_evomoe.hf.dtypes import DTYPES
 
 DTYPE_CHOICES = ("auto", *DTYPES)
@@ -35,7 +37,7 @@ def user_message(text: str, num_images: int = 0) -> Message:
     }
 
 
-class ModelError(ValueError):
+class ModelError(UserError):
     """A directory that cannot be loaded as it is, or an input the model cannot take."""
 
 
@@ -236,9 +238,13 @@ def _load_processor(path: Path) -> Any:
 def _transformers() -> Any:
     try:
         import transformers
+
+        register()
     except ImportError:
-        raise ModelError("exported models need transformers: pip install 'megatron_evomoe[hf]'") from None
-    # what it warns of while loading is either refused above or of no consequence here
+        raise ModelError(
+            "loading a model needs transformers 4.56 or later: pip install 'megatron_evomoe[hf]'"
+        ) from None
+    # What it warns of while loading is refused by `_load_model`, or does not matter here.
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)

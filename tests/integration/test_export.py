@@ -17,6 +17,7 @@ from megatron_evomoe.data.conversation import IMAGE_TOKEN, stop_ids
 from megatron_evomoe.data.image import decode_image, processor_for
 from megatron_evomoe.data.shards import ShardDataset
 from megatron_evomoe.data.tokenizer import build_tokenizer
+from megatron_evomoe.hf import register
 from megatron_evomoe.hf.to_hf import verify_export
 from megatron_evomoe.hf.to_hf.exporting import Exported, Request, export_model
 from megatron_evomoe.train.evaluate import greedy
@@ -87,8 +88,7 @@ def transformers_answers(exported: Exported) -> list[str]:
     """Pictures and questions through AutoProcessor, a left-padded batch, `generate` with a cache."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    import megatron_evomoe.hf  # noqa: F401
-
+    register()
     processor = AutoProcessor.from_pretrained(exported.output)
     model = AutoModelForImageTextToText.from_pretrained(exported.output).eval()
     texts, pictures = [], []

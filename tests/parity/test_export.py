@@ -17,6 +17,7 @@ from PIL import Image
 
 from megatron_evomoe.config.token_types import TokenType
 from megatron_evomoe.data.tokenizer import train_sentencepiece
+from megatron_evomoe.hf import register
 from megatron_evomoe.hf.to_hf.exporting import Request, export_model
 from tests.parity.export_models import CUSTOM, LANGUAGES, TOLERANCE, answer_of, core_answer, saved_model
 
@@ -54,8 +55,7 @@ def load_here(path: Path):
     """In this process, through the package's registered classes."""
     from transformers import AutoModelForImageTextToText
 
-    import megatron_evomoe.hf  # noqa: F401
-
+    register()
     model, report = AutoModelForImageTextToText.from_pretrained(path, dtype="auto", output_loading_info=True)
     assert {key: sorted(map(str, found)) for key, found in report.items()} == CLEAN_REPORT
     routed = getattr(model.config.text_config, "router", "none") != "none"

@@ -17,6 +17,7 @@ from megatron_evomoe.config import from_mapping
 from megatron_evomoe.data.image import decode_image, processor_for
 from megatron_evomoe.data.picture import as_rgb
 from megatron_evomoe.data.tokenizer import train_sentencepiece
+from megatron_evomoe.hf import register
 from megatron_evomoe.hf.to_hf.exporting import Request, export_model
 from tests.parity.export_models import VISION_SIZES, saved_model
 
@@ -99,8 +100,7 @@ def exports(tmp_path_factory):
             out = export_model(
                 Request(checkpoint=str(saved.folder), output=str(folder / f"{form}-{ratio}"))
             ).output
-            import megatron_evomoe.hf  # noqa: F401
-
+            register()
             config = from_mapping({"vision": VISION_SIZES, "data": {"image_aspect_ratio": ratio}})
             found[form, ratio] = (transformers.AutoProcessor.from_pretrained(out), out, processor_for(config))
         return found[form, ratio]

@@ -20,6 +20,7 @@ from megatron_evomoe.config import ConfigError, LanguageConfig, ParallelConfig, 
 from megatron_evomoe.config.kinds import StageKind
 from megatron_evomoe.config.token_types import TokenType
 from megatron_evomoe.data.image import processor_for
+from megatron_evomoe.hf import register
 from megatron_evomoe.hf.from_hf import sources
 from megatron_evomoe.hf.from_hf.config_sections import LLAVA_TYPES
 from megatron_evomoe.hf.from_hf.importing import CONVERSIONS, Imported, Request, is_drawn, open_target
@@ -194,9 +195,10 @@ def _theirs(request: Request, kind: str, path: str | None) -> Any:
     """
     try:
         import transformers
+
+        register()  # for a source that is an export of this package
     except ImportError:
         raise ConfigError("--verify needs transformers 4.56 or later: pip install transformers") from None
-    import megatron_evomoe.hf  # noqa: F401  (its classes read our own exports)
 
     model = getattr(transformers, kind).from_pretrained(
         sources.local_path(str(path)), dtype=torch.float32, local_files_only=True

@@ -11,8 +11,8 @@ from megatron_evomoe.data.picture import as_rgb
 _LOAD = """\
 ```python
 from PIL import Image
-{registration}from transformers import AutoModelForImageTextToText, AutoProcessor
-
+{imports}from transformers import AutoModelForImageTextToText, AutoProcessor
+{registration}
 processor = AutoProcessor.from_pretrained(PATH{trust})
 model = AutoModelForImageTextToText.from_pretrained(PATH, dtype="auto"{trust})
 question = [{{"type": "image"}}, {{"type": "text", "text": "What is in this picture?"}}]
@@ -87,7 +87,7 @@ def _loading(form: str) -> str:
     if form == "llava":
         return (
             "transformers' own `LlavaForConditionalGeneration`, 4.56 or later:\n\n"
-            + _LOAD.format(registration="", trust="", picture='as_rgb(Image.open("picture.jpg"))')
+            + _LOAD.format(imports="", registration="", trust="", picture='as_rgb(Image.open("picture.jpg"))')
             + "\n`as_rgb` makes of a picture what training saw. Without it transformers 4 drops transparency "
             "(5 puts it on "
             "white, as training did), and both clip 16-bit grey and leave a picture as the camera was "
@@ -99,10 +99,13 @@ def _loading(form: str) -> str:
     picture = 'Image.open("picture.jpg")'
     return (
         "With transformers 4.56 or later alone, which then runs the code in this directory:\n\n"
-        + _LOAD.format(registration="", trust=", trust_remote_code=True", picture=picture)
+        + _LOAD.format(imports="", registration="", trust=", trust_remote_code=True", picture=picture)
         + "\nWith megatron_evomoe installed no code of this directory is run:\n\n"
         + _LOAD.format(
-            registration="import megatron_evomoe.hf  # registers the classes\n", trust="", picture=picture
+            imports="import megatron_evomoe.hf\n",
+            registration="\nmegatron_evomoe.hf.register()",
+            trust="",
+            picture=picture,
         )
         + "\nThe image processor turns a picture as its EXIF says, puts transparency on white and keeps the "
         "high byte of 16 "

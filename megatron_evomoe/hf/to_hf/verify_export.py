@@ -23,6 +23,7 @@ from megatron_evomoe.data.batch import stack_images
 from megatron_evomoe.data.conversation import IMAGE_TOKEN, EncodedSample, encode_prompt
 from megatron_evomoe.data.image import processor_for
 from megatron_evomoe.data.tokenizer import build_tokenizer
+from megatron_evomoe.hf import register
 from megatron_evomoe.hf.tensor_map import EVOLVING
 from megatron_evomoe.hf.to_hf.exporting import Exported
 from megatron_evomoe.parallel.single_rank import one_rank
@@ -172,10 +173,10 @@ def _load_export(exported: Exported) -> tuple[Any, Any]:
     """The exported model in float32 and its processor, through this package's classes: no code in the
     directory is run.
     """
-    import megatron_evomoe.hf  # noqa: F401
-
     try:
         from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        register()
     except ImportError:
         raise ConfigError("--verify needs transformers 4.56 or later: pip install transformers") from None
     model, report = AutoModelForImageTextToText.from_pretrained(

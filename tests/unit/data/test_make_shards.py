@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_evomoe.commands import make_shards as make_shards_command
 from megatron_evomoe.config import ConfigError
 from megatron_evomoe.data import make_shards
 from megatron_evomoe.data.shard_index import index_path
@@ -60,7 +61,7 @@ def source(tmp_path):
 
 def args_for(folder, output, *more):
     parser = argparse.ArgumentParser()
-    make_shards.add_arguments(parser)
+    make_shards_command.add_arguments(parser)
     return parser.parse_args(
         [
             "--json",
@@ -86,7 +87,7 @@ def contents(folder):
 
 def test_shards_and_report(source, capsys):
     folder, reasons = source
-    assert make_shards.run(args_for(folder, "out")) == 0
+    assert make_shards_command.run(args_for(folder, "out")) == 0
     report = json.loads((folder / "out" / "report.json").read_text())
     assert (report["records"], report["written"], report["shards"]) == (45, 36, 5)
     assert [entry["reason"] for entry in report["skipped"]] == reasons
@@ -109,16 +110,16 @@ def test_shards_and_report(source, capsys):
 
 def test_workers_change_nothing(source):
     folder, _ = source
-    make_shards.run(args_for(folder, "one"))
-    make_shards.run(args_for(folder, "two", "--workers", "2"))
+    make_shards_command.run(args_for(folder, "one"))
+    make_shards_command.run(args_for(folder, "two", "--workers", "2"))
     assert contents(folder / "one") == contents(folder / "two") != {}
     assert (folder / "one" / "report.json").read_bytes() == (folder / "two" / "report.json").read_bytes()
 
 
 def test_continues_with_what_is_missing(source, monkeypatch):
     folder, _ = source
-    make_shards.run(args_for(folder, "whole"))
-    make_shards.run(args_for(folder, "out"))
+    make_shards_command.run(args_for(folder, "whole"))
+    make_shards_command.run(args_for(folder, "out"))
     out = folder / "out"
     (out / "shard-000001.tar").unlink()  # lost
     (out / "shard-000002.tar").write_bytes(b"short")  # damaged
@@ -127,7 +128,7 @@ def test_continues_with_what_is_missing(source, monkeypatch):
     wrote = []
     write = make_shards.write_shard
     monkeypatch.setattr(make_shards, "write_shard", lambda *item: wrote.append(item[1]) or write(*item))
-    assert make_shards.run(args_for(folder, "out")) == 0
+    assert make_shards_command.run(args_for(folder, "out")) == 0
     assert wrote == [1, 2, 3] and contents(out) == contents(folder / "whole") and not list(out.glob(".*.tmp"))
 
 
@@ -135,7 +136,7 @@ def test_a_killed_run_continues_to_the_same_bytes(source):
     folder, _ = source
     records = json.loads((folder / "llava.json").read_text()) * 12
     (folder / "llava.json").write_text(json.dumps(records))
-    make_shards.run(args_for(folder, "whole"))
+    make_shards_command.run(args_for(folder, "whole"))
     command = [
         sys.executable,
         ROOT / "tools" / "make_shards.py",
@@ -162,7 +163,7 @@ def test_a_killed_run_continues_to_the_same_bytes(source):
     whole, part = contents(folder / "whole"), contents(folder / "out")
     assert 3 <= len(part) < len(whole), "killed too late to show anything"
     assert all(whole[name] == data for name, data in part.items())  # nothing half-written under a final name
-    assert make_shards.run(args_for(folder, "out")) == 0
+    assert make_shards_command.run(args_for(folder, "out")) == 0
     assert contents(folder / "out") == whole
     assert len(workers) == 2
     while any(_alive(pid) for pid in workers) and time.monotonic() < deadline:
@@ -179,19 +180,19 @@ def _alive(pid):
 
 def test_other_arguments_or_foreign_shards_are_not_mixed_in(source):
     folder, _ = source
-    make_shards.run(args_for(folder, "out"))
+    make_shards_command.run(args_for(folder, "out"))
     with pytest.raises(ConfigError, match=r"begun with other arguments.*samples_per_shard 10 -> 20"):
-        make_shards.run(args_for(folder, "out", "--samples-per-shard", "20"))
+        make_shards_command.run(args_for(folder, "out", "--samples-per-shard", "20"))
     (folder / "foreign").mkdir()
     (folder / "foreign" / "x.tar").write_bytes(b"")
     with pytest.raises(ConfigError, match="another origin"):
-        make_shards.run(args_for(folder, "foreign"))
+        make_shards_command.run(args_for(folder, "foreign"))
 
 
 def test_nothing_usable(tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "llava.json").write_text(json.dumps([{"id": 1}] * 3))
-    assert make_shards.run(args_for(tmp_path, "out")) == 1
+    assert make_shards_command.run(args_for(tmp_path, "out")) == 1
     assert not list((tmp_path / "out").glob("*.tar"))
 
 
@@ -209,7 +210,7 @@ def test_unusable_json(tmp_path, text, message):
     if text is not None:
         (tmp_path / "llava.json").write_text(text)
     with pytest.raises(ConfigError, match=message):
-        make_shards.run(args_for(tmp_path, "out"))
+        make_shards_command.run(args_for(tmp_path, "out"))
 
 
 def test_messages_and_records_that_cannot_be_stored(source):
@@ -242,7 +243,7 @@ def test_messages_and_records_that_cannot_be_stored(source):
         ("tool-turn", {"messages": [{"role": "tool", "content": "3"}]}),
     ]
     (folder / "llava.json").write_text(json.dumps([record for _, record in records]))
-    assert make_shards.run(args_for(folder, "out")) == 0
+    assert make_shards_command.run(args_for(folder, "out")) == 0
     report = json.loads((folder / "out" / "report.json").read_text())
     assert [entry["reason"] for entry in report["skipped"]] == [reason for reason, _ in records if reason]
     dataset = ShardDataset(folder / "out")
@@ -254,4 +255,4 @@ def test_a_field_that_comes_twice_is_named(source):
     folder, _ = source
     (folder / "llava.json").write_text('[{"image": "a", "image": "b"}]')
     with pytest.raises(ConfigError, match=r"llava\.json is not valid JSON: the field 'image' comes twice"):
-        make_shards.run(args_for(folder, "out"))
+        make_shards_command.run(args_for(folder, "out"))

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron_evomoe.cli import main
+from megatron_evomoe.commands import plot
 from megatron_evomoe.config import LogConfig
 from megatron_evomoe.diagnose import diagnostics_file, estimates, figures, plots
 from megatron_evomoe.diagnose.routing import LogitSample, ShareCounter
@@ -96,8 +97,8 @@ def test_every_figure_is_drawn_from_the_run_directory(tmp_path, capsys, monkeypa
     monkeypatch.setattr(figures, "STYLE", {**figures.STYLE, "figure.dpi": 50})
     fill(tmp_path / "run", num_layers=num_layers, experts=experts)
     parser = argparse.ArgumentParser()
-    plots.add_arguments(parser)
-    assert plots.run(parser.parse_args(["--run", str(tmp_path / "run")])) == 0
+    plot.add_arguments(parser)
+    assert plot.run(parser.parse_args(["--run", str(tmp_path / "run")])) == 0
     names = {"loss.png", "modality_share.png", "router_logits.png", "expert_similarity.png"}
     written = {p.name: p for p in (tmp_path / "run/figures").iterdir()}
     assert set(written) == names and "skipped" not in capsys.readouterr().out
@@ -106,7 +107,7 @@ def test_every_figure_is_drawn_from_the_run_directory(tmp_path, capsys, monkeypa
 
 def test_what_is_missing_is_skipped_with_its_reason(tmp_path, capsys):
     args = argparse.Namespace(run=str(tmp_path), output=str(tmp_path / "out"))
-    assert plots.run(args) == 1
+    assert plot.run(args) == 1
     out = capsys.readouterr().out
     assert out.count("skipped") == 4 and "no 'lm loss'" in out and "no 'shares' record" in out
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"stage": "align", "step": 1, "lm loss": 1.0}) + "\n")

@@ -2,13 +2,13 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_evomoe.evaluation.answers_file import AnswerStore
+from megatron_evomoe.evaluation.answers_file import AnswersFile
 from megatron_evomoe.evaluation.item import BenchmarkError
 
 
 @pytest.fixture
 def store(tmp_path):
-    opened = AnswerStore(tmp_path / "out")
+    opened = AnswersFile(tmp_path / "out")
     opened.open({"model": "a"})
     return opened
 

@@ -166,7 +166,7 @@ def test_another_model_in_the_same_folder(alone, pope, model_dir, tmp_path, caps
     ("change", "message"),
     [
         ({"--questions": "nowhere.json"}, "--questions nowhere.json does not exist"),
-        ({"--images": "nowhere"}, "--images nowhere is no folder"),
+        ({"--images": "nowhere"}, "--images nowhere is not a folder"),
         ({"--model": "nowhere"}, "--model nowhere is no directory"),
         ({"--batch-size": "0"}, "must be at least 1"),
         ({"--max-new-tokens": "4", "--questions": "EMPTY"}, "holds no questions"),

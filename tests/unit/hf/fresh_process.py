@@ -2,9 +2,9 @@
 
     python fresh_process.py DIRECTORY installed|remote|plain OUTPUT.pt
 
-`installed`: with megatron_evomoe imported, without trust_remote_code. `remote`: transformers alone runs the
-directory's code; megatron_evomoe cannot be imported. `plain`: transformers' own LLaVA, no code,
-megatron_evomoe cannot be imported.
+`installed`: megatron_evomoe's classes are registered, and trust_remote_code is not given. `remote`:
+transformers alone runs the directory's code; megatron_evomoe cannot be imported. `plain`: transformers' own
+LLaVA, no code; megatron_evomoe cannot be imported.
 """
 
 from __future__ import annotations
@@ -94,7 +94,9 @@ def generation(model: Any, image_token: int) -> dict[str, bool]:
 def load(directory: str, mode: str) -> tuple[Any, dict[str, Any]]:
     """The model and transformers' report on its tensors."""
     if mode == "installed":
-        import megatron_evomoe.hf  # noqa: F401
+        import megatron_evomoe.hf
+
+        megatron_evomoe.hf.register()
     else:
         sys.meta_path.insert(0, _NotInstalled())
     import transformers

@@ -1,8 +1,7 @@
-"""``inspect-data``: samples as the model gets them, the supervised spans marked.
+"""``inspect-data``: show samples as the model sees them, with the supervised text marked.
 
-The spans come from the labels and are decoded back, so what is shown is what is learned, not what the code
-meant to do. With ``--config`` everything a sample depends on is the run's own, stage by stage where stages
-differ.
+The supervised spans come from the labels and are decoded back, so what is shown is what the model learns.
+With ``--config`` the samples are prepared as that run prepares them, stage by stage where its stages differ.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from megatron_evomoe.commands import inspect_data
 from megatron_evomoe.config import ConfigError, load_config
-from megatron_evomoe.data import inspect
 from megatron_evomoe.data.image import ImageProcessor, decode_image
 from megatron_evomoe.data.shards import ShardDataset, write_shards
 from megatron_evomoe.data.tokenizer import build_tokenizer
@@ -32,8 +32,8 @@ def shards(tmp_path):
 
 def run(*arguments):
     parser = argparse.ArgumentParser()
-    inspect.add_arguments(parser)
-    return inspect.run(parser.parse_args(list(map(str, arguments))))
+    inspect_data.add_arguments(parser)
+    return inspect_data.run(parser.parse_args(list(map(str, arguments))))
 
 
 @pytest.mark.parametrize(
