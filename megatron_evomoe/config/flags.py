@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import itertools
 from typing import Any
@@ -20,6 +21,7 @@ _ALIASES = {
 def add_flags(parser: Any) -> None:
     """One flag per field, with the field's own words as help. Values stay text until `flags_from`."""
     for key, (section, name) in FLAT.items():
+        words = field_docs(SECTIONS[section]).get(name, "")
         alone = {"nargs": "?", "const": "true"} if takes_only_bool(SECTIONS[section], name) else {}
         parser.add_argument(
             f"--{key.replace('_', '-')}",
@@ -27,7 +29,7 @@ def add_flags(parser: Any) -> None:
             dest=f"cfg_{key}",
             metavar="VALUE",
             default=None,
-            help=_field_docs(SECTIONS[section]).get(name),
+            help=words.replace("%", "%%"),
             **alone,
         )
 
@@ -47,11 +49,12 @@ def _value(key: str, given: Any) -> Any:
     return from_flag(SECTIONS[section], name, given)
 
 
-def _field_docs(cls: type) -> dict[str, str]:
+@functools.cache
+def field_docs(cls: type) -> dict[str, str]:
     """The string under each field, read from the source."""
     body = ast.parse(inspect.cleandoc(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
     docs = {}
     for statement, following in itertools.pairwise(body):
         if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
-            docs[statement.target.id] = ast.literal_eval(following.value).replace("%", "%%")  # type: ignore[union-attr]
+            docs[statement.target.id] = ast.literal_eval(following.value)  # type: ignore[union-attr]
     return docs

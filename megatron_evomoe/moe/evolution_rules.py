@@ -106,7 +106,8 @@ def draw_beta(seed: int, step: int, layer: int, expert: int, low: float, high: f
         step: optimizer step, from 0 or 1 as the loop counts, never negative.
         layer: global layer number, from 1.
         expert: global expert index, from 0 (expert 0 is θ_1 and draws nothing).
-        low, high: the expert's range.
+        low: lower end of the expert's range.
+        high: upper end of the expert's range.
     """
     word = np.random.Philox(key=seed, counter=[step, layer, expert, 0]).random_raw()
     return low + (high - low) * ((int(word) >> 11) * 2.0**-53)

@@ -1,0 +1,127 @@
+"""The documentation site builds without a warning, and its pages open in a real browser."""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+NARROW = {"width": 375, "height": 700}
+WIDE = {"width": 1280, "height": 900}
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built site."""
+    pytest.importorskip("material", reason="mkdocs-material is not installed: pip install '.[docs]'")
+    pytest.importorskip("mkdocstrings", reason="mkdocstrings is not installed: pip install '.[docs]'")
+    folder = tmp_path_factory.mktemp("site")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def address(site: Path) -> Iterator[str]:
+    """The site on a server of this machine."""
+    handler = functools.partial(_Quiet, directory=str(site))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+class _Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        """Requests are not logged."""
+
+
+@pytest.fixture(scope="module")
+def browser():  # type: ignore[no-untyped-def]
+    """A headless Chromium of this machine; CHROMIUM names another one."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    path = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, BROWSERS)), None)
+    if path is None:
+        pytest.skip(f"no browser: none of {', '.join(BROWSERS)} on PATH, and CHROMIUM is not set")
+    with playwright.sync_playwright() as driver:
+        opened = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+def pages(site: Path) -> list[str]:
+    """Every page of the site, relative to its root."""
+    return sorted(str(p.relative_to(site)) for p in site.rglob("*.html") if p.name != "404.html")
+
+
+def test_every_flag_and_command_is_listed(site):
+    from megatron_evomoe import cli
+    from megatron_evomoe.config.run import FLAT
+
+    fields = (site / "reference/fields.html").read_text(encoding="utf-8")
+    listed = set(re.findall(r'<code id="([\w-]+)">--', fields))
+    assert listed == {flat.replace("_", "-") for flat in FLAT}
+    commands = (site / "reference/commands.html").read_text(encoding="utf-8")
+    assert [c.name for c in cli.COMMANDS if f'<h2 id="{c.name}"' not in commands] == []
+
+
+def test_nothing_is_loaded_from_elsewhere(site):
+    loaded = {
+        target
+        for page in pages(site)
+        for tag in re.findall(r"<(?:script|link|img|iframe)[^>]*>", (site / page).read_text(encoding="utf-8"))
+        for target in re.findall(r'(?:src|href)="((?:https?:)?//[^"]*)"', tag)
+    }
+    assert loaded == set()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_pages_open_in_a_browser(site, address, browser, scheme):
+    """Neither a console error nor a failed request, a heading on each page, and no sideways scrolling."""
+    page = browser.new_page(viewport=WIDE if scheme == "light" else NARROW, color_scheme=scheme)
+    faults: list[str] = []
+    page.on("console", lambda said: faults.append(f"console: {said.text}") if said.type == "error" else None)
+    page.on("pageerror", lambda error: faults.append(f"script: {error}"))
+    page.on("requestfailed", lambda request: faults.append(f"failed: {request.url}"))
+    page.on("response", lambda got: faults.append(f"{got.status}: {got.url}") if got.status >= 400 else None)
+    for name in pages(site):
+        page.goto(f"{address}/{name}", wait_until="load")
+        if not page.locator("article h1").first.is_visible():
+            faults.append(f"{name}: no visible heading")
+        width = page.evaluate("[document.documentElement.scrollWidth, window.innerWidth]")
+        if width[0] > width[1]:
+            faults.append(f"{name}: {width[0]} pixels wide on a screen of {width[1]}")
+        shown = page.evaluate("document.body.getAttribute('data-md-color-scheme')")
+        if shown != {"light": "default", "dark": "slate"}[scheme]:
+            faults.append(f"{name}: colour scheme {shown}")
+    page.close()
+    assert faults == []
+
+
+def test_search_finds_a_flag(address, browser):
+    page = browser.new_page(viewport=WIDE)
+    page.goto(f"{address}/index.html")
+    page.locator("input[name=query]").fill("expert-model-parallel-size")
+    page.locator(".md-search-result__item").first.wait_for(timeout=30_000)
+    assert page.locator(".md-search-result__item").count() > 0
+    page.close()
