@@ -7,7 +7,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import threading
 import time
 from multiprocessing.managers import SyncManager
 from types import FrameType
@@ -17,8 +16,8 @@ import torch.distributed as dist
 
 from megatron_evomoe.config import TrainConfig
 from megatron_evomoe.parallel import backend
+from megatron_evomoe.train.helper_process import SIGNALS, only_follow_parent
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _TIME, _STEPS, _ORPHANED = 1000, 1001, 1002  # beyond every signal number
 
 
@@ -88,7 +87,7 @@ def _shield_helpers() -> None:
     if filesystem_async._results_queue is None:
         # megatron-core starts this server at the first save and keeps it
         manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
-        manager.start(initializer=_only_follow_parent)
+        manager.start(initializer=only_follow_parent)
         filesystem_async._results_queue = manager.Queue()
     global _forks_leave
     if not _forks_leave:
@@ -96,18 +95,6 @@ def _shield_helpers() -> None:
             after_in_child=os.setpgrp
         )  # data workers and writers; what is sent to them alone still arrives
         _forks_leave = True
-
-
-def _only_follow_parent() -> None:
-    """In a helper: deaf to the signals, but gone when the rank is, however that ended."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-    def follow() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(0)
-
-    threading.Thread(target=follow, daemon=True).start()
 
 
 _forks_leave = False
