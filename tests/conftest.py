@@ -3,37 +3,75 @@
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from megatron_evomoe.parallel import backend
+from tests.programs import ROOT
+from tests.runs import four_stages
 
 if not backend.on_gpu():
-    os.environ["TRITON_INTERPRET"] = (
-        "1"  # Triton reads it when it is first imported, which megatron-core does below
-    )
+    # Triton reads this when it is first imported, which megatron-core does below
+    os.environ["TRITON_INTERPRET"] = "1"
 backend.prepare()
 torch.set_num_threads(1)
 
 
-ROWS = pytest.StashKey[list[str]]()
+class MeasuredRows:
+    """Shows the rows that tests measured when the run ends; pytest-xdist's workers hand them over."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def pytest_runtest_logreport(self, report):
+        if report.when == "teardown":  # the last report of a test has the properties of all
+            self.lines += [value for name, value in report.user_properties if name == "row"]
+
+    def pytest_terminal_summary(self, terminalreporter):
+        if self.lines:
+            terminalreporter.section("measured")
+            for line in self.lines:
+                terminalreporter.write_line(line)
+
+
+def pytest_configure(config):
+    config.pluginmanager.register(MeasuredRows())
+
+
+@pytest.fixture
+def row(request):
+    """A function that takes a row of a table in `docs/`, to be shown when the run ends."""
+    return lambda line: request.node.user_properties.append(("row", line))
 
 
 @pytest.fixture(scope="session")
-def row(pytestconfig):
-    """Call it with a line of a table that the run shows at its end, whatever it does with the tests'
-    output.
-    """
-    return pytestconfig.stash.setdefault(ROWS, []).append
+def digits(tmp_path_factory) -> Path:
+    """The quickstart's data at a small size, with its tokenizer."""
+    sys.path.insert(0, str(ROOT / "examples" / "digits"))
+    import build_data
+
+    folder = tmp_path_factory.mktemp("digits")
+    build_data.build(
+        folder, 0, instruct_samples=200, caption_samples=40, heldout_samples=24, tower_pictures=16
+    )
+    return folder
 
 
-def pytest_terminal_summary(terminalreporter, config):
-    """Measured rows, ready for `docs/`."""
-    if config.stash.get(ROWS, None):
-        terminalreporter.section("measured")
-        for line in config.stash[ROWS]:
-            terminalreporter.write_line(line)
+@pytest.fixture(scope="session")
+def tiny_yaml(digits):
+    """A function that writes the configuration of `runs.four_stages` into a folder and returns its path."""
+
+    def write(folder: Path, **changes: Any) -> Path:
+        path = folder / "run.yaml"
+        path.write_text(yaml.safe_dump(four_stages(digits, folder, **changes)))
+        return path
+
+    return write
 
 
 @pytest.fixture(scope="session")

@@ -8,10 +8,6 @@ costs more than training.
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,9 +16,9 @@ import torch
 
 from megatron_evomoe.config.token_types import TokenType
 from megatron_evomoe.data.conversation import IGNORE_INDEX
+from tests import programs
 from tests.tiny import IMAGE_TOKENS, VOCAB
 
-ROOT = Path(__file__).resolve().parents[2]
 ROWS = 8
 LENGTH = 24
 IMAGES = (
@@ -189,37 +185,5 @@ def run(
     asked, answered = folder / f"jobs{world}.json", folder / f"results{world}.json"
     asked.write_text(json.dumps([asdict(job) for job in jobs]))
     answered.unlink(missing_ok=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)
-    logs, processes = [], []
-    for rank in range(world):
-        env = {
-            **os.environ,
-            "PYTHONPATH": path,
-            "OMP_NUM_THREADS": "1",
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(world),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-        }
-        logs.append(folder / f"world{world}_rank{rank}.log")
-        with logs[-1].open("w") as log:
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", "tests.distributed.worker", str(asked), str(answered)],
-                    env=env,
-                    cwd=ROOT,
-                    stdout=log,
-                    stderr=log,
-                )
-            )
-    try:
-        codes = [p.wait(timeout=timeout) for p in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert not any(codes), f"exit codes {codes}\n" + "\n".join(log.read_text()[-3000:] for log in logs)
+    programs.run("-m", "tests.distributed.worker", str(asked), str(answered), ranks=world, timeout=timeout)
     return json.loads(answered.read_text())

@@ -27,8 +27,8 @@ import psutil
 import pytest
 import torch
 
-from tests.integration.conftest import ROOT, digits, environment, metrics, tiny_yaml  # noqa: F401 - fixtures
-from tests.integration.test_stages import steady
+from tests.programs import ROOT, environment
+from tests.runs import metrics, steady
 
 # many short stages: a transition is never far
 STAGES = [
@@ -369,12 +369,12 @@ def small_disk(tmp_path):
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def test_one_of_each_quick_fault(tmp_path, digits, tiny_yaml):  # noqa: F811
+def test_one_of_each_quick_fault(tmp_path, digits, tiny_yaml):
     disturbed(tmp_path, digits, tiny_yaml, None, QUICK_FAULTS, seed=1, stages=QUICK)
 
 
 @pytest.mark.slow
-def test_eighty_faults(tmp_path, digits, tiny_yaml, small_disk, row):  # noqa: F811
+def test_eighty_faults(tmp_path, digits, tiny_yaml, small_disk, row):
     kinds = [kind for kind in KINDS if small_disk or kind != "disk full"]
     draw = random.Random(7)
     # more than enough: a fault finds no run to hit where the one before it left nothing to do
@@ -385,7 +385,7 @@ def test_eighty_faults(tmp_path, digits, tiny_yaml, small_disk, row):  # noqa: F
     assert sum(table.values()) >= 80
 
 
-def disturbed(tmp_path, digits, tiny_yaml, disk, order, *, seed, stages) -> Counter[str]:  # noqa: F811
+def disturbed(tmp_path, digits, tiny_yaml, disk, order, *, seed, stages) -> Counter[str]:
     """Run undisturbed and disturbed; what they came to must be the same. Returns the faults injected, by
     kind.
     """

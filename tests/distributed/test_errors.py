@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.integration.conftest import ROOT, digits, environment, tiny_yaml  # noqa: F401 - fixtures
+from tests.programs import ROOT, environment
 
 PATIENCE = 200  # seconds, of which starting Python takes most; a collective would wait for hours
 STAGES = [{"name": "warmup", "train_iters": 2}, {"name": "evolve", "train_iters": 1}]
@@ -57,7 +57,7 @@ def run_two(home: Path, config: Path, fault: dict[str, Any]) -> tuple[int, list[
 
 @pytest.mark.slow
 @pytest.mark.parametrize("save_interval", [1, 0])
-def test_folder_deleted_under_a_run_ends_it_with_an_error(tmp_path, tiny_yaml, save_interval):  # noqa: F811
+def test_folder_deleted_under_a_run_ends_it_with_an_error(tmp_path, tiny_yaml, save_interval):
     """At the next save; at the end, where none comes before."""
     config = tiny_yaml(
         tmp_path, stages=[{"name": "warmup", "train_iters": 200}], checkpoint={"save_interval": save_interval}
@@ -128,7 +128,7 @@ OTHERS = [
         ),
     ],
 )
-def test_every_rank_ends_with_the_message_of_the_one_that_failed(tmp_path, tiny_yaml, fault, background):  # noqa: F811
+def test_every_rank_ends_with_the_message_of_the_one_that_failed(tmp_path, tiny_yaml, fault, background):
     config = tiny_yaml(
         tmp_path,
         stages=STAGES,

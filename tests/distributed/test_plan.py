@@ -8,19 +8,13 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from megatron_evomoe.plan.states import states_of
+from tests import programs
 from tests.distributed.plan_worker import case_config
-
-WORKER = Path(__file__).with_name("plan_worker.py")
-ROOT = Path(__file__).parents[2]
 
 LAYOUTS = {
     "TP2": (2, {"tensor_model_parallel_size": 2}),
@@ -67,29 +61,5 @@ def run(world_size: int, parallel: dict, cases: list, folder: Path) -> list[dict
     """Each rank's answer, in rank order."""
     request = folder / "request.json"
     request.write_text(json.dumps({"parallel": parallel, "cases": cases}))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)
-    world = {
-        **os.environ,
-        "WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "PYTHONPATH": path,
-        "PYTHONWARNINGS": "ignore",
-        "OMP_NUM_THREADS": "1",
-    }
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), str(request), str(folder)],
-            env={**world, "RANK": str(r), "LOCAL_RANK": str(r)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for r in range(world_size)
-    ]
-    for rank in ranks:
-        errors = rank.communicate(timeout=300)[1]
-        assert rank.returncode == 0, errors[-4000:]
+    programs.run("-m", "tests.distributed.plan_worker", str(request), str(folder), ranks=world_size)
     return [json.loads((folder / f"{r}.json").read_text()) for r in range(world_size)]

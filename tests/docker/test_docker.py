@@ -20,7 +20,8 @@ import pytest
 import yaml
 
 from megatron_evomoe.config import load_config
-from tests.integration.conftest import digits, environment, metrics, tiny_yaml  # noqa: F401  (fixtures)
+from tests.programs import environment
+from tests.runs import metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 IMAGE_TORCH = "2.10.0a0+b4e4ee81d3.nv25.12"
@@ -240,7 +241,7 @@ def test_kubernetes_manifest_says_what_the_recipe_reads(monkeypatch):
 
 
 @pytest.mark.slow
-def test_two_pods_meet_and_train(tiny_yaml, tmp_path):  # noqa: F811
+def test_two_pods_meet_and_train(tiny_yaml, tmp_path):
     """The manifest's command with the variables the training operator sets for its elastic policy (as its
     source has them), each pod a torchrun on this machine, with one process.
     """

@@ -6,12 +6,10 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-from tests.integration.conftest import ROOT, environment
+from tests import programs
 from tests.tiny import VOCAB
 
 TRIES = 50
@@ -92,15 +90,7 @@ def draw(random: random.Random) -> dict[str, Any]:
 def outcomes(cases: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
     asked, answered = folder / "cases.json", folder / "outcomes.json"
     asked.write_text(json.dumps(cases))
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.fuzz.layout_worker", str(asked), str(answered)],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    programs.run("-m", "tests.fuzz.layout_worker", str(asked), str(answered), timeout=900)
     return json.loads(answered.read_text())
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from tests.integration.conftest import ROOT, environment
+from tests.programs import ROOT, environment
 
 
 def python(code: str) -> str:

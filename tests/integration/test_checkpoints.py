@@ -14,7 +14,7 @@ import yaml
 
 from megatron_evomoe.checkpoint import metadata
 from megatron_evomoe.checkpoint import record as records
-from tests.integration.quick import run
+from tests.runs import run
 from tests.unit.checkpoint.test_metadata import GETATTR, Shell, name, text, unframed
 
 STAGES = [{"name": "align", "train_iters": 2}, {"name": "warmup"}]
@@ -47,7 +47,9 @@ def copied(source: Path, folder: Path) -> Path:
 
 
 def train(folder: Path, *flags: str, expect: int = 0) -> str:
-    return run("train", "--config", str(folder / "run.yaml"), *flags, expect=expect, folder=folder)
+    """What the run says."""
+    done = run("train", "--config", str(folder / "run.yaml"), *flags, expect=expect)
+    return done.stdout + done.stderr
 
 
 def identity(folder: Path) -> str:
@@ -170,8 +172,7 @@ def test_a_hostile_checkpoint_runs_nothing_and_is_named(copy, tmp_path, kind):
         raw = yaml.safe_load((copy / "run.yaml").read_text())
         raw["stages"][1]["load"] = str(source)
         (tmp_path / "from.yaml").write_text(yaml.safe_dump(raw))
-        said = run(
-            "train", "--config", str(tmp_path / "from.yaml"), "--stage", "warmup", expect=2, folder=tmp_path
-        )
+        done = run("train", "--config", str(tmp_path / "from.yaml"), "--stage", "warmup", expect=2)
+        said = done.stdout + done.stderr
         assert str(path) in said and "nothing was loaded" in said, said
     assert not canary.exists()

@@ -10,7 +10,8 @@ import sys
 
 import pytest
 
-from tests.integration.conftest import ROOT, environment, metrics, run
+from tests.programs import ROOT, environment
+from tests.runs import metrics, run
 
 
 def test_doctor():

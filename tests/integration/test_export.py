@@ -21,7 +21,8 @@ from megatron_evomoe.hf import register
 from megatron_evomoe.hf.to_hf import verify_export
 from megatron_evomoe.hf.to_hf.exporting import Exported, Request, export_model
 from megatron_evomoe.train.evaluate import greedy
-from tests.integration.conftest import ROOT, environment, run
+from tests.programs import ROOT, environment
+from tests.runs import run
 
 pytest.importorskip(
     "transformers", minversion="4.56", reason="transformers 4.56 or later is not installed (extra [hf])"

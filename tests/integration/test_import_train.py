@@ -12,7 +12,7 @@ from megatron_evomoe.checkpoint.find import latest
 from megatron_evomoe.checkpoint.record import read
 from megatron_evomoe.data.tokenizer import build_tokenizer
 from megatron_evomoe.hf.from_hf.importing import Request, describe, import_model
-from tests.integration.conftest import metrics, run
+from tests.runs import metrics, run
 from tests.unit.hf.sources import LLAVA, TEXT, TOWER, write
 
 STAGES = [

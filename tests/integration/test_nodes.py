@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.conftest import ROOT, environment, metrics, run
 from tests.integration.test_stages import steady
+from tests.programs import ROOT, environment
+from tests.runs import metrics, run
 
 pytestmark = pytest.mark.slow
 

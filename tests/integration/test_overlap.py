@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.integration.conftest import metrics, run
+from tests.runs import metrics, run
 
 METRICS = 1e-6
 TENSORS = 1e-5

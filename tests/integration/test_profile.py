@@ -13,7 +13,7 @@ import pytest
 
 from megatron_evomoe.config import ConfigError, from_mapping
 from megatron_evomoe.observe import profile
-from tests.integration.conftest import metrics, run
+from tests.runs import metrics, run
 
 SAME = ("stage", "step", "lm loss", "grad-norm", "learning-rate", "supervised-tokens")
 EVOLVE = [{"name": "evolve", "train_iters": 5}]

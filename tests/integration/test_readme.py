@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.conftest import ROOT, environment
+from tests.programs import ROOT, environment
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = re.findall(r"^    (\S.*)$", README, re.M)

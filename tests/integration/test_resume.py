@@ -10,9 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.integration import conftest
-from tests.integration.conftest import metrics
-from tests.integration.quick import run
+from tests.runs import metrics, run
 
 STAGES = [{"name": "warmup"}]
 
@@ -36,7 +34,9 @@ def copy(begun, tmp_path) -> Path:
 
 
 def resume(folder: Path, *flags: str, expect: int = 0) -> str:
-    return run("train", "--config", str(folder / "run.yaml"), *flags, expect=expect, folder=folder)
+    """What the run says."""
+    done = run("train", "--config", str(folder / "run.yaml"), *flags, expect=expect)
+    return done.stdout + done.stderr
 
 
 def events(folder: Path, name: str) -> list[dict[str, Any]]:
@@ -180,7 +180,7 @@ def test_changed_data_is_refused_by_name_or_allowed_with_its_meaning(digits, tin
     resume(tmp_path, "--exit-interval", "4")
     shutil.copytree(tmp_path / "a", tmp_path / "elsewhere")
     other = f"--train-data=[{tmp_path / 'b'}]"
-    text = conftest.run("train", "--config", str(tmp_path / "run.yaml"), other, processes=2, expect=1).stderr
+    text = run("train", "--config", str(tmp_path / "run.yaml"), other, processes=2, expect=1).stderr
     assert "was trained on other data (40 samples in 2 shards; now 39 in 2)" in text
     assert (
         "shard-000000.tar holds other contents in its 20 samples; shard-000001.tar holds 19 samples, 20 "

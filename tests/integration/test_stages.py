@@ -3,27 +3,15 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
-from tests.integration.conftest import ROOT, environment, metrics, run
+from tests import programs
+from tests.runs import metrics, run, steady
 
 STAGES = ("align", "warmup", "evolve", "route")
-VOLATILE = {
-    "time",
-    "iteration-time",
-    "tokens/s",
-    "throughput",
-    "samples",
-    "straggler/rank",
-    "straggler/seconds",
-    "straggler/median-seconds",
-}
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +21,6 @@ def two_ranks(tmp_path_factory, tiny_yaml) -> Path:
     path = tiny_yaml(folder, parallel={"expert_model_parallel_size": 2})
     run("train", "--config", str(path), processes=2)
     return folder
-
-
-def steady(lines):
-    return [{k: v for k, v in line.items() if k not in VOLATILE} for line in lines]
 
 
 def test_every_stage_trains_saves_and_is_measured(two_ranks):
@@ -109,45 +93,30 @@ def test_killed_in_every_stage_and_resumed_gives_the_same_bits(two_ranks, tiny_y
 
 
 def _run_until(path: Path, out: Path, stage: str, step: int) -> None:
-    """Start the job and kill every process of it as soon as `stage` has logged `step`."""
-    job = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            "2",
-            "-m",
-            "megatron_evomoe",
-            "train",
-            "--config",
-            str(path),
-        ],
-        env=environment(),
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline and job.poll() is None:
-        file = out / "metrics.jsonl"
-        lines = (
-            [json.loads(x) for x in file.read_text().splitlines(keepends=True) if x.endswith("\n")]
-            if file.exists()
-            else []
+    """Start the job and kill every rank of it as soon as `stage` has logged `step`."""
+    log = path.with_name("log.txt")
+    ranks = programs.start_ranks(2, "-m", "megatron_evomoe", "train", "--config", str(path), output=log)
+    try:
+        deadline = time.monotonic() + 300
+        while time.monotonic() < deadline and not any(rank.poll() is not None for rank in ranks):
+            file = out / "metrics.jsonl"
+            lines = (
+                [json.loads(x) for x in file.read_text().splitlines(keepends=True) if x.endswith("\n")]
+                if file.exists()
+                else []
+            )
+            if any(x["stage"] == stage and x["step"] >= step for x in lines):
+                break
+            time.sleep(0.02)
+        ended = [rank.poll() for rank in ranks]
+        assert ended == [None, None], (
+            f"it ended before {stage} reached step {step}: {log.read_text()[-3000:]}"
         )
-        if any(x["stage"] == stage and x["step"] >= step for x in lines):
-            break
-        time.sleep(0.02)
-    assert job.poll() is None, (
-        f"the job ended before {stage} reached step {step}: {job.stderr.read()[-3000:]}"
-    )
-    # torchrun's workers lead sessions of their own: a kill of its process group would leave them training on
-    for process in [*psutil.Process(job.pid).children(recursive=True), job]:
-        process.kill()
-    job.wait()
+    finally:
+        for rank in ranks:
+            rank.kill()
+    for rank in ranks:
+        rank.wait()
 
 
 def test_limits_end_a_run_saved_and_the_same_command_goes_on(two_ranks, tiny_yaml, tmp_path):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_evomoe.data.shards import ShardDataset, write_shards
-from tests.integration.conftest import metrics, run
+from tests.runs import metrics, run
 
 LAYOUTS = {
     "two replicas": {"expert_model_parallel_size": 2},

@@ -11,11 +11,7 @@ far above.
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +24,7 @@ from megatron_evomoe.config import ConfigError, VisionConfig, from_mapping
 from megatron_evomoe.hf.from_hf import verify_import
 from megatron_evomoe.hf.from_hf.importing import Request, import_model
 from megatron_evomoe.hf.to_hf import verify_export
+from tests import programs
 from tests.parity import hf_models
 from tests.parity.hf_models import IMAGE_TOKEN, LANGUAGE, LLAVA, PATCHES, SIDE
 
@@ -118,38 +115,7 @@ def run(jobs: dict[str, Path], layout: str, folder: Path) -> dict[str, Any]:
             }
         )
     )
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)
-    logs, processes = [folder / f"{tag}-{rank}.log" for rank in range(world)], []
-    for rank in range(world):
-        env = {
-            **os.environ,
-            "PYTHONPATH": path,
-            "OMP_NUM_THREADS": "1",
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(world),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-        }
-        with logs[rank].open("w") as log:
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", "tests.parity.import_worker", str(asked), str(answered)],
-                    env=env,
-                    cwd=ROOT,
-                    stdout=log,
-                    stderr=log,
-                )
-            )
-    try:
-        codes = [p.wait(timeout=600) for p in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert not any(codes), f"exit codes {codes}\n" + "\n".join(log.read_text()[-3000:] for log in logs)
+    programs.run("-m", "tests.parity.import_worker", str(asked), str(answered), ranks=world)
     return torch.load(answered, weights_only=True)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.integration.conftest import ROOT, digits, environment, tiny_yaml  # noqa: F401  (fixtures)
+from tests.programs import ROOT, environment
 
 SCRIPT = str(ROOT / "tests" / "slurm" / "cluster.sh")
 _CANNOT_BE_HAD = 3  # cluster.sh's status where this machine cannot run Slurm

@@ -12,8 +12,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.integration.conftest import ROOT, metrics, run
 from tests.integration.test_stages import steady
+from tests.programs import ROOT
+from tests.runs import metrics, run
 from tests.slurm.conftest import Cluster, wait_for
 
 pytestmark = pytest.mark.slow

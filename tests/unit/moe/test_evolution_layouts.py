@@ -8,7 +8,6 @@ this EP rank" would save each expert's one half only.
 from __future__ import annotations
 
 import itertools
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import pytest
 import torch
 
 from megatron_evomoe.moe.evolution_rules import RULES, draw_beta
+from tests import programs
 from tests.unit.moe import evolution_models as models
 
 STEPS = range(4)
@@ -187,10 +187,9 @@ def worker(rank: int, port: int, folder: str) -> None:
 
 
 def test_every_layout_saves_and_loads_the_same_experts(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(worker, args=(port, str(tmp_path)), nprocs=2)
+    torch.multiprocessing.start_processes(
+        worker, args=(programs.free_port(), str(tmp_path)), nprocs=2, start_method="forkserver"
+    )
     assert len(list(tmp_path.iterdir())) == 3
 
 

@@ -1,0 +1,179 @@
+"""Python programs in processes of their own, for tests of what runs on a command line.
+
+`start` and `run` take the arguments of ``python``. Without a GPU the processes are forked from one that has
+imported everything, so that a command takes one second instead of the five that a new interpreter takes.
+CUDA cannot be forked; there they are interpreters. Tests of torchrun, or of what an interpreter imports, do
+not use this module.
+"""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import runpy
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from megatron_evomoe.parallel import backend
+
+ROOT = Path(__file__).resolve().parents[1]
+
+_server = multiprocessing.get_context("forkserver")
+_server.set_forkserver_preload(["tests.preload"])
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """This process's environment with the checkout importable and one thread per process."""
+    path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", **extra}
+
+
+class Forked:
+    """A forked program, with the methods of `subprocess.Popen` that tests use."""
+
+    def __init__(self, process: BaseProcess) -> None:
+        self._process = process
+        self.pid = process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        """The exit status, minus the signal's number for one that was killed, none while it runs."""
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """The exit status. Raises `subprocess.TimeoutExpired`."""
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired("a forked program", timeout or 0)
+        return self._process.exitcode
+
+    def kill(self) -> None:
+        self._process.kill()
+
+
+Program = Forked | subprocess.Popen[bytes]
+
+
+def start(
+    *argv: str, output: Path, errors: Path | None = None, env: dict[str, str] | None = None, cwd: Path = ROOT
+) -> Program:
+    """Start ``python ARGV``: ``-m MODULE …`` or a file. What it prints is appended to `output`; `errors`, if
+    given, takes what goes to stderr.
+    """
+    env = environment() if env is None else env
+    if backend.on_gpu():
+        with output.open("ab") as out, (errors or output).open("ab") as err:
+            return subprocess.Popen([sys.executable, *argv], env=env, cwd=cwd, stdout=out, stderr=err)
+    process = _server.Process(target=_main, args=(argv, env, str(cwd), str(output), str(errors or output)))
+    process.start()
+    return Forked(process)
+
+
+def start_ranks(
+    world: int, *argv: str, output: Path, errors: Path | None = None, env: dict[str, str] | None = None
+) -> list[Program]:
+    """The same program `world` times, as the ranks of one node."""
+    common = {
+        **(environment() if env is None else env),
+        "WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+    return [
+        start(*argv, output=output, errors=errors, env={**common, "RANK": str(r), "LOCAL_RANK": str(r)})
+        for r in range(world)
+    ]
+
+
+def wait(programs: list[Program], timeout: float) -> list[int]:
+    """The exit statuses. When one program fails or time is up, the others are killed, as torchrun does it."""
+    deadline = time.monotonic() + timeout
+    try:
+        while any(p.poll() is None for p in programs) and not any(p.poll() for p in programs):
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.01)
+        grace = time.monotonic() + 10  # the others may be about to say the same
+        while any(p.poll() is None for p in programs) and any(p.poll() for p in programs):
+            if time.monotonic() > grace:
+                break
+            time.sleep(0.01)
+    finally:
+        for program in programs:
+            program.kill()
+    return [program.wait() for program in programs]
+
+
+def run(
+    *argv: str,
+    ranks: int = 0,
+    expect: int | None = 0,
+    env: dict[str, str] | None = None,
+    timeout: float = 600,
+) -> subprocess.CompletedProcess[str]:
+    """Run ``python ARGV``, as `ranks` ranks if given, and check its exit status (1 if any rank failed)."""
+    with tempfile.TemporaryDirectory() as folder:
+        output, errors = Path(folder, "output.txt"), Path(folder, "errors.txt")
+        if ranks:
+            programs = start_ranks(ranks, *argv, output=output, errors=errors, env=env)
+        else:
+            programs = [start(*argv, output=output, errors=errors, env=env)]
+        statuses = wait(programs, timeout)
+        said = [path.read_text(errors="replace") if path.exists() else "" for path in (output, errors)]
+    status = int(any(statuses)) if ranks else statuses[0]
+    assert expect is None or status == expect, f"exit {statuses}\n{said[0][-3000:]}\n{said[1][-6000:]}"
+    return subprocess.CompletedProcess(argv, status, *said)
+
+
+def free_port() -> int:
+    """A port for a rendezvous. Below those that the system gives to connections, and in a range of each
+    pytest-xdist worker's own, so that nobody else takes it before the program does.
+    """
+    for port in _ports:
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise AssertionError("unreachable")
+
+
+def _ports_of_this_worker() -> Iterator[int]:
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    first = 10_000 + 2_000 * (worker % 10)
+    return itertools.cycle(range(first + os.getpid() % 1_000, first + 2_000))
+
+
+_ports = _ports_of_this_worker()
+
+
+def _main(argv: tuple[str, ...], env: dict[str, str], cwd: str, output: str, errors: str) -> None:
+    """In the forked process: become ``python ARGV``."""
+    import torch
+
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(cwd)
+    for stream, path in ((sys.stdout, output), (sys.stderr, errors)):
+        with open(path, "ab") as target:
+            os.dup2(target.fileno(), stream.fileno())
+        stream.reconfigure(encoding="utf-8", line_buffering=True)
+    torch.set_num_threads(1)
+    if argv[0] == "-m":
+        sys.argv = list(argv[1:])
+        runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = list(argv)
+        sys.path.insert(0, str(Path(argv[0]).parent))
+        runpy.run_path(argv[0], run_name="__main__")
