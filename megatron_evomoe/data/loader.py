@@ -79,11 +79,10 @@ def _start_worker(_: int) -> None:
     )  # the processes are the parallelism; a forked thread pool would also be a broken one
 
 
-def fetching(
-    dataset: Dataset, batches: Iterable[list[Any]], data: DataConfig, *, pin_memory: bool = False
-) -> DataLoader:
-    """What `dataset.__getitems__` gives for each of `batches`, in order, from the data section's decoding
-    processes.
+def fetching(dataset: Dataset, batches: Iterable[list[Any]], data: DataConfig) -> DataLoader:
+    """Iterates over `dataset.__getitems__(batch)` for each of `batches`, in order.
+
+    The data section's `num_workers` processes compute the results.
     """
     workers = data.num_workers
     return DataLoader(
@@ -96,7 +95,6 @@ def fetching(
         # fork: a worker starts in milliseconds and shares the index; it touches neither torch.distributed nor
         # CUDA
         multiprocessing_context="fork" if workers else None,
-        pin_memory=pin_memory,
         generator=torch.Generator(),  # DataLoader draws a seed; not from the model's stream
     )
 
@@ -123,12 +121,9 @@ class TrainLoader:
         seed: int,
         start_position: int = 0,
         pad_to_multiple_of: int = 1,
-        template: str | None = None,
-        shuffle: bool = True,
-        pin_memory: bool = False,
         features: FeatureCache | None = None,
     ) -> None:
-        """`template` defaults to the data section's; `features` give images in place of the shards' own.
+        """See the class.
 
         Raises:
             ConfigError: batch sizes that do not divide, a padding multiple that seq_length is no multiple of,
@@ -156,18 +151,12 @@ class TrainLoader:
                 f"{start_position}: "
                 "out of range"
             )
-        template = template or data_config.conversation_template
-        check_template(tokenizer, template)
+        check_template(tokenizer, data_config.conversation_template)
         self.position = start_position
         self.read = 0
         self.skipped: Counter[str] = Counter()
-        self.order = SampleOrder(len(dataset), seed, shuffle)
-        self._config, self._pad_id, self._multiple, self._pin = (
-            data_config,
-            tokenizer.pad_id,
-            pad_to_multiple_of,
-            pin_memory,
-        )
+        self.order = SampleOrder(len(dataset), seed)
+        self._config, self._pad_id, self._multiple = data_config, tokenizer.pad_id, pad_to_multiple_of
         self._slice = dict(
             micro_batch_size=micro_batch_size,
             global_batch_size=global_batch_size,
@@ -180,7 +169,7 @@ class TrainLoader:
                 tokenizer,
                 image_processor,
                 data_config,
-                template=template,
+                template=data_config.conversation_template,
                 tokens_per_image=tokens_per_image,
                 features=features,
             )
@@ -194,7 +183,7 @@ class TrainLoader:
             DataError: of at least 100 samples read, more than max_bad_sample_rate were unusable, or more than
                 max_long_sample_rate too long.
         """
-        batches = iter(fetching(self._rows, self._indices(self.position), self._config, pin_memory=self._pin))
+        batches = iter(fetching(self._rows, self._indices(self.position), self._config))
         step = self._slice["global_batch_size"]
         per_step = len(replica_positions(0, **self._slice))
         while True:

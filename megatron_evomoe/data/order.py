@@ -1,7 +1,7 @@
 """The order of samples, as a function of (seed, epoch, position) alone.
 
-Nothing about who reads enters: not workers, not ranks, not batch sizes. So a run that stops at position p
-goes on at p with any other number of each, and one integer is the whole state.
+The order does not depend on the number of workers or ranks, nor on batch sizes. A run that stops at position
+p can therefore continue at p with other numbers of them, and the position is the whole state of the order.
 """
 
 from __future__ import annotations
@@ -11,36 +11,34 @@ import numpy as np
 from megatron_evomoe.config import ConfigError
 
 NAME = "argsort of Philox"
-"""Identifies the rule in checkpoints: two rules give one seed two orders."""
+"""Names the rule in checkpoints, because another rule would give the same seed another order."""
 
 
 class SampleOrder:
-    """Position (0, 1, 2 … over all epochs) to sample number.
+    """Maps a position (0, 1, 2 … over all epochs) to the number of a sample.
 
-    Each epoch is a permutation of its own, or the stored order without `shuffle`. The permutation sorts raw
+    Each epoch is a permutation of its own, or without `shuffle` the stored order. The permutation sorts raw
     64-bit Philox output, which numpy guarantees to stay the same between versions; `Generator.permutation`
     has no such guarantee.
     """
 
     def __init__(self, num_samples: int, seed: int, shuffle: bool = True) -> None:
         if num_samples < 1:
-            raise ConfigError("a data set without samples has no order")
+            raise ConfigError("a data set without samples has no order; check the paths in train_data")
         self.num_samples, self.seed, self.shuffle = num_samples, seed, shuffle
-        self._cached: tuple[int, np.ndarray] | None = (
-            None  # one epoch; a step across the border recomputes once
-        )
+        self._cached: tuple[int, np.ndarray] | None = None  # the last epoch asked for, and its permutation
 
     def epoch(self, position: int) -> int:
-        """Which pass over the data `position` belongs to."""
+        """The pass over the data, from 0, to which `position` belongs."""
         return position // self.num_samples
 
     def index(self, position: int) -> int:
-        """Number of the sample at `position`."""
+        """The number of the sample at `position`."""
         epoch, offset = divmod(position, self.num_samples)
         return int(self.permutation(epoch)[offset]) if self.shuffle else offset
 
     def permutation(self, epoch: int) -> np.ndarray:
-        """Sample numbers of an epoch of a shuffled order, int64 [n]."""
+        """The sample numbers of an epoch in their shuffled order, int64 [n]."""
         if self._cached is None or self._cached[0] != epoch:
             key = np.array([self.seed % 2**64, epoch], dtype=np.uint64)
             draws = np.random.Philox(key=key).random_raw(self.num_samples)
@@ -56,9 +54,9 @@ def replica_positions(
     data_parallel_rank: int,
     data_parallel_size: int,
 ) -> list[list[int]]:
-    """The positions of one replica in the global batch [start, start + G), one list per microbatch.
+    """The positions that one replica reads of the global batch [start, start + G), one list per microbatch.
 
-    Microbatch m of replica r has start + m·b·DP + r·b + [0, b).
+    Microbatch m of replica r has the b positions from start + m·b·DP + r·b on.
     """
     stride = micro_batch_size * data_parallel_size
     first = start + data_parallel_rank * micro_batch_size

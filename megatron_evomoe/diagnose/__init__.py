@@ -1,1 +1,1 @@
-"""What routing and experts did: measures, their records, and figures from the records alone."""
+"""Measures of routing and of experts, their records, and figures drawn from the records alone."""

@@ -1,7 +1,6 @@
-"""Watch the routers of a live model, and write what was seen to `diagnostics.jsonl`.
+"""Observe the routers of a model while it runs, and write what was observed to `diagnostics.jsonl`.
 
-Unlike the rest of this room it knows the model and the process groups; the maths is in routing.py and
-similarity.py.
+This module knows the model and the process groups; the maths is in routing.py and similarity.py.
 """
 
 from __future__ import annotations
@@ -17,21 +16,23 @@ from torch import Tensor
 
 from megatron_evomoe.config import RunConfig
 from megatron_evomoe.diagnose import diagnostics_file
-from megatron_evomoe.diagnose.routing import LogitSample, ShareCounter, draw_permutation, shuffle_routing
+from megatron_evomoe.diagnose.routing import LogitSample, ShareCounter, draw_permutations, shuffle_routing
 from megatron_evomoe.diagnose.similarity import cosine_from_gram, expert_gram
 from megatron_evomoe.parallel import backend, topology
 
 
 class Watch:
-    """Counts and a sample of logits of every mixture layer of the whole model; this rank fills in its own
-    layers.
+    """Counts tokens and samples logits in every MoE layer; each rank fills in its own layers.
+
+    Attributes:
+        layers: numbers of the MoE layers in the decoder, from 0 as in megatron-core's own metrics.
+        shares: this rank's counts.
+        logits: this rank's sample; None without `with_logits`.
     """
 
     def __init__(self, config: RunConfig, *, with_logits: bool) -> None:
         pattern = config.moe.layer_pattern(config.language.num_layers)
-        self.layers = [
-            layer for layer, is_moe in enumerate(pattern) if is_moe
-        ]  # from 0, as megatron-core's own metrics
+        self.layers = [layer for layer, is_moe in enumerate(pattern) if is_moe]
         self._index = {layer + 1: i for i, layer in enumerate(self.layers)}  # routers count from 1
         experts = config.moe.num_experts
         self.shares = ShareCounter(len(self.layers), experts, backend.device())
@@ -40,22 +41,24 @@ class Watch:
     def __call__(
         self, layer_number: int, token_types: Tensor, logits: Tensor, probs: Tensor, routing_map: Tensor
     ) -> None:
-        """The router's observer."""
+        """Take what a router decided (`moe.router.Observer`)."""
         index = self._index[layer_number]
         self.shares.add(index, token_types, routing_map)
         if self.logits is not None:
             self.logits.add(index, token_types, logits)
 
     def total(self) -> Tensor:
-        """Counts over all ranks, int64 [L, 2, E]. Communicates. Ranks that share tokens (TP without sequence
-        parallelism) count them each, which leaves shares as they are.
+        """Counts over all ranks, int64 [L, 2, E]. Communicates.
+
+        Ranks that share tokens (TP without sequence parallelism) each count them, which does not change the
+        shares.
         """
         counts = self.shares.counts.clone()
         dist.all_reduce(counts)
         return counts
 
     def merge_logits(self) -> None:
-        """Make the logit sample that of all ranks. Communicates."""
+        """Merge the logit samples of all ranks into `logits` of each. Communicates."""
         assert self.logits is not None
         mine = self.logits.state.to(backend.device())
         everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
@@ -64,9 +67,9 @@ class Watch:
 
 
 @contextlib.contextmanager
-def watching(layers: Sequence[Any], config: RunConfig, *, with_logits: bool = True) -> Iterator[Watch]:
-    """Observe `layers`' routers for the time of the block."""
-    watch = Watch(config, with_logits=with_logits)
+def watching(layers: Sequence[Any], config: RunConfig) -> Iterator[Watch]:
+    """Observe the routers of `layers` inside a `with` block."""
+    watch = Watch(config, with_logits=True)
     before = [layer.router.observer for layer in layers]
     for layer in layers:
         layer.router.observer = watch
@@ -78,17 +81,17 @@ def watching(layers: Sequence[Any], config: RunConfig, *, with_logits: bool = Tr
 
 
 @contextlib.contextmanager
-def shuffled(layers: Sequence[Any], seed: int, mode: str = "random") -> Iterator[None]:
-    """The paper's shuffle test for the time of the block: see `routing.shuffle_routing`.
+def shuffled(layers: Sequence[Any], seed: int) -> Iterator[None]:
+    """Shuffle the routing of `layers` inside a `with` block (`routing.shuffle_routing`).
 
-    Every forward draws anew. Ranks of a TP group draw alike where they share tokens, for they count calls
-    alike.
+    Every forward draws new permutations. Ranks of a TP group that share tokens draw equal ones, because they
+    have equal seeds and call the router equally often.
     """
 
     def intervention(generator: torch.Generator) -> Any:
         def intervene(probs: Tensor, routing_map: Tensor, token_types: Tensor) -> tuple[Tensor, Tensor]:
-            permutation = draw_permutation(mode, len(probs), probs.shape[1], generator)  # type: ignore[arg-type]
-            routing_map, probs = shuffle_routing(routing_map, probs, permutation.to(probs.device))
+            permutations = draw_permutations(len(probs), probs.shape[1], generator)
+            routing_map, probs = shuffle_routing(routing_map, probs, permutations)
             return probs, routing_map
 
         return intervene
@@ -106,7 +109,11 @@ def shuffled(layers: Sequence[Any], seed: int, mode: str = "random") -> Iterator
 
 
 def expert_similarity(layers: Sequence[Any], config: RunConfig) -> dict[str, Tensor]:
-    """Pairwise cosines of the experts' weights over all mixture layers: name -> [L, E, E]. Communicates."""
+    """Cosine of every pair of experts, by their weights, in all MoE layers. Communicates.
+
+    Returns:
+        What was compared ("weights", "weights, less their mean") to float64 [L, E, E].
+    """
     pattern = config.moe.layer_pattern(config.language.num_layers)
     numbers = [i + 1 for i, is_moe in enumerate(pattern) if is_moe]
     experts = config.moe.num_experts
@@ -117,8 +124,8 @@ def expert_similarity(layers: Sequence[Any], config: RunConfig) -> dict[str, Ten
     place = topology.current()
     for layer in layers:
         weights = _all_experts(layer)
-        for name, reference in (("weights", None), ("weights, less their mean", "mean")):
-            gram = expert_gram(weights, reference)
+        for name, centred in (("weights", False), ("weights, less their mean", True)):
+            gram = expert_gram(weights, centred=centred)
             dist.all_reduce(gram, group=place.expert_tensor.group)
             grams[name][numbers.index(layer.layer_number)] = gram
     for gram in grams.values():
@@ -127,9 +134,7 @@ def expert_similarity(layers: Sequence[Any], config: RunConfig) -> dict[str, Ten
 
 
 def _all_experts(layer: Any) -> Tensor:
-    """[E, P] flattened weights of one layer's experts (this rank's expert-TP shard of each). Communicates
-    over EP.
-    """
+    """Weights [E, P] of the experts of one layer, P of them on this expert-TP rank. Communicates over EP."""
     local = [
         torch.cat([p.detach().flatten() for p in expert.parameters()])
         for expert in local_experts(layer.experts)
@@ -141,14 +146,14 @@ def _all_experts(layer: Any) -> Tensor:
 
 
 def local_experts(experts: Any) -> list[Any]:
-    """The experts of this rank as modules (`SequentialMLP`) or as groups of parameters (`TEGroupedMLP`)."""
+    """The experts of this rank: modules of a `SequentialMLP`, or groups of parameters of a `TEGroupedMLP`."""
     if hasattr(experts, "local_experts"):
         return list(experts.local_experts)
     return [_ParameterGroup(experts, i) for i in range(experts.num_local_experts)]
 
 
 class _ParameterGroup:
-    """Expert i of a grouped MLP."""
+    """The parameters of one expert of a grouped MLP."""
 
     def __init__(self, experts: Any, index: int) -> None:
         self._experts, self._index = experts, index
@@ -169,8 +174,10 @@ def save(
     *,
     is_main: bool,
 ) -> dict[str, Any]:
-    """Merge over ranks and write shares, logits and similarity; returns {"shares": counts, "similarity": …}.
-    Communicates.
+    """Merge what all ranks observed and write shares, logits and similarity. Communicates.
+
+    Returns:
+        "shares": the counts, int64 [L, 2, E]; "similarity": the cosines of `expert_similarity`.
     """
     counts = watch.total().cpu()
     watch.merge_logits()

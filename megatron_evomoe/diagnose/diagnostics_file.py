@@ -1,15 +1,13 @@
-"""`diagnostics.jsonl`: one record per (stage, step, kind); figures are drawn from it alone, long after the
-run.
+"""`diagnostics.jsonl`: one record for each stage, step and kind. Figures are drawn from this file alone.
 
 | kind         | fields beside stage, step, kind and time |
 |---|---|
 | `shares`     | layers [L]; counts [L][2][E] (text, vision); divergence [L] (bits) |
 | `logits`     | layers [L]; text, vision: [L][n][E] |
-| `similarity` | layers [L]; of ("weights", "difference from …", "outputs", …) -> [L][E][E] |
-| `shuffle`    | accuracy; shuffled: accuracies of the draws; mode |
+| `similarity` | layers [L]; of: what is compared (such as "weights") to cosines [L][E][E] |
 
-`layers` are numbers to show, as the caller counts them. Later records of the same (stage, step, kind) replace
-earlier ones.
+`layers` are the numbers that figures show. A later record of the same stage, step and kind replaces an
+earlier one.
 """
 
 from __future__ import annotations
@@ -26,29 +24,29 @@ from megatron_evomoe.diagnose.routing import LogitSample, modality_divergence, n
 from megatron_evomoe.observe import jsonl
 
 FILE = "diagnostics.jsonl"
-LOGIT_DIGITS = 4  # decimals; a density needs no more, and full precision triples the file
+LOGIT_DIGITS = 4  # decimals; enough for a density plot, and full precision would triple the file
 
 
 def write(run_dir: str | Path, stage: str, step: int, kind: str, **data: Any) -> None:
-    """Append one record. Tensors become lists. One rank only."""
+    """Append one record; tensors are written as lists. Call it on one rank only."""
     jsonl.append(
         Path(run_dir) / FILE, {"stage": stage, "step": step, "kind": kind, "time": time.time(), **data}
     )
 
 
-def read(run_dir: str | Path, kind: str | None = None, stage: str | None = None) -> list[dict[str, Any]]:
-    """Records in the order written, without replaced ones; of one `kind` or `stage` when given."""
+def read(run_dir: str | Path, kind: str | None = None) -> list[dict[str, Any]]:
+    """The records in the order written, without replaced ones; those of one `kind` if it is given."""
     latest: dict[tuple[str, int, str], dict[str, Any]] = {}
     for record in jsonl.read(Path(run_dir) / FILE):
-        if kind in (None, record["kind"]) and stage in (None, record["stage"]):
+        if kind in (None, record["kind"]):
             key = (record["stage"], record["step"], record["kind"])
-            latest.pop(key, None)  # so that the replacement takes its own place in the order
+            latest.pop(key, None)  # so that the replacement is ordered by its own time
             latest[key] = record
     return list(latest.values())
 
 
 def write_shares(run_dir: str | Path, stage: str, step: int, layers: Sequence[int], counts: Tensor) -> None:
-    """counts: int64 [L, 2, E], summed over ranks (`ShareCounter.counts`)."""
+    """Append a `shares` record; `counts` is int64 [L, 2, E], summed over ranks (`ShareCounter.counts`)."""
     write(
         run_dir,
         stage,
@@ -63,7 +61,7 @@ def write_shares(run_dir: str | Path, stage: str, step: int, layers: Sequence[in
 def write_logits(
     run_dir: str | Path, stage: str, step: int, layers: Sequence[int], sample: LogitSample
 ) -> None:
-    """sample: merged over ranks."""
+    """Append a `logits` record; `sample` is already merged over ranks."""
 
     def rounded(modality: int) -> list[Any]:
         return [
@@ -85,5 +83,5 @@ def write_logits(
 def write_similarity(
     run_dir: str | Path, stage: str, step: int, layers: Sequence[int], of: dict[str, Tensor]
 ) -> None:
-    """of: what is compared -> [L, E, E]; the names become row titles of the figure, in this order."""
+    """Append a `similarity` record; `of` maps what is compared (a title in the figure) to [L, E, E]."""
     write(run_dir, stage, step, "similarity", layers=list(layers), of=of)

@@ -1,4 +1,4 @@
-"""The two estimates that figures draw, in numpy alone."""
+"""The running mean and the density that figures draw, in numpy."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import numpy as np
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """Centred running mean over about 1/25 of the points, narrower at the ends; nan where the window holds no
-    finite value.
+    """Centred running mean over about 1/25 of the points [n], over fewer at both ends.
+
+    The mean is nan where the window holds no finite value.
     """
     half = max(1, len(values) // 50)
     finite = np.isfinite(values)
@@ -22,8 +23,9 @@ def smooth(values: np.ndarray) -> np.ndarray:
 
 
 def density(values: np.ndarray, grid: np.ndarray) -> np.ndarray:
-    """Gaussian kernel density of `values` [n] at `grid` [g]: Silverman's bandwidth, at least two grid steps;
-    0 without values.
+    """Gaussian kernel density of `values` [n] at `grid` [g]; 0 where there are no values.
+
+    The bandwidth is Silverman's, and at least two grid steps.
     """
     values = values[np.isfinite(values)]
     if not len(values):

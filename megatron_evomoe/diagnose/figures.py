@@ -1,7 +1,7 @@
-"""The drawings: each takes plain records and returns a matplotlib figure. Reading and saving is `plots.py`'s.
+"""The figures: each function takes plain records and returns a matplotlib figure; `plots.py` reads and saves.
 
-One look for all: 8 × n inches at 150 dpi (1200 px, a README's width), Okabe-Ito colours, text always blue,
-vision always orange.
+All figures are 8 inches wide at 150 dpi (1200 px, the width of a README) and use the Okabe-Ito colours, with
+text in blue and vision in orange.
 """
 
 from __future__ import annotations
@@ -39,14 +39,17 @@ STYLE = {
     "legend.frameon": False,
     "figure.dpi": DPI,
 }
-MOST_LAYERS = 6  # panels per figure side that stay legible; deeper models show that many, evenly spread
+MOST_LAYERS = (
+    6  # panels per side of a figure that stay legible; of deeper models, as many evenly spread layers
+)
 
 
 def loss_curves(stages: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> Figure:
-    """Loss above, accuracy below where there is any.
+    """Loss by step and, where there are evaluations, accuracy below it.
 
-    stages: in training order, each with name, start (global step), steps [n], loss [n].
-    evaluations: x (global step), accuracy {kind: share}, blind {kind: share}.
+    Args:
+        stages: in training order; each has name, start (global step), steps [n] and loss [n].
+        evaluations: each has x (global step), accuracy {kind: share} and blind {kind: share}.
     """
     heights = [3, 2] if evaluations else [1]
     with plt.rc_context(STYLE):
@@ -79,7 +82,7 @@ def loss_curves(stages: list[dict[str, Any]], evaluations: list[dict[str, Any]])
 
 
 def _log_scale_if_wide(ax: Axes, values: np.ndarray) -> None:
-    """A first stage that starts at 8 would press the later ones, at 0.1, to the floor."""
+    """Use a logarithmic axis where a linear one would flatten the low losses of later stages."""
     finite = values[np.isfinite(values) & (values > 0)]
     if len(finite) and finite.max() > 8 * finite.min():
         ax.set_yscale("log", subs=[])
@@ -114,9 +117,7 @@ def _mark_stages(axes: Any, stages: list[dict[str, Any]]) -> None:
 
 
 def _accuracy_points(ax: Axes, evaluations: list[dict[str, Any]]) -> None:
-    """Solid: as asked; dashed and hollow: the same questions with the image blanked, what guessing alone
-    reaches.
-    """
+    """Accuracy as solid lines; dashed and hollow is the accuracy on the same questions with blank images."""
     kinds = list(dict.fromkeys(k for e in evaluations for k in e["accuracy"]))
     for field, look in (
         ("blind", {"linestyle": "--", "markerfacecolor": "white"}),
@@ -198,8 +199,10 @@ _TOKEN_NAMES = {"text": "text tokens", "vision": "image tokens"}
 
 
 def logit_densities(layers: list[int], values: dict[str, list[Any]], where: str) -> Figure:
-    """values: {"text", "vision"} -> [L][n][E] router logits. One panel per layer and expert, one density per
-    modality.
+    """One panel for each layer and expert, with one density of router logits for each modality.
+
+    Args:
+        values: "text" and "vision" to router logits [L][n][E].
     """
     chosen = spread(len(layers), MOST_LAYERS)
     arrays = {m: [np.asarray(values[m][i], dtype=float) for i in chosen] for m in COLOURS}
@@ -260,8 +263,10 @@ def _filled(ax: Axes, x: np.ndarray, y: np.ndarray, colour: str, label: str) -> 
 
 
 def similarities(layers: list[int], of: dict[str, np.ndarray], where: str) -> Figure:
-    """of: what is compared -> [L, E, E] cosines. A grid of heat maps, the longer of layers and comparisons
-    across.
+    """A grid of heat maps: layers by what is compared, with the longer of the two across.
+
+    Args:
+        of: what is compared to cosines [L, E, E].
     """
     chosen, names = spread(len(layers), MOST_LAYERS), list(of)
     across = len(chosen) > len(names)  # layers go across
@@ -298,7 +303,7 @@ def similarities(layers: list[int], of: dict[str, np.ndarray], where: str) -> Fi
 
 
 def _heat_map(ax: Axes, matrix: np.ndarray, side: float) -> Any:
-    """Cosines as colours, with numbers where they can be read; the diagonal, always 1, is left grey."""
+    """Draw cosines as colours, and as numbers where those are legible; the diagonal, always 1, is grey."""
     experts = len(matrix)
     colours = matplotlib.colormaps["RdBu_r"].with_extremes(bad="#DDDDDD")
     image = ax.imshow(np.where(np.eye(experts, dtype=bool), np.nan, matrix), cmap=colours, vmin=-1, vmax=1)
@@ -327,7 +332,7 @@ def _mean_off_diagonal(matrix: np.ndarray) -> float:
 
 
 def _cosine(value: float) -> str:
-    """Two digits; four where near-copies would all read 1.00."""
+    """Two decimals; four for near-copies, which would all read 1.00 otherwise."""
     return f"{value:.4f}" if 0.99 < value < 0.99995 else f"{value:.2f}".replace("-", "−")
 
 
@@ -339,12 +344,12 @@ def _headline(fig: Figure, title: str, explanation: str) -> None:
 
 
 def _part(shown: Sequence[int], everything: Sequence[int], of: str) -> str:
-    """Says so when a figure leaves some out."""
+    """A remark for the headline where a figure does not show everything; else nothing."""
     return "" if len(shown) == len(everything) else f"; {len(shown)} of {len(everything)} {of}"
 
 
 def spread(count: int, most: int) -> list[int]:
-    """Up to `most` of range(count), evenly spread, first and last included."""
+    """At most `most` numbers of range(count), evenly spread, with the first and the last among them."""
     return (
         list(range(count))
         if count <= most

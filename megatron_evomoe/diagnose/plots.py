@@ -1,6 +1,4 @@
-"""`python -m megatron_evomoe plot --run DIR`: figures from a run's saved JSONL alone; neither model nor data
-is needed.
-"""
+"""`python -m megatron_evomoe plot --run DIR`: figures from the JSONL files of a run alone."""
 
 from __future__ import annotations
 
@@ -22,10 +20,10 @@ class NothingToPlotError(Exception):
 
 
 def plot_all(run_dir: str | Path, out_dir: str | Path) -> list[Path]:
-    """Write every figure there is data for as PNG; prints why one is left out.
+    """Write each figure for which the run has data as a PNG file, and print why others are left out.
 
     Raises:
-        FileNotFoundError: `run_dir` is no directory.
+        FileNotFoundError: `run_dir` is not a directory.
         RuntimeError: matplotlib is not installed.
     """
     run_dir, out_dir = Path(run_dir), Path(out_dir)
@@ -51,7 +49,7 @@ def plot_all(run_dir: str | Path, out_dir: str | Path) -> list[Path]:
 
 
 def draw_loss(run_dir: Path) -> Figure:
-    """Every stage's loss in one row of steps, with held-out accuracy under it where events.jsonl has it."""
+    """The loss of all stages over the steps of the run, and held-out accuracy where events.jsonl has it."""
     from megatron_evomoe.diagnose import figures
 
     curves: dict[str, dict[int, float]] = {}
@@ -71,7 +69,7 @@ def draw_loss(run_dir: Path) -> Figure:
     for event in jsonl.read(run_dir / "events.jsonl"):
         if event["event"] == "eval" and event.get("stage") in starts and event.get("accuracy") is not None:
             step = event.get("step", last_step[event["stage"]])
-            evaluations[event["stage"], step] = {  # a repeated evaluation replaces the one before
+            evaluations[event["stage"], step] = {  # a repeated evaluation replaces the earlier one
                 "x": starts[event["stage"]] + step,
                 "accuracy": _by_kind(event["accuracy"]),
                 "blind": _by_kind(event.get("blind")),
@@ -86,7 +84,7 @@ def _by_kind(accuracy: Any) -> dict[str, Any]:
 
 
 def draw_shares(run_dir: Path) -> Figure:
-    """The last `shares` record."""
+    """Draw the last `shares` record."""
     from megatron_evomoe.diagnose import figures
 
     record = _last(run_dir, "shares")
@@ -95,7 +93,7 @@ def draw_shares(run_dir: Path) -> Figure:
 
 
 def draw_logits(run_dir: Path) -> Figure:
-    """The last `logits` record."""
+    """Draw the last `logits` record."""
     from megatron_evomoe.diagnose import figures
 
     record = _last(run_dir, "logits")
@@ -105,7 +103,7 @@ def draw_logits(run_dir: Path) -> Figure:
 
 
 def draw_similarity(run_dir: Path) -> Figure:
-    """The last `similarity` record."""
+    """Draw the last `similarity` record."""
     from megatron_evomoe.diagnose import figures
 
     record = _last(run_dir, "similarity")

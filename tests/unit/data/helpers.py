@@ -13,6 +13,7 @@ from PIL import Image
 
 from megatron_evomoe.config import DataConfig
 from megatron_evomoe.data.loader import TrainLoader
+from megatron_evomoe.data.order import SampleOrder
 
 TEMPLATES = ("plain", "v1", "phi", "qwen", "stablelm")
 MARKUP = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
@@ -131,16 +132,17 @@ def samples(n: int) -> list[tuple[dict, list[bytes]]]:
     return out
 
 
-def loader(dataset, tokenizer, processor, *, workers: int = 0, **kwargs) -> TrainLoader:
-    """A TrainLoader with small defaults; DataConfig fields by keyword too."""
+def loader(dataset, tokenizer, processor, *, workers: int = 0, shuffle: bool = True, **kwargs) -> TrainLoader:
+    """A TrainLoader with small defaults, in shuffled or stored order; takes fields of DataConfig too."""
     config = {k: kwargs.pop(k) for k in list(kwargs) if k in DataConfig.__dataclass_fields__}
     config = {"seq_length": 512, "num_workers": workers, "prefetch_factor": 2, **config}
     defaults = dict(
         micro_batch_size=2, global_batch_size=8, data_parallel_rank=0, data_parallel_size=1, seed=5
     )
-    return TrainLoader(
-        dataset, tokenizer, processor, DataConfig(**config), TOKENS_PER_IMAGE, **{**defaults, **kwargs}
-    )
+    arguments = {**defaults, **kwargs}
+    train = TrainLoader(dataset, tokenizer, processor, DataConfig(**config), TOKENS_PER_IMAGE, **arguments)
+    train.order = SampleOrder(len(dataset), arguments["seed"], shuffle)
+    return train
 
 
 def take(train_loader: TrainLoader, steps: int) -> list:

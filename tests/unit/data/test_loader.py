@@ -140,7 +140,7 @@ def test_text_only_microbatch_has_no_images(tmp_path, sp, processor):
         dict(start_position=-1),
         dict(micro_batch_size=0),
         dict(pad_to_multiple_of=7),
-        dict(template="alpaca"),
+        dict(conversation_template="alpaca"),
     ],
 )
 def test_impossible_arguments(dataset, sp, processor, wrong):
