@@ -28,7 +28,7 @@ HAS_BESIDES: dict[StageKind, tuple[str, ...]] = {
     StageKind.EVOLVE: ("first_expert",),
     StageKind.ROUTE: ("experts", "router"),
 }
-"""Stage kind -> parts that only its model has."""
+"""Stage kind -> parts that its model has besides vision tower, projector and language model."""
 
 STARTS_FROM: dict[StageKind, tuple[str, ...]] = {
     StageKind.ALIGN: (StageKind.ALIGN, PRETRAINED),
@@ -48,11 +48,12 @@ STARTS_FROM: dict[StageKind, tuple[str, ...]] = {
 
 
 def part_of(name: str, stage_kind: StageKind, moe_layers: set[int], first_layer: int) -> str:
-    """The part a parameter belongs to.
+    """The part (one of `PARTS`) that a parameter belongs to.
 
     Args:
         name: as in `LlavaModel.named_parameters()`.
-        stage_kind: decides what the FFN of a MoE layer is: the first expert in `evolve`, experts in `route`.
+        stage_kind: in `evolve` the dense FFN of a MoE layer is the first expert; before, it is part of the
+            language model.
         moe_layers: decoder layers (global, from 0) that are or will be mixtures.
         first_layer: global index of this pipeline chunk's first layer.
     """
@@ -72,24 +73,41 @@ def part_of(name: str, stage_kind: StageKind, moe_layers: set[int], first_layer:
 
 
 def trained_parts(config: RunConfig, stage_kind: StageKind) -> tuple[str, ...]:
-    """The parts that get gradients in this stage. Raises `ConfigError` on parts that the stage has not."""
+    """The parts whose parameters a stage of this kind trains: `train.trainable`, or the kind's own.
+
+    A trained language model includes the FFNs of all its layers, whatever they have become: `is_trained`.
+
+    Raises:
+        ConfigError: `train.trainable` names a part that a model of this stage kind does not have.
+    """
     parts = tuple(config.train.trainable) or TRAINS[stage_kind]
     has = {"vision", "projector", "language", *HAS_BESIDES.get(stage_kind, ())}
-    if (
-        absent := [part for part in parts if part not in has]
-    ) and "language" not in parts:  # whose FFNs they are elsewhere
+    absent = [part for part in parts if part not in has]
+    # Beside "language" they are harmless: in this stage kind they belong to the language model.
+    if absent and "language" not in parts:
         raise ConfigError(
-            f"trainable names {', '.join(absent)}, which a stage of kind {stage_kind} has not apart; it has "
-            f"{', '.join(part for part in PARTS if part in has)}"
+            f"trainable names {', '.join(absent)}, which a stage of kind {stage_kind} does not have "
+            f"as parts of their own; choose from {', '.join(part for part in PARTS if part in has)}"
         )
     return parts
 
 
+def is_trained(part: str, parts: tuple[str, ...]) -> bool:
+    """Whether parameters of `part` get gradients in a stage that trains `parts` (`trained_parts`).
+
+    Experts and routers are layers of the language model, so they train with it.
+    """
+    return part in parts or (part in ("experts", "router") and "language" in parts)
+
+
 def check_feature_cache(config: RunConfig, stage: StageConfig) -> None:
-    """Raise `ConfigError` where features are to be kept that change with every step."""
+    """Check that the vision tower is frozen where its features are kept as files.
+
+    Raises:
+        ConfigError: the stage trains the tower, which changes the features with every step.
+    """
     if config.data.cache_vision_features and "vision" in trained_parts(config, stage.kind):
         raise ConfigError(
             f"stage {stage.name!r} trains the vision tower, so its features cannot be kept; leave 'vision' "
-            "out of "
-            "trainable, or set cache_vision_features: false for this stage"
+            "out of trainable, or set cache_vision_features: false for this stage"
         )

@@ -1,4 +1,4 @@
-"""Builds a stage's model on this rank and freezes what the stage does not train."""
+"""Build a stage's model on this rank, and freeze what the stage does not train."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 from megatron_evomoe.config import RunConfig
 from megatron_evomoe.config.kinds import StageKind
-from megatron_evomoe.config.recipe import PARTS, part_of, trained_parts
+from megatron_evomoe.config.recipe import PARTS, is_trained, part_of, trained_parts
 from megatron_evomoe.model.llava import LlavaModel
 from megatron_evomoe.parallel import backend, topology
 
@@ -36,7 +36,15 @@ def build_modules(config: RunConfig, kind: StageKind) -> list[LlavaModel]:
 def freeze(
     model: torch.nn.Module, config: RunConfig, stage_kind: StageKind, first_layer: int
 ) -> dict[str, int]:
-    """Let only the stage's parts require gradients; returns this rank's parameter count per part."""
+    """Let only the parameters that the stage trains require gradients.
+
+    Args:
+        model: one chunk of the model.
+        first_layer: global index (from 0) of the chunk's first decoder layer.
+
+    Returns:
+        The chunk's number of parameters in each part (`recipe.PARTS`).
+    """
     parts = trained_parts(config, stage_kind)
     pattern = config.moe.layer_pattern(config.language.num_layers)
     moe_layers = {i for i, is_moe in enumerate(pattern) if is_moe}
@@ -44,6 +52,5 @@ def freeze(
     for name, parameter in model.named_parameters():
         part = part_of(name, stage_kind, moe_layers, first_layer)
         counts[part] += parameter.numel()
-        wanted = part in parts or (part in ("experts", "router") and "language" in parts)
-        parameter.requires_grad_(wanted)
+        parameter.requires_grad_(is_trained(part, parts))
     return counts

@@ -1,4 +1,4 @@
-"""One answer for all ranks: what rank 0 finds, or the error that any of them meets, raised everywhere."""
+"""Agreement between ranks: all get the value that rank 0 finds, or the error that any rank meets."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ T = TypeVar("T")
 
 
 def on_all_ranks(get: Callable[[], T], errors: tuple[type[Exception], ...]) -> T:
-    """What `get` finds on rank 0. Communicates: all ranks call it.
+    """Call `get` on rank 0 and return its result on every rank. Communicates: all ranks call it.
 
     Raises:
-        one of `errors`: on every rank, when `get` raised it.
+        Exception: on every rank, one of `errors` that `get` raised on rank 0.
     """
     found: list[Any] = [None]
     if dist.get_rank() == 0:
@@ -29,8 +29,10 @@ def on_all_ranks(get: Callable[[], T], errors: tuple[type[Exception], ...]) -> T
 
 
 def require_all(problem: str | None, error: type[Exception]) -> None:
-    """Raise `error` on every rank with the first rank's problem, where any has one. Communicates: all ranks
-    call it.
+    """Raise `error` on every rank if any rank has a problem. Communicates: all ranks call it.
+
+    Args:
+        problem: this rank's problem, or none. The lowest rank that has one gives the message.
     """
     problems: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem)

@@ -1,10 +1,10 @@
 """A key-value store that no earlier attempt of the job has written to.
 
-torchrun starts workers again after a failure (`--max-restarts`) and hands them the store of the attempt
-before, in which the addresses of dead processes still stand (torch 2.13, `dynamic_rendezvous.py`: the shared
-store outlives its rendezvous). Gloo then connects to ports nobody listens on, NCCL to an id nobody serves.
-Restart counts cannot tell attempts apart, because each node counts its own. So rank 0 draws a token for every
-attempt, and the others take it from the rank 0 that answers them.
+torchrun restarts workers after a failure (`--max-restarts`) and hands them the store of the previous attempt,
+which still holds the addresses of dead processes (torch 2.13, `dynamic_rendezvous.py`: the shared store
+outlives its rendezvous). Gloo would then connect to ports on which no process listens, and NCCL to an id that
+no process serves. Restart counts cannot tell attempts apart, because each node counts its own. Therefore
+rank 0 draws a token for every attempt, and the other ranks receive it from the rank 0 that is alive.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ _POLL = 0.02
 
 
 def is_restartable() -> bool:
-    """Whether a torchrun agent keeps the store."""
+    """Whether torchrun's agent owns the store, which then outlives the workers."""
     return dist.is_torchelastic_launched() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def own_store(store: dist.Store, rank: int, world_size: int, timeout: datetime.timedelta) -> dist.Store:
-    """`store` under a prefix of this attempt. Communicates through `store`; all ranks call it.
+    """Return `store` under a prefix that belongs to this attempt. Communicates: all ranks call it.
 
     Raises:
-        RuntimeError: some rank did not call it within `timeout`; rank 0 says which.
+        RuntimeError: some ranks did not call it within `timeout`; rank 0 names them.
     """
     token = _welcome(store, world_size, timeout) if rank == 0 else _ask(store, rank)
     return dist.PrefixStore(f"evomoe/{token}", store)
@@ -43,8 +43,9 @@ def _ask(store: dist.Store, rank: int) -> str:
 
 
 def _welcome(store: dist.Store, world_size: int, timeout: datetime.timedelta) -> str:
-    """Answer every name that stands under a rank, until each rank has heard: names of dead processes may come
-    first.
+    """Answer every process that asks under a rank's key, until each rank confirms that it has the token.
+
+    A key may hold the name of a dead process first, and the name of its successor later.
     """
     token, silent = uuid.uuid4().hex, list(range(1, world_size))
     answered: set[str] = set()

@@ -1,7 +1,7 @@
-"""Which device and which communication backend this process uses, decided by what is there.
+"""The device and the communication backend of this process: CUDA and NCCL, or CPU and Gloo.
 
-Call `prepare()` before anything imports ``megatron.core``; on a machine without CUDA it applies
-`parallel.cpu`, with CUDA it imports none of it.
+Call `prepare()` before anything imports ``megatron.core``. Without CUDA it applies `parallel.cpu`; with CUDA
+that module is not even imported.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ def on_gpu() -> bool:
 
 
 def capability() -> tuple[int, int] | None:
-    """The GPU's compute capability, (9, 0) for Hopper; none without a GPU."""
+    """The GPU's compute capability, for example (9, 0) for Hopper; none without a GPU."""
     return torch.cuda.get_device_capability() if on_gpu() else None
 
 
 def device() -> torch.device:
-    """Where this rank's tensors live."""
+    """The device that holds this rank's tensors."""
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu() else torch.device("cpu")
 
 
@@ -53,22 +53,23 @@ def prepare() -> None:
 
 
 def init_process_group(timeout_minutes: float) -> None:
-    """Join torchrun's world; outside torchrun, be a world of one that nobody outside this machine can connect
-    to.
+    """Join the process group that torchrun describes; outside torchrun, create a group of one rank.
+
+    The group of one uses the loopback interface, so that no other machine can connect to it.
     """
     timeout = datetime.timedelta(minutes=timeout_minutes)
     if "RANK" in os.environ:
         _join(timeout)
         return
     _listen_on_loopback()
-    dist.init_process_group(
-        backend_name(), store=dist.HashStore(), timeout=timeout, rank=0, world_size=1
-    )  # no TCP store
+    # A HashStore lives in this process; the default store would listen on a TCP port.
+    dist.init_process_group(backend_name(), store=dist.HashStore(), timeout=timeout, rank=0, world_size=1)
 
 
 def _listen_on_loopback() -> None:
-    """Gloo and NCCL open listening sockets even in a world of one, by default on the interface that the
-    host's name leads to.
+    """Make Gloo and NCCL open their listening sockets on the loopback interface.
+
+    They open some even for a single rank, by default on the interface to which the host's name resolves.
     """
     loopback = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
     if loopback is not None:

@@ -1,8 +1,11 @@
-"""The step's tensors, from the one reading rank of a replica to the ranks that need them.
+"""Send a step's tensors from the rank that reads them to the other ranks of its replica.
 
-Tokens, labels and token types of the *whole step* are a few hundred kilobytes, so they travel at once: every
-pipeline stage then knows its token types without any coupling per microbatch. Pixels go to the first stage's
-TP group only.
+Tokens, labels and token types of the *whole step* take a few hundred kilobytes and are sent in one message,
+so that every pipeline stage knows the token types of each microbatch beforehand. Images are sent only to the
+TP group of the first pipeline stage.
+
+M microbatches per step · b rows per microbatch · s positions · n images in a microbatch · S pixels per side ·
+t tokens per image · C width of a feature.
 """
 
 from __future__ import annotations
@@ -20,25 +23,30 @@ from megatron_evomoe.parallel.topology import Topology
 
 @dataclass(kw_only=True)
 class Step:
-    """One optimizer step's samples on this rank: M microbatches of b rows and s positions."""
+    """The samples of one optimizer step on this rank."""
 
     tokens: torch.Tensor
     """int64 [M, b, s]"""
     labels: torch.Tensor
-    """int64 [M, b, s], −100 where nothing is supervised"""
+    """int64 [M, b, s]; −100 where nothing is supervised."""
     token_types: torch.Tensor
-    """int64 [M, b, s]: text, vision, padding (data/conversation.py)"""
+    """int64 [M, b, s]; values of `config.token_types.TokenType`."""
     images: list[torch.Tensor]
-    """per microbatch uint8 [n, 3, S, S], or cached features [n, t, C]; empty list off the first pipeline
-    stage
+    """One tensor per microbatch: uint8 pixels [n, 3, S, S], or kept features [n, t, C]. The list is empty on
+    ranks outside the first pipeline stage.
     """
     keys: list[list[str]] = field(default_factory=list)
-    """per microbatch; known to the reading rank only"""
+    """The samples' keys, one list per microbatch; empty on ranks that do not read."""
 
 
 def to_replica(step: Step | None, topology: Topology, config: RunConfig) -> Step:
-    """Give the reading rank's `step` to its TP x PP x CP ranks. Communicates unless the replica is one
-    rank.
+    """Send `step` to the TP x PP x CP ranks of the replica. Communicates, unless the replica is one rank.
+
+    Args:
+        step: the step on the rank that reads (`Topology.reads_data`), none elsewhere.
+
+    Returns:
+        The step on this rank's device.
     """
     where = backend.device()
     if dist.get_world_size(topology.model_group) * topology.context.size > 1:
@@ -54,8 +62,8 @@ def _broadcast(step: Step | None, topology: Topology, config: RunConfig, where: 
     group = topology.model_group
     b = config.train.micro_batch_size
     m = config.train.global_batch_size // (b * topology.data.size)
-    # One message of a length all ranks know, so that none has to be told it first: s, images of each
-    # microbatch, then tokens, labels and types, in int32, which is half the bytes.
+    # One message whose length all ranks know: s, the number of images in each microbatch, then tokens, labels
+    # and token types. It is int32, which halves the bytes.
     message = torch.zeros(1 + m + 3 * m * b * config.data.seq_length, dtype=torch.int32, device=where)
     if topology.reads_data:
         assert step is not None

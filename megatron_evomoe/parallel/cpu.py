@@ -1,8 +1,7 @@
-"""What megatron-core asks of CUDA, answered by the CPU.
+"""Adaptations that let megatron-core run on a CPU over Gloo, each with its reason.
 
-megatron-core is written for CUDA, yet its maths runs anywhere. This module is the closed list of adaptations
-that let it run over gloo, each with its reason. It is imported by `parallel.backend` only where no CUDA is
-available, so a GPU run contains none of it.
+megatron-core calls CUDA in many places, although its arithmetic runs on any device. `parallel.backend`
+imports this module only where CUDA is not available, so it never affects a run on a GPU.
 """
 
 from __future__ import annotations
@@ -16,9 +15,7 @@ import torch
 
 
 def adapt() -> None:
-    """Apply everything: the CUDA names first (megatron.core reads some at import), then megatron.core's own
-    places.
-    """
+    """Apply all adaptations, those of ``torch.cuda`` first: megatron-core reads some names at import."""
     _answer_cuda_calls()
     _redirect_cuda_device()
     _adapt_rng()
@@ -28,8 +25,9 @@ def adapt() -> None:
 
 
 class _Immediate:
-    """Stands for ``torch.cuda.Stream`` and ``Event``: a CPU op is done when it returns, so there is nothing
-    to wait for.
+    """Replaces ``torch.cuda.Stream`` and ``Event``.
+
+    An operation on a CPU is complete when its call returns, so no method has anything to wait for.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -67,7 +65,7 @@ def _is_cuda(value: Any) -> bool:
 
 
 def _redirect_cuda_device() -> None:
-    """``device="cuda"`` is written out in schedules, clipping and optimizers."""
+    """Put tensors on the CPU where megatron-core's code asks for ``device="cuda"``."""
 
     def on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         @functools.wraps(factory)
@@ -78,9 +76,9 @@ def _redirect_cuda_device() -> None:
 
         return wrapped
 
-    # torch notes which functions obey ``with torch.device(…)`` when that is first used. It must note its own:
-    # with ours noted the meta device is ignored, and models of transformers 5 are loaded with their position
-    # and RoPE buffers never filled.
+    # torch records which functions obey ``with torch.device(…)`` when that is first used. It has to record
+    # its own functions: if it recorded our wrappers, they would ignore the meta device, and transformers 5
+    # would load models whose position and RoPE buffers are never filled.
     with torch.device("cpu"):
         torch.empty(0)
     for name in (
@@ -110,9 +108,7 @@ def _redirect_cuda_device() -> None:
 
 
 def _adapt_rng() -> None:
-    """The RNG tracker and activation recompute keep the CUDA generator's state; here that is the CPU
-    generator's.
-    """
+    """Let the RNG tracker and activation recompute save and restore the CPU generator's state."""
     import megatron.core.tensor_parallel.random as rng
 
     rng._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
@@ -128,15 +124,16 @@ def _adapt_dispatcher() -> None:
         moe_utils.te_general_gemm = None
 
     def to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-        # all_to_all wants its split sizes as numpy; the original converts CUDA tensors only.
+        # all_to_all needs its split sizes as NumPy arrays; the original converts CUDA tensors only.
         return tensor.detach().numpy() if torch.is_tensor(tensor) and as_numpy else tensor
 
     dispatcher.maybe_move_tensor_to_cpu = to_host
 
 
 def _adapt_uneven_collectives() -> None:
-    """Expert-tensor-parallel ranks hold unequal numbers of tokens. NCCL gathers and scatters such pieces,
-    gloo refuses them.
+    """Gather and reduce-scatter pieces of unequal lengths, which Gloo refuses and NCCL accepts.
+
+    Expert-tensor-parallel ranks hold unequal numbers of tokens.
     """
     import megatron.core.tensor_parallel.mappings as mappings
 
@@ -168,9 +165,7 @@ def _adapt_uneven_collectives() -> None:
 
 @contextlib.contextmanager
 def _types_named_as_on_cuda() -> Iterator[None]:
-    """The optimizers sort parameters by comparing ``param.type()`` with ``'torch.cuda.FloatTensor'`` and the
-    like.
-    """
+    """Let ``tensor.type()`` name CUDA types, with which the optimizers compare it to sort parameters."""
     original = torch.Tensor.type
 
     def renamed(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -201,8 +196,8 @@ def _adapt_optimizer() -> None:
     optimizer.clip_grad_by_total_norm_fp32 = renaming(clip_grads.clip_grad_by_total_norm_fp32)
 
     def set_states(self: Any, model_param: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
-        # torch's Adam keeps a `step` in its per-parameter state; the original looks it up in `tensors`:
-        # KeyError.
+        # The original looks up every key of the optimizer's state in `tensors` and raises KeyError for the
+        # `step` that torch's Adam keeps there.
         group, order = self.model_param_group_index_map[model_param]
         main = self.optimizer.param_groups[group]["params"][order]
         for key, target in {"param": main, **self.optimizer.state[main]}.items():

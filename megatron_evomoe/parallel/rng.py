@@ -1,6 +1,4 @@
-"""Every random generator of a run, as tensors a checkpoint can hold: Python's, NumPy's, torch's and
-megatron-core's.
-"""
+"""The random generators of Python, NumPy, torch and megatron-core, as tensors that a checkpoint holds."""
 
 from __future__ import annotations
 
@@ -20,11 +18,11 @@ from megatron_evomoe.parallel import backend, topology
 
 @contextlib.contextmanager
 def derived(name: str) -> Iterator[None]:
-    """Inside, torch's generators are a function of the run's seed and `name`; afterwards they are as before.
+    """Inside a ``with`` block, seed torch's generators from the run's seed and `name`; restore them after it.
 
-    What is built inside starts from the same weights on whatever rank, beside whatever else: a fresh part of
-    the model then does not depend on the pipeline stage it lies on. (On CUDA megatron-core draws
-    tensor-parallel weights from generators of its own, which do depend on the layout.)
+    A part of the model that is built inside starts from the same weights on every rank and beside any other
+    part, so fresh weights do not depend on the pipeline stage that holds them. (On CUDA megatron-core draws
+    tensor-parallel weights from its own generators, which do depend on the layout.)
     """
     seed = int.from_bytes(hashlib.sha256(f"{torch.initial_seed()}/{name}".encode()).digest()[:7], "big")
     cpu, cuda = torch.get_rng_state(), torch.cuda.get_rng_state() if backend.on_gpu() else None
@@ -38,7 +36,7 @@ def derived(name: str) -> Iterator[None]:
 
 
 def layout() -> dict[str, int]:
-    """World size and degrees; generator states are of use to the same layout only."""
+    """World size and degrees. Saved generator states fit a run with the same layout only."""
     place = topology.current()
     return {
         "world": place.world_size,
@@ -70,7 +68,7 @@ def _states() -> dict[str, torch.Tensor]:
 
 
 def sharded_state() -> dict[str, ShardedTensor]:
-    """One row per rank of every generator."""
+    """The states of all generators; each tensor has one row per rank."""
     rank, world = dist.get_rank(), dist.get_world_size()
     return {
         name: ShardedTensor.from_rank_offsets(f"rng.{name}", state.cpu().unsqueeze(0), (0, rank, world))
@@ -79,7 +77,7 @@ def sharded_state() -> dict[str, ShardedTensor]:
 
 
 def set_state(loaded: dict[str, torch.Tensor]) -> None:
-    """Put back what `sharded_state` saved."""
+    """Restore the states that `sharded_state` saved."""
     states = {name: row.squeeze(0) for name, row in loaded.items()}
     has_gauss, gauss = states["python_gauss"].tolist()
     random.setstate((3, tuple(states["python"].tolist()), gauss if has_gauss else None))

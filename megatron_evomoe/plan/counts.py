@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from megatron_evomoe.config import RunConfig
 from megatron_evomoe.config.kinds import StageKind
-from megatron_evomoe.config.recipe import part_of, trained_parts
+from megatron_evomoe.config.recipe import is_trained, part_of, trained_parts
 from megatron_evomoe.model.language import padded_vocab_size
 from megatron_evomoe.parallel.degrees import virtual_stages
 
@@ -82,7 +82,7 @@ def chunk_tensors(config: RunConfig, kind: StageKind, pp_rank: int, chunk: int =
                 name,
                 numel,
                 part,
-                trains=part in parts or (part in ("experts", "router") and "language" in parts),
+                trains=is_trained(part, parts),
                 layer=layer,
                 expert_parallel=part == "experts" and expert_parallel,
                 own_bucket=tied_apart and name.endswith(("word_embeddings.weight", "output_layer.weight")),

@@ -61,7 +61,7 @@ def test_a_command_reads_its_arguments_before_anything_heavy_is_loaded():
     code = """
 import contextlib, io, sys
 from megatron_evomoe import cli
-for name in cli.COMMANDS:
+for name in [command.name for command in cli.COMMANDS]:
     with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
         cli.main([name, "--help"])
     for module in ("megatron.core", "transformer_engine", "transformers", "matplotlib"):

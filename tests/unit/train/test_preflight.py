@@ -23,7 +23,7 @@ from tests.tiny import tiny_config
         (
             "align",
             {"train": {"trainable": ["router"]}},
-            "trainable names router, which a stage of kind align has not",
+            "trainable names router, which a stage of kind align does not have",
         ),
         ("route", {"train": {"trainable": ["first_expert", "router"]}}, "trainable names first_expert"),
         (
