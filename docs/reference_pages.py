@@ -31,7 +31,7 @@ FROM_ROOT = {
 }
 RESUME = {
     resume.OnResume.MUST_EQUAL: "must be equal",
-    resume.OnResume.SAID: "may change, logged",
+    resume.OnResume.LOGGED: "may change, logged",
     resume.OnResume.FREE: "may change",
 }
 # The modules that a program or an extension calls; the others are the package's own.

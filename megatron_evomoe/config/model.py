@@ -1,5 +1,7 @@
-"""What the model is: decoder, image encoder, experts and router. `Fixed` and `Said` are classes of
-config/resume.py.
+"""What the model is: decoder, vision tower, experts and router.
+
+`Fixed` and `Logged` declare what a resume does where a value differs from that of the checkpoint
+(config/resume.py).
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from typing import Annotated, Literal, Optional
 
 from pydantic import Field
 
-from megatron_evomoe.config.resume import Fixed, Said
+from megatron_evomoe.config.resume import Fixed, Logged
 from megatron_evomoe.config.types import (
     Bool,
     Coefficient,
@@ -29,61 +31,65 @@ from megatron_evomoe.config.types import (
 
 @dataclass(kw_only=True)
 class LanguageConfig:
-    """The decoder. Names are megatron-core's; sizes default to the `tiny` preset."""
+    """The decoder. The names are megatron-core's; the default sizes are those of the `tiny` preset."""
 
     num_layers: Fixed[Few] = 4
-    """Transformer layers."""
+    """Transformer layers of the decoder."""
     hidden_size: Fixed[Size] = 128
-    """Width C of the residual stream."""
+    """The width C of the residual stream, in channels."""
     ffn_hidden_size: Fixed[Size] = 352
-    """Width of each FFN, dense or expert."""
+    """The inner width of each FFN, of a dense one as of an expert."""
     num_attention_heads: Fixed[Size] = 4
-    """Query heads."""
+    """Query heads of each layer."""
     num_query_groups: Fixed[Optional[Size]] = None
-    """Key/value heads; none means one per query head."""
+    """Key/value heads of each layer. None means as many as query heads."""
     kv_channels: Fixed[Optional[Size]] = None
-    """Size of one head; none means hidden_size / num_attention_heads."""
+    """Channels of one head. None means hidden_size / num_attention_heads."""
     vocab_size: Fixed[Optional[Size]] = None
-    """Rows of the embedding before padding for tensor parallelism; none takes the tokenizer's size."""
-    make_vocab_size_divisible_by: Said[Size] = 8
-    """The embedding is padded to a multiple of this times the tensor-parallel size."""
-    max_position_embeddings: Said[Size] = 2048
-    """Longest sequence the model is built for, in tokens (image tokens included)."""
+    """Rows of the embedding, before it is padded for tensor parallelism. None means the size of the
+    tokenizer.
+    """
+    make_vocab_size_divisible_by: Logged[Size] = 8
+    """The rows of the embedding are padded to a multiple of this number times the tensor-parallel size."""
+    max_position_embeddings: Logged[Size] = 2048
+    """The longest sequence, in tokens, for which the model is built, counting the tokens of images."""
     normalization: Fixed[Literal["RMSNorm", "LayerNorm"]] = "RMSNorm"
-    """Kind of norm."""
+    """The kind of norm."""
     norm_epsilon: Fixed[Epsilon] = 1e-6
-    """Epsilon inside the norm."""
+    """The number that a norm adds to the variance."""
     activation: Fixed[Literal["silu", "gelu", "gelu_tanh"]] = "silu"
-    """FFN activation."""
+    """The activation of the FFN."""
     gated_linear_unit: Fixed[Bool] = True
-    """Whether the FFN is gated (SwiGLU and relatives)."""
+    """Whether the FFN is gated, as in SwiGLU."""
     add_qkv_bias: Fixed[Bool] = False
-    """Bias on the attention's input projection only (Qwen)."""
+    """Add a bias to the input projection of attention only (Qwen)."""
     add_bias_linear: Fixed[Bool] = False
-    """Bias on every linear layer (Phi)."""
+    """Add a bias to every linear layer (Phi)."""
     qk_layernorm: Fixed[Bool] = False
-    """Norm on queries and keys (Qwen3)."""
+    """Normalise queries and keys (Qwen3)."""
     parallel_residual: Fixed[Bool] = False
-    """Attention and FFN read one shared norm and add to the stream together (Phi-2)."""
+    """Attention and FFN read the output of one shared norm, and both results are added to the residual stream
+    (Phi-2).
+    """
     lm_head_bias: Fixed[Bool] = False
-    """Bias on the output layer (Phi-2)."""
+    """Add a bias to the output layer (Phi-2). It needs untied embeddings."""
     rotary_base: Fixed[Annotated[Int, Field(ge=1, le=10**12)]] = 10000
-    """RoPE base period."""
+    """The base of the RoPE frequencies."""
     rotary_percent: Fixed[PositiveShare] = 1.0
-    """Share of each head that is rotated."""
+    """The share of the channels of each head that RoPE rotates."""
     rope_scaling_type: Fixed[Optional[Literal["linear", "llama3"]]] = None
-    """How RoPE is stretched to longer sequences: `linear` divides all positions, `llama3` only low
-    frequencies; none does not.
+    """How RoPE is stretched to longer sequences: `linear` divides all positions by the factor, `llama3`
+    divides low frequencies only. None does not stretch it.
     """
     rope_scaling_factor: Fixed[Annotated[Float, Field(ge=1, le=1e6)]] = 1.0
-    """By how much."""
+    """The factor by which `rope_scaling_type` stretches RoPE."""
     window_size: Fixed[Optional[Size]] = None
-    """Sliding attention window in tokens (Mistral); none attends to everything before."""
+    """The width of the sliding attention window, in tokens (Mistral). None attends to all earlier tokens."""
     tie_word_embeddings: Fixed[Bool] = True
-    """One matrix for input and output embeddings."""
+    """Use one matrix for the input embedding and for the output layer."""
     init_method_std: Fixed[Deviation] = 0.02
-    """Standard deviation of fresh weights, projector included (Megatron's default; small widths learn faster
-    from more).
+    """The standard deviation of new weights of the decoder and the projector. The default is Megatron's;
+    narrow models learn faster with more.
     """
 
     @property
@@ -99,32 +105,38 @@ class LanguageConfig:
 
 @dataclass(kw_only=True)
 class VisionConfig:
-    """The image encoder; flags are prefixed with ``--vision-``."""
+    """The vision tower; its flags begin with ``--vision-``."""
 
     model_type: Fixed[Literal["clip", "siglip"]] = "clip"
-    """CLIP (class token, norm before the layers, quick GELU) or SigLIP (neither; tanh GELU)."""
+    """The architecture: `clip` has a class token, a norm before the layers and quick GELU; `siglip` has
+    neither token nor norm, and tanh GELU.
+    """
     image_size: Fixed[Size] = 32
-    """Side of the square input, pixels."""
+    """The side of the square input image, in pixels."""
     patch_size: Fixed[Size] = 8
-    """Side of a patch, pixels."""
+    """The side of a patch, in pixels."""
     hidden_size: Fixed[Size] = 64
-    """Width."""
+    """The width of the residual stream of the tower, in channels."""
     num_layers: Fixed[Few] = 3
-    """Layers of the published tower; layers above `feature_layer` are never built."""
+    """Layers of the published tower. Layers above `feature_layer` are not built."""
     num_attention_heads: Fixed[Size] = 4
-    """Heads."""
+    """Attention heads of each layer."""
     ffn_hidden_size: Fixed[Size] = 256
-    """Width of the MLP."""
+    """The inner width of the FFN of each layer."""
     norm_epsilon: Fixed[Epsilon] = 1e-5
-    """Epsilon inside the norms."""
+    """The number that a norm adds to the variance."""
     feature_layer: Fixed[Annotated[Int, Field(ge=-4096, le=4096)]] = -2
-    """Which hidden state is the feature: −1 the last layer's, −2 the one before (LLaVA's
-    mm_vision_select_layer).
+    """The hidden state that is taken as the feature: −1 is the output of the last layer, −2 that of the one
+    before (LLaVA's mm_vision_select_layer); positive numbers count from the first layer, which is 1.
     """
     feature_select: Fixed[Literal["patch", "cls_patch"]] = "patch"
-    """`patch` drops the class token, `cls_patch` keeps it (LLaVA's names; SigLIP has none to drop)."""
+    """The positions that are taken (LLaVA's names): `patch` drops the class token, `cls_patch` keeps it.
+    SigLIP has no class token.
+    """
     init_method_std: Fixed[Deviation] = 0.02
-    """Standard deviation of fresh weights (a tower is usually loaded, not trained from scratch)."""
+    """The standard deviation of new weights of the tower. A tower is usually loaded, not trained from new
+    weights.
+    """
 
     @property
     def num_layers_used(self) -> int:
@@ -143,54 +155,62 @@ class MoEConfig:
     """Experts, router and evolution."""
 
     num_experts: Fixed[Few] = 4
-    """Experts per MoE layer, N."""
+    """N: the experts of each MoE layer."""
     moe_layer_freq: Fixed[Few | list[ZeroOrOne]] = 2
-    """k: every k-th layer is MoE, counted so that layers 1, 1+k, … (from 0) are; or a list of 0/1, one per
-    layer.
+    """Which layers are MoE layers: a number k makes every k-th layer one (layers k − 1, 2k − 1, … counted
+    from 0); a list holds one 0 or 1 for each layer.
     """
     moe_router_topk: Fixed[Few] = 1
-    """Experts per token, K."""
+    """K: the experts to which each token is sent."""
     router: Fixed[Literal["linear", "modality-linear", "dtr"]] = "dtr"
-    """One linear map, one per modality, or the paper's hypernetworks."""
+    """The router: `linear` is one linear map, `modality-linear` one for each modality, `dtr` the paper's
+    hypernetworks.
+    """
     dtr_hidden_size: Fixed[Size] = 16
-    """h, the hypernetwork's inner width (the paper gives none; h·r of order 10³ fits its parameter
-    counts).
+    """h: the inner width of the hypernetworks of `dtr`. The paper does not state it; with h·r near 10³ the
+    parameter counts are the paper's.
     """
     dtr_rank: Fixed[Size] = 16
-    """r, width of the generated router."""
+    """r: the rank of the router that the hypernetworks of `dtr` generate."""
     dtr_init_std: Fixed[Deviation] = 0.02
-    """Standard deviation of φ at the start; the hypernetworks are scaled by fan-in (docs/router.md)."""
+    """The standard deviation of φ of a new `dtr`. New hypernetworks are scaled by their fan-in
+    (docs/router.md).
+    """
     dtr_activation: Fixed[Literal["none", "gelu", "silu"]] = "none"
-    """Activation between the two maps of a hypernetwork; the paper's Eq. 5 has none."""
-    dtr_kernel: Said[Literal["auto", "torch", "triton"]] = "auto"
+    """The activation between the two maps of a hypernetwork. Equation 5 of the paper has none."""
+    dtr_kernel: Logged[Literal["auto", "torch", "triton"]] = "auto"
     """What computes the DTR: `torch`, or `triton` kernels on a GPU. `auto` is torch until a GPU has shown
     which is faster.
     """
     router_gate: Fixed[Literal["prob", "straight_through"]] = "straight_through"
-    """What scales an expert's output: its probability, or 1 with the probability's gradient."""
-    moe_aux_loss_coeff: Said[Coefficient] = 0.001
-    """α of the load-balancing loss (paper: 0.001)."""
-    moe_z_loss_coeff: Said[Optional[Coefficient]] = None
-    """Coefficient of the router z-loss; none leaves it out."""
-    moe_expert_capacity_factor: Fixed[Optional[Factor]] = None
-    """In training, tokens beyond this multiple of an even share of the microbatch are dropped; none drops
-    nothing.
+    """The factor of an expert's output: `prob` is the router's probability; `straight_through` is 1 with the
+    gradient of the probability.
     """
-    moe_token_dispatcher_type: Said[Literal["alltoall", "allgather", "flex"]] = "alltoall"
+    moe_aux_loss_coeff: Logged[Coefficient] = 0.001
+    """α: the coefficient of the load-balancing loss (0.001 in the paper)."""
+    moe_z_loss_coeff: Logged[Optional[Coefficient]] = None
+    """The coefficient of the router's z-loss. None leaves the loss out."""
+    moe_expert_capacity_factor: Fixed[Optional[Factor]] = None
+    """In training, an expert takes at most this multiple of an even share of the tokens of a microbatch; the
+    others are dropped. None drops nothing.
+    """
+    moe_token_dispatcher_type: Logged[Literal["alltoall", "allgather", "flex"]] = "alltoall"
     """megatron-core's token dispatcher."""
-    moe_grouped_gemm: Said[Bool] = False
-    """Grouped expert GEMMs (needs Transformer Engine)."""
+    moe_grouped_gemm: Logged[Bool] = False
+    """Compute the experts of a rank in grouped matrix products (needs Transformer Engine)."""
     expert_init: Fixed[Literal["evolve", "replicate", "noise"]] = "evolve"
-    """Where the experts of a routed stage come from when it starts from a dense checkpoint. `evolve` expects
-    an evolved one.
+    """What a routed stage makes its experts of when it starts from a dense checkpoint: `evolve` refuses one,
+    because it expects evolved experts; `replicate` copies the FFN; `noise` copies it and adds noise.
     """
     expert_init_noise: Fixed[Coefficient] = 0.01
-    """For `noise`: standard deviation, in units of each weight matrix's own."""
+    """For `noise`: the standard deviation of the noise, in multiples of that of each weight matrix."""
     evolution_rule: Fixed[Text] = "delta"
-    """How experts 2…N follow expert 1: delta, ema, printed, or a rule of your own (docs/stages.md)."""
+    """How experts 2…N are updated from expert 1: delta, ema, printed, or a rule that an extension registers
+    (docs/stages.md).
+    """
     evolution_beta: Fixed[Optional[list[Range]]] = None
-    """[low, high) of β for experts 2…N, one pair each; none means the paper's for N = 4, interpolated for
-    others (docs/stages.md).
+    """The range [low, high) of β for each of the experts 2…N. None means the paper's ranges for N = 4, and
+    interpolated ones for other N (docs/stages.md).
     """
 
     @property

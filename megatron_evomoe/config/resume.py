@@ -1,7 +1,7 @@
-"""What a field may do when a stage goes on from its checkpoint: a class, declared beside each field.
+"""What a resume does where a field differs from the checkpoint: a class that each field declares.
 
-``lr: Said[float]`` is ``Annotated[float, OnResume.SAID]``: the type stays what it is, and `on_resume` reads
-the class back.
+``lr: Logged[float]`` is ``Annotated[float, OnResume.LOGGED]``: the type of the field stays float, and
+`on_resume` reads the class.
 """
 
 from __future__ import annotations
@@ -16,33 +16,35 @@ T = TypeVar("T")
 
 
 class OnResume(enum.Enum):
-    """What happens where a stage goes on under a configuration whose value differs from its checkpoint's."""
+    """What a resume does where a field of the configuration differs from the checkpoint."""
 
     MUST_EQUAL = "refused unless allowed on purpose"
-    """The stage would give other numbers than either configuration alone gives: model, samples and their
-    order, seed.
+    """For fields whose change would give results that neither configuration gives alone: the model, the
+    samples and their order, the seed.
     """
-    SAID = "may change; one line in the log and an event"
-    """Optimization, layout, precision and kernels; and paths, whose contents are compared by their
+    LOGGED = "may change; one line in the log and an event"
+    """For optimization, layout, precision and kernels; and for paths, whose contents are compared by their
     fingerprints.
     """
     FREE = "may change"
-    """Nothing that is computed depends on it: logs, workers, save intervals, time limits."""
+    """For fields on which no computed number depends: logs, worker processes, save intervals, time limits."""
 
 
 Fixed = Annotated[T, OnResume.MUST_EQUAL]
-Said = Annotated[T, OnResume.SAID]
+Logged = Annotated[T, OnResume.LOGGED]
 Free = Annotated[T, OnResume.FREE]
 
 
 def on_resume(section: type, field: str) -> OnResume:
-    """The class that `field` of a section (``MoEConfig``, …) declares. Raises `TypeError` unless it declares
-    exactly one.
+    """The class that `field` of a section (such as `MoEConfig`) declares.
+
+    Raises:
+        TypeError: the field declares no class, or several.
     """
     found = _declared(section)[field]
     if len(found) != 1:
         raise TypeError(
-            f"{section.__name__}.{field} must declare one of Fixed[…], Said[…] and Free[…], not {len(found)}"
+            f"{section.__name__}.{field} must declare one of Fixed[…], Logged[…], Free[…], not {len(found)}"
         )
     return found[0]
 

@@ -1,8 +1,8 @@
-"""How it is trained: data, layout, optimizer, loop, kernels, checkpoints, logs.
+"""How a model is trained: data, parallelism, optimizer, loop, kernels, checkpoints, logs.
 
-`Fixed`, `Said` and `Free` say what a resume does where the value differs from the checkpoint's
-(config/resume.py). Paths are `Said`, never `Fixed`: the same samples may lie elsewhere today; what a path
-leads to is compared by fingerprints.
+`Fixed`, `Logged` and `Free` declare what a resume does where a value differs from that of the checkpoint
+(config/resume.py). Paths are `Logged` and never `Fixed`, because the same samples may have moved to another
+directory; the contents of a path are compared by their fingerprints.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Optional
 
 from pydantic import BeforeValidator, Field
 
-from megatron_evomoe.config.resume import Fixed, Free, Said
+from megatron_evomoe.config.resume import Fixed, Free, Logged
 from megatron_evomoe.config.types import (
     Bool,
     Coefficient,
@@ -39,251 +39,291 @@ def _split(value: Any) -> Any:
 
 
 Names = Annotated[list[Text], BeforeValidator(_split)]
-"""A list, or one text with commas."""
+"""A list of names, or one text in which commas separate them."""
 Part = Literal["vision", "projector", "language", "first_expert", "experts", "router"]
-"""Parts of the model that a stage can train (config/recipe.py)."""
+"""The parts of the model that a stage can train (config/recipe.py)."""
 Recomputed = Literal["core_attn", "moe", "mlp", "layernorm", "moe_act"]
 
 
 @dataclass(kw_only=True)
 class DataConfig:
-    """Where samples come from and what they become."""
+    """Where the samples come from, and what they are turned into."""
 
-    train_data: Said[list[Text]] = field(default_factory=list)
-    """Shard sets: paths with brace ranges (``shards-{00000..00127}.tar``), globs, or folders of tars."""
-    eval_data: Said[list[Text]] = field(default_factory=list)
-    """Held-out shard sets for `evaluate` and the end of a run."""
-    tokenizer: Said[Optional[Text]] = None
-    """A sentencepiece ``.model`` file or a Hugging Face tokenizer directory."""
+    train_data: Logged[list[Text]] = field(default_factory=list)
+    """Shards to train on: paths, which may have brace ranges (``shards-{00000..00127}.tar``), glob patterns,
+    or directories that hold ``.tar`` files.
+    """
+    eval_data: Logged[list[Text]] = field(default_factory=list)
+    """Held-out shards, given as `train_data` is. Their questions are asked when a stage ends."""
+    tokenizer: Logged[Optional[Text]] = None
+    """The tokenizer: a sentencepiece ``.model`` file or the directory of a Hugging Face tokenizer. Training
+    needs one; a configuration without it can still be planned.
+    """
     conversation_template: Fixed[Literal["plain", "v1", "phi", "qwen", "stablelm"]] = "v1"
-    """How turns become text (data/conversation.py)."""
+    """The template that writes the turns of a conversation as one text (data/conversation.py)."""
     seq_length: Fixed[Size] = 2048
-    """Longest sequence in tokens, image tokens included."""
-    pad_to_seq_length: Said[Bool] = False
-    """Pad every batch to `seq_length`; otherwise to the longest of the step (less work, shapes vary)."""
+    """The longest sequence in tokens, counting the tokens of images."""
+    pad_to_seq_length: Logged[Bool] = False
+    """Pad every batch to `seq_length`. Otherwise each step is padded to its own longest sequence, which is
+    less work, but gives tensors of varying shapes.
+    """
     long_samples: Fixed[Literal["skip", "truncate"]] = "skip"
-    """A sample longer than `seq_length` is counted and skipped, or cut at the end (refused when it would cut
-    the whole answer).
+    """What happens to a sample longer than `seq_length`: `skip` leaves it out and counts it; `truncate` cuts
+    its end off, or leaves it out if no answer would remain.
     """
     image_aspect_ratio: Fixed[Literal["pad", "square"]] = "pad"
-    """`pad` pads to a square with the mean colour, `square` resizes and crops as CLIP does (LLaVA's
-    names).
+    """How an image becomes a square (LLaVA's names): `pad` pads the shorter side with the mean colour,
+    `square` resizes the shorter side and crops the longer one, as CLIP does.
     """
     max_image_pixels: Fixed[PositiveCount] = 50_000_000
-    """Larger images are refused from their header, before decoding."""
-    cache_vision_features: Said[Bool] = False
-    """Run a frozen vision tower over each training image once, keep its features as files, and train from
-    those (docs/data.md).
+    """Images with more pixels than this are refused. The header of the file tells their size, so they are not
+    decoded.
+    """
+    cache_vision_features: Logged[Bool] = False
+    """Run a frozen vision tower over each training image once, keep the features in files, and train from
+    these (docs/data.md).
     """
     feature_cache_dir: Free[Optional[Text]] = None
-    """Where those files are; none means SAVE/vision_features."""
+    """Directory of the features that `cache_vision_features` keeps. None means ``vision_features`` in the
+    output directory `save`.
+    """
     num_workers: Free[Annotated[Int, Field(ge=0, le=512)]] = 2
-    """Decoding processes per reading rank; 0 decodes in the training process."""
+    """Processes that decode samples, on each rank that reads data. 0 decodes in the training process."""
     prefetch_factor: Free[Annotated[Int, Field(ge=1, le=1024)]] = 4
-    """Batches each worker keeps ready."""
+    """Batches that each worker process prepares ahead."""
     max_bad_sample_rate: Free[Share] = 0.01
-    """Training stops when a larger share of the samples read (at least 100) was unusable; too long ones are
-    not among them.
+    """The share of the samples read (of at least 100) that may be unusable; with more, training stops.
+    Samples that are too long do not count.
     """
     max_long_sample_rate: Free[Share] = 0.5
-    """Training stops when a larger share of the samples read (at least 100) was left out for its length."""
+    """The share of the samples read (of at least 100) that may be left out for their length; with more,
+    training stops.
+    """
 
 
 @dataclass(kw_only=True)
 class ParallelConfig:
-    """Degrees; data parallelism is what is left of the world."""
+    """Degrees of parallelism; the data-parallel size is the number of ranks divided by their product."""
 
-    tensor_model_parallel_size: Said[Few] = 1
-    """TP."""
-    pipeline_model_parallel_size: Said[Few] = 1
-    """PP."""
-    num_layers_per_virtual_pipeline_stage: Said[Optional[Few]] = None
-    """Layers per chunk for the interleaved schedule; none is not interleaved."""
-    context_parallel_size: Said[Few] = 1
-    """CP; only 1 so far."""
-    expert_model_parallel_size: Said[Few] = 1
-    """EP."""
-    expert_tensor_parallel_size: Said[Few] = 1
-    """TP inside the experts."""
-    sequence_parallel: Said[Optional[Bool]] = None
-    """Split activations along the sequence between TP ranks; none means: when TP > 1."""
-    use_distributed_optimizer: Said[Bool] = True
-    """Shard optimizer state over data-parallel ranks (ZeRO-1)."""
-    overlap_grad_reduce: Said[Bool] = False
-    """Reduce gradients while the backward runs."""
-    overlap_param_gather: Said[Bool] = False
-    """Gather updated weights while the forward runs."""
+    tensor_model_parallel_size: Logged[Few] = 1
+    """TP: ranks that share the matrices of each layer."""
+    pipeline_model_parallel_size: Logged[Few] = 1
+    """PP: pipeline stages among which the layers are divided."""
+    num_layers_per_virtual_pipeline_stage: Logged[Optional[Few]] = None
+    """Layers in each chunk of the interleaved pipeline schedule. None means one chunk per pipeline stage,
+    without interleaving.
+    """
+    context_parallel_size: Logged[Few] = 1
+    """CP: ranks that share each sequence. Only 1 is supported so far."""
+    expert_model_parallel_size: Logged[Few] = 1
+    """EP: ranks among which the experts of a layer are divided."""
+    expert_tensor_parallel_size: Logged[Few] = 1
+    """TP inside the experts: ranks that share the matrices of each expert."""
+    sequence_parallel: Logged[Optional[Bool]] = None
+    """Divide activations along the sequence among the TP ranks. None means that it is on where TP is larger
+    than 1.
+    """
+    use_distributed_optimizer: Logged[Bool] = True
+    """Divide the state of the optimizer among the data-parallel ranks (ZeRO-1)."""
+    overlap_grad_reduce: Logged[Bool] = False
+    """Reduce gradients over the data-parallel ranks while the backward pass still runs."""
+    overlap_param_gather: Logged[Bool] = False
+    """Gather updated weights from the data-parallel ranks while the next forward pass runs."""
     distributed_timeout_minutes: Free[Minutes] = 10
-    """A collective that takes longer is an error."""
+    """Minutes after which a collective operation that has not finished is an error."""
 
 
 @dataclass(kw_only=True)
 class OptimizerConfig:
-    """AdamW and its schedule; defaults are the paper's and MoE-LLaVA's."""
+    """AdamW and its learning-rate schedule; the defaults are those of the paper and of MoE-LLaVA."""
 
-    lr: Said[Rate] = 2e-5
-    """Peak learning rate."""
-    min_lr: Said[Rate] = 0.0
-    """Learning rate at the end of the decay."""
-    lr_decay_style: Said[Literal["cosine", "linear", "constant", "inverse-square-root"]] = "cosine"
-    """Shape of the decay."""
-    lr_decay_iters: Said[Optional[PositiveCount]] = None
-    """Step at which the rate would arrive at `min_lr`; none means `train_iters`. More ends the stage at a
-    higher rate, fewer stays at `min_lr` from there (docs/stages.md).
+    lr: Logged[Rate] = 2e-5
+    """The peak learning rate."""
+    min_lr: Logged[Rate] = 0.0
+    """The learning rate at the end of the decay."""
+    lr_decay_style: Logged[Literal["cosine", "linear", "constant", "inverse-square-root"]] = "cosine"
+    """The shape of the decay from `lr` to `min_lr`."""
+    lr_decay_iters: Logged[Optional[PositiveCount]] = None
+    """The optimizer step at which the learning rate reaches `min_lr`. None means `train_iters`. With a larger
+    number the stage ends at a higher rate; with a smaller one the rate stays at `min_lr` from that step on
+    (docs/stages.md).
     """
-    lr_warmup_fraction: Said[Share] = 0.03
-    """Share of those steps over which the rate rises from 0."""
-    weight_decay: Said[Rate] = 0.0
-    """Decoupled weight decay."""
-    adam_beta1: Said[Decay] = 0.9
-    """First moment's decay."""
-    adam_beta2: Said[Decay] = 0.999
-    """Second moment's decay."""
-    adam_eps: Said[Epsilon] = 1e-8
-    """Adam's epsilon."""
-    clip_grad: Said[Coefficient] = 1.0
-    """Largest global gradient norm; 0 never clips."""
+    lr_warmup_fraction: Logged[Share] = 0.03
+    """The share of the decay's steps over which the learning rate first rises from 0 to `lr`."""
+    weight_decay: Logged[Rate] = 0.0
+    """The coefficient of decoupled weight decay."""
+    adam_beta1: Logged[Decay] = 0.9
+    """The decay rate of Adam's first moment."""
+    adam_beta2: Logged[Decay] = 0.999
+    """The decay rate of Adam's second moment."""
+    adam_eps: Logged[Epsilon] = 1e-8
+    """The number that Adam adds to the denominator of an update."""
+    clip_grad: Logged[Coefficient] = 1.0
+    """The largest norm of the gradient of the whole model; a larger gradient is scaled down to it. 0 turns
+    clipping off.
+    """
     override_opt_param_scheduler: Free[Bool] = False
-    """On a resume the schedule follows the configuration, whatever the checkpoint's was: the default, said on
-    purpose.
+    """On a resume, follow the schedule of the configuration and not that of the checkpoint. That is the
+    default too; the flag states it explicitly, as in Megatron-LM.
     """
     use_checkpoint_opt_param_scheduler: Free[Bool] = False
-    """On a resume the checkpoint's schedule goes on, whatever the configuration says of it; refused where it
-    would end early.
+    """On a resume, continue the schedule of the checkpoint whatever the configuration says. This is refused
+    where that schedule ends before `train_iters`.
     """
 
 
 @dataclass(kw_only=True)
 class TrainConfig:
-    """The loop."""
+    """The training loop."""
 
-    train_iters: Said[PositiveCount] = 100
-    """Optimizer steps."""
-    micro_batch_size: Said[PositiveCount] = 1
-    """Samples per forward and data-parallel rank."""
+    train_iters: Logged[PositiveCount] = 100
+    """Optimizer steps of a stage."""
+    micro_batch_size: Logged[PositiveCount] = 1
+    """Samples in one forward pass on each data-parallel replica."""
     global_batch_size: Fixed[PositiveCount] = 1
-    """Samples per optimizer step over all ranks."""
+    """Samples in one optimizer step over all replicas."""
     seed: Fixed[Seed] = 1234
-    """Seeds weights, sample order and evolution's draws."""
-    bf16: Said[Bool] = False
-    """Train in bfloat16 with fp32 master weights."""
-    transformer_impl: Said[Literal["auto", "local", "transformer_engine"]] = "auto"
-    """Layer implementation; `auto` takes Transformer Engine where it imports and a GPU is there."""
-    recompute_granularity: Said[Optional[Literal["full", "selective"]]] = None
-    """Activation recompute: none, whole layers, or the modules in `recompute_modules`."""
-    recompute_modules: Said[list[Recomputed]] = field(default_factory=lambda: ["core_attn"])
-    """For `selective`: any of core_attn, moe, mlp, layernorm, moe_act."""
-    recompute_num_layers: Said[Few] = 1
-    """For `full`: layers per recomputed block."""
-    eval_samples: Said[Count] = 0
-    """Held-out questions asked when a stage ends; 0 asks everything in `eval_data`."""
+    """The seed of new weights, of the order of samples and of the random numbers that evolution draws."""
+    bf16: Logged[Bool] = False
+    """Train in bfloat16, with master weights in float32. Otherwise everything is float32."""
+    transformer_impl: Logged[Literal["auto", "local", "transformer_engine"]] = "auto"
+    """The implementation of the layers. `auto` takes Transformer Engine where it can be imported and there is
+    a GPU, and megatron-core's local layers elsewhere.
+    """
+    recompute_granularity: Logged[Optional[Literal["full", "selective"]]] = None
+    """What the backward pass computes again to save memory: `full` whole layers, `selective` the modules of
+    `recompute_modules`. None means nothing.
+    """
+    recompute_modules: Logged[list[Recomputed]] = field(default_factory=lambda: ["core_attn"])
+    """The modules that `recompute_granularity` `selective` computes again."""
+    recompute_num_layers: Logged[Few] = 1
+    """The layers in each block that `recompute_granularity` `full` computes again."""
+    eval_samples: Logged[Count] = 0
+    """Held-out questions that are asked when a stage ends. 0 means all of `eval_data`."""
     eval_batch_size: Free[PositiveCount] = 64
-    """Questions decoded together on each replica."""
-    eval_shuffles: Said[Count] = 0
-    """Times a routed stage is measured again with shuffled routing (the paper's test for alike experts)."""
-    deterministic_mode: Said[Bool] = False
-    """Only deterministic kernels (CUDA; the CPU path always is)."""
+    """Held-out questions that each replica decodes together."""
+    eval_shuffles: Logged[Count] = 0
+    """How often a routed stage is evaluated again with shuffled routing, which is the paper's test of whether
+    the experts are interchangeable. 0 skips the test.
+    """
+    deterministic_mode: Logged[Bool] = False
+    """Use only deterministic kernels on a GPU. On a CPU they always are."""
     trainable: Fixed[list[Part]] = field(default_factory=list)
-    """Parts to train; empty takes the stage kind's (config/recipe.py)."""
+    """The parts of the model to train. An empty list means those of the stage's kind (config/recipe.py)."""
     exit_signal_handler: Free[Bool] = True
-    """On SIGTERM or SIGUSR1 in any rank: finish the step, save, exit with status 0."""
+    """Where any rank receives SIGTERM or SIGUSR1, finish the step, save and exit with status 0."""
     exit_duration_in_mins: Free[Optional[Annotated[Float, Field(gt=0)]]] = None
-    """Save and exit with status 0 once the run is this old, in minutes; none never."""
+    """Save and exit with status 0 once the run has lasted this many minutes. None means that it does not end
+    for its duration.
+    """
     exit_interval: Free[Optional[PositiveCount]] = None
-    """Save and exit with status 0 after a step that is a multiple of this; none never."""
+    """Save and exit with status 0 after a step that is a multiple of this. None means after none."""
     profile: Free[Bool] = False
-    """Write a trace and a table of what some steps take to SAVE/profile/ (docs/gpu.md)."""
+    """Write a trace, and a table of the time that each operation takes, of some steps to the directory
+    ``profile`` in `save` (docs/gpu.md).
+    """
     profile_step_start: Free[PositiveCount] = 10
-    """First step of each stage that is profiled."""
+    """The first step of each stage that is profiled."""
     profile_step_end: Free[PositiveCount] = 12
-    """First step that is not profiled any more."""
+    """The first step that is no longer profiled."""
     profile_ranks: Free[list[Count]] = field(default_factory=lambda: [0])
-    """Ranks that are profiled."""
+    """The ranks that are profiled."""
 
 
 @dataclass(kw_only=True)
 class GpuConfig:
-    """FP8 and fused kernels: Transformer Engine on a GPU only (docs/gpu.md)."""
+    """FP8 and fused kernels; they need a GPU with Transformer Engine (docs/gpu.md)."""
 
-    fp8_format: Said[Optional[Literal["e4m3", "hybrid"]]] = None
-    """Linear layers of the decoder in FP8: `hybrid` has e4m3 forward and e5m2 gradients, `e4m3` both; none is
-    bf16.
+    fp8_format: Logged[Optional[Literal["e4m3", "hybrid"]]] = None
+    """Compute the linear layers of the decoder in FP8: `e4m3` for everything, `hybrid` with e5m2 for
+    gradients. None computes them in bfloat16.
     """
-    fp8_recipe: Said[Literal["delayed", "tensorwise", "blockwise", "mxfp8"]] = "delayed"
-    """How FP8 numbers are scaled: by earlier steps' largest, by the tensor's own, or by blocks (`mxfp8`:
-    Blackwell).
+    fp8_recipe: Logged[Literal["delayed", "tensorwise", "blockwise", "mxfp8"]] = "delayed"
+    """How FP8 tensors are scaled: `delayed` by the largest values of earlier steps, `tensorwise` by the
+    tensor's own largest value, `blockwise` and `mxfp8` by those of blocks (`mxfp8` needs Blackwell).
     """
-    fp8_margin: Said[Annotated[Int, Field(ge=0, le=64)]] = 0
-    """For `delayed`: powers of two left above the largest number seen."""
-    fp8_amax_history_len: Said[Annotated[Int, Field(ge=1, le=65536)]] = 1
-    """For `delayed`: steps whose largest numbers are remembered."""
-    fp8_amax_compute_algo: Said[Literal["most_recent", "max"]] = "most_recent"
-    """For `delayed`: which of the remembered counts."""
-    first_last_layers_bf16: Said[Bool] = False
-    """Leave the first and the last layers in bf16 (not with `delayed`)."""
-    num_layers_at_start_in_bf16: Said[Count] = 1
-    """How many of the first, with `first_last_layers_bf16`."""
-    num_layers_at_end_in_bf16: Said[Count] = 1
-    """How many of the last, with `first_last_layers_bf16`."""
-    moe_router_padding_for_fp8: Said[Bool] = False
-    """Send experts some more tokens, of weight 0, up to what FP8 needs, in place of padding each expert's
-    input.
+    fp8_margin: Logged[Annotated[Int, Field(ge=0, le=64)]] = 0
+    """For `delayed`: the powers of two that are left free above the largest value."""
+    fp8_amax_history_len: Logged[Annotated[Int, Field(ge=1, le=65536)]] = 1
+    """For `delayed`: the number of steps whose largest values are kept."""
+    fp8_amax_compute_algo: Logged[Literal["most_recent", "max"]] = "most_recent"
+    """For `delayed`: whether the largest or the most recent of the kept values decides."""
+    first_last_layers_bf16: Logged[Bool] = False
+    """Compute the first and the last layers of the decoder in bfloat16 (not with `delayed`)."""
+    num_layers_at_start_in_bf16: Logged[Count] = 1
+    """The number of first layers that `first_last_layers_bf16` leaves in bfloat16."""
+    num_layers_at_end_in_bf16: Logged[Count] = 1
+    """The number of last layers that `first_last_layers_bf16` leaves in bfloat16."""
+    moe_router_padding_for_fp8: Logged[Bool] = False
+    """Send each expert additional tokens, of weight 0, up to a number of tokens that FP8 can compute, in
+    place of padding the expert's input.
     """
-    apply_rope_fusion: Said[Optional[Bool]] = None
-    """RoPE in one kernel; none means: with Transformer Engine."""
-    moe_permute_fusion: Said[Optional[Bool]] = None
-    """Tokens sorted by expert in one kernel; none means: with Transformer Engine."""
-    cross_entropy_loss_fusion: Said[Optional[Bool]] = None
-    """Cross-entropy in fused kernels, its gradient in bf16; none means: with Transformer Engine and bf16."""
+    apply_rope_fusion: Logged[Optional[Bool]] = None
+    """Compute RoPE in one kernel. None means that it is on with Transformer Engine."""
+    moe_permute_fusion: Logged[Optional[Bool]] = None
+    """Sort tokens by expert in one kernel. None means that it is on with Transformer Engine."""
+    cross_entropy_loss_fusion: Logged[Optional[Bool]] = None
+    """Compute the cross-entropy in fused kernels, whose gradient is bfloat16. None means that it is on with
+    Transformer Engine and `bf16`.
+    """
 
 
 @dataclass(kw_only=True)
 class CheckpointConfig:
-    """Where a run leaves its state."""
+    """Where a run saves its state, and what it starts from."""
 
     save: Free[Optional[Text]] = None
-    """Output directory; each stage gets a folder of its name in it. None saves nothing."""
+    """The output directory; each stage saves in a subdirectory of its own name. None saves nothing."""
     save_interval: Free[Count] = 0
-    """Steps between checkpoints; 0 saves only when a stage ends."""
+    """Optimizer steps between two checkpoints. 0 saves only at the end of a stage."""
     keep: Free[Count] = 2
-    """Checkpoints kept per stage, newest first; 0 keeps all."""
+    """How many checkpoints of each stage are kept, the newest ones. 0 keeps all."""
     keep_every: Free[Count] = 0
-    """Steps whose multiples are kept besides, for good; 0 none."""
-    pretrained_checkpoint: Said[Optional[Text]] = None
-    """Where the first stage takes its weights from; parts it lacks start fresh and are named."""
+    """Checkpoints of steps that are a multiple of this are kept in addition and never removed. 0 means none.
+    """
+    pretrained_checkpoint: Logged[Optional[Text]] = None
+    """The checkpoint from which the first stage takes its weights. Modules that it lacks start with new
+    weights, and the log names them. None means new weights,
+    unless `load` holds some.
+    """
     load: Free[Optional[Text]] = None
-    """Where to look for what `save` has not: a run's directory (its stages' checkpoints are resumed), or
+    """Where to look for what `save` does not hold yet: the directory of a run, whose stages are resumed, or
     weights for the first stage.
     """
     async_save: Free[Bool] = False
-    """Write checkpoints in the background; a checkpoint counts once all of it is on disk."""
+    """Write checkpoints in the background. A checkpoint is published once all of it is on disk."""
     ckpt_step: Free[Optional[Count]] = None
-    """Resume from this step rather than the newest."""
+    """Resume from the checkpoint of this step. None means from the newest one."""
     allow_changed: Free[Names] = field(default_factory=list)
-    """Fields that may differ from the checkpoint's although they must equal, by their flags' names:
-    ``seed,rotary_base``.
+    """Fields that may differ from the checkpoint's on a resume although they would have to be equal, by the
+    names of their flags: ``seed,rotary_base``.
     """
     allow_changed_data: Free[Bool] = False
-    """Go on where the training samples are others than the checkpoint's; the log says which repeat and which
-    are left out.
+    """Resume although the training samples are not those of the checkpoint. The log tells which samples
+    repeat and which are left out.
     """
 
 
 @dataclass(kw_only=True)
 class LogConfig:
-    """What is reported, and where."""
+    """What is logged, and where."""
 
     log_interval: Free[PositiveCount] = 10
-    """Steps between log lines."""
+    """Optimizer steps between two log lines."""
     tensorboard_dir: Free[Optional[Text]] = None
-    """TensorBoard event files; none writes none."""
+    """Directory of TensorBoard's event files. None writes none."""
     wandb_project: Free[Optional[WandbName]] = None
-    """Setting it turns wandb on (WANDB_MODE=offline works)."""
+    """The wandb project; setting it turns wandb on (also with WANDB_MODE=offline). None logs nothing to
+    wandb.
+    """
     wandb_entity: Free[Optional[WandbName]] = None
-    """wandb team or user."""
+    """The wandb team or user. None means the default of the account."""
     wandb_exp_name: Free[Optional[ShortText]] = None
-    """wandb run name."""
+    """The name of the wandb run. None lets wandb choose one."""
     log_params_norm: Free[Bool] = False
-    """Log the L2 norm of all weights with every log line (a pass over them, and a reduction)."""
+    """Log the L2 norm of all weights with every log line. This reads all weights and reduces over the ranks.
+    """
     moe_metrics_interval: Free[PositiveCount] = 10
-    """Steps between routing metrics (shares by modality, aux loss per layer)."""
+    """Optimizer steps between two measurements of routing: the shares of each expert by modality, and the
+    auxiliary loss of each layer.
+    """

@@ -109,7 +109,7 @@ def changes(before: RunConfig, now: RunConfig, kind: StageKind) -> list[Change]:
 
     Args:
         before, now: both resolved for one stage.
-        kind: the stage's. A must-equal field that such a stage does not use is of class `SAID` here.
+        kind: the stage's. A must-equal field that such a stage does not use is of class `LOGGED` here.
     """
     found = []
     for section, cls in SECTIONS.items():
@@ -128,7 +128,7 @@ def _change(section: str, field: str, before: RunConfig, now: RunConfig, kind: S
     if of_class is OnResume.MUST_EQUAL and not (
         _is_used(section, field, before, kind) or _is_used(section, field, now, kind)
     ):
-        of_class, note = OnResume.SAID, f"of no use to a stage of kind {kind}"
+        of_class, note = OnResume.LOGGED, f"of no use to a stage of kind {kind}"
     return Change(section, field, old, new, of_class, note)
 
 

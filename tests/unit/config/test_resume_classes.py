@@ -7,7 +7,7 @@ from typing import Annotated
 
 import pytest
 
-from megatron_evomoe.config.resume import Fixed, Free, OnResume, Said, on_resume
+from megatron_evomoe.config.resume import Fixed, Free, Logged, OnResume, on_resume
 from megatron_evomoe.config.run import SECTIONS
 
 FIELDS = [(section, f.name) for section in SECTIONS.values() for f in dataclasses.fields(section)]
@@ -24,8 +24,8 @@ def test_classes_are_those_of_the_fields():
     assert {on_resume(train, name) for name in ("seed", "global_batch_size", "trainable")} == {
         OnResume.MUST_EQUAL
     }
-    assert {on_resume(SECTIONS["optimizer"], name) for name in ("lr", "adam_beta1")} == {OnResume.SAID}
-    assert on_resume(train, "micro_batch_size") is OnResume.SAID
+    assert {on_resume(SECTIONS["optimizer"], name) for name in ("lr", "adam_beta1")} == {OnResume.LOGGED}
+    assert on_resume(train, "micro_batch_size") is OnResume.LOGGED
     assert on_resume(log, "log_interval") is OnResume.FREE
 
 
@@ -34,8 +34,8 @@ class Careless:
     plain: int = 0
     constrained: Annotated[int, "no class"] = 0
     twice: Fixed[Free[int]] = 0
-    nested: list[Said[int]] = dataclasses.field(default_factory=list)
-    good: Said[Annotated[int, "a rule"]] = 0
+    nested: list[Logged[int]] = dataclasses.field(default_factory=list)
+    good: Logged[Annotated[int, "a rule"]] = 0
 
 
 @pytest.mark.parametrize("field", ["plain", "constrained", "twice", "nested"])
@@ -45,4 +45,4 @@ def test_a_field_without_exactly_one_is_an_error(field):
 
 
 def test_a_class_goes_together_with_other_metadata():
-    assert on_resume(Careless, "good") is OnResume.SAID
+    assert on_resume(Careless, "good") is OnResume.LOGGED

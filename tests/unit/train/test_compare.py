@@ -101,7 +101,7 @@ def test_what_a_stage_does_not_use_is_said_and_not_refused(kind):
         (change,) = compare.changes(
             tiny_config(kind), with_field(tiny_config(kind), "moe", field, other[field]), kind
         )
-        assert change.kind is OnResume.SAID and kind in change.note
+        assert change.kind is OnResume.LOGGED and kind in change.note
     (change,) = compare.changes(
         tiny_config("evolve"), with_field(tiny_config("evolve"), "moe", "num_experts", 8), "evolve"
     )
