@@ -65,16 +65,24 @@ Program = Forked | subprocess.Popen[bytes]
 
 
 def start(
-    *argv: str, output: Path, errors: Path | None = None, env: dict[str, str] | None = None, cwd: Path = ROOT
+    *argv: str,
+    output: Path,
+    errors: Path | None = None,
+    typed: Path | None = None,
+    env: dict[str, str] | None = None,
+    cwd: Path = ROOT,
 ) -> Program:
     """Start ``python ARGV``: ``-m MODULE …`` or a file. What it prints is appended to `output`; `errors`, if
-    given, takes what goes to stderr.
+    given, takes what goes to stderr. `typed` is a file for stdin.
     """
     env = environment() if env is None else env
+    streams = (typed or Path(os.devnull), output, errors or output)
     if backend.on_gpu():
-        with output.open("ab") as out, (errors or output).open("ab") as err:
-            return subprocess.Popen([sys.executable, *argv], env=env, cwd=cwd, stdout=out, stderr=err)
-    process = _server.Process(target=_main, args=(argv, env, str(cwd), str(output), str(errors or output)))
+        with streams[0].open("rb") as stdin, streams[1].open("ab") as stdout, streams[2].open("ab") as stderr:
+            return subprocess.Popen(
+                [sys.executable, *argv], env=env, cwd=cwd, stdin=stdin, stdout=stdout, stderr=stderr
+            )
+    process = _server.Process(target=_main, args=(argv, env, str(cwd), *map(str, streams)))
     process.start()
     return Forked(process)
 
@@ -117,17 +125,19 @@ def wait(programs: list[Program], timeout: float) -> list[int]:
 def run(
     *argv: str,
     ranks: int = 0,
+    typed: str = "",
     expect: int | None = 0,
     env: dict[str, str] | None = None,
     timeout: float = 600,
 ) -> subprocess.CompletedProcess[str]:
     """Run ``python ARGV``, as `ranks` ranks if given, and check its exit status (1 if any rank failed)."""
     with tempfile.TemporaryDirectory() as folder:
-        output, errors = Path(folder, "output.txt"), Path(folder, "errors.txt")
+        output, errors, stdin = (Path(folder, name) for name in ("output.txt", "errors.txt", "typed.txt"))
+        stdin.write_text(typed)
         if ranks:
             programs = start_ranks(ranks, *argv, output=output, errors=errors, env=env)
         else:
-            programs = [start(*argv, output=output, errors=errors, env=env)]
+            programs = [start(*argv, output=output, errors=errors, typed=stdin, env=env)]
         statuses = wait(programs, timeout)
         said = [path.read_text(errors="replace") if path.exists() else "" for path in (output, errors)]
     status = int(any(statuses)) if ranks else statuses[0]
@@ -158,16 +168,18 @@ def _ports_of_this_worker() -> Iterator[int]:
 _ports = _ports_of_this_worker()
 
 
-def _main(argv: tuple[str, ...], env: dict[str, str], cwd: str, output: str, errors: str) -> None:
+def _main(argv: tuple[str, ...], env: dict[str, str], cwd: str, typed: str, output: str, errors: str) -> None:
     """In the forked process: become ``python ARGV``."""
     import torch
 
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
-    for stream, path in ((sys.stdout, output), (sys.stderr, errors)):
-        with open(path, "ab") as target:
-            os.dup2(target.fileno(), stream.fileno())
+    for number, path, mode in ((0, typed, "rb"), (1, output, "ab"), (2, errors, "ab")):
+        with open(path, mode) as file:
+            os.dup2(file.fileno(), number)
+    sys.stdin = os.fdopen(0, encoding="utf-8")
+    for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(encoding="utf-8", line_buffering=True)
     torch.set_num_threads(1)
     if argv[0] == "-m":

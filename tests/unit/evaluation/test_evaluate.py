@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,6 +12,7 @@ from megatron_evomoe.cli import main
 from megatron_evomoe.evaluation.item import BenchmarkError
 from megatron_evomoe.evaluation.registry import BENCHMARKS
 from megatron_evomoe.evaluation.score_report import report
+from tests import programs
 
 from . import helpers
 
@@ -64,10 +61,6 @@ def alone(pope, model_dir, tmp_path_factory):
     return output
 
 
-def environment():
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-
-
 def lines(output):
     return [
         json.loads(line)
@@ -93,43 +86,21 @@ def test_a_batch_answers_as_single_questions_do(alone, pope, model_dir, tmp_path
 
 
 def test_killed_then_finished_by_two_ranks(alone, pope, model_dir, tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, "-m", "megatron_evomoe", *arguments(model_dir, *pope, tmp_path, "--batch-size", 1)],
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    one_by_one = arguments(model_dir, *pope, tmp_path, "--batch-size", 1)
+    process = programs.start("-m", "megatron_evomoe", *one_by_one, output=tmp_path / "log.txt")
     path = tmp_path / "answers" / "rank-00000.jsonl"
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not (path.exists() and path.read_bytes().count(b"\n") >= 3):
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.wait()
     whole = path.read_bytes().count(b"\n")
     assert 3 <= whole < QUESTIONS
     assert not (tmp_path / "metrics.json").exists()
     with open(path, "ab") as file:
         file.write(b'{"id": "random/149", "answer": "to')
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "megatron_evomoe",
-    ]
-    finished = subprocess.run(
-        [*torchrun, *arguments(model_dir, *pope, tmp_path, "--batch-size", 7)],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert finished.returncode == 0, finished.stderr
+    in_batches = arguments(model_dir, *pope, tmp_path, "--batch-size", 7)
+    finished = programs.run("-m", "megatron_evomoe", *in_batches, ranks=2, timeout=120)
     assert finished.stdout.count("yes_ratio") == 2  # told once: among the means, and as a column
     assert sorted(p["id"] for p in lines(tmp_path)) == sorted(
         f"random/{n}" for n in range(1, QUESTIONS + 1)

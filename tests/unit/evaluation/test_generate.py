@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +10,7 @@ import pytest
 from megatron_evomoe.cli import main
 from megatron_evomoe.generate.dialogue import Conversation
 from megatron_evomoe.generate.loading import ModelError, load
+from tests import programs
 
 from . import helpers
 
@@ -20,16 +18,8 @@ ROOT = Path(__file__).parents[3]
 
 
 def run(*args, typed=""):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, "-m", "megatron_evomoe", "generate", *map(str, args)],
-        cwd=ROOT,
-        env=environment,
-        input=typed,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    argv = ("-m", "megatron_evomoe", "generate", *map(str, args))
+    return programs.run(*argv, typed=typed, expect=None, timeout=60)
 
 
 @pytest.fixture(scope="module")

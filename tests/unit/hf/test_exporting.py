@@ -21,6 +21,7 @@ from megatron_evomoe.hf.to_hf import hub, verify_export
 from megatron_evomoe.hf.to_hf.config_files import stock_text_config
 from megatron_evomoe.hf.to_hf.exporting import Request, export_model
 from megatron_evomoe.hf.to_hf.origin import find_checkpoint
+from tests import programs
 from tests.parity.export_models import CUSTOM, saved_model
 
 pytest.importorskip(
@@ -58,10 +59,8 @@ def request(saved, out, **values):
 
 
 def run_tool(*argv):
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_ENDPOINT": "http://127.0.0.1:9"}
-    return subprocess.run(
-        [sys.executable, str(TOOL), *map(str, argv)], capture_output=True, text=True, env=env
-    )
+    nowhere = programs.environment(HF_ENDPOINT="http://127.0.0.1:9")
+    return programs.run(str(TOOL), *map(str, argv), env=nowhere, expect=None)
 
 
 def test_everything_a_directory_needs_is_there(saved, tmp_path):

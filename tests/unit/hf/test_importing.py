@@ -5,9 +5,7 @@ behind.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +17,7 @@ from megatron_evomoe.checkpoint.stream import CheckpointReader
 from megatron_evomoe.config import ConfigError, from_mapping, load_config
 from megatron_evomoe.data.tokenizer import build_tokenizer, train_sentencepiece
 from megatron_evomoe.hf.from_hf.importing import Request, describe, import_model
+from tests import programs
 from tests.unit.data import helpers
 from tests.unit.hf.sources import LLAVA, TEXT, TOWER, part, tensors, write
 from tests.unit.hf.test_canonical_names import NAMINGS
@@ -551,13 +550,7 @@ def test_no_network(tmp_path, monkeypatch):
 
 
 def tool(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "tools" / "convert_from_hf.py"), *arguments],
-        text=True,
-        capture_output=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
+    return programs.run(str(ROOT / "tools" / "convert_from_hf.py"), *arguments, expect=None)
 
 
 def test_the_command(tmp_path):
