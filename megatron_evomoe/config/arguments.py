@@ -1,6 +1,4 @@
-"""Numbers on the command line: types for argparse that refuse what lies outside a range, by the argument's
-name.
-"""
+"""Types for argparse: numbers within a range; the message of an error names the argument."""
 
 from __future__ import annotations
 
@@ -11,18 +9,18 @@ from collections.abc import Callable
 
 
 def whole(low: int, high: int = 2**31 - 1) -> Callable[[str], int]:
-    """A whole number from `low` to `high`, in decimal digits."""
+    """A type for argparse: a whole number from `low` to `high`, in decimal digits."""
 
     def read(text: str) -> int:
         if not re.fullmatch(r"[-+]?[0-9]{1,20}", text.strip()):
-            raise argparse.ArgumentTypeError(f"{_shown(text)} is no whole number")
+            raise argparse.ArgumentTypeError(f"{_shown(text)} is not a whole number")
         return _within(int(text), low, high)
 
     return read
 
 
 def number(low: float, high: float = 1e12, *, above: bool = False) -> Callable[[str], float]:
-    """A finite number from `low` to `high`; with `above`, `low` itself is refused."""
+    """A type for argparse: a finite number from `low` to `high`; with `above`, not `low` itself."""
 
     def read(text: str) -> float:
         try:
@@ -30,7 +28,7 @@ def number(low: float, high: float = 1e12, *, above: bool = False) -> Callable[[
         except ValueError:
             value = math.nan
         if not math.isfinite(value):
-            raise argparse.ArgumentTypeError(f"{_shown(text)} is no finite number")
+            raise argparse.ArgumentTypeError(f"{_shown(text)} is not a finite number")
         if above and value <= low:
             raise argparse.ArgumentTypeError(f"must be more than {low:g}, got {value:g}")
         return _within(value, low, high)

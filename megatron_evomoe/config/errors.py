@@ -6,4 +6,4 @@ from megatron_evomoe.errors import UserError
 
 
 class ConfigError(UserError, ValueError):
-    """A configuration that cannot be run; the message names the value, the rule and the remedy."""
+    """The configuration cannot be run; the message names the value, the rule and the remedy."""

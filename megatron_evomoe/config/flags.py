@@ -1,4 +1,4 @@
-"""Command-line flags, one per field."""
+"""Command-line flags: one for each field of the configuration."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from megatron_evomoe.config.run import FLAT, SECTIONS
 from megatron_evomoe.config.types import from_flag, takes_only_bool
 
-# Megatron's own spelling of these two
+# the spelling of these two flags in Megatron-LM
 _ALIASES = {
     name: (f"--{name.replace('_', '-').replace('opt-param', 'opt_param')}",)
     for name in ("override_opt_param_scheduler", "use_checkpoint_opt_param_scheduler")
@@ -19,7 +19,7 @@ _ALIASES = {
 
 
 def add_flags(parser: Any) -> None:
-    """One flag per field, with the field's own words as help. Values stay text until `flags_from`."""
+    """Add one flag for each field to a parser, with its doc as help; `flags_from` reads the values."""
     for key, (section, name) in FLAT.items():
         words = field_docs(SECTIONS[section]).get(name, "")
         alone = {"nargs": "?", "const": "true"} if takes_only_bool(SECTIONS[section], name) else {}
@@ -35,8 +35,10 @@ def add_flags(parser: Any) -> None:
 
 
 def flags_from(args: Any) -> dict[str, Any]:
-    """The flags that were given, as flat names to values. Raises `ConfigError` for text that cannot be
-    read.
+    """The flags that were given, as flat names to values.
+
+    Raises:
+        ConfigError: the text of a flag is not a value of its field's type.
     """
     given = {k[4:]: v for k, v in vars(args).items() if k.startswith("cfg_") and v is not None}
     return {key: _value(key, text) for key, text in given.items()}
@@ -51,7 +53,7 @@ def _value(key: str, given: Any) -> Any:
 
 @functools.cache
 def field_docs(cls: type) -> dict[str, str]:
-    """The string under each field, read from the source."""
+    """The string under each field of a dataclass, read from its source."""
     body = ast.parse(inspect.cleandoc(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
     docs = {}
     for statement, following in itertools.pairwise(body):

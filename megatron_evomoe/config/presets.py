@@ -1,9 +1,10 @@
 """Named model shapes: values for the `language` and `vision` sections of a configuration.
 
-A preset is a language model with the paper's CLIP-L/336; ``NAME+TOWER`` puts another tower of
-`VISION_PRESETS` before it (``qwen-1.8b+siglip-l-384``). A configuration's own `language` and `vision` values
-go over the preset's. ``vocab_size`` is the published model's, padding of its embedding included; each source
-is that repository's ``config.json`` on Hugging Face.
+A preset is a language model with the paper's vision tower, CLIP-L/336; ``NAME+TOWER`` is the same with
+another tower of `VISION_PRESETS` (``qwen-1.8b+siglip-l-384``). Values of the configuration's own `language`
+and `vision` sections override the preset's. ``vocab_size`` is that of the published model and includes the
+padding of its embedding. The source of each preset is the ``config.json`` of the named repository on Hugging
+Face.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""From YAML and flags to a checked `RunConfig`."""
+"""Reads YAML and flags into a checked `RunConfig`."""
 
 from __future__ import annotations
 
@@ -25,11 +25,15 @@ _MOST_STAGES = 1000
 
 
 def load_config(path: str | Path | None, flags: dict[str, Any] | None = None) -> RunConfig:
-    """Read a YAML file (config/text.py), put `flags` (flat names) over it, and check the result.
+    """Read a YAML file, let `flags` override its values, and check the result.
+
+    Args:
+        path: a YAML file (config/text.py); None reads the flags alone.
+        flags: flat field names to values (`config.flags.flags_from`).
 
     Raises:
-        ConfigError: the file cannot be read or is no mapping, a key is unknown (names the nearest), a value
-            has the wrong type or lies outside its range, or fields contradict each other.
+        ConfigError: the file cannot be read or is not a mapping, a key is unknown, a value has the wrong type
+            or lies outside its range, or fields contradict each other.
     """
     return from_mapping(_sections_of(path) if path is not None else {}, flags)
 
@@ -44,8 +48,14 @@ def _sections_of(path: str | Path) -> dict[str, Any]:
 
 
 def from_mapping(raw: dict[str, Any], flags: dict[str, Any] | None = None) -> RunConfig:
-    """Sections (and `preset`, `stages`) plus flat flags to a checked `RunConfig`. Raises `ConfigError` as
-    `load_config` does.
+    """A checked `RunConfig` of the content of a file and of flags.
+
+    Args:
+        raw: sections by name, and `preset` and `stages`.
+        flags: as for `load_config`.
+
+    Raises:
+        ConfigError: as for `load_config`.
     """
     if not isinstance(raw, dict):
         raise ConfigError(f"a configuration must be a mapping of sections, got {shown(raw)}")
@@ -56,9 +66,8 @@ def from_mapping(raw: dict[str, Any], flags: dict[str, Any] | None = None) -> Ru
     if preset is not None:
         for section, values in _preset(preset).items():
             layers[section].update(values)
-        preset = (
-            preset if preset in PRESETS else None
-        )  # a file may be gone when this configuration is read again
+        # a preset's file is not recorded: it may be gone when this configuration is read again
+        preset = preset if preset in PRESETS else None
     for section in SECTIONS:
         layers[section].update(_section(section, raw.get(section)))
     _refuse_unknown(flags, FLAT, "flag")
@@ -68,7 +77,7 @@ def from_mapping(raw: dict[str, Any], flags: dict[str, Any] | None = None) -> Ru
     sections = {name: _build(name, values) for name, values in layers.items()}
     _refuse_unknown(sections["checkpoint"].allow_changed, FLAT, "field in allow_changed:")
     stages = _stages(raw.get("stages"))
-    for stage in stages:  # a flag on the command line wins over a stage's own value too
+    for stage in stages:  # a flag overrides the values of stages too
         stage.overrides = {k: v for k, v in stage.overrides.items() if k not in flags}
     config = RunConfig(preset=preset, stages=stages, **sections)
     config.check()
@@ -78,7 +87,7 @@ def from_mapping(raw: dict[str, Any], flags: dict[str, Any] | None = None) -> Ru
 
 
 def _section(section: str, values: Any, where: str = "") -> dict[str, Any]:
-    """The fields given for a section; nothing at all gives none."""
+    """The fields that a section gives; an empty section gives none."""
     if values is not None and not isinstance(values, dict):
         raise ConfigError(f"section {section!r}{where} must be a mapping of fields, got {shown(values)}")
     _refuse_unknown(
@@ -88,7 +97,7 @@ def _section(section: str, values: Any, where: str = "") -> dict[str, Any]:
 
 
 def _preset(name: Any) -> dict[str, dict[str, Any]]:
-    """Sections of a named preset, or of a YAML file that holds the sections of a model alone."""
+    """The sections of a named preset, or of a YAML file that holds sections of a model only."""
     if not isinstance(name, str):
         raise ConfigError(f"preset must be a name or a YAML file, got {shown(name)}")
     if name in PRESETS:
@@ -112,14 +121,14 @@ def _stages(entries: Any) -> list[StageConfig]:
         raise ConfigError(f"stages must be a list, [{{name: align, …}}, …], got {shown(entries)}")
     if len(entries or []) > _MOST_STAGES:
         raise ConfigError(
-            f"stages lists {len(entries)} stages, and at most {_MOST_STAGES} are read; make it several runs"
+            f"stages lists {len(entries)} stages, and at most {_MOST_STAGES} are read; divide them into "
+            "several runs"
         )
     stages = [_build_stage(entry) for entry in entries or []]
-    for name, times in Counter(
-        stage.name.lower() for stage in stages
-    ).items():  # some file systems take Align for align
+    # in lower case, because some file systems do not distinguish Align from align
+    for name, times in Counter(stage.name.lower() for stage in stages).items():
         if times > 1:
-            raise ConfigError(f"stage names must be unique, and {name!r} is there {times} times")
+            raise ConfigError(f"stage names must be unique, and {name!r} appears {times} times; rename them")
     return stages
 
 
@@ -142,7 +151,11 @@ def _build_stage(entry: Any) -> StageConfig:
 
 
 def coerce(section: str, name: str, value: Any, where: str = "") -> Any:
-    """`value` as the field's type, ranges included. Raises `ConfigError`."""
+    """`value` as the type of a field, which includes its range.
+
+    Raises:
+        ConfigError: the value is not of that type; the message begins with `where` and the field's name.
+    """
     return validated(SECTIONS[section], name, value, f"{where}{section}.{name}")
 
 

@@ -1,4 +1,4 @@
-"""A run: its sections, its stages, and the flat names by which flags and stages address fields."""
+"""The configuration of a run: its sections, its stages, and the flat names of fields for flags and stages."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ MODEL_SECTIONS = ("language", "vision", "moe")
 
 @dataclass(kw_only=True)
 class StageConfig:
-    """One stage of the recipe; every other key of its mapping overrides a field of `STAGE_SECTIONS`."""
+    """One stage of the recipe. Other keys of its mapping override fields of the sections `STAGE_SECTIONS`."""
 
     name: StageName
-    """Folder and log name; unique."""
+    """The name of the stage in logs, and of its directory; unique among the stages."""
     kind: StageKind
-    """What the stage does (config/recipe.py); defaults to the name."""
+    """What the stage does (config/recipe.py). By default the kind that its name names."""
     load: Optional[Text] = None
-    """Checkpoint directory it starts from; none means the stage before it in the list."""
+    """The checkpoint directory, or the earlier stage, that it starts from. None means the stage before it."""
     overrides: dict[str, Any] = field(default_factory=dict)
-    """Flat field name -> value."""
+    """Flat field names to the values that the stage overrides."""
 
 
 @dataclass(kw_only=True)
 class RunConfig:
-    """Everything one run needs. Build it with `load_config` or `from_mapping`."""
+    """The configuration of one run; `load_config` and `from_mapping` build it."""
 
     preset: Optional[str] = None
-    """Named model shape, or a YAML file of `language`, `vision` and `moe` (as the importer writes); its
-    values come before the file's own.
+    """A named model shape, or a YAML file with the sections `language`, `vision` and `moe` (as the importer
+    writes it). Values of the configuration itself override those of the preset.
     """
     language: LanguageConfig = field(default_factory=LanguageConfig)
     vision: VisionConfig = field(default_factory=VisionConfig)
@@ -96,7 +96,7 @@ class RunConfig:
         return config
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data that `from_mapping` takes back."""
+        """The configuration as plain data, which `from_mapping` reads back."""
         out = dataclasses.asdict(self)
         out["stages"] = [
             {"name": s.name, "kind": s.kind.value, **({"load": s.load} if s.load else {}), **s.overrides}

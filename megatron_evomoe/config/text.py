@@ -1,9 +1,9 @@
-"""YAML as configurations use it: mappings, lists and scalars, each key once, and bounded in every direction.
+"""The YAML of configurations: mappings, lists and scalars, each key once, of bounded size and depth.
 
-Scalars are read as YAML 1.2 reads them, because YAML 1.1 is silently surprising: there ``010`` is 8, ``1:30``
-is 90, ``2024-01-01`` is no text, and ``1e-5`` is no number. Here ``1e-5`` is a number, and the other three
-are text, which no number's field takes. (``yes``, ``no``, ``on`` and ``off`` still mean true and false.)
-`dump` quotes whatever either version would not read as text.
+Scalars are read as YAML 1.2 reads them, because YAML 1.1 converts some of them unexpectedly: it reads ``010``
+as 8, ``1:30`` as 90, ``2024-01-01`` as a date and ``1e-5`` as text. Here ``1e-5`` is a number, and the other
+three are text, which a number's field refuses. (``yes``, ``no``, ``on`` and ``off`` still mean true and
+false.) `dump` quotes each text that either version would read as something else.
 """
 
 from __future__ import annotations
@@ -23,10 +23,8 @@ MAX_VALUES = 100_000
 MAX_DEPTH = 16
 
 _VARIABLE = re.compile(r"\$\{(?P<name>[A-Za-z_]\w*)(?::-(?P<default>[^}\n]*))?\}")
-_OPEN, _CLOSE = (
-    "\ue000",
-    "\ue001",
-)  # around the number of a variable while YAML is read; from Unicode's private area
+# around the number of a variable while YAML is parsed; from Unicode's private use area
+_OPEN, _CLOSE = "\ue000", "\ue001"
 _PLACE = re.compile(f"{_OPEN}([0-9]+){_CLOSE}")
 
 _BOOL = re.compile(r"yes|Yes|YES|no|No|NO|true|True|TRUE|false|False|FALSE|on|On|ON|off|Off|OFF")
@@ -39,19 +37,28 @@ _NULL = re.compile(r"~|null|Null|NULL|")
 
 
 def read_file(path: str | Path) -> Any:
-    """What a YAML file holds, ``${NAME}`` and ``${NAME:-default}`` replaced by the environment's values.
+    """The data of a YAML file, with ``${NAME}`` and ``${NAME:-default}`` replaced by environment variables.
 
-    A variable's value is one scalar, or a part of one: it never adds keys, lists or comments to the file.
+    The value of a variable is one scalar, or part of one: it cannot add keys, lists or comments to the file.
 
     Raises:
-        ConfigError: the file cannot be read, is no UTF-8, too large, or not of the kind that this module
-            reads.
+        ConfigError: the file cannot be read, is not UTF-8, is too large, or contains YAML that this module
+            refuses.
     """
     return load(_text_of(path), f"config file {path}", variables=True)
 
 
 def load(text: str, source: str, *, variables: bool = False, scalars_are_text: bool = False) -> Any:
-    """Plain data of a YAML text. Raises `ConfigError`, whose message begins with `source`."""
+    """The data of a YAML text.
+
+    Args:
+        source: what the text is, for messages.
+        variables: replace ``${NAME}`` by environment variables.
+        scalars_are_text: read every scalar as text.
+
+    Raises:
+        ConfigError: the text is not valid YAML, or contains YAML that this module refuses.
+    """
     found: list[re.Match[str]] = []
     if variables and _OPEN not in text and _CLOSE not in text:
         found = list(_VARIABLE.finditer(text))
@@ -69,8 +76,9 @@ def load(text: str, source: str, *, variables: bool = False, scalars_are_text: b
 
 
 def dump(data: Any) -> str:
-    """YAML text from which `read_file` makes `data` again (unless texts in it hold ``${``, which `types.Text`
-    refuses).
+    """The YAML text of `data`, which `read_file` reads back.
+
+    A text that contains ``${`` would be read back as a variable; `types.Text` refuses such texts.
     """
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False)
 
@@ -78,7 +86,7 @@ def dump(data: Any) -> str:
 def _text_of(path: str | Path) -> str:
     try:
         mode = os.stat(path).st_mode
-        if not stat.S_ISREG(mode):  # a pipe would wait for ever, and a device may never end
+        if not stat.S_ISREG(mode):  # reading a pipe could block, and a device may be endless
             kind = "a directory" if stat.S_ISDIR(mode) else "a pipe or a device"
             raise ConfigError(f"config file {path} is {kind}; give a plain file")
         with open(path, "rb") as file:
@@ -91,8 +99,8 @@ def _text_of(path: str | Path) -> str:
         raise ConfigError(f"config file {str(path)[:200]!r} cannot be read: {error}") from None
     if len(data) > MAX_BYTES:
         raise ConfigError(
-            f"config file {path} is larger than {MAX_BYTES} bytes; name data by folders, globs or brace "
-            "ranges"
+            f"config file {path} is larger than {MAX_BYTES} bytes; name data by directories, glob patterns "
+            "or brace ranges"
         )
     try:
         return data.decode("utf-8-sig")
@@ -101,8 +109,8 @@ def _text_of(path: str | Path) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses tags, keys that are there twice or are no text, values without end, and nesting beyond
-    `MAX_DEPTH`.
+    """Refuses tags, repeated keys, keys that are not text, and more than `MAX_VALUES` values or `MAX_DEPTH`
+    levels.
     """
 
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
@@ -112,9 +120,8 @@ class _Loader(yaml.SafeLoader):
         super().__init__(text)
         self.variables: list[re.Match[str]] = []
         self._depth = 0
-        self._extent: dict[
-            int, tuple[int, int]
-        ] = {}  # of a finished node: values, and levels below it; aliases written out
+        # id of a finished node to its number of values and of levels, aliases counted as what they stand for
+        self._extent: dict[int, tuple[int, int]] = {}
 
     def _refuse(self, node: Any, what: str) -> None:
         raise ConfigError(f"{self.source}, line {node.start_mark.line + 1}: {what}")
@@ -171,12 +178,12 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             if key.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"):
                 self._refuse(
-                    key, f"the key {str(key.value)[:80]!r} is no text; keys are names of sections and fields"
+                    key, f"the key {str(key.value)[:80]!r} is not text; keys are names of sections and fields"
                 )
             if key.value in lines:
                 self._refuse(
                     key,
-                    f"{key.value[:80]!r} is there twice in one mapping (before on line {lines[key.value]}); "
+                    f"{key.value[:80]!r} appears twice in one mapping (first on line {lines[key.value]}); "
                     "keep one",
                 )
             lines[key.value] = key.start_mark.line + 1
@@ -184,13 +191,13 @@ class _Loader(yaml.SafeLoader):
 
 
 class _TextLoader(_Loader):
-    """Every scalar is text."""
+    """Reads every scalar as text."""
 
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
 
 
 class _Dumper(yaml.SafeDumper):
-    """YAML 1.1's resolvers, and ours besides, decide what needs quotes."""
+    """Quotes what either the resolvers of YAML 1.1 or ours would not read as text."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True

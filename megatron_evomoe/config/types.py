@@ -1,8 +1,9 @@
-"""The types of fields, ranges included, and how a value that does not fit is told.
+"""The types of fields with their ranges, and the messages about values that do not fit them.
 
-Nothing is converted silently: true is no number, 1.0 is no whole number, 7 is no text. The one exception:
-text in exponent notation (``"1e-5"``) is a number, because YAML 1.1, and what other programs write with it,
-takes ``1e-5`` for text.
+No value is converted silently: true is not a number, 1.0 is not a whole number, 7 is not text. The one
+    exception
+is text in exponent notation (``"1e-5"``), which is read as a number, because programs that follow YAML 1.1
+quote ``1e-5``.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, Strict, StringConst
 from megatron_evomoe.config import text
 from megatron_evomoe.config.errors import ConfigError
 
-_LARGEST = 2**31 - 1  # what every counter, tensor size and file name here can hold
+_LARGEST = 2**31 - 1  # every counter, tensor size and file name can hold this number
 _EXPONENT = re.compile(r"[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+")
 
 
@@ -48,11 +49,11 @@ def _stage_name(value: str) -> str:
         or len(value.encode()) > 100
     ):
         raise ValueError(
-            'names a folder: at most 100 bytes, none of / \\ : * ? " < > |, not . - ~ first, no blank at an '
-            "end"
+            'names a directory: use at most 100 bytes, none of / \\ : * ? " < > |, none of . - ~ at the '
+            "start and no blank at either end"
         )
     if value.lower() in ("profile", "vision_features"):
-        raise ValueError("is the name of another folder of a run; choose another name")
+        raise ValueError("is the name of another directory of a run; choose another name")
     return value
 
 
@@ -70,23 +71,23 @@ Size = Annotated[Int, Field(ge=1, le=2**24)]
 """The size of a tensor along one axis, in elements."""
 ZeroOrOne = Annotated[Int, Field(ge=0, le=1)]
 Few = Annotated[Int, Field(ge=1, le=4096)]
-"""Layers, experts, ranks."""
+"""A number of layers, experts or ranks."""
 Seed = Annotated[Int, Field(ge=0, le=2**32 - 1)]
-"""NumPy's limit; beyond it two seeds could draw the same."""
+"""NumPy takes seeds of 32 bits."""
 
 Float = Annotated[float, BeforeValidator(_exponent), Strict(), Field(allow_inf_nan=False)]
 Share = Annotated[Float, Field(ge=0, le=1)]
 PositiveShare = Annotated[Float, Field(gt=0, le=1)]
 Decay = Annotated[Float, Field(ge=0, lt=1)]
 Epsilon = Annotated[Float, Field(ge=1e-37, lt=1)]
-"""Not 0 in fp32."""
+"""A positive number that float32 can hold."""
 Deviation = Annotated[Float, Field(gt=0, le=100)]
 Rate = Annotated[Float, Field(ge=0, le=1000)]
-"""A learning rate, or the rate of weight decay."""
+"""A learning rate, or a coefficient of weight decay."""
 Coefficient = Annotated[Float, Field(ge=0, le=1e6)]
 Factor = Annotated[Float, Field(gt=0, le=1e6)]
 Minutes = Annotated[Float, Field(ge=0.001, le=525_600)]
-"""A millisecond, below which time limits round to 0, to a year."""
+"""From 0.06 seconds, below which time limits would round to 0, to a year."""
 Range = tuple[Share, Share]
 
 Text = Annotated[str, Strict(), StringConstraints(min_length=1, max_length=4096), AfterValidator(_plain_text)]
@@ -96,7 +97,11 @@ WandbName = Annotated[ShortText, AfterValidator(_wandb_name)]
 
 
 def validated(section: type, field: str, value: Any, name: str) -> Any:
-    """`value` as `field` of a section holds it. Raises `ConfigError`, which calls the field `name`."""
+    """`value` as the type of a section's field.
+
+    Raises:
+        ConfigError: the value is not of that type; the message calls the field `name`.
+    """
     try:
         return _adapter(section, field).validate_python(value)
     except pydantic.ValidationError as error:
@@ -107,10 +112,10 @@ def validated(section: type, field: str, value: Any, name: str) -> Any:
 
 
 def from_flag(section: type, field: str, given: str) -> Any:
-    """What a flag's text means for a field of that type.
+    """The value that the text of a flag means for the type of a section's field.
 
-    Text stays what was typed, and so do the items of a list of texts (``[a, b]``); everything else is read as
-    in a file. ``null``, ``~`` and nothing at all (``--load ""``) mean none where the field may be none.
+    A text, and each item of a list of texts (``[a, b]``), is taken as typed; other values are read as in a
+    file. ``null``, ``~`` and the empty text (``--load ""``) mean none where the field may be none.
     """
     kinds = _kinds(_hints(section)[field])
     if type(None) in kinds and given in ("", "~", "null"):
@@ -125,12 +130,12 @@ def from_flag(section: type, field: str, given: str) -> Any:
 
 
 def takes_only_bool(section: type, field: str) -> bool:
-    """Whether a flag may stand without a value."""
+    """Whether the flag of a field may stand without a value, which means true."""
     return _kinds(_hints(section)[field]) <= {bool, type(None)}
 
 
 def shown(value: Any) -> str:
-    """`value` for a message: one line, not too long."""
+    """`value` for a message, in one line of limited length."""
     try:
         written = repr(value)
     except (RecursionError, ValueError):  # ValueError: a whole number of more digits than Python writes
@@ -139,7 +144,7 @@ def shown(value: Any) -> str:
 
 
 def nearest(word: Any, known: Iterable[str]) -> str:
-    """`` (did you mean 'x'?)``, or nothing."""
+    """The hint `` (did you mean 'x'?)`` for the known word most like `word`; empty if none is like it."""
     close = (
         difflib.get_close_matches(word[:100], list(known), n=1, cutoff=0.4) if isinstance(word, str) else []
     )
@@ -157,7 +162,7 @@ def _adapter(section: type, field: str) -> pydantic.TypeAdapter[Any]:
 
 
 def _kinds(hint: Any) -> set[Any]:
-    """The types of a union, without their metadata; a choice of words counts as text."""
+    """The types of a union without their metadata; a `Literal` counts as the types of its values."""
     origin = typing.get_origin(hint)
     if origin is Annotated:
         return _kinds(typing.get_args(hint)[0])
@@ -190,7 +195,7 @@ _RULES = {
 
 
 def _rule(errors: list[Any], value: Any) -> str:
-    deepest = max(len(error["loc"]) for error in errors)  # of a union, the kind that came furthest
+    deepest = max(len(error["loc"]) for error in errors)  # the member of a union that validated furthest
     told: dict[str, None] = {}
     for error in (e for e in errors if len(e["loc"]) == deepest):
         rule = _RULES.get(error["type"], error["msg"]).format(**error.get("ctx", {}))

@@ -90,13 +90,13 @@ def test_scalars(written, value):
 @pytest.mark.parametrize(
     ("written", "message"),
     [
-        ("a: 1\nb: 2\na: 3", "line 3: 'a' is there twice in one mapping (before on line 1)"),
-        ("a: {b: {c: 1, c: 1}}", "'c' is there twice"),
+        ("a: 1\nb: 2\na: 3", "line 3: 'a' appears twice in one mapping (first on line 1)"),
+        ("a: {b: {c: 1, c: 1}}", "'c' appears twice"),
         ("a: &x [*x]", "*x lies inside the value that it stands for"),
         ("a: !!python/object/apply:os.system [id]", "python/object/apply:os.system is not read"),
         ("a: !!int x", "is not read"),
-        ("5: a", "the key '5' is no text"),
-        ("? [a]\n: b", "is no text"),
+        ("5: a", "the key '5' is not text"),
+        ("? [a]\n: b", "is not text"),
         ("--- a\n--- b", "expected a single document"),
         ("[" * 10_000, "nested deeper than 16 levels"),
         ("- " * 10_000, "nested deeper than 16 levels"),

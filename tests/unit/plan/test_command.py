@@ -111,8 +111,8 @@ def test_errors_are_one_line(run_yaml, capsys, flags, message):
     [
         (["--gpu-memory", "0"], "argument --gpu-memory: must be more than 0, got 0"),
         (["--nnodes", "-1"], "argument --nnodes: must be at least 1, got -1"),
-        (["--tflops", "nan"], "argument --tflops: 'nan' is no finite number"),
-        (["--top", "1.5"], "argument --top: '1.5' is no whole number"),
+        (["--tflops", "nan"], "argument --tflops: 'nan' is not a finite number"),
+        (["--top", "1.5"], "argument --top: '1.5' is not a whole number"),
         (["--train-iters"], "argument --train-iters: expected one argument"),
         (["--train-iter", "5"], "unrecognized arguments: --train-iter 5 (did you mean --train-iters?)"),
     ],
