@@ -1,6 +1,4 @@
-"""Training data that is other than what a checkpoint was trained on: in what, and what going on with it would
-mean.
-"""
+"""Describes how the training data differs from that of a checkpoint, and what a resume on it would mean."""
 
 from __future__ import annotations
 
@@ -12,29 +10,31 @@ import numpy as np
 from megatron_evomoe.data.order import SampleOrder
 
 Shard = tuple[str, int, str]
-"""File name, samples, digest: an entry of `ShardDataset.contents`."""
+"""File name, number of samples, digest: an entry of `ShardDataset.contents`."""
 
-_NAMED = 3  # shards a message names
-# samples up to which repeated and lost ones are counted: the orders of 10^8 take 2 GB and half a minute
+_NAMED = 3  # shards that a message names
+# samples up to which repeated and lost samples are counted; the orders of 10^8 samples take 2 GB and 30
+# seconds
 _COUNTED = 50_000_000
 
 
 def differences(before: Sequence[Shard], now: Sequence[Shard]) -> list[str]:
-    """What differs, in words, shard by shard; nothing where both hold the same samples in the same order,
-    whatever files are called.
+    """The differences of two data sets in words, shard by shard.
+
+    The list is empty where both hold the same samples in the same order, whatever the files are called.
     """
     if [s[2] for s in before] == [s[2] for s in now]:
         return []
     gone, new = _less(before, now), _less(now, before)
     if not gone and not new:
         return [f"the same {len(now)} shards in another order"]
-    renewed: dict[str, list[int]] = {}  # two folders may each have a shard of one name
+    renewed: dict[str, list[int]] = {}  # two directories may each have a shard of one name
     for name, count, _ in new:
         renewed.setdefault(name, []).append(count)
     found = []
     for name, count, _ in gone:
         if not renewed.get(name):
-            found.append(f"{name} ({count} samples) is not there any more")
+            found.append(f"{name} ({count} samples) is gone")
         elif (other := renewed[name].pop(0)) != count:
             found.append(f"{name} holds {other} samples, {count} before")
         else:
@@ -44,7 +44,7 @@ def differences(before: Sequence[Shard], now: Sequence[Shard]) -> list[str]:
 
 
 def _less(some: Sequence[Shard], others: Sequence[Shard]) -> list[Shard]:
-    """Those of `some` whose digest `others` lack, counted as often as it occurs."""
+    """The shards of `some` whose digest `others` do not have, or have less often."""
     there = collections.Counter(digest for _, _, digest in others)
     left = []
     for shard in some:
@@ -58,20 +58,20 @@ def _less(some: Sequence[Shard], others: Sequence[Shard]) -> list[Shard]:
 def meaning(
     before: Sequence[Shard], before_seed: int, now: Sequence[Shard], now_seed: int, position: int
 ) -> str:
-    """What it means to go on at `position` in another order, in words: which samples of the epoch repeat,
-    which are left out.
+    """What it means to resume at `position` in another order, in words.
+
+    The text tells how many samples of the epoch repeat and how many are left out.
     """
     old = SampleOrder(sum(count for _, count, _ in before), before_seed)
     new = SampleOrder(sum(count for _, count, _ in now), now_seed)
     where = (
         f"position {position} lies in epoch {old.epoch(position)} of {old.num_samples} samples before, in "
-        "epoch "
-        f"{new.epoch(position)} of {new.num_samples} now"
+        f"epoch {new.epoch(position)} of {new.num_samples} now"
     )
     if max(old.num_samples, new.num_samples) > _COUNTED:
         return (
-            f"{where}; from there the order is another, so samples of this epoch repeat and others are "
-            "left out of it"
+            f"{where}; from there on the order differs, so some samples of this epoch repeat and others are "
+            "left out"
         )
     numbers = _numbers(before, now)
     order = numbers[old.permutation(old.epoch(position))]
@@ -81,14 +81,13 @@ def meaning(
     lost = (~np.isin(unseen[unseen >= 0], coming)).sum()
     unknown = new.num_samples - (numbers >= 0).sum()
     return (
-        f"{where}; of the samples in shards that are the same, {repeat} shown in this epoch come again "
-        "before it ends, and "
-        f"{lost} not shown yet are left out of it; {unknown} samples lie in shards that are not the same"
+        f"{where}; of the samples in unchanged shards, {repeat} that this epoch has shown come again before "
+        f"it ends, and {lost} that it has not shown are left out; {unknown} samples lie in other shards"
     )
 
 
 def _numbers(before: Sequence[Shard], now: Sequence[Shard]) -> np.ndarray:
-    """Number now of each sample before; −1 where its shard is not the same any more."""
+    """The new number of each old sample, int64 [n]; −1 where its shard has changed or is gone."""
     places = collections.defaultdict(collections.deque)
     start = 0
     for _, count, digest in now:

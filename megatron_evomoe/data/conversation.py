@@ -1,11 +1,12 @@
 """LLaVA conversations to token ids, token types and labels.
 
-A conversation is laid out as *segments*, each known to be prompt or answer before anything is encoded, and
-the label mask follows from that. Nothing is ever searched for in decoded text (LLaVA #1166, #1706, #1710:
-masks that went wrong silently). The prompt for generation is the same list of segments cut before an answer,
-so it is a prefix of the training sequence.
+A conversation is written as a list of *pieces*. Each is known to be prompt or answer before it is encoded,
+and the label mask follows from that. Nothing is searched for in decoded text, which gave silently wrong masks
+in LLaVA (#1166, #1706, #1710). The prompt for generation is the same list of pieces, cut before an answer,
+and is therefore a prefix of the training sequence.
 
-Layouts follow LLaVA and MoE-LLaVA; [] is supervised, END the template's end-of-turn token:
+The forms follow LLaVA and MoE-LLaVA. What stands in [] is supervised; END is the template's end-of-turn
+token:
 
     plain              <image> [caption \\n END]       what the human says beside the image is dropped
     v1 phi stablelm    SYSTEM USER: q ASSISTANT:[ a END]USER: …       they differ in END only
@@ -48,9 +49,8 @@ _TOOL_ROLES = frozenset(
         "environment",
     ]
 )
-_MAX_CHARACTERS = (
-    64  # a position; the longest pieces of vocabularies in use are shorter, runs of spaces aside
-)
+# characters of a position; the longest pieces of vocabularies in use are shorter, except for runs of spaces
+_MAX_CHARACTERS = 64
 _ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "system": "system"}
 
 
@@ -58,9 +58,11 @@ _ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "
 class EncodedSample:
     """One sequence of s positions.
 
-    `tokens[i]` is the input id (pad_id where an image feature goes), `labels[i]` the id to predict at i, that
-    is tokens[i+1] where that is part of an answer, else -100; `token_types[i]` is TEXT or VISION of
-    `TokenType`.
+    Attributes:
+        tokens: the input ids; pad_id at the positions of images.
+        labels: the id to predict at each position i: tokens[i + 1] where that is part of an answer, else
+            -100.
+        token_types: TEXT or VISION of `TokenType`.
     """
 
     tokens: list[int]
@@ -69,19 +71,20 @@ class EncodedSample:
 
     @property
     def num_supervised(self) -> int:
-        """Positions with a label."""
+        """The number of positions that have a label."""
         return sum(label != IGNORE_INDEX for label in self.labels)
 
 
 @dataclass(frozen=True)
 class Template:
-    """How turns become text; `markup` pieces must be single tokens of the tokenizer."""
+    """How the turns of a conversation are written as text."""
 
     style: Literal["plain", "roles", "chatml"]
     system: str = ""
     end: str | None = None
-    """The end-of-turn piece; the tokenizer's own end of text where it lacks this one."""
+    """The end-of-turn token; a tokenizer that lacks it uses its own end-of-text token."""
     markup: tuple[str, ...] = ()
+    """Texts that must be single tokens of the tokenizer."""
 
 
 TEMPLATES: dict[str, Template] = {
@@ -100,7 +103,7 @@ TEMPLATES: dict[str, Template] = {
 
 @dataclass(frozen=True)
 class Turn:
-    """One message with its outer whitespace removed."""
+    """One message, without whitespace at its ends."""
 
     role: Literal["human", "gpt", "system"]
     text: str
@@ -117,11 +120,14 @@ class Piece:
 
 
 def parse_turns(conversations: Any, num_images: int | None = None) -> list[Turn]:
-    """Check a LLaVA ``conversations`` list and bring it to [system,] human, gpt, human, gpt … [, human].
+    """Check a LLaVA ``conversations`` list and return it as [system,] human, gpt, human, gpt … [, human].
 
-    As in LLaVA, a gpt turn before the first human one is dropped, and a single ``<image>`` at either end of a
-    turn moves to its front, on a line of its own. Any other number or place stays as written.
-    ``num_images=None`` skips the count.
+    As in LLaVA, a gpt turn before the first human turn is dropped, and a single ``<image>`` at either end of
+    a turn is moved to its front, on a line of its own. Several of them, or one inside the text, stay where
+    they are.
+
+    Args:
+        num_images: the number of images that the text must have places for; None accepts any.
 
     Raises:
         SampleError: no-conversation, bad-turn (not a role and a text), tool-turn, bad-text,
@@ -156,7 +162,7 @@ def _parse_turn(turn: Any) -> Turn:
         raise SampleError("tool-turn", f"a turn of {short(name)}; conversations with tools are not read")
     if not isinstance(name, str) or name not in _ROLES or not isinstance(text, str):
         raise SampleError(
-            "bad-turn", f'{short(turn)} is no {{"from": "human"|"gpt"|"system", "value": text}}'
+            "bad-turn", f'{short(turn)} is not {{"from": "human"|"gpt"|"system", "value": text}}'
         )
     _check_text(text)
     role, text = _ROLES[name], text.strip()
@@ -182,14 +188,16 @@ def _check_text(text: str) -> None:
 
 
 def check_length(turns: Sequence[Turn], length: int) -> None:
-    """Refuse, before it is tokenized, a conversation that cannot have `length` positions or fewer.
+    """Refuse, without tokenizing it, a conversation that cannot fit into `length` positions.
 
-    Raises `SampleError` too-long: more answers than positions, or more than 64 characters a position.
+    Raises:
+        SampleError: too-long; there are more answers than positions, or more than 64 characters for each
+            position.
     """
     answers, characters = sum(turn.role == "gpt" for turn in turns), sum(len(turn.text) for turn in turns)
     if answers > length or characters > _MAX_CHARACTERS * length:
         raise SampleError(
-            "too-long", f"{characters} characters and {answers} answers cannot be told in seq_length {length}"
+            "too-long", f"{characters} characters and {answers} answers cannot fit into seq_length {length}"
         )
 
 
@@ -202,16 +210,17 @@ def encode(
     *,
     max_length: int | None = None,
 ) -> EncodedSample:
-    """A training sequence; every gpt turn is supervised, its end-of-turn token included.
+    """Encode a conversation as a training sequence, in which every gpt turn and its end-of-turn token is
+    supervised.
 
     Args:
-        max_length: what is far longer than this is refused before it costs time (`check_length`); the result
-            may still be longer.
+        max_length: refuse conversations that are far longer than this, before they cost time
+            (`check_length`); the result can still be longer.
 
     Raises:
         SampleError: what `parse_turns` and `check_length` raise, and no-conversation when there is no gpt
             turn.
-        ConfigError: the template is unknown or needs tokens this tokenizer lacks.
+        ConfigError: the template is unknown, or needs tokens that the tokenizer lacks.
     """
     turns = parse_turns(conversations, num_images)
     if max_length is not None:
@@ -219,20 +228,27 @@ def encode(
     if not any(turn.role == "gpt" for turn in turns):
         raise SampleError("no-conversation", "no gpt turn, so nothing to learn from")
     return _encode_pieces(
-        list(layout(turns, _template(template))), tokenizer, _template(template), tokens_per_image
+        list(pieces_of(turns, _template(template))), tokenizer, _template(template), tokens_per_image
     )
 
 
 def encode_prompt(
     conversations: Any, num_images: int, tokenizer: Tokenizer, template: str, tokens_per_image: int
 ) -> EncodedSample:
-    """`encode` up to where the last answer starts; nothing is supervised.
+    """Encode a conversation up to the start of its last answer; no position is supervised.
 
-    The last answer is the last turn if that is gpt's, else the one still to be written. `num_images` counts
-    those of the turns given. Raises as `encode` does, but a lone human turn is fine.
+    The last answer is the last turn if that is a gpt turn, and otherwise the answer that is yet to be
+    written.
+
+    Args:
+        num_images: the images of the given turns.
+
+    Raises:
+        SampleError: what `parse_turns` raises.
+        ConfigError: as for `encode`.
     """
     turns = parse_turns(conversations, num_images)
-    pieces = list(layout(turns, _template(template)))
+    pieces = list(pieces_of(turns, _template(template)))
     if turns[-1].role == "gpt":
         pieces = pieces[: max(i for i, piece in enumerate(pieces) if piece.first_of_answer)]
     sample = _encode_pieces(pieces, tokenizer, _template(template), tokens_per_image)
@@ -240,30 +256,33 @@ def encode_prompt(
 
 
 def stop_ids(tokenizer: Tokenizer, template: str) -> set[int]:
-    """Ids that end an answer in generation."""
+    """The token ids that end an answer in generation."""
     return {end_id(tokenizer, template), tokenizer.eos_id}
 
 
 def end_id(tokenizer: Tokenizer, template: str) -> int:
-    """Id of the end-of-turn token."""
+    """The id of the end-of-turn token."""
     return _end_id(tokenizer, _template(template))
 
 
 def check_template(tokenizer: Tokenizer, template: str) -> None:
-    """Raise `ConfigError` when `template` cannot be written with `tokenizer`; cheap, so call it before
-    training starts.
+    """Check that a template can be written with a tokenizer.
+
+    Raises:
+        ConfigError: the tokenizer lacks a special token of the template.
     """
     lacking = [piece for piece in _template(template).markup if tokenizer.special_id(piece) is None]
     if lacking:
         raise ConfigError(
             f"conversation template {template!r} needs the special tokens {', '.join(lacking)}, which this "
-            "tokenizer "
-            "lacks; use template v1, or a tokenizer that has them"
+            "tokenizer lacks; use template v1, or a tokenizer that has them"
         )
 
 
-def layout(turns: Sequence[Turn], template: Template) -> Iterator[Piece]:
-    """Turns to pieces: the one place that knows how a template looks, for training and generation alike."""
+def pieces_of(turns: Sequence[Turn], template: Template) -> Iterator[Piece]:
+    """The pieces of a conversation; the only place that knows the form of templates, for training and
+    generation.
+    """
     system = template.system
     if turns[0].role == "system":
         system, turns = turns[0].text, turns[1:]
@@ -319,8 +338,7 @@ def _encode_pieces(
         elif kind == "special":
             ids = [_special_id(tokenizer, text)]
         else:
-            # a pretrained tokenizer that puts a space before every text has seen it before the first word,
-            # and only there
+            # a tokenizer that puts a space before every text was pretrained with one at the start only
             ids = tokenizer.encode((getattr(tokenizer, "text_prefix", "") if i == 0 else "") + text)
         tokens += ids
         types += [TokenType.VISION if kind == "image" else TokenType.TEXT] * len(ids)
@@ -331,9 +349,7 @@ def _encode_pieces(
 
 
 def _merge(pieces: Sequence[Piece]) -> Iterator[tuple[str, bool, str]]:
-    """Join neighbouring prompt texts, so that they are tokenized as the running text they are; answers stay
-    apart.
-    """
+    """Join neighbouring texts of the prompt, which are tokenized as one text; answers stay separate."""
     pending = ""
     for piece in pieces:
         if piece.kind == "text" and not piece.answer:

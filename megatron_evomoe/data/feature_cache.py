@@ -1,9 +1,11 @@
-"""A frozen tower's features as files, in place of pixels: where they lie, and reading them.
+"""Files of the features that a frozen vision tower computed, which training reads in place of images.
 
-Each shard's images are numbered in stored order and cut into parts of `PART_IMAGES`; a part is one
-safetensors file with `features` [n, t, C] in the model's dtype. Parts lie in a folder named after the tower
-and whatever else a feature depends on, below that in one named after the shard, so nothing stale is ever
-found. `train/vision_cache.py` writes them.
+The images of a shard are numbered in stored order and divided into parts of `PART_IMAGES`. A part is one
+safetensors file with `features` [n, t, C] in the dtype of the model. The name of its directory identifies the
+tower, everything else that a feature depends on, and the shard, so stale features are never read.
+`train/vision_cache.py` writes the files.
+
+Shapes: n images, t positions of each, C the width of the tower.
 """
 
 from __future__ import annotations
@@ -26,13 +28,13 @@ from megatron_evomoe.data.errors import DataError, SampleError
 from megatron_evomoe.data.shards import ShardDataset, write_atomically
 
 PART_IMAGES = 256
-_VERSION = 2  # changes whenever a file gives other pixels than before; 2: transparency is white
+_VERSION = 2  # changes when the same file gives other pixels than before; since 2, transparency is white
 _OPEN_FILES = 64
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """Images [first, first + count) of a shard of the data set, and the file that holds their features."""
+    """Images [first, first + count) of one shard of the data set, and the file of their features."""
 
     shard: int
     first: int
@@ -41,8 +43,10 @@ class Part:
 
 
 def image_form(config: RunConfig) -> tuple[tuple[int, ...], torch.dtype]:
-    """Shape and dtype of one image in a training batch: pixels [3, S, S] in uint8, or features [t, C] in the
-    model's.
+    """Shape and dtype of one image in a training batch.
+
+    An image is uint8 pixels [3, S, S], or with `cache_vision_features` features [t, C] in the dtype of the
+    model.
     """
     vision = config.vision
     if config.data.cache_vision_features:
@@ -54,13 +58,17 @@ def image_form(config: RunConfig) -> tuple[tuple[int, ...], torch.dtype]:
 
 
 class FeatureCache:
-    """The features of a data set's images by one tower. Cheap to fork; files are mapped when read (at most 64
-    a process).
+    """The features of the images of a data set by one tower.
+
+    Files are mapped when they are read, at most 64 in each process; a copy in another process maps its own.
     """
 
     def __init__(self, dataset: ShardDataset, config: RunConfig, folder: Path, tower: str) -> None:
-        """tower: identifies its weights (`train.vision_cache.weights_digest`); `folder` must be shared by all
-        nodes.
+        """See the class.
+
+        Args:
+            folder: the directory of all features; all nodes must share it.
+            tower: identifies the weights of the tower (`train.vision_cache.weights_digest`).
         """
         self.dataset = dataset
         self.shape, self.dtype = image_form(config)
@@ -75,11 +83,11 @@ class FeatureCache:
 
     @property
     def bytes_per_image(self) -> int:
-        """What an image takes."""
+        """Bytes of the features of one image."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def parts(self) -> Iterator[Part]:
-        """All parts, in the data set's order."""
+        """All parts, in the order of the data set."""
         for shard, folder in enumerate(self._shard_folders):
             total = self.dataset.num_images(shard)
             for first in range(0, total, PART_IMAGES):
@@ -91,23 +99,22 @@ class FeatureCache:
                 )
 
     def has(self, part: Part) -> bool:
-        """Whether a part's file is there, whole and of the expected shape."""
+        """Whether the file of a part exists, is complete and has the expected shape."""
         if not os.path.exists(part.path):
             return False
         try:
-            with safe_open(
-                part.path, framework="pt"
-            ) as file:  # refuses a file that is shorter than its header says
+            # refuses a file that is shorter than its header says
+            with safe_open(part.path, framework="pt") as file:
                 return tuple(file.get_slice("features").get_shape()) == (part.count, *self.shape)
         except SafetensorError:
             return False
 
     def write(self, part: Part, features: torch.Tensor, problems: dict[int, SampleError]) -> None:
-        """Write a part in one step: its file is absent, old or whole, also after a kill.
+        """Write the file of a part atomically.
 
         Args:
-            features: [count, t, C]; rows of unusable images hold anything.
-            problems: row -> why its image is unusable.
+            features: [count, t, C]; the rows of unusable images may hold any numbers.
+            problems: the row of each unusable image, and why it is unusable.
         """
         path = Path(part.path)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -119,8 +126,8 @@ class FeatureCache:
         """Features [t, C] of the first `count` images of sample i.
 
         Raises:
-            SampleError: what decoding one of these images raised.
-            DataError: their part is missing or damaged.
+            SampleError: one of the images is unusable; the error is that of decoding it.
+            DataError: the file of a part is missing or damaged.
         """
         shard, images = self.dataset.images_of(i)
         return [self._read_one(shard, image) for image in images[:count]]
@@ -135,9 +142,8 @@ class FeatureCache:
             return file.get_slice("features")[row]
         except (OSError, SafetensorError) as error:
             raise DataError(
-                f"vision features {path} cannot be read ({error}); the folder must be shared by all nodes. "
-                "Delete the "
-                "file if it is damaged: it is computed again when training starts"
+                f"vision features {path} cannot be read ({error}); all nodes must share the directory. "
+                "If the file is damaged, delete it: it is computed again when training starts"
             ) from None
 
     def _mapped(self, path: Path) -> tuple[safe_open, dict[str, list[str]]]:
@@ -156,7 +162,7 @@ class FeatureCache:
 
 
 def _identity(config: RunConfig, tower: str) -> str:
-    """Name of everything but the shard that a feature depends on."""
+    """16 hexadecimal digits that identify everything that a feature depends on, except the image itself."""
     _, dtype = image_form(config)
     what = {
         "version": _VERSION,
@@ -171,8 +177,6 @@ def _identity(config: RunConfig, tower: str) -> str:
 
 
 def _stamp(shard: Path) -> str:
-    """Tells shards of one name apart, and a shard from what was at its place before; as in a shard's
-    index.
-    """
+    """12 hexadecimal digits that identify a shard file by its name, size and time, as its index does."""
     stat = shard.stat()
     return hashlib.sha256(f"{shard.name} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:12]

@@ -1,9 +1,10 @@
-"""What tells one set of training samples from another, at the price of a few reads a sample when an index is
-built.
+"""Fingerprints of shards, which tell whether two runs train on the same samples.
 
-A shard's digest covers, in the order of its samples: keys, kinds, the number of images, what makes a sample
-unusable, every member's size, and a checksum of what `sampled_sum` reads of it. Paths, times, offsets and tar
-dialects stay out of it, so a copy of a folder has the digests of the original.
+The digest of a shard covers, in the order of its samples: their keys, the kind of their text, the number of
+    their
+images, why a sample is unusable, the size of every member, and a checksum of the bytes that `sampled_sum`
+reads of it. It does not cover paths, times, offsets and tar dialects, so a copy of a directory has the
+digests of the original. Building an index costs a few reads for each sample.
 """
 
 from __future__ import annotations
@@ -20,17 +21,20 @@ if TYPE_CHECKING:
     from megatron_evomoe.data.shard_index import ShardIndex
 
 WHOLE = 16384
-"""Members up to this size in bytes are read whole: nearly every record."""
+"""Members of at most this size, in bytes, are read whole; nearly every record is one of them."""
 BLOCK = 512
-"""Bytes read at the start, in the middle and at the end of a larger member: of two images, at least the last
-two differ.
+"""Bytes that are read at the start, in the middle and at the end of a larger member. Two images of the same
+size differ at least in the middle or at the end.
 """
 
 
 def sampled_sum(fd: int, ranges: Iterable[tuple[int, int]]) -> int:
-    """CRC-32 of what is read of the members at `ranges`, (offset, size) each, in the open file `fd`.
+    """CRC-32 of the sampled bytes of some members of an open file.
 
-    What a short file lacks is left out: a cut member is the reader's to report.
+    Bytes beyond the end of the file are left out; the reader of the member reports that it is cut off.
+
+    Args:
+        ranges: (offset, size) of each member.
     """
     crc = 0
     for offset, size in ranges:
@@ -46,7 +50,7 @@ def _blocks(size: int) -> tuple[tuple[int, int], ...]:
 
 
 def shard_digest(index: ShardIndex) -> str:
-    """32 hexadecimal digits that identify a shard's samples and their order."""
+    """32 hexadecimal digits that identify the samples of a shard and their order."""
     digest = hashlib.sha256(str(len(index)).encode())
     digest.update(b"\0".join(index.keys.tolist()))
     counts = np.diff(index.first).astype("<i8")

@@ -1,8 +1,7 @@
-"""Bytes to pixels: strict decoding, PIL-equal resizing in torch, normalisation on the device.
+"""Decodes images strictly, resizes them in torch as Pillow does, and normalises them on the device.
 
-Shapes: H, W of the file; S the model's side; n images of a batch. Pixels stay uint8 until
-`ImageProcessor.normalize`, which is a quarter of the bandwidth of float32 batches (data-loading measurements
-in docs/data.md).
+Shapes: H, W of the file; S the side of the model's input; n images of a batch. Pixels stay uint8 until
+`ImageProcessor.normalize`, which takes a quarter of the bandwidth of float32 (measured in docs/data.md).
 """
 
 from __future__ import annotations
@@ -25,31 +24,37 @@ from megatron_evomoe.data.picture import as_rgb
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 SIGLIP_MEAN, SIGLIP_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # never "all": Pillow's EPS reader starts Ghostscript
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # not all of Pillow's: its EPS reader starts Ghostscript
 _ORIENTATION = 0x0112
-_MAX_ASPECT = 200  # longer strips are no pictures, and padding one to a square takes (ratio x area) pixels
-# of a JPEG: each goes over the whole picture, so a small file of thousands takes minutes; cameras write up to
-# 14
+_MAX_ASPECT = (
+    200  # a longer strip is hardly a photograph, and padding it to a square takes ratio x area pixels
+)
+# of a JPEG; each scan decodes the whole image, so a small file with thousands of scans would take minutes.
+# Cameras write up to 14.
 _MAX_SCANS = 200
-_CROP_ASPECT = 8
-_PAD_SIDE = 8192
+_CROP_ASPECT = 8  # of what is left of a strip before it is resized and cropped to a square
+_PAD_SIDE = 8192  # pixels; a longer image is shortened before it is padded
 
 
 def decode_image(data: bytes, max_pixels: int = 50_000_000) -> np.ndarray:
-    """Decode to RGB uint8 [H, W, 3], upright (EXIF orientation applied, once).
+    """Decode a file to RGB uint8 [H, W, 3], upright (the EXIF orientation is applied once).
 
-    The size is read from the header and refused before anything is decoded. JPEG goes through simplejpeg, the
-    one decoder that raises on corrupt bytes where others return wrong pixels; what it does not know (CMYK)
-    and the other formats, by content and not by name, through Pillow. `data/picture.py` says what becomes of
-    transparency (white), palettes and 16 bits; the first frame of an animation is taken.
+    The size is read from the header, so a large image is refused before it is decoded. simplejpeg decodes
+    JPEG, because it raises on corrupt bytes where other decoders return wrong pixels. Pillow decodes other
+    formats, which it knows by their content, and the JPEGs that simplejpeg does not know (CMYK).
+    `data/picture.py` converts transparency (to white), palettes and 16 bits. Of an animation the first frame
+    is taken.
+
+    Args:
+        data: the content of the file.
+        max_pixels: the largest H·W that is decoded.
 
     Raises:
         SampleError: corrupt-image, image-too-large, image-shape (longer than 200 : 1).
     """
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # Pillow warns of large files, palettes and EXIF; what matters is refused here
+        # Pillow warns of large files, palettes and EXIF; what matters is refused here
+        warnings.simplefilter("ignore")
         try:
             header = _header(data, max_pixels)
             is_jpeg = data[:3] == b"\xff\xd8\xff"
@@ -63,19 +68,22 @@ def decode_image(data: bytes, max_pixels: int = 50_000_000) -> np.ndarray:
             raise
         except Image.DecompressionBombError as error:
             raise SampleError("image-too-large", str(error)) from None
-        except Exception as error:  # a dozen classes, whichever line of a codec meets the damage
+        except Exception as error:  # a damaged file can raise any of a dozen classes
             raise SampleError("corrupt-image", str(error) or type(error).__name__) from None
 
 
 def _header(data: bytes, max_pixels: int) -> Image.Image:
-    """The file opened, nothing decoded, its size within the limits; raises what Pillow raises, and
-    `SampleError`.
+    """The opened but not decoded file, its size within the limits.
+
+    Raises:
+        SampleError: the file is of no known format, too large, or too long.
+        Exception: whatever Pillow raises for a damaged header.
     """
     try:
         header = Image.open(io.BytesIO(data), formats=_FORMATS)
     except UnidentifiedImageError:
         raise SampleError(
-            "corrupt-image", f"{len(data)} bytes that are no {', '.join(_FORMATS)} file"
+            "corrupt-image", f"{len(data)} bytes that are not a file of {', '.join(_FORMATS)}"
         ) from None
     width, height = header.size
     if width * height > max_pixels:
@@ -97,11 +105,14 @@ def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 
 class ImageProcessor:
-    """An image of any size to the square the vision tower takes.
+    """Turns an image of any size into the square that the vision tower takes.
 
-    `pad` pads to a square with the mean colour and resizes (LLaVA's ``expand2square``); `square` resizes the
-    short side and crops the centre (CLIP's own). Both are bicubic with antialiasing and agree with PIL to
-    0.02 of 255 on average.
+    `pad` pads to a square with the mean colour and then resizes (LLaVA's ``expand2square``); `square` resizes
+    the shorter side and crops the centre (as CLIP does). Both resize bicubically with antialiasing and differ
+    from Pillow by 0.02 of 255 on average.
+
+    Raises:
+        ConfigError: the aspect ratio is unknown, or the size or a deviation is not positive.
     """
 
     def __init__(
@@ -121,14 +132,14 @@ class ImageProcessor:
         """uint8 [H, W, 3] to uint8 [3, S, S], contiguous."""
         if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
             raise ValueError(f"expected uint8 [H, W, 3], got {pixels.dtype} {pixels.shape}")
-        if not pixels.flags.writeable:  # torch warns about read-only memory that it will not write to
+        if not pixels.flags.writeable:  # torch warns of read-only memory, although nothing writes to it
             pixels = pixels.copy()
         image = torch.from_numpy(pixels).permute(2, 0, 1)[None]  # [1, 3, H, W], channels last as decoded
         image = self._pad_and_resize(image) if self.aspect_ratio == "pad" else self._resize_and_crop(image)
         return image[0].contiguous()
 
     def normalize(self, batch: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """uint8 [n, 3, S, S] to (x / 255 - mean) / std in `dtype`, on the batch's device; n may be 0."""
+        """uint8 [n, 3, S, S] to (x / 255 - mean) / std in `dtype`, on the device of the batch; n may be 0."""
         mean = torch.tensor(self.mean, device=batch.device).view(1, 3, 1, 1)
         std = torch.tensor(self.std, device=batch.device).view(1, 3, 1, 1)
         return ((batch.float() / 255 - mean) / std).to(dtype)
@@ -136,10 +147,10 @@ class ImageProcessor:
     def _pad_and_resize(self, image: torch.Tensor) -> torch.Tensor:
         height, width = image.shape[2:]
         side = canvas_height = canvas_width = max(height, width)
-        # Bicubic resizing is separable, horizontal pass first, and rows of one colour are not worth that
-        # pass: a wide image is narrowed before it is padded, to the same bits. For a tall one this swaps the
-        # passes and rounds differently, so only one whose square would take hundreds of megabytes is
-        # shortened first.
+        # Bicubic resizing is separable, and its horizontal pass comes first. A wide image is therefore
+        # narrowed before it is padded, which gives the same bits and spares that pass for rows of one colour.
+        # A tall image is shortened first only if its square would take hundreds of megabytes, because that
+        # swaps the passes and rounds differently.
         if width > height:
             canvas_width = self.size
         elif side > _PAD_SIDE:
@@ -155,9 +166,7 @@ class ImageProcessor:
 
     def _resize_and_crop(self, image: torch.Tensor) -> torch.Tensor:
         height, width = image.shape[2:]
-        limit = _CROP_ASPECT * min(
-            height, width
-        )  # far ends of a strip would be resized only to be cropped away
+        limit = _CROP_ASPECT * min(height, width)  # the far ends of a strip are cropped away in any case
         for dim, side in ((2, height), (3, width)):
             if side > limit:
                 image = image.narrow(dim, (side - limit) // 2, limit)
@@ -170,13 +179,13 @@ class ImageProcessor:
 
 
 def processor_for(config: RunConfig) -> ImageProcessor:
-    """The processor of a run: the tower's size and the mean and deviation its kind was trained with."""
+    """The processor of a run: the size of its tower, and the mean and deviation of the tower's family."""
     mean, std = (SIGLIP_MEAN, SIGLIP_STD) if config.vision.model_type == "siglip" else (CLIP_MEAN, CLIP_STD)
     return ImageProcessor(config.vision.image_size, config.data.image_aspect_ratio, mean, std)
 
 
 def _resize(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """uint8 [1, 3, h, w] to uint8 [1, 3, height, width] as PIL's BICUBIC does."""
+    """uint8 [1, 3, h, w] to uint8 [1, 3, height, width], as Pillow's BICUBIC does."""
     if image.shape[2:] == (height, width):
         return image
     return F.interpolate(image, size=(height, width), mode="bicubic", antialias=True, align_corners=False)

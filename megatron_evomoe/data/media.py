@@ -1,8 +1,7 @@
-"""What a record names besides text: a sample that names more than the model would be shown is not used, nor
-trained as text.
+"""Finds the media that a record names. A sample that names media that the model would not see is not used.
 
-A record is metadata of any shape around some turns. A field counts as naming a medium by its own name
-(`video`, `audioPath`) or by a value that ends like the name of such a file; empty values name nothing.
+A record consists of turns and metadata of any form. A field names a medium by its own name (`video`,
+`audioPath`) or by a value that ends like the name of such a file. An empty value names nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from typing import Any
 from megatron_evomoe.data.errors import SampleError
 
 IMAGE_TOKEN = "<image>"
-"""Where an image goes in a human turn."""
+"""The place of an image in a human turn."""
 _CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|[^A-Za-z0-9]+")
 _OTHER_FIELD = re.compile(
     r"(?:^|_)(?:videos?|audios?|speech|sounds?|waveforms?|frames|films?|movies?|point_?clouds?|meshes)(?:$|_)"
@@ -32,8 +31,8 @@ _IMAGE_FILE = re.compile(
     r"\.(?:jpe?g|png|webp|gif|bmp|tiff?|heic|heif|avif|jxl|jp2|svg|ico|psd)(?:[?#]\S*)?$", re.IGNORECASE
 )
 _IMAGE_LIST = re.compile(r"(?:images?|imgs?|pictures?|photos?)(?:_?(?:paths?|files?|urls?|names?))?")
-_TAIL = 200  # characters of a value in which the end of a file's name is looked for
-# other projects' placeholders, and ours in another spelling: no text that a person wrote to be read
+_TAIL = 200  # characters at the end of a value that are searched for the end of a file name
+# placeholders of other projects, and ours in another spelling; a person would not write them as text
 _PLACEHOLDER = re.compile(
     r"</?\|?\s*(?:start_of_|end_of_)?(?:image|img|video|audio|vision|speech|sound|frame)s?"
     r"(?:[ _-]?(?:[0-9]{1,4}|pad|start|bos|begin|end|eos|placeholder|here|token|soft_token|context))?\s*\|?>"
@@ -44,11 +43,11 @@ _TURN_TEXT = frozenset(("from", "value", "role", "content"))
 
 
 def check_named_media(record: dict[str, Any], num_images: int) -> None:
-    """Refuse a record that names a medium which is not among its sample's `num_images` images.
+    """Refuse a record that names media other than the `num_images` images of its sample.
 
     Raises:
-        SampleError: unread-media (films, sounds, arrays …), missing-image (images, and the sample has none),
-            image-count (a list of another length than the sample's).
+        SampleError: unread-media (videos, sounds, arrays …), missing-image (it names an image and the sample
+            has none), image-count (it has a list of another number of images).
     """
     for name, value in _fields(record):
         field = _CAMEL.sub("_", name).lower().strip("_")
@@ -73,9 +72,13 @@ def check_named_media(record: dict[str, Any], num_images: int) -> None:
 
 
 def check_placeholders(text: str, role: str) -> None:
-    """Refuse a turn that holds a place for what is not shown: anything but ``<image>`` in a human turn.
+    """Refuse a turn with a placeholder for something that the model would not see.
 
-    Answers are what the model shall say, whatever that is. Raises `SampleError` media-placeholder.
+    Only ``<image>`` in a human turn is shown. Answers may contain anything, because the model is to write
+    them.
+
+    Raises:
+        SampleError: media-placeholder.
     """
     if role == "gpt" or ("<" not in text and "[" not in text):
         return
@@ -88,8 +91,8 @@ def check_placeholders(text: str, role: str) -> None:
 
 
 def _fields(record: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """(name, value) of all fields at any depth but the turns' texts; what lies in a list has no name of its
-    own.
+    """Name and value of the fields at any depth, without the texts of turns; items of a list have an empty
+    name.
     """
     pending: list[tuple[str, Any]] = []
     for name, value in record.items():
@@ -117,6 +120,6 @@ _REPR.maxlevel = 3
 
 
 def short(value: Any) -> str:
-    """A value of any size and depth, for a message."""
+    """A value for a message, in at most 80 characters."""
     text = _REPR.repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

@@ -1,6 +1,7 @@
-"""One rule from an opened picture of any mode to RGB, for training, `evaluate` and exports.
+"""Converts an image of any mode to RGB: the one rule for training, `evaluate` and exports.
 
-This file needs Pillow and numpy alone: a custom-code export carries it as ``picture_evomoe.py``, and the
+This file imports only Pillow and numpy: an export with custom code contains it as ``picture_evomoe.py``, and
+    the
 model card of a plain LLaVA export prints `as_rgb`.
 """
 
@@ -11,14 +12,11 @@ from PIL import Image, ImageOps
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """A picture of any mode as training sees it: upright as its EXIF says, 8 bits of RGB, on white where it
-    is transparent.
-    """
+    """An image of any mode as 8-bit RGB: upright as its EXIF says, and white where it is transparent."""
     image = ImageOps.exif_transpose(image)
     transparent = image.info.get("transparency")
-    if image.mode.startswith(
-        "I"
-    ):  # 16 bits of grey, which convert("RGB") would clip at 255: the high byte, as for 16-bit RGB
+    # 16-bit grey, which convert("RGB") would clip at 255, is reduced to its high byte, as 16-bit RGB is
+    if image.mode.startswith("I"):
         values = np.asarray(image).clip(0, 65535)
         grey = (values >> 8).astype(np.uint8)
         if transparent is not None:

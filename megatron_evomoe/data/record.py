@@ -1,8 +1,8 @@
-"""A stored record to one that has `conversations` in LLaVA's form, whatever form it had.
+"""Converts a stored record of any known form to one with `conversations` in LLaVA's form.
 
-Read are LLaVA's records, OpenAI's `messages` (role and content, the content as text or in parts), and
-captions: a KEY.txt, alone or beside a KEY.json of metadata (img2dataset), or a record's own `caption` of its
-images.
+The known forms are LLaVA's records, OpenAI's `messages` (role and content, with the content as text or in
+parts), and captions: a KEY.txt, alone or beside a KEY.json of metadata (img2dataset), or the field `caption`
+of a record with images.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from megatron_evomoe.data.errors import SampleError
 from megatron_evomoe.data.media import IMAGE_TOKEN, check_named_media, short
 
 MAX_RECORD_BYTES = 8 << 20
-"""A record is refused by its size before it is read; the longest of LLaVA's have some 100 KB."""
+"""A larger record is refused before it is read. The longest records of LLaVA have about 100 KB."""
 _MAX_KIND = 80
 _PARTS_TEXT, _PARTS_IMAGE = ("text", "input_text", "output_text"), ("image", "image_url", "input_image")
 _TOOL_FIELDS = ("tool_calls", "function_call", "tool_call_id", "tools", "functions")
@@ -25,19 +25,21 @@ _UNREAD_PARTS = ("video", "audio", "file", "document", "sound", "speech")
 
 
 def load_json(data: bytes) -> Any:
-    """JSON in UTF-8, 16 or 32; raises `SampleError` bad-json, also for a field that comes twice and for
-    nesting without end.
+    """The data of a JSON text in UTF-8, UTF-16 or UTF-32.
+
+    Raises:
+        SampleError: bad-json; the text is not JSON, names a field twice, or is nested too deeply.
     """
     try:
         return json.loads(data, object_pairs_hook=_once)
     except RecursionError:
         raise SampleError("bad-json", "it is nested too deeply") from None
-    except ValueError as error:  # a number of too many digits, too
+    except ValueError as error:  # also a number of too many digits
         raise SampleError("bad-json", str(error)) from None
 
 
 def load_text(data: bytes) -> str:
-    """A caption in UTF-8; raises `SampleError` bad-text."""
+    """The text of a caption in UTF-8. Raises `SampleError` bad-text."""
     try:
         return data.decode("utf-8-sig")
     except ValueError as error:
@@ -45,17 +47,19 @@ def load_text(data: bytes) -> str:
 
 
 def has_turns(record: Any) -> bool:
-    """Whether a record has a conversation of its own, so that no caption is looked for."""
+    """Whether a record has a conversation of its own, so that no caption is needed."""
     return isinstance(record, dict) and (
         record.get("conversations") is not None or record.get("messages") is not None
     )
 
 
 def usable_record(record: Any, num_images: int, caption: str | None = None) -> dict[str, Any]:
-    """A record with `conversations` that names nothing but its sample's images.
+    """A record with `conversations`, checked to name no media except the images of its sample.
 
     Args:
-        caption: the KEY.txt, where there is one.
+        record: the data of KEY.json.
+        num_images: the images of the sample.
+        caption: the text of KEY.txt, if there is one.
 
     Raises:
         SampleError: no-conversation, two-conversations, bad-turn, tool-turn, image-url, unread-media,
@@ -81,12 +85,12 @@ def usable_record(record: Any, num_images: int, caption: str | None = None) -> d
 
 
 def caption_record(caption: str, num_images: int) -> dict[str, Any]:
-    """A record of a caption alone: one turn that shows the images, one that says it."""
+    """The record of a caption: a human turn with the images, and a gpt turn with the caption."""
     return {"conversations": _caption_turns(caption, num_images)}
 
 
 def check_kind(record: dict[str, Any]) -> None:
-    """Refuse a `kind` by which nothing can be grouped and named in a log. Raises `SampleError` bad-kind."""
+    """Refuse a `kind` that cannot name a group of samples in a log. Raises `SampleError` bad-kind."""
     kind = record.get("kind", "")
     if (
         not isinstance(kind, (str, int, float, type(None)))
@@ -99,10 +103,10 @@ def check_kind(record: dict[str, Any]) -> None:
 
 
 def image_names(record: dict[str, Any]) -> list[Any]:
-    """What a record calls its images, in order: its `image` or `images`, else the image parts of its turns.
+    """The names of the images of a record in order: its `image` or `images`, or the image parts of its turns.
 
     Raises:
-        SampleError: image-count, when both fields are there and differ.
+        SampleError: image-count; the record has both fields, and they differ.
     """
     image, images = (_as_list(record.get(name)) for name in ("image", "images"))
     if image and images and image != images:
@@ -133,7 +137,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         name, _ = Counter(name for name, _ in pairs).most_common(1)[0]
-        raise ValueError(f"the field {short(name)} comes twice")
+        raise ValueError(f"the field {short(name)} appears twice")
     return found
 
 
@@ -167,9 +171,7 @@ def _caption_turns(caption: str, num_images: int) -> list[dict[str, str]]:
 
 
 def _llava_turn(turn: Any) -> Any:
-    """A turn of role and content to one of from and value; any other stays, for `conversation.parse_turns` to
-    judge.
-    """
+    """A turn with role and content as one with from and value; `conversation.parse_turns` checks it."""
     if not isinstance(turn, dict):
         return turn
     _refuse_tools(turn)
@@ -210,5 +212,5 @@ def _part_text(part: Any, role: Any) -> str:
     if isinstance(kind, str) and ("tool" in kind.lower() or "function" in kind.lower()):
         raise SampleError("tool-turn", f"a part of type {short(kind)}; conversations with tools are not read")
     raise SampleError(
-        "bad-turn", f"{short(part)} is no part of a message that is read: text, image or image_url"
+        "bad-turn", f"{short(part)} is not a part of a message that is read: text, image or image_url"
     )

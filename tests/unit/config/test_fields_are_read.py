@@ -8,9 +8,8 @@ import megatron_evomoe
 from megatron_evomoe.config import SECTIONS
 
 PACKAGE = Path(megatron_evomoe.__file__).parent
-WITHOUT_EFFECT = {
-    "override_opt_param_scheduler"
-}  # states the default, as in Megatron-LM; refused with its opposite
+# states the default, as in Megatron-LM; refused together with its opposite
+WITHOUT_EFFECT = {"override_opt_param_scheduler"}
 
 
 def reads(tree: ast.AST) -> set[str]:

@@ -76,7 +76,7 @@ def test_one_sample_fewer_in_the_first_shard_is_told():
     assert differences(before, [("a.tar", 1000, "9"), before[1]]) == [
         "a.tar holds other contents in its 1000 samples"
     ]
-    assert differences(before, before[:1]) == ["b.tar (1000 samples) is not there any more"]
+    assert differences(before, before[:1]) == ["b.tar (1000 samples) is gone"]
     assert differences(before, [*before, ("c.tar", 5, "5")]) == ["c.tar (5 samples) is new"]
     many = [(f"{i}.tar", 1, str(i)) for i in range(9)]
     assert differences(many, [(name, n, f"x{d}") for name, n, d in many])[-1] == "6 more shards differ"

@@ -254,5 +254,5 @@ def test_messages_and_records_that_cannot_be_stored(source):
 def test_a_field_that_comes_twice_is_named(source):
     folder, _ = source
     (folder / "llava.json").write_text('[{"image": "a", "image": "b"}]')
-    with pytest.raises(ConfigError, match=r"llava\.json is not valid JSON: the field 'image' comes twice"):
+    with pytest.raises(ConfigError, match=r"llava\.json is not valid JSON: the field 'image' appears twice"):
         make_shards_command.run(args_for(folder, "out"))

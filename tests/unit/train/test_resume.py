@@ -134,7 +134,7 @@ DATA_CASES = [
     ({"samples": 29, "shards": [("a.tar", 9, "3"), ("b.tar", 20, "2")]}, r"a.tar holds 9 samples, 10 before"),
     ({"shards": [("b.tar", 20, "2"), ("a.tar", 10, "1")]}, "the same 2 shards in another order"),
     ({"shards": [("a.tar", 10, "1"), ("b.tar", 20, "4")]}, "b.tar holds other contents in its 20 samples"),
-    ({"samples": 10, "shards": [("a.tar", 10, "1")]}, r"b.tar \(20 samples\) is not there any more"),
+    ({"samples": 10, "shards": [("a.tar", 10, "1")]}, r"b.tar \(20 samples\) is gone"),
 ]
 
 
