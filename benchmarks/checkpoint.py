@@ -38,7 +38,7 @@ def build(args: argparse.Namespace) -> Any:
     """A stage with optimizer state allocated."""
     from megatron_evomoe.config import from_mapping
     from megatron_evomoe.parallel import topology
-    from megatron_evomoe.train.build import build_stage
+    from megatron_evomoe.train.built import build_stage
 
     config = from_mapping(
         {

@@ -98,7 +98,7 @@ class Subject:
 
 def ours(config: Any, kind: str, step: Any, built: dict[str, Any]) -> Callable[[], float]:
     """A stage as it is trained; leaves what was built in `built`."""
-    from megatron_evomoe.train.build import build_stage
+    from megatron_evomoe.train.built import build_stage
     from megatron_evomoe.train.step import take_step
 
     stage = next(s for s in config.stages if s.kind == kind)
@@ -137,7 +137,7 @@ def measure_stage(
     import shapes
 
     from megatron_evomoe.parallel import topology
-    from megatron_evomoe.train.report import forget_auxiliary_losses
+    from megatron_evomoe.train.routing_metrics import forget_auxiliary_losses
 
     forget_auxiliary_losses()  # the core's record is as long as the last model was deep
     options = dict(

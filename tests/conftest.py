@@ -94,7 +94,7 @@ def clean_core():
     """
     from megatron.core.transformer.moe import moe_utils
 
-    from megatron_evomoe.train.report import forget_auxiliary_losses
+    from megatron_evomoe.train.routing_metrics import forget_auxiliary_losses
 
     forget_auxiliary_losses()
     moe_utils.MoEAuxLossAutoScaler.main_loss_backward_scale = None

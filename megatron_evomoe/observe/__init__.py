@@ -1,6 +1,5 @@
-"""Record -> reduce -> report."""
+"""Where a run's numbers, messages and traces go."""
 
 from megatron_evomoe.observe.log import RunLogger
-from megatron_evomoe.observe.metrics import Meter, unpack
 
-__all__ = ["Meter", "RunLogger", "unpack"]
+__all__ = ["RunLogger"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,21 +12,14 @@ from megatron_evomoe.checkpoint import record as records
 from megatron_evomoe.checkpoint.find import Owner
 from megatron_evomoe.checkpoint.store import Saver
 from megatron_evomoe.config import ConfigError, RunConfig, StageConfig
-from megatron_evomoe.data.batch import prepare_eval
 from megatron_evomoe.data.conversation import check_template, stop_ids
-from megatron_evomoe.data.errors import SampleError
-from megatron_evomoe.data.feature_cache import FeatureCache
-from megatron_evomoe.data.image import processor_for
-from megatron_evomoe.data.loader import TrainLoader
-from megatron_evomoe.data.shards import ShardDataset
 from megatron_evomoe.data.tokenizer import Tokenizer, build_tokenizer
-from megatron_evomoe.model.precision import sequence_multiple
 from megatron_evomoe.observe.heartbeat import Heartbeat
 from megatron_evomoe.observe.log import RunLogger
 from megatron_evomoe.parallel import topology
 from megatron_evomoe.parallel.topology import Topology
 from megatron_evomoe.train import preflight
-from megatron_evomoe.train.evaluate import Question
+from megatron_evomoe.train.hooks import StepHook
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +36,8 @@ class Session:
     saver: Saver
     heartbeat: Heartbeat
     run_id: str
+    hooks: tuple[StepHook, ...] = ()
+    """The user's, beside the package's own."""
 
     def owner(self, stage: StageConfig) -> Owner:
         """Whose the checkpoints in a stage's folder are."""
@@ -100,7 +94,7 @@ def run_folder(config: RunConfig) -> Path:
     return Path(config.checkpoint.save or "runs/default")
 
 
-def open_session(config: RunConfig, check_folder: Callable[[], None] = lambda: None) -> Session:
+def open_session(config: RunConfig, hooks: Sequence[StepHook], check_folder: Callable[[], None]) -> Session:
     """Process groups, logger, tokenizer, the run's id. Communicates: every rank calls it once, after
     `init_process_group`.
 
@@ -128,6 +122,7 @@ def open_session(config: RunConfig, check_folder: Callable[[], None] = lambda: N
         saver=Saver(config.checkpoint, check_folder),
         heartbeat=Heartbeat(run_dir),
         run_id=identity,
+        hooks=tuple(hooks),
     )
 
 
@@ -138,71 +133,6 @@ def _known_wandb_run(config: RunConfig, run_dir: Path, identity: str) -> str | N
         if found:
             return records.read(found).wandb_run_id
     return None
-
-
-def train_loader(
-    session: Session,
-    config: RunConfig,
-    dataset: ShardDataset | None,
-    *,
-    start_position: int,
-    features: FeatureCache | None,
-) -> TrainLoader | None:
-    """This replica's samples, on the rank that reads them; their images as `features`, if there are any."""
-    if dataset is None:
-        return None
-    return TrainLoader(
-        dataset,
-        session.tokenizer,
-        processor_for(config),
-        config.data,
-        config.vision.tokens_per_image,
-        micro_batch_size=config.train.micro_batch_size,
-        global_batch_size=config.train.global_batch_size,
-        data_parallel_rank=session.topology.data_parallel_rank,
-        data_parallel_size=session.topology.data_parallel_size,
-        seed=config.train.seed,
-        start_position=start_position,
-        pad_to_multiple_of=sequence_multiple(config),
-        features=features,
-    )
-
-
-def questions(session: Session, config: RunConfig, limit: int = 0) -> list[Question]:
-    """The held-out questions, the same list on every rank; unusable samples are left out, counted and
-    logged.
-    """
-    found: list[Question] = []
-    skipped: Counter[str] = Counter()
-    dataset = ShardDataset(config.data.eval_data) if config.data.eval_data else []
-    processor = processor_for(config)
-    for i in range(len(dataset)):
-        try:
-            samples = prepare_eval(
-                dataset.read(i),
-                session.tokenizer,
-                processor,
-                config.data.conversation_template,
-                config.vision.tokens_per_image,
-                max_image_pixels=config.data.max_image_pixels,
-                max_length=config.data.seq_length,
-            )
-        except SampleError as error:
-            skipped[error.reason] += 1
-            continue
-        found += [
-            Question(
-                prompt=s.prompt, answer=s.answer, images=s.images, kind=str(s.metadata.get("kind", "all"))
-            )
-            for s in samples
-        ]
-        if limit and len(found) >= limit:
-            break
-    if skipped:
-        log.warning(
-            "held-out samples left out: %s", ", ".join(f"{n} {reason}" for reason, n in skipped.items())
-        )
-    return found[:limit] if limit else found
 
 
 def earlier_stage(config: RunConfig, stage: StageConfig) -> StageConfig | None:

@@ -18,7 +18,7 @@ from megatron_evomoe.data.conversation import IGNORE_INDEX
 from megatron_evomoe.observe.profile import phase
 from megatron_evomoe.parallel import backend
 from megatron_evomoe.parallel.broadcast import Step
-from megatron_evomoe.train.build import Built
+from megatron_evomoe.train.built import Built
 
 
 class NonFiniteError(RuntimeError):

@@ -4,17 +4,25 @@ digest.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 
 from megatron_evomoe.checkpoint.record import TrainingData
 from megatron_evomoe.config import ConfigError, RunConfig
 from megatron_evomoe.data import changed, order
 from megatron_evomoe.data.errors import DataError
+from megatron_evomoe.data.feature_cache import FeatureCache
+from megatron_evomoe.data.image import processor_for
+from megatron_evomoe.data.loader import StepBatch, TrainLoader
 from megatron_evomoe.data.shards import ShardDataset
+from megatron_evomoe.model.precision import sequence_multiple
+from megatron_evomoe.parallel import broadcast
 from megatron_evomoe.parallel.agree import require_all
 from megatron_evomoe.parallel.topology import Topology
+from megatron_evomoe.train.session import Session
 
 
 @dataclass
@@ -59,3 +67,49 @@ def training_set(config: RunConfig, place: Topology) -> TrainingSet:
     return TrainingSet(
         dataset, {"order": order.NAME, "seed": config.train.seed, "samples": samples, "shards": first[0]}
     )
+
+
+def train_loader(
+    session: Session,
+    config: RunConfig,
+    dataset: ShardDataset | None,
+    *,
+    start_position: int,
+    features: FeatureCache | None,
+) -> TrainLoader | None:
+    """This replica's samples, on the rank that reads them; their images as `features`, if there are any."""
+    if dataset is None:
+        return None
+    return TrainLoader(
+        dataset,
+        session.tokenizer,
+        processor_for(config),
+        config.data,
+        config.vision.tokens_per_image,
+        micro_batch_size=config.train.micro_batch_size,
+        global_batch_size=config.train.global_batch_size,
+        data_parallel_rank=session.topology.data_parallel_rank,
+        data_parallel_size=session.topology.data_parallel_size,
+        seed=config.train.seed,
+        start_position=start_position,
+        pad_to_multiple_of=sequence_multiple(config),
+        features=features,
+    )
+
+
+def next_step(batches: Iterator[StepBatch] | None, place: Topology, config: RunConfig) -> broadcast.Step:
+    """The step's samples on this rank. Communicates within the replica.
+
+    batches: on the rank that reads samples, none elsewhere.
+    """
+    step = None
+    if batches is not None:
+        micro = next(batches).microbatches
+        step = broadcast.Step(
+            tokens=torch.stack([m["tokens"] for m in micro]),
+            labels=torch.stack([m["labels"] for m in micro]),
+            token_types=torch.stack([m["token_types"] for m in micro]),
+            images=[m["images"] for m in micro],
+            keys=[m["keys"] for m in micro],
+        )
+    return broadcast.to_replica(step, place, config)

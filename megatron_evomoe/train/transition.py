@@ -17,7 +17,7 @@ from megatron_evomoe.config.kinds import MIXTURE_KINDS, StageKind
 from megatron_evomoe.config.recipe import MODULES, STARTS_FROM
 from megatron_evomoe.data.tokenizer import same_tokenizer
 from megatron_evomoe.moe import expert_init
-from megatron_evomoe.train.build import Built
+from megatron_evomoe.train.built import Built
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ import json
 import shutil
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -27,31 +27,29 @@ from megatron_evomoe.data.loader import fetching
 from megatron_evomoe.data.shards import ShardDataset
 from megatron_evomoe.model.llava import LlavaModel
 from megatron_evomoe.parallel import backend
-from megatron_evomoe.train.build import Built
 from megatron_evomoe.train.session import Session
 from megatron_evomoe.train.stop import StopRequests
+
+if TYPE_CHECKING:
+    from megatron_evomoe.train.stage_run import StageRun
 
 BATCH = 32
 _SAY_EVERY = 30.0  # seconds between lines about progress
 _MASK = 2**64 - 1
 
 
-def open_cache(
-    session: Session, built: Built, config: RunConfig, dataset: ShardDataset | None
-) -> FeatureCache | None:
+def open_cache(run: StageRun) -> FeatureCache | None:
     """What this rank reads training images' features with; none where it reads none. Communicates over TP."""
-    if not config.data.cache_vision_features or not session.topology.first_stage:
+    if not run.config.data.cache_vision_features or not run.session.topology.first_stage:
         return None
-    tower = weights_digest(built.modules[0].vision_model)
-    if dataset is None:
+    tower = weights_digest(run.built.modules[0].vision_model)
+    if run.samples is None or run.samples.dataset is None:
         return None
-    folder = Path(config.data.feature_cache_dir or session.run_dir / "vision_features")
-    return FeatureCache(dataset, config, folder, tower)
+    folder = Path(run.config.data.feature_cache_dir or run.session.run_dir / "vision_features")
+    return FeatureCache(run.samples.dataset, run.config, folder, tower)
 
 
-def complete(
-    cache: FeatureCache | None, session: Session, built: Built, config: RunConfig, stop: StopRequests
-) -> str | None:
+def complete(cache: FeatureCache | None, run: StageRun) -> str | None:
     """Compute the features that are missing, if the configuration wants a cache. Communicates.
 
     Returns:
@@ -60,11 +58,13 @@ def complete(
     Raises:
         ConfigError: on every rank, when the disk has no room.
     """
-    if not config.data.cache_vision_features:
+    if not run.config.data.cache_vision_features:
         return None
-    session.heartbeat.enter("features")
-    missing = _missing(cache, session)
-    return _Extraction(missing, cache, built.modules[0], session, config).run(stop) if missing else None
+    run.session.heartbeat.enter("features")
+    missing = _missing(cache, run.session)
+    if not missing:
+        return None
+    return _Extraction(missing, cache, run.built.modules[0], run.session, run.config).run(run.stop)
 
 
 def weights_digest(tower: torch.nn.Module) -> str:

@@ -18,8 +18,6 @@ from typing import Any
 from megatron_evomoe import cli
 from tests.faults import failing, matching
 
-PLACES = ["open_session", "build_stage", "train_loader", "questions", "take_step", "next_step"]
-
 
 def asked(trigger: Path, kind: str) -> dict[str, Any] | None:
     """The fault of `kind` that this rank is to have now."""
@@ -31,15 +29,23 @@ def asked(trigger: Path, kind: str) -> dict[str, Any] | None:
 
 
 def add_faults(trigger: Path) -> None:
-    """Wrap the training loop's functions."""
+    """Wrap functions that the training loop calls, in the modules that call them."""
     from megatron_evomoe.parallel import backend
 
     backend.prepare()
     import megatron_evomoe.config
     from megatron_evomoe.checkpoint import store
-    from megatron_evomoe.train import loop
+    from megatron_evomoe.train import beginning, held_out, loop, stage_run
 
-    for module, names in ((loop, PLACES), (store, ["_load"]), (megatron_evomoe.config, ["load_config"])):
+    modules = {
+        loop: ["open_session", "take_step"],
+        beginning: ["build_stage"],
+        stage_run: ["train_loader", "next_step"],
+        held_out: ["questions"],
+        store: ["_load"],
+        megatron_evomoe.config: ["load_config"],
+    }
+    for module, names in modules.items():
         for name in names:
             setattr(module, name, with_faults(name, getattr(module, name), trigger))
 

@@ -76,7 +76,7 @@ def main(request: str, folder: str) -> None:
 def measure(parallel: dict[str, Any], kind: str, sections: dict[str, Any]) -> dict[str, int]:
     """Bytes of parameters, gradient buffers, optimizer and evolution state once a step has been taken."""
     from megatron_evomoe.parallel import topology
-    from megatron_evomoe.train.build import build_stage
+    from megatron_evomoe.train.built import build_stage
 
     config = case_config(parallel, kind, sections)
     topology.seed_everything(1)

@@ -44,8 +44,9 @@ def run_job(job: Job) -> list[dict[str, float]]:
     from megatron_evomoe.diagnose.collect import Watch
     from megatron_evomoe.parallel import topology
     from megatron_evomoe.train import optimizer
-    from megatron_evomoe.train.build import build_stage
-    from megatron_evomoe.train.report import forget_auxiliary_losses, params_norm, routing_metrics
+    from megatron_evomoe.train.built import build_stage
+    from megatron_evomoe.train.parameters import params_norm
+    from megatron_evomoe.train.routing_metrics import forget_auxiliary_losses, routing_metrics
     from megatron_evomoe.train.step import take_step
 
     config = from_mapping(configuration(job))

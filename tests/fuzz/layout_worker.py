@@ -59,7 +59,7 @@ def shapes(config: Any, world: int, rank: int) -> dict[str, list[int]]:
 
     from megatron_evomoe.checkpoint import store
     from megatron_evomoe.parallel import topology
-    from megatron_evomoe.train.build import build_stage
+    from megatron_evomoe.train.built import build_stage
 
     dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
     try:

@@ -354,7 +354,7 @@ def test_configurations_built(tally):
     """What the checks accept of small models can be built and takes two steps."""
     from megatron_evomoe.parallel import topology
     from megatron_evomoe.train import preflight
-    from megatron_evomoe.train.build import build_stage
+    from megatron_evomoe.train.built import build_stage
     from megatron_evomoe.train.step import NonFiniteError, take_step
 
     for draw in tally.draws(quick=80):

@@ -16,7 +16,7 @@ from megatron_evomoe.checkpoint.record import CheckpointError, Record, TrainingD
 from megatron_evomoe.config import SECTIONS, RunConfig
 from megatron_evomoe.config.resume import OnResume, on_resume
 from megatron_evomoe.config.run import FLAT, STAGE_KINDS
-from megatron_evomoe.train import compare, resume
+from megatron_evomoe.train import compare, resume_check
 from tests.fuzz.conftest import Tally
 from tests.tiny import tiny_config
 
@@ -82,7 +82,7 @@ def outcome(folder: Path, kind: str, raw: dict[str, Any], places: list[tuple[str
     assert before is not None
     differ = [(s, f) for s, f in places if value(before, s, f) != value(now, s, f)]
     try:
-        found = resume._compare(folder, record_of(kind, None), before, now.stages[0], now, None)
+        found = resume_check._compare(folder, record_of(kind, None), before, now.stages[0], now, None)
     except CheckpointError as error:
         refused = [(s, f) for s, f in differ if f" {s}.{f} was " in str(error)]
         assert refused and "\n" not in str(error) and "--allow-changed " in str(error)
@@ -116,7 +116,7 @@ def test_changed_data(tally: Tally, tmp_path: Path) -> None:
         record = record_of(kind, before)
         same = [d for *_, d in before["shards"]] == [d for *_, d in now["shards"]]
         try:
-            found = resume._compare_data(tmp_path, record, now, CONFIGS[kind])
+            found = resume_check._compare_data(tmp_path, record, now, CONFIGS[kind])
             assert same and found == []
             tally.add("right")
         except CheckpointError as error:
@@ -126,7 +126,7 @@ def test_changed_data(tally: Tally, tmp_path: Path) -> None:
                 f"{len(now['shards'])})"
             )
             assert sizes in str(error)
-            allowed = resume._compare_data(tmp_path, record, now, ALLOWING[kind])
+            allowed = resume_check._compare_data(tmp_path, record, now, ALLOWING[kind])
             assert "come again before it ends" in allowed[-1]
             tally.add("named")
 

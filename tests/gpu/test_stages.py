@@ -22,7 +22,7 @@ def on_device(step: Step) -> Step:
 
 def train(kind: str, *, bf16: bool, steps: int = 10):
     """What was built, and the loss of each step on one batch."""
-    from megatron_evomoe.train.build import build_stage
+    from megatron_evomoe.train.built import build_stage
     from megatron_evomoe.train.step import take_step
 
     config = tiny_config(kind, train={"bf16": bf16, "transformer_impl": "local"})

@@ -20,7 +20,7 @@ from megatron_evomoe.data.tokenizer import build_tokenizer
 from megatron_evomoe.hf import register
 from megatron_evomoe.hf.to_hf import verify_export
 from megatron_evomoe.hf.to_hf.exporting import Exported, Request, export_model
-from megatron_evomoe.train.evaluate import greedy
+from megatron_evomoe.train.decoding import greedy
 from tests.programs import ROOT, environment
 from tests.runs import run
 

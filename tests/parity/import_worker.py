@@ -38,8 +38,8 @@ def run(
     from megatron_evomoe.checkpoint import find
     from megatron_evomoe.config import from_mapping
     from megatron_evomoe.parallel import topology
-    from megatron_evomoe.train.build import build_stage
-    from megatron_evomoe.train.evaluate import greedy, inference
+    from megatron_evomoe.train.built import build_stage
+    from megatron_evomoe.train.decoding import greedy, inference
     from megatron_evomoe.train.transition import start_from
 
     config = from_mapping(

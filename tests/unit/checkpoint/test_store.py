@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("one_rank")
 
 def built_for(kind: str, *, trained: int = 0, **sections):
     """A stage with fresh weights after `trained` steps."""
-    from megatron_evomoe.train.build import build_stage
+    from megatron_evomoe.train.built import build_stage
 
     config = tiny_config(kind, **sections)
     topology.seed_everything(config.train.seed)

@@ -93,7 +93,7 @@ def test_chunks_are_put_together(tmp_path, index):
 @pytest.fixture(scope="module")
 def core_model(one_rank):
     from megatron_evomoe.parallel import topology
-    from megatron_evomoe.train.build import build_stage
+    from megatron_evomoe.train.built import build_stage
 
     config = tiny_config("route")
     topology.seed_everything(3)

@@ -15,7 +15,7 @@ from megatron_evomoe.config import ConfigError, load_config
 from megatron_evomoe.data.image import ImageProcessor, decode_image
 from megatron_evomoe.data.shards import ShardDataset, write_shards
 from megatron_evomoe.data.tokenizer import build_tokenizer
-from megatron_evomoe.train.session import train_loader
+from megatron_evomoe.train.training_set import train_loader
 
 from .helpers import chat, jpeg, take
 

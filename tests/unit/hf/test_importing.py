@@ -370,7 +370,7 @@ def stage(imported, kind: str, **moe):
     """A stage that begins from an import."""
     from megatron_evomoe.checkpoint import find
     from megatron_evomoe.parallel import topology
-    from megatron_evomoe.train.build import build_stage
+    from megatron_evomoe.train.built import build_stage
     from megatron_evomoe.train.transition import start_from
 
     config = from_mapping(

@@ -308,7 +308,7 @@ def test_padding_of_experts_changes_no_result(by_router):
 
 @pytest.mark.usefixtures("one_rank")
 def test_questions_are_answered_without_fp8():
-    from megatron_evomoe.train.evaluate import inference
+    from megatron_evomoe.train.decoding import inference
 
     model = routed_model(fp8="hybrid").train()
     with inference([model]):

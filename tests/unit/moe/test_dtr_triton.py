@@ -22,7 +22,7 @@ from megatron_evomoe.moe.dtr import kernel as dtr_kernel
 from megatron_evomoe.moe.dtr.maths import DtrWeights, HyperWeights, dtr_logits, naive_dtr_logits
 from megatron_evomoe.moe.planes import to_planes
 from megatron_evomoe.parallel import topology
-from megatron_evomoe.train.build import build_stage
+from megatron_evomoe.train.built import build_stage
 from megatron_evomoe.train.step import take_step
 from tests.tiny import rows, step_of, tiny_config
 from tests.unit.moe.router_models import batch, build_router

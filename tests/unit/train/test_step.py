@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("one_rank")
 
 
 def built_for(kind, **sections):
-    from megatron_evomoe.train.build import build_stage
+    from megatron_evomoe.train.built import build_stage
 
     config = tiny_config(kind, **sections)
     topology.seed_everything(config.train.seed)

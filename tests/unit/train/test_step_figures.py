@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from megatron_evomoe.plan.flops import flops
-from megatron_evomoe.train.build import build_stage
-from megatron_evomoe.train.report import flop_per_gpu, params_norm
+from megatron_evomoe.train.built import build_stage
+from megatron_evomoe.train.meter import flop_per_gpu
+from megatron_evomoe.train.parameters import params_norm
 from tests.tiny import tiny_config
 
 pytestmark = pytest.mark.usefixtures("one_rank")

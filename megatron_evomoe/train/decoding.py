@@ -1,4 +1,4 @@
-"""Held-out exact match by greedy decoding, under any layout.
+"""Greedy decoding by the model in training, under any layout.
 
 Answers are decoded by running the whole sequence again for every new token: short answers need no cache, and
 the very forward that trained is the one that is measured.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,81 +20,6 @@ from megatron_evomoe.config.token_types import TokenType
 from megatron_evomoe.data.conversation import EncodedSample
 from megatron_evomoe.model.precision import without_fp8
 from megatron_evomoe.parallel import backend
-
-
-@dataclass(kw_only=True)
-class Question:
-    """One held-out question."""
-
-    prompt: EncodedSample
-    answer: str
-    images: torch.Tensor
-    """uint8 [n, 3, S, S]"""
-    kind: str
-    """what accuracy is reported by; the model never sees it"""
-
-
-@dataclass(kw_only=True)
-class Score:
-    """Exact matches by kind."""
-
-    correct: dict[str, int]
-    total: dict[str, int]
-
-    def accuracy(self, kinds: Sequence[str] | None = None) -> float:
-        """Share of exact matches over `kinds` (all by default)."""
-        kinds = [k for k in self.total if kinds is None or k in kinds]
-        return sum(self.correct[k] for k in kinds) / max(1, sum(self.total[k] for k in kinds))
-
-    def by_kind(self) -> dict[str, float]:
-        """Accuracy of each kind."""
-        return {kind: self.correct[kind] / self.total[kind] for kind in self.total}
-
-
-def exact_match(
-    chunks: list[torch.nn.Module],
-    questions: Sequence[Question],
-    tokenizer: Any,
-    *,
-    stop: set[int],
-    batch_size: int,
-    max_new_tokens: int = 8,
-    blind: bool = False,
-) -> Score:
-    """Decode every question and compare texts. Communicates: all ranks call it with the same `questions`.
-
-    Args:
-        chunks: the model chunks of this rank (unwrapped or wrapped); left in the mode they were in.
-        stop: ids that end an answer.
-        blind: blank the images (all zero), to see what the questions alone give away.
-    """
-    kinds = sorted({q.kind for q in questions})
-    tally = torch.zeros(2, len(kinds), dtype=torch.int64, device=backend.device())
-    rank, world = ps.get_data_parallel_rank(), ps.get_data_parallel_world_size()
-    with inference(chunks):
-        for start in range(0, len(questions), batch_size * world):
-            batch = questions[
-                start + rank * batch_size : min(len(questions), start + (rank + 1) * batch_size)
-            ]
-            # replicas must run equally many forwards, since experts are shared between them; an idle one
-            # repeats a question
-            rows = batch or questions[:1]
-            images = torch.cat([q.images for q in rows])
-            answers = greedy(
-                chunks,
-                [q.prompt for q in rows],
-                torch.zeros_like(images) if blind else images,
-                stop=stop,
-                max_new_tokens=max_new_tokens,
-                pad_id=tokenizer.pad_id,
-            )
-            for question, ids in zip(batch, answers, strict=False):
-                column = kinds.index(question.kind)
-                tally[1, column] += 1
-                tally[0, column] += int(tokenizer.decode(ids).strip() == question.answer.strip())
-    dist.all_reduce(tally, group=ps.get_data_parallel_group())
-    correct, total = tally.tolist()
-    return Score(correct=dict(zip(kinds, correct, strict=True)), total=dict(zip(kinds, total, strict=True)))
 
 
 class inference:

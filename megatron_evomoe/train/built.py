@@ -26,7 +26,6 @@ class Built:
     wrapped: list[torch.nn.Module]
     optimizer: Any
     scheduler: Any
-    part_sizes: dict[str, int] = field(default_factory=dict)
     clock: StepClock = field(default_factory=StepClock)
 
     @property
@@ -67,15 +66,13 @@ def build_stage(config: RunConfig, stage: StageConfig) -> Built:
     groups exist.
     """
     modules = build_modules(config, stage.kind)
-    sizes: dict[str, int] = {}
     for module in modules:
         first = (
             module.language_model.decoder.layers[0].layer_number - 1
             if module.language_model.decoder.layers
             else 0
         )
-        for part, count in freeze(module, config, stage.kind, first).items():
-            sizes[part] = sizes.get(part, 0) + count
+        freeze(module, config, stage.kind, first)
     wrapped = optim.wrap(modules, config)
     optimizer = optim.build_optimizer(wrapped, config)
     scheduler = optim.build_scheduler(optimizer, config)
@@ -101,6 +98,5 @@ def build_stage(config: RunConfig, stage: StageConfig) -> Built:
         wrapped=wrapped,
         optimizer=optimizer,
         scheduler=scheduler,
-        part_sizes=sizes,
         clock=clock,
     )

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("one_rank")
 
 @pytest.fixture(scope="module")
 def model(one_rank):
-    from megatron_evomoe.train.build import build_stage
+    from megatron_evomoe.train.built import build_stage
 
     config = tiny_config("route", language={"init_method_std": 0.3})
     topology.seed_everything(3)
@@ -48,7 +48,7 @@ def plain_greedy(model, sample: EncodedSample, images: torch.Tensor, count: int)
 
 
 def test_batched_greedy_equals_row_by_row(model):
-    from megatron_evomoe.train.evaluate import greedy, inference
+    from megatron_evomoe.train.decoding import greedy, inference
 
     wanted, start = [], 0
     for p in PROMPTS:
@@ -74,7 +74,7 @@ class _Letters:
 
 
 def test_exact_match_counts_by_kind_and_blind_sees_nothing(model):
-    from megatron_evomoe.train.evaluate import Question, exact_match
+    from megatron_evomoe.train.held_out import Question, exact_match
 
     model.train()
     images = [IMAGES[:1], IMAGES[:0], IMAGES[1:3], IMAGES[3:]]
@@ -98,7 +98,7 @@ def test_exact_match_counts_by_kind_and_blind_sees_nothing(model):
 
 
 def test_padding_rows_of_the_vocabulary_are_never_chosen(model):
-    from megatron_evomoe.train.evaluate import inference, next_tokens
+    from megatron_evomoe.train.decoding import inference, next_tokens
 
     tokens = torch.tensor([PROMPTS[1].tokens])
     types = torch.tensor([PROMPTS[1].token_types])

@@ -18,7 +18,7 @@ from megatron_evomoe.checkpoint.record import CheckpointError, Record
 from megatron_evomoe.config import SECTIONS, CheckpointConfig, RunConfig
 from megatron_evomoe.config.resume import OnResume, on_resume
 from megatron_evomoe.config.run import FLAT
-from megatron_evomoe.train import compare, resume
+from megatron_evomoe.train import compare, resume_check
 from tests.tiny import tiny_config
 from tests.unit.checkpoint.test_store import built_for, train
 from tests.unit.train.test_compare import other_value, with_field
@@ -70,12 +70,12 @@ def checkpoint(tmp_path_factory, one_rank) -> Path:
     return saved(tmp_path_factory.mktemp("saved"), tiny_config("route"), "route", trained=2)
 
 
-def held(folder: Path, config: RunConfig, data: dict | None = DATA) -> resume.Comparison:
+def held(folder: Path, config: RunConfig, data: dict | None = DATA) -> resume_check.Comparison:
     record = records.read(folder)
-    return resume._compare(
+    return resume_check._compare(
         folder,
         record,
-        resume.stored(folder, record.stage),
+        resume_check.stored(folder, record.stage),
         config.stages[0],
         config.for_stage(config.stages[0].name),
         data,
@@ -116,13 +116,13 @@ def test_each_field_is_refused_said_or_silent_as_its_class_says(checkpoint, plac
         assert bool(found.line()) == is_said
 
 
-def _held(folder: Path, record: Record, config: RunConfig) -> resume.Comparison:
-    return resume._compare(folder, record, _stored(folder), config.stages[0], config, DATA)
+def _held(folder: Path, record: Record, config: RunConfig) -> resume_check.Comparison:
+    return resume_check._compare(folder, record, _stored(folder), config.stages[0], config, DATA)
 
 
 @functools.cache
 def _stored(folder: Path) -> RunConfig | None:
-    return resume.stored(folder, "route")
+    return resume_check.stored(folder, "route")
 
 
 @functools.cache
@@ -178,11 +178,11 @@ def test_another_kind_of_stage_is_refused(checkpoint):
     "content", [b"\xff\xfe", b"a: [", b"&a [*a]", b"a: 1\na: 2\n", b"- 1\n", b"", b"{" * 5000]
 )
 def test_a_configuration_that_cannot_be_read_is_named(tmp_path, content):
-    (tmp_path / resume.CONFIG_FILE).write_bytes(content)
+    (tmp_path / resume_check.CONFIG_FILE).write_bytes(content)
     try:
-        assert resume.stored(tmp_path, "route") is None
+        assert resume_check.stored(tmp_path, "route") is None
     except CheckpointError as error:
-        assert resume.CONFIG_FILE in str(error) and "\n" not in str(error)
+        assert resume_check.CONFIG_FILE in str(error) and "\n" not in str(error)
 
 
 def test_the_record_keeps_the_data(checkpoint):

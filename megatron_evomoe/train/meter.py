@@ -1,0 +1,82 @@
+"""What is measured of a stage: the numbers of each step, and the stage's row of the table at the end."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import torch
+from megatron.core import parallel_state as ps
+
+from megatron_evomoe.config import RunConfig
+from megatron_evomoe.config.kinds import StageKind
+from megatron_evomoe.diagnose.collect import Watch
+from megatron_evomoe.parallel import backend
+from megatron_evomoe.plan.flops import flops
+from megatron_evomoe.train import stage_report
+from megatron_evomoe.train.held_out import Score
+from megatron_evomoe.train.hooks import StepHook
+from megatron_evomoe.train.parameters import count_parameters, params_norm
+from megatron_evomoe.train.routing_metrics import forget_auxiliary_losses, routing_metrics
+from megatron_evomoe.train.stage_run import StageRun
+from megatron_evomoe.train.step import StepResult
+
+
+class MeterHook(StepHook):
+    """Measures each step, and writes the stage's row of `summary.json` when it has been measured.
+
+    `iteration-time` (seconds) runs from the reading of the samples to the end of evolution and of the user's
+    hooks; saves and logging are not part of it.
+    """
+
+    def begin_stage(self, run: StageRun) -> None:
+        """Count parameters, and watch the routers of a mixture. Communicates over pipeline stages."""
+        self._sizes = count_parameters(run.built.modules, run.config)
+        self._stage_began = time.perf_counter()
+        self._watch = Watch(run.config, with_logits=False) if run.stage.kind.has_router else None
+        for layer in run.built.mixtures():
+            layer.router.observer = self._watch
+        forget_auxiliary_losses()
+
+    def begin_step(self, run: StageRun, step: int) -> None:
+        """Start the step's time."""
+        self._step_began = time.perf_counter()
+
+    def after_step(self, run: StageRun, result: StepResult) -> None:
+        """Add the step's numbers. Communicates where routing metrics or the parameters' norm are due."""
+        seconds, log = time.perf_counter() - self._step_began, run.config.log
+        flop = flop_per_gpu(run.config, run.stage.kind, result.seq_length)
+        metrics = {
+            "lm loss": result.loss,
+            "learning-rate": result.learning_rate,
+            "grad-norm": result.grad_norm,
+            "batch-size": run.config.train.global_batch_size,
+            "iteration-time": seconds,
+            "tokens/s": result.tokens / seconds,
+            "throughput": flop / seconds / 1e12,
+            "supervised-tokens": result.supervised_tokens,
+        }
+        if backend.on_gpu():
+            metrics["mem-max-allocated-bytes"] = torch.cuda.max_memory_allocated()
+        if self._watch is not None and run.step % log.moe_metrics_interval == 0:
+            metrics |= routing_metrics(self._watch, run.config, steps=log.moe_metrics_interval)
+        if run.step % log.log_interval == 0 and log.log_params_norm:
+            metrics["params-norm"] = params_norm(run.built.gather_weights())
+        run.add_metrics(metrics)
+
+    def after_measure(self, run: StageRun, scores: dict[str, Score]) -> None:
+        """Write the stage's row and its `eval` event."""
+        seconds = time.perf_counter() - self._stage_began
+        stage_report.write_row(run, scores, {"seconds": seconds, **self._sizes})
+
+
+def flop_per_gpu(config: RunConfig, kind: StageKind, seq_length: int) -> float:
+    """FLOP of one optimizer step that the model asks for, mean over GPUs: recompute left out, padding and one
+    image a row counted (the formulas: plan/flops.py).
+    """
+    config = replace(config, train=replace(config.train, recompute_granularity=None))
+    stages = config.parallel.pipeline_model_parallel_size
+    microbatches = config.train.global_batch_size // (
+        config.train.micro_batch_size * ps.get_data_parallel_world_size()
+    )
+    return microbatches * sum(sum(flops(config, kind, rank, seq_length)) for rank in range(stages)) / stages

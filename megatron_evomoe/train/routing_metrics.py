@@ -1,0 +1,69 @@
+"""Routing metrics of a `route` stage: shares by token type, and megatron-core's auxiliary losses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core import parallel_state as ps
+from megatron.core.transformer.moe import moe_utils
+
+from megatron_evomoe.config import RunConfig
+from megatron_evomoe.diagnose.collect import Watch
+from megatron_evomoe.diagnose.routing import share_metrics
+from megatron_evomoe.parallel import backend
+
+
+def routing_metrics(watch: Watch, config: RunConfig, *, steps: int) -> dict[str, float]:
+    """Shares by modality and auxiliary losses of the last `steps` steps; `watch` counts anew afterwards.
+    Communicates.
+    """
+    counts = watch.total()
+    watch.shares.reset()
+    microbatches = config.train.global_batch_size // (
+        config.train.micro_batch_size * ps.get_data_parallel_world_size()
+    )
+    captured = _Capture()
+    names = ["load_balancing_loss"] if config.moe.moe_aux_loss_coeff else []
+    names += ["z_loss"] if config.moe.moe_z_loss_coeff else []
+    if names:
+        pattern = config.moe.layer_pattern(config.language.num_layers)
+        for name in (
+            names
+        ):  # a pipeline rank without a mixture would not know whom to reduce with, and leave replicas out
+            moe_utils.save_to_aux_losses_tracker(
+                name,
+                torch.zeros((), device=backend.device()),
+                1,
+                len(pattern),
+                reduce_group=ps.get_tensor_and_context_parallel_group(),
+            )
+        moe_utils.track_moe_metrics(
+            loss_scale=1 / (microbatches * steps),
+            iteration=0,
+            writer=captured,
+            per_layer_logging=True,
+            force_initialize=True,
+            track_names=names,
+            num_layers=len(pattern),
+            moe_layer_freq=pattern,
+        )
+    return {**share_metrics(counts, watch.layers), **captured.values}
+
+
+def forget_auxiliary_losses() -> None:
+    """megatron-core sums auxiliary losses per process, under names that stay: nothing of another stage may
+    come in.
+    """
+    newer = getattr(moe_utils, "get_moe_metrics_tracker", None)  # from 0.17 on
+    (newer().metrics if newer else moe_utils.get_moe_layer_wise_logging_tracker()).clear()
+
+
+class _Capture:
+    """Stands where megatron-core expects a TensorBoard writer, so that our sinks get its numbers."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, float] = {}
+
+    def add_scalar(self, name: str, value: Any, iteration: int) -> None:
+        self.values[name] = float(value)
