@@ -13,9 +13,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_evomoe.config import SECTIONS, ConfigError, RunConfig, from_mapping
+from megatron_evomoe.config import SECTIONS, STAGE_KINDS, ConfigError, RunConfig, from_mapping
 from megatron_evomoe.config.resume import OnResume, on_resume
-from megatron_evomoe.config.run import FLAT, STAGE_KINDS, flat_name
+from megatron_evomoe.config.run import FLAT, flat_name
 from megatron_evomoe.train import compare
 from tests.tiny import tiny_config
 
