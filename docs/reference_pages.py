@@ -34,11 +34,14 @@ RESUME = {
     resume.OnResume.LOGGED: "may change, logged",
     resume.OnResume.FREE: "may change",
 }
-# The modules that a program or an extension calls; the others are the package's own.
-API = {
-    "Configuration": ["config", "config.run", "config.model", "config.training"],
-    "Routers": ["moe.router"],
-    "Evolution rules": ["moe.evolution_rules"],
+# What a program or an extension calls, and of a module that has more than that, the names.
+API: dict[str, list[str]] = {
+    "megatron_evomoe.config": ["load_config", "from_mapping", "RunConfig", "StageConfig", "StageKind"],
+    "megatron_evomoe.moe.router": [],
+    "megatron_evomoe.moe.evolution_rules": [],
+    "megatron_evomoe.hf": [],
+    "megatron_evomoe.generate.loading": [],
+    "megatron_evomoe.evaluation.item": [],
 }
 
 
@@ -104,8 +107,7 @@ def fields_page() -> str:
             flat = flat_name(section, field.name)
             row = [
                 f"`--{flat.replace('_', '-')}`{{ #{flat.replace('_', '-')} }}",
-                values(cls, field.name),
-                default(field),
+                f"{values(cls, field.name)}; default {default(field)}",
                 RESUME[resume.on_resume(cls, field.name)],
                 " ".join(docs.get(field.name, "").split()),
             ]
@@ -206,9 +208,9 @@ def argument_row(action: argparse.Action) -> str:
 
 def api_page() -> str:
     """Directives from which mkdocstrings makes the reference of the Python API."""
-    lines = ["# Python API", "", "What a program or an extension calls."]
-    for title, modules in API.items():
-        lines += ["", f"## {title}"]
-        for module in modules:
-            lines += ["", f"::: megatron_evomoe.{module}", "    options:", "      heading_level: 3"]
+    lines = ["# Python API", "", "Programs and extensions call these names, or register with them."]
+    for module, members in API.items():
+        lines += ["", f"::: {module}"]
+        if members:
+            lines += ["    options:", f"      members: [{', '.join(members)}]"]
     return "\n".join(lines) + "\n"
