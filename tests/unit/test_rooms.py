@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -69,3 +72,28 @@ for name in [command.name for command in cli.COMMANDS]:
 """
     done = python("-c", code)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def rooms_picture() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("rooms_picture", ROOT / "docs/rooms_picture.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_picture_shows_the_imports_of_the_code():
+    picture = rooms_picture()
+    drawn = picture.draw(picture.table(), picture.imports())
+    assert picture.PICTURE.read_text(encoding="utf-8") == drawn, "run: python docs/rooms_picture.py"
+
+
+def test_the_table_has_the_order_of_the_contract_and_names_files_that_exist():
+    contract = (ROOT / "pyproject.toml").read_text(encoding="utf-8").split("layers = [")[1].split("]")[0]
+    picture = rooms_picture()
+    assert list(picture.table()) == re.findall(r'"(\w+)"', contract)
+    for above, below in picture.imports():
+        assert picture.PLACES[above][1] > picture.PLACES[below][1], f"{above} does not stand above {below}"
+    page = (picture.DOCS / "architecture.md").read_text(encoding="utf-8")
+    for room, where in re.findall(r"^\| `(\w+)/` \|[^|]+\| (.+) \|$", page, re.MULTILINE):
+        for name in re.findall(r"`(\w+(?:\.py|/))`", where):
+            assert (ROOT / "megatron_evomoe" / room / name).exists(), f"{room}/ has no {name}"
