@@ -215,8 +215,9 @@ class MoEConfig:
 
     @property
     def evolution_ranges(self) -> list[tuple[float, float]]:
-        """[low, high) of β for experts 2…N: `evolution_beta`, or else [0.7, 1) cut into N − 1 pieces, highest
-        first.
+        """The range [low, high) of β for each of the experts 2…N.
+
+        Without `evolution_beta`, [0.7, 1) is divided into N − 1 pieces, the highest first.
 
         Each range is the lower 90 % of a piece, so that ranges do not touch. N = 4 gives the paper's [0.9,
         0.99], [0.8, 0.89] and [0.7, 0.79] exactly.

@@ -109,9 +109,7 @@ def _text_of(path: str | Path) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses tags, repeated keys, keys that are not text, and more than `MAX_VALUES` values or `MAX_DEPTH`
-    levels.
-    """
+    """Refuses tags, repeated keys, keys that are not text, and too many values or levels."""
 
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
     source = ""

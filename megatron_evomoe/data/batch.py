@@ -1,6 +1,7 @@
-"""One stored sample to model inputs, and several of them to a microbatch.
+"""Turns a stored sample into the inputs of the model, and several samples into a microbatch.
 
-Shapes: b rows of a microbatch, s positions after padding, S the image side, n images of the microbatch.
+Shapes: b rows of a microbatch, s positions after padding, n images of the microbatch, S the side of an image;
+features have t positions for each image and width C.
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ from megatron_evomoe.data.tokenizer import Tokenizer
 
 
 class MicroBatch(TypedDict):
-    """What the model reads. A row without a sample is padding throughout; it has no labels and no images."""
+    """The inputs of the model; a row without a sample is padding and has no labels and no images."""
 
     tokens: torch.Tensor
     """int64 [b, s]."""
     labels: torch.Tensor
-    """int64 [b, s], -100 where nothing is learned; already shifted."""
+    """int64 [b, s], already shifted; -100 where nothing is supervised."""
     token_types: torch.Tensor
     """int64 [b, s] of `TokenType`."""
     images: torch.Tensor
@@ -44,13 +45,16 @@ class MicroBatch(TypedDict):
     be 0.
     """
     keys: list[str]
-    """b sample keys, those of unusable samples too."""
+    """The keys of the b samples, also of unusable ones."""
 
 
 @dataclass
 class Row:
-    """One slot of a microbatch, as a worker hands it over. `sample` is None when it cannot be used; `problem`
-    says why.
+    """One row of a microbatch, as a worker hands it over.
+
+    Attributes:
+        sample: None if the sample is unusable.
+        problem: the reason and the message of the `SampleError`, if the sample is unusable.
     """
 
     key: str
@@ -61,19 +65,19 @@ class Row:
 
 
 class EvalSample(NamedTuple):
-    """One question: the prompt up to where the answer starts, and what the answer should be."""
+    """One held-out question: the prompt up to the start of the answer, and the expected answer."""
 
     prompt: EncodedSample
     answer: str
     images: torch.Tensor
-    """uint8 [n, 3, S, S], those of the prompt."""
+    """uint8 [n, 3, S, S], the images of the prompt."""
     metadata: dict[str, Any]
     """The record without its conversations, with `key`, `shard` and `turn`."""
 
 
 @dataclass(frozen=True)
 class Preparer:
-    """Everything between the shard and a row, in one object that a worker process holds."""
+    """Turns the samples of shards into rows; each worker process holds one."""
 
     dataset: ShardDataset
     tokenizer: Tokenizer
@@ -84,7 +88,7 @@ class Preparer:
     long_samples: str
     max_image_pixels: int
     features: FeatureCache | None = None
-    """where images come from as features, none being decoded"""
+    """Gives features in place of images, which are then not decoded."""
 
     @classmethod
     def from_config(
@@ -98,7 +102,7 @@ class Preparer:
         tokens_per_image: int,
         features: FeatureCache | None = None,
     ) -> Preparer:
-        """Limits and policies from the data section."""
+        """A preparer with the limits and choices of the data section."""
         return cls(
             dataset,
             tokenizer,
@@ -112,7 +116,7 @@ class Preparer:
         )
 
     def row(self, i: int) -> Row:
-        """Sample i; one that is no good becomes an empty row that says why."""
+        """The row of sample i; an unusable sample gives a row without a sample, but with the problem."""
         key, shard = self.dataset.key(i), str(self.dataset.shard(i))
         try:
             sample, kept = self._encode(i)
@@ -122,14 +126,15 @@ class Preparer:
         return Row(key, shard, sample, images)
 
     def stack(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Images of a microbatch's rows in one tensor; also for none."""
+        """The images of a microbatch in one tensor, as in `MicroBatch`; there may be none."""
         if self.features is not None and not images:
             return torch.empty((0, *self.features.shape), dtype=self.features.dtype)
         return stack_images(images, self.processor.size)
 
     def _encode(self, i: int) -> tuple[EncodedSample, int]:
-        """The text, and how many of its images are left. First, for a sample that is refused for it needs no
-        decoding.
+        """The encoded text, and how many of the images it keeps.
+
+        This comes before the images, which need not be decoded where the text is refused.
         """
         record, total = self.dataset.record(i), len(self.dataset.images_of(i)[1])
         sample = encode(
@@ -159,17 +164,18 @@ class Preparer:
 
 
 def truncate(sample: EncodedSample, seq_length: int, tokens_per_image: int) -> tuple[EncodedSample, int]:
-    """Cut the end off; returns the sample and how many of its images are left.
+    """Cut the end of a sample off; an image is kept whole or not at all.
 
-    An image is kept whole or not at all, so that features and positions still agree.
+    Returns:
+        The sample, and the number of its images that are left.
 
     Raises:
-        SampleError: too-long, when nothing supervised would be left.
+        SampleError: too-long; nothing supervised would be left.
     """
     end = seq_length
     vision_before_end = sample.token_types[:end].count(TokenType.VISION)
     kept, partial = divmod(vision_before_end, tokens_per_image)
-    if partial:  # the cut lies in an image (adjacent images are told apart by their length)
+    if partial:  # the cut lies inside an image; all images have the same length
         end -= partial
     cut = EncodedSample(sample.tokens[:end], sample.labels[:end], sample.token_types[:end])
     if not cut.num_supervised:
@@ -198,7 +204,7 @@ def collate(rows: Sequence[Row], images: torch.Tensor, length: int, pad_id: int)
 
 
 def stack_images(images: Sequence[torch.Tensor], size: int) -> torch.Tensor:
-    """uint8 [n, 3, S, S]; also for none."""
+    """The images in one tensor, uint8 [n, 3, S, S]; there may be none."""
     return torch.stack(list(images)) if images else torch.empty((0, 3, size, size), dtype=torch.uint8)
 
 
@@ -212,13 +218,13 @@ def prepare_eval(
     max_image_pixels: int = 50_000_000,
     max_length: int | None = None,
 ) -> list[EvalSample]:
-    """One `EvalSample` per human/gpt pair, with the turns before it as context.
+    """The questions of a sample: one for each gpt turn, with the turns before it as context.
 
     Args:
-        max_length: positions that a prompt may take.
+        max_length: the most positions that a prompt may have.
 
     Raises:
-        SampleError: as `encode` and `decode_image` do, bad-kind, and too-long.
+        SampleError: what `encode` and `decode_image` raise, bad-kind, or too-long.
     """
     check_kind(raw.record)
     turns = parse_turns(raw.record.get("conversations"), len(raw.images))

@@ -210,8 +210,7 @@ def encode(
     *,
     max_length: int | None = None,
 ) -> EncodedSample:
-    """Encode a conversation as a training sequence, in which every gpt turn and its end-of-turn token is
-    supervised.
+    """Encode a conversation as a training sequence; each gpt turn and its end-of-turn token is supervised.
 
     Args:
         max_length: refuse conversations that are far longer than this, before they cost time
@@ -280,9 +279,7 @@ def check_template(tokenizer: Tokenizer, template: str) -> None:
 
 
 def pieces_of(turns: Sequence[Turn], template: Template) -> Iterator[Piece]:
-    """The pieces of a conversation; the only place that knows the form of templates, for training and
-    generation.
-    """
+    """The pieces of a conversation, for training and generation alike."""
     system = template.system
     if turns[0].role == "system":
         system, turns = turns[0].text, turns[1:]

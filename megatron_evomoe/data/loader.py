@@ -1,8 +1,8 @@
-"""The training data of one data-parallel replica, step by step, resumable at any number of ranks and workers.
+"""The training data of one data-parallel replica, resumable with any number of ranks and workers.
 
-THE property: the global order is a function of (seed, epoch, position) alone (`data.order`). A global batch
-is a slice of it, a replica's microbatches are a slice of that, and workers only fetch: batches come back in
-the order asked for.
+The global order of samples is a function of (seed, epoch, position) alone (`data.order`). A global batch is a
+slice of that order, and the microbatches of a replica are a slice of the batch. Worker processes only fetch
+samples; the batches arrive in the order in which they were requested.
 """
 
 from __future__ import annotations
@@ -43,9 +43,7 @@ class StepBatch:
 
     microbatches: list[MicroBatch]
     position: int
-    """Cursor after this step: samples consumed over all replicas since the run began. Save it; resume with
-    it.
-    """
+    """Samples that all replicas have consumed after this step; a resume continues at this position."""
     epoch: int
     """The pass over the data in which this step begins."""
     skipped: dict[str, int] = field(default_factory=dict)
@@ -74,9 +72,8 @@ def _as_is(batch: Any) -> Any:
 
 
 def _start_worker(_: int) -> None:
-    torch.set_num_threads(
-        1
-    )  # the processes are the parallelism; a forked thread pool would also be a broken one
+    # the processes work in parallel already, and the thread pool of a forked process would not work
+    torch.set_num_threads(1)
 
 
 def fetching(dataset: Dataset, batches: Iterable[list[Any]], data: DataConfig) -> DataLoader:
@@ -92,18 +89,23 @@ def fetching(dataset: Dataset, batches: Iterable[list[Any]], data: DataConfig) -
         prefetch_factor=data.prefetch_factor if workers else None,
         collate_fn=_as_is,
         worker_init_fn=_start_worker,
-        # fork: a worker starts in milliseconds and shares the index; it touches neither torch.distributed nor
+        # a forked worker starts in milliseconds and shares the index; it uses neither torch.distributed nor
         # CUDA
         multiprocessing_context="fork" if workers else None,
-        generator=torch.Generator(),  # DataLoader draws a seed; not from the model's stream
+        generator=torch.Generator(),  # the seed that DataLoader draws must not be the model's
     )
 
 
 class TrainLoader:
-    """Endless iterator of `StepBatch` from `start_position` on; every `iter()` begins where the last step
-    handed out ended.
+    """Iterates endlessly over `StepBatch`, from `start_position` on.
 
-    `read` and `skipped` count this replica's samples since construction.
+    Each call of `iter()` begins where the last step that was handed out ended.
+
+    Attributes:
+        position: samples that all replicas have consumed.
+        read: samples that this replica has read since it was constructed.
+        skipped: those of them that were unusable, by reason.
+        order: the order of the samples.
     """
 
     def __init__(
@@ -125,9 +127,13 @@ class TrainLoader:
     ) -> None:
         """See the class.
 
+        Args:
+            pad_to_multiple_of: sequences are padded to a multiple of this number of positions.
+            features: gives features in place of the images of the shards.
+
         Raises:
-            ConfigError: batch sizes that do not divide, a padding multiple that seq_length is no multiple of,
-                a template the tokenizer cannot write, or an empty data set.
+            ConfigError: the batch sizes do not divide, seq_length is not a multiple of `pad_to_multiple_of`,
+                the tokenizer cannot write the template, or the data set is empty.
         """
         if (
             micro_batch_size < 1
@@ -136,8 +142,7 @@ class TrainLoader:
         ):
             raise ConfigError(
                 f"global_batch_size {global_batch_size} must be a multiple of micro_batch_size "
-                f"{micro_batch_size} x "
-                f"data-parallel size {data_parallel_size}"
+                f"{micro_batch_size} x data-parallel size {data_parallel_size}; change one of them"
             )
         seq_length, multiple = data_config.seq_length, pad_to_multiple_of
         if seq_length % multiple:
@@ -148,8 +153,7 @@ class TrainLoader:
         if not 0 <= data_parallel_rank < data_parallel_size or start_position < 0:
             raise ConfigError(
                 f"data-parallel rank {data_parallel_rank} of {data_parallel_size} at position "
-                f"{start_position}: "
-                "out of range"
+                f"{start_position}: out of range"
             )
         check_template(tokenizer, data_config.conversation_template)
         self.position = start_position
@@ -177,18 +181,18 @@ class TrainLoader:
         self._examples: dict[str, list[str]] = {}
 
     def __iter__(self) -> Iterator[StepBatch]:
-        """Close the generator (or drop it) to stop the workers.
+        """Iterate over the steps; closing or dropping the generator stops the workers.
 
         Raises:
-            DataError: of at least 100 samples read, more than max_bad_sample_rate were unusable, or more than
-                max_long_sample_rate too long.
+            DataError: of at least 100 samples read, a larger share than max_bad_sample_rate was unusable, or
+                a larger one than max_long_sample_rate was too long.
         """
         batches = iter(fetching(self._rows, self._indices(self.position), self._config))
         step = self._slice["global_batch_size"]
         per_step = len(replica_positions(0, **self._slice))
         while True:
-            # copied out of shared memory: every tensor in it keeps a file descriptor open, and a step may
-            # have hundreds
+            # copied out of shared memory, where each tensor keeps a file descriptor open; a step can have
+            # hundreds
             fetched = [
                 (rows, images.clone() if images.is_shared() else images)
                 for rows, images in itertools.islice(batches, per_step)
@@ -207,14 +211,14 @@ class TrainLoader:
             position += self._slice["global_batch_size"]
 
     def _length(self, rows: list[Row]) -> int:
-        """Positions every microbatch of the step is padded to."""
+        """The number of positions to which all microbatches of the step are padded."""
         if self._config.pad_to_seq_length:
             return self._config.seq_length
         longest = max((len(row.sample.tokens) for row in rows if row.sample is not None), default=0)
         return -(-max(longest, 1) // self._multiple) * self._multiple
 
     def _count(self, rows: list[Row]) -> dict[str, int]:
-        """Count and log what was left out; stop when it is too much."""
+        """Count and log the samples that were left out. Raises `DataError` where they are too many."""
         skipped: Counter[str] = Counter()
         for row in rows:
             if row.problem is not None:
@@ -223,9 +227,8 @@ class TrainLoader:
                 long = self.skipped[_LONG] + skipped[_LONG]
                 if reason != _LONG:
                     logger.warning("skipped sample %s of %s: %s: %s", row.key, row.shard, reason, message)
-                elif (
-                    long in _POWERS_OF_TEN
-                ):  # long samples are ordinary, and may be many: all are counted, these are logged
+                # long samples are ordinary and can be many: all are counted, only some are logged
+                elif long in _POWERS_OF_TEN:
                     logger.warning(
                         "skipped sample %s of %s: %s: %s (long samples so far: %d of about %d)",
                         row.key,
@@ -256,8 +259,7 @@ class TrainLoader:
             bad, what = long, f"longer than seq_length {config.seq_length}"
             remedy = (
                 f"max_long_sample_rate {config.max_long_sample_rate}; raise seq_length, cut them "
-                "(long_samples: truncate), "
-                "or raise the rate"
+                "(long_samples: truncate), or raise the rate"
             )
         else:
             return

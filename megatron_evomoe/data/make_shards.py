@@ -1,8 +1,8 @@
-"""``make-shards``: a LLaVA JSON and a folder of images to webdataset shards.
+"""``make-shards``: writes webdataset shards of a LLaVA JSON file and a directory of images.
 
-Shard k holds the usable ones of input records [k·N, (k+1)·N), keyed by record number, so shards do not depend
-on each other: they are written in parallel, and a killed run goes on with those that are missing and ends
-with the same bytes. What was skipped, and why, is in report.json.
+Shard k holds the usable records among the input records [k·N, (k+1)·N), with their numbers as keys. Shards do
+not depend on each other, so they are written in parallel, and a killed run can be continued: it writes the
+missing shards, and the result has the same bytes. report.json lists the skipped records and the reasons.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _EXAMPLES_PER_REASON = 3
 
 @dataclass(frozen=True)
 class Job:
-    """What the output depends on; a folder begun with another job is not continued."""
+    """Everything that the output depends on; a directory that was begun with another job is not continued."""
 
     json: str
     json_sha256: str
@@ -66,23 +66,26 @@ def make_shards(
     workers: int,
     max_image_pixels: int,
 ) -> int:
-    """Write the shards that are missing in `output`, then the report; returns the number of usable samples.
+    """Write the shards that are missing in `output`, and then the report.
 
     Args:
         json_path: LLaVA JSON, or JSON lines if its name ends in ``.jsonl``.
-        images: folder that the image paths are relative to; None for text only.
-        output: folder for ``shard-000000.tar`` … and ``report.json``.
+        images: directory to which image paths are relative; None for text only.
+        output: directory for ``shard-000000.tar`` … and ``report.json``.
         samples_per_shard: input records per shard.
         workers: processes.
-        max_image_pixels: larger images are skipped.
+        max_image_pixels: images with more pixels are skipped.
+
+    Returns:
+        The number of usable records.
 
     Raises:
-        ConfigError: the input cannot be read, the folder belongs to another job, or a worker was killed.
+        ConfigError: the input cannot be read, the directory belongs to another job, or a worker was killed.
     """
     console = Console()
     records, digest = _load(json_path)
     if images is not None and not images.is_dir():
-        raise ConfigError(f"--images {images} is not a folder")
+        raise ConfigError(f"--images {images} is not a directory")
     job = Job(
         str(json_path.resolve()),
         digest,
@@ -94,7 +97,7 @@ def make_shards(
     total = -(-len(records) // job.samples_per_shard)
     missing = [shard for shard in range(total) if not _is_done(output, shard)]
     if len(missing) < total:
-        console.print(f"continuing: {total - len(missing)} of {total} shards are there")
+        console.print(f"continuing: {total - len(missing)} of {total} shards exist")
     _write_missing(records, missing, output, job, workers, console)
     report = _report(output, job, len(records), total)
     _print(report, output, console)
@@ -120,10 +123,8 @@ def _load(path: Path) -> tuple[list[Any], str]:
 
 def _open_output(output: Path, job: Job) -> None:
     (output / _PROGRESS).mkdir(parents=True, exist_ok=True)
-    for left_over in (
-        *output.glob(".*.tmp"),
-        *(output / _PROGRESS).glob(".*.tmp"),
-    ):  # of a run that was killed
+    # temporary files of a killed run
+    for left_over in (*output.glob(".*.tmp"), *(output / _PROGRESS).glob(".*.tmp")):
         left_over.unlink(missing_ok=True)
     begun = output / _PROGRESS / "job.json"
     if begun.exists():
@@ -136,10 +137,10 @@ def _open_output(output: Path, job: Job) -> None:
         if changed:
             raise ConfigError(
                 f"{output} was begun with other arguments ({'; '.join(changed)}); use those, or another "
-                "folder"
+                "directory"
             )
     elif any(output.glob("*.tar")):
-        raise ConfigError(f"{output} holds shards of another origin; use an empty folder")
+        raise ConfigError(f"{output} holds shards of another origin; use an empty directory")
     else:
         write_atomically(begun, json.dumps(asdict(job), indent=1).encode())
 
@@ -153,8 +154,9 @@ def _notes_path(output: Path, shard: int) -> Path:
 
 
 def _is_done(output: Path, shard: int) -> bool:
-    """The notes are written after the tar, and know its size; a shard of which every record was skipped has
-    no tar.
+    """Whether a shard is complete.
+
+    Its notes are written after its tar and hold the size of the tar, which is 0 if all records were skipped.
     """
     try:
         size = json.loads(_notes_path(output, shard).read_text())["tar_bytes"]
@@ -186,8 +188,9 @@ def _write_missing(
 
 
 def _in_parallel(work: Iterator[tuple], workers: int) -> Iterator[tuple[int, int]]:
-    """Results as they come; at most 2 shards per worker wait, so that a large input is not copied into
-    queues.
+    """The results of `write_shard` in the order in which they finish.
+
+    At most 2 shards for each worker wait in the queue, so that a large input is not copied into it.
     """
     if workers == 1:
         yield from (write_shard(*item) for item in work)
@@ -212,7 +215,7 @@ def _in_parallel(work: Iterator[tuple], workers: int) -> Iterator[tuple[int, int
 
 
 def _die_with_parent() -> None:
-    """A killed parent cannot tell its pool to stop, and the workers would wait for work for ever."""
+    """Exit with the parent process, because a killed parent cannot stop its pool."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -224,7 +227,7 @@ def _die_with_parent() -> None:
 
 
 def write_shard(records: list[Any], shard: int, output: Path, job: Job) -> tuple[int, int]:
-    """Write one shard, its index and its notes; returns how many records it took and how many it skipped."""
+    """Write one shard, its index and its notes; returns the numbers of records and of skipped records."""
     samples, skipped = [], []
     for number, record in enumerate(records, start=shard * job.samples_per_shard):
         try:
@@ -239,14 +242,13 @@ def write_shard(records: list[Any], shard: int, output: Path, job: Job) -> tuple
         write_atomically(path, data)
         load_index(path)
     notes = {"records": len(records), "written": len(samples), "tar_bytes": len(data), "skipped": skipped}
-    write_atomically(
-        _notes_path(output, shard), json.dumps(notes).encode(), sync=False
-    )  # after the tar, which is on disk
+    # after the tar, which is on disk by now
+    write_atomically(_notes_path(output, shard), json.dumps(notes).encode(), sync=False)
     return len(records), len(skipped)
 
 
 def _identity(record: Any) -> str | int | None:
-    """The record's own `id`, shortened where it would not fit a line of the report."""
+    """The `id` of a record, shortened if it would not fit into a line of the report."""
     found = record.get("id") if isinstance(record, dict) else None
     is_plain = (
         found is None
@@ -257,7 +259,7 @@ def _identity(record: Any) -> str | int | None:
 
 
 def _sample(record: Any, job: Job) -> tuple[dict[str, Any], list[bytes]]:
-    """A record and its images' bytes, all found to be usable."""
+    """A record and the bytes of its images. Raises `SampleError` if one of them is unusable."""
     if not isinstance(record, dict):
         raise SampleError("no-conversation", f"record is a {type(record).__name__}")
     _check_storable(record)
@@ -289,15 +291,15 @@ def _image_bytes(name: Any, folder: str) -> bytes:
     if isinstance(name, str) and re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", name):
         raise SampleError(
             "image-url",
-            f"{name[:80]!r} is a URL; only files of the image folder are read, so download it first",
+            f"{name[:80]!r} is a URL; only files of the image directory are read, so download it first",
         )
     if not isinstance(name, str) or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-        raise SampleError("image-path", f"{short(name)} must be a path inside the image folder")
+        raise SampleError("image-path", f"{short(name)} must be a path inside the image directory")
     if not folder:
-        raise SampleError("missing-image", f"{name}: no --images folder was given")
+        raise SampleError("missing-image", f"{name}: no --images directory was given")
     try:
         path = Path(folder) / name
-        if path.exists() and not path.is_file():  # a pipe would be waited for
+        if path.exists() and not path.is_file():  # reading a pipe could block
             raise SampleError("missing-image", f"{name}: not a file")
         return path.read_bytes()
     except (OSError, ValueError) as error:

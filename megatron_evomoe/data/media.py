@@ -91,9 +91,7 @@ def check_placeholders(text: str, role: str) -> None:
 
 
 def _fields(record: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Name and value of the fields at any depth, without the texts of turns; items of a list have an empty
-    name.
-    """
+    """Name and value of the fields at any depth, except the texts of turns; items of a list have no name."""
     pending: list[tuple[str, Any]] = []
     for name, value in record.items():
         if name in ("conversations", "messages") and isinstance(value, list):

@@ -1,11 +1,10 @@
-"""Where each sample of a tar lies: built by one pass over the headers, kept beside the tar, read without the
-tar.
+"""The index of a shard: where each of its samples lies. One pass over the headers of the tar builds it.
 
-The index makes a shard addressable (any sample by pread, in any order), which is what a resumable global
-order rests on. It is a cache in a hidden file of a name of its own, so that webdataset, energon and ``*.tar``
-never meet it. It is rebuilt when it is missing or damaged, when the tar's size or time has changed, or when
-it says of the tar what is not so. What it says of a single member is held against the member's own header
-when that member is read (`shards.ShardDataset`).
+With the index, any sample can be read by pread in any order, which a resumable global order needs. The index
+is a cache in a hidden file beside the tar, whose name neither webdataset nor energon nor ``*.tar`` matches.
+It is rebuilt if it is missing or damaged, if the size or the time of the tar has changed, or if it does not
+match the tar. `shards.ShardDataset` compares what the index says of a member with the member's own header
+whenever it reads that member.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ _SLACK = 1 << 20
 
 
 class Range(NamedTuple):
-    """Where a member lies: `size` bytes at `offset`, behind `lead` blocks of headers."""
+    """The place of a member: `size` bytes at `offset`, after `lead` blocks of headers."""
 
     offset: int
     size: int
@@ -46,52 +45,51 @@ class Range(NamedTuple):
 
 @dataclass
 class ShardIndex:
-    """n samples with m images, c of them with both KEY.json and KEY.txt. Byte ranges are (offset, size) in
-    the tar.
+    """The index of n samples with m images; c samples have both KEY.json and KEY.txt.
 
-    Sample i has images first[i] … first[i + 1] - 1.
+    Byte ranges are (offset, size) in the tar. Sample i has the images first[i] … first[i + 1] - 1.
     """
 
     keys: np.ndarray
     """bytes [n], UTF-8."""
     text: np.ndarray
-    """int64 [n, 2]: the KEY.json or KEY.txt member."""
+    """int64 [n, 2]: byte ranges of KEY.json, or of KEY.txt."""
     is_json: np.ndarray
-    """bool [n]: json, or a txt caption."""
+    """bool [n]: whether that is KEY.json."""
     first: np.ndarray
-    """int64 [n + 1]."""
+    """int64 [n + 1]: the number of the first image of each sample, and m."""
     images: np.ndarray
-    """int64 [m, 2]."""
+    """int64 [m, 2]: byte ranges of the images."""
     captions: np.ndarray
-    """int64 [c, 2]: the KEY.txt member of a sample that has a KEY.json too."""
+    """int64 [c, 2]: byte ranges of the KEY.txt of samples that also have a KEY.json."""
     captioned: np.ndarray
-    """int64 [c]: those samples, in order."""
+    """int64 [c]: the numbers of those samples, in order."""
     defects: np.ndarray
-    """uint8 [n]: position in `shard_members.DEFECTS` of what makes a sample unusable."""
+    """uint8 [n]: why a sample is unusable, as a position in `shard_members.DEFECTS`; 0 if it is usable."""
     text_lead: np.ndarray
     """uint8 [n]: blocks of headers before the text."""
     image_lead: np.ndarray
-    """uint8 [m]."""
+    """uint8 [m]: blocks of headers before each image."""
     caption_lead: np.ndarray
-    """uint8 [c]."""
+    """uint8 [c]: blocks of headers before each caption."""
     content: np.ndarray
-    """uint32 [n]: a checksum of what `fingerprint.sampled_sum` reads of each sample."""
+    """uint32 [n]: checksums of the bytes that `fingerprint.sampled_sum` reads of each sample."""
     problems: dict[str, list[str]] = field(default_factory=dict)
-    """What was left out or is odd: slug -> the members or keys."""
+    """What was left out or is odd: slug to the names of members or keys."""
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def text_range(self, i: int) -> Range:
-        """The KEY.json or KEY.txt of sample i."""
+        """The place of the KEY.json, or of the KEY.txt, of sample i."""
         return Range(*map(int, self.text[i]), int(self.text_lead[i]))
 
     def image_range(self, image: int) -> Range:
-        """An image by its number in the shard."""
+        """The place of an image, by its number in the shard."""
         return Range(*map(int, self.images[image]), int(self.image_lead[image]))
 
     def caption_range(self, i: int) -> Range | None:
-        """The KEY.txt beside the KEY.json of sample i."""
+        """The place of the KEY.txt beside the KEY.json of sample i; None if there is none."""
         at = int(np.searchsorted(self.captioned, i))
         if at == len(self.captioned) or self.captioned[at] != i:
             return None
@@ -102,16 +100,17 @@ _ARRAYS = tuple(f.name for f in fields(ShardIndex) if f.name != "problems")
 
 
 def index_path(tar: Path) -> Path:
-    """Where the index of `tar` is kept."""
+    """The file that holds the index of a tar."""
     return tar.with_name(f".{tar.name}.evomoe-index")
 
 
 def load_index(tar: Path) -> ShardIndex:
-    """The index of `tar`, from beside it if that is current and true, else built (and written, where the
-    folder lets us).
+    """The index of a tar: the one beside it if it is current and matches the tar, else a new one.
+
+    A new index is written beside the tar unless the directory is read-only.
 
     Raises:
-        ConfigError: the tar is missing, empty, compressed or no tar.
+        ConfigError: the file is missing, empty, compressed or not a tar.
     """
     try:
         status = tar.stat()
@@ -120,7 +119,7 @@ def load_index(tar: Path) -> ShardIndex:
             f"shard {tar} cannot be read: {getattr(error, 'strerror', None) or error}"
         ) from None
     if not stat.S_ISREG(status.st_mode):
-        raise ConfigError(f"shard {tar} is no file; give the path of a tar, or of a folder that holds some")
+        raise ConfigError(f"shard {tar} is not a file; give the path of a tar, or of a directory with tars")
     stamp = np.array([_VERSION, status.st_size, status.st_mtime_ns], dtype=np.int64)
     path = index_path(tar)
     index = _read(path, stamp)
@@ -131,8 +130,12 @@ def load_index(tar: Path) -> ShardIndex:
 
 
 def build_index(tar: Path) -> ShardIndex:
-    """Read all headers of `tar`. Samples cut off by a truncated end are left out and reported, and so is what
-    is not data.
+    """Build the index of a tar from all its headers.
+
+    Samples that the end of the file cuts off are left out and reported, and so are members that are not data.
+
+    Raises:
+        ConfigError: the file is empty or unreadable, or contains no sample.
     """
     size = tar.stat().st_size
     if size == 0:
@@ -147,8 +150,8 @@ def build_index(tar: Path) -> ShardIndex:
         found = "; ".join(f"{slug}: {names[0]}" for slug, names in problems.items()) or "no members"
         if "bad-header" in problems:
             raise ConfigError(
-                f"shard {tar} is no uncompressed tar, or damaged ({found}); unpack it, samples are read in "
-                "place"
+                f"shard {tar} is not an uncompressed tar, or damaged ({found}); decompress it, because "
+                "samples are read in place"
             )
         raise ConfigError(
             f"shard {tar} holds no sample ({found}); KEY.json, with KEY.jpg/png/webp beside it, is expected"
@@ -182,9 +185,12 @@ def _leads(members: Iterable[Member]) -> np.ndarray:
 
 
 def extension_of(header: bytes, found: Range, key: bytes) -> str | None:
-    """The extension of a member by its `header`, the `found.lead` blocks before its bytes.
+    """The extension that a member's header gives; None if it is not the header of this member.
 
-    None where that is no header of a file of this size and sample.
+    Args:
+        header: the `found.lead` blocks before the bytes of the member.
+        found: the place of the member by the index.
+        key: the key of its sample.
     """
     try:
         member = next_member(lambda at, count: header[at : at + count], 0)
@@ -202,8 +208,9 @@ def extension_of(header: bytes, found: Range, key: bytes) -> str | None:
 
 
 def _is_of(tar: Path, index: ShardIndex) -> bool:
-    """Whether the first, the middle and the last sample are where the index says. Another tar may have the
-    same size and time.
+    """Whether the first, the middle and the last sample are where the index says.
+
+    Another tar could have the same size and time.
     """
     try:
         with open(tar, "rb", buffering=0) as file:
@@ -220,11 +227,11 @@ def _is_of(tar: Path, index: ShardIndex) -> bool:
 
 
 def _read(path: Path, stamp: np.ndarray) -> ShardIndex | None:
-    """None when there is none, or it is stale, damaged or cannot be of such a tar."""
+    """The index in a file; None if it is missing, stale or damaged, or cannot belong to such a tar."""
     size = int(stamp[1])
     try:
         status = path.stat()
-        # each sample takes a header of the tar at least, and its key and its members' ranges here
+        # each sample takes at least a header in the tar, and its key and the ranges of its members here
         if not stat.S_ISREG(status.st_mode) or status.st_size > 4 * size + _SLACK:
             return None
         saved = safetensors.numpy.load(path.read_bytes())
@@ -241,7 +248,7 @@ def _read(path: Path, stamp: np.ndarray) -> ShardIndex | None:
 
 
 def _holds_together(index: ShardIndex, size: int) -> bool:
-    """Shapes, types and order, and that all members lie within the tar's `size` bytes."""
+    """Whether shapes, types and order are right, and all members lie within the `size` bytes of the tar."""
     n, m, c = len(index.keys), len(index.images), len(index.captioned)
     shapes = dict(
         text=(n, 2),
@@ -323,8 +330,9 @@ def _digest(saved: dict[str, np.ndarray]) -> bytes:
 
 
 def _write(path: Path, stamp: np.ndarray, index: ShardIndex) -> None:
-    """Write beside and rename, so that ranks doing the same at once cannot harm each other. A read-only
-    folder is fine.
+    """Write the file of an index atomically, because several ranks can write it at once.
+
+    A read-only directory is not an error.
     """
     arrays = {name: np.ascontiguousarray(getattr(index, name)) for name in _ARRAYS}
     arrays["keys"] = arrays["keys"].view(np.uint8).reshape(len(index), -1)

@@ -1,9 +1,7 @@
-"""Which members of a shard make up a sample: KEY.json or KEY.txt, the KEY.jpg … beside it, and what must not
-be there.
+"""Which members of a shard make up a sample: KEY.json or KEY.txt, and the KEY.jpg … beside it.
 
-A sample is what all its members say. One with a member that is neither read nor known to be text about the
-sample is not used at all, since what is left of it may mean something else: a question on a film, without the
-film.
+A sample that has a member which is neither read nor known to be text about the sample is not used at all,
+because the rest of it may mean something else, such as a question about a video without the video.
 """
 
 from __future__ import annotations
@@ -18,10 +16,10 @@ from megatron_evomoe.data.tar import Member, Read, TarError, members
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
 PICKLE_EXTENSIONS = ("pkl", "pickle", "pyd", "pth", "pt")
 DEFECTS = ("", "unread-member", "pickle-member", "not-a-file", "sparse-member")
-"""Why a sample's members make it unusable; an index holds the position here."""
+"""Why the members of a sample make it unusable; an index holds positions of this tuple."""
 MAX_KEY = 512
-"""Bytes."""
-# text about a sample, as img2dataset, webdataset's examples and others store it; it is left alone
+"""The longest name of a member, in bytes."""
+# text about a sample, as img2dataset, the examples of webdataset and others store it; it is ignored
 _ABOUT = frozenset(
     [
         "json",
@@ -77,8 +75,11 @@ _NUMBERED = re.compile(r"(?:([0-9]{1,9})\.)?([a-z]+)")
 
 @dataclass
 class Found:
-    """One sample of a shard: its members by extension, and the position in `DEFECTS` of what makes it
-    unusable.
+    """One sample of a shard.
+
+    Attributes:
+        members: its members by extension.
+        defect: why it is unusable, as a position in `DEFECTS`; 0 if it is usable.
     """
 
     key: bytes
@@ -87,42 +88,42 @@ class Found:
 
     @property
     def text(self) -> Member:
-        """KEY.json, or KEY.txt where there is none."""
+        """The KEY.json, or the KEY.txt of a sample without KEY.json."""
         return self.members["json"] if "json" in self.members else self.members["txt"]
 
     @property
     def images(self) -> list[Member]:
-        """Its images, in numeric order."""
+        """The images, in numeric order."""
         return [self.members[e] for e in sorted(filter(is_image, self.members), key=image_order)]
 
     @property
     def caption(self) -> Member | None:
-        """The KEY.txt beside a KEY.json."""
+        """The KEY.txt beside a KEY.json; None if there is none."""
         return self.members.get("txt") if "json" in self.members else None
 
     def used(self) -> list[Member]:
-        """All members that are read."""
+        """The members that are read."""
         return [self.text, *self.images, *([self.caption] if self.caption else [])]
 
 
 def split_name(name: bytes) -> tuple[bytes, str]:
-    """Key and extension, in lower case: a key ends at the first dot of the base name, as in webdataset."""
+    """The key, up to the first dot of the base name as in webdataset, and the extension in lower case."""
     folder, _, base = name.rpartition(b"/")
     stem, _, extension = base.partition(b".")
     return (folder + b"/" + stem if folder else stem), extension.decode("ascii", "backslashreplace").lower()
 
 
 def is_image(extension: str) -> bool:
-    """``jpg``, or ``3.jpg`` for the fourth of several; ``seg.png`` belongs to somebody else."""
+    """Whether an extension is that of an image: ``jpg``, or ``3.jpg``; ``seg.png`` is not."""
     found = _NUMBERED.fullmatch(extension)
     return found is not None and found[2] in IMAGE_EXTENSIONS
 
 
 def find_samples(read: Read, size: int) -> tuple[list[Found], dict[str, list[str]]]:
-    """The samples of an archive of `size` bytes, and what was left out or is odd: slug -> members or keys.
+    """The samples of an archive of `size` bytes, and what was left out or is odd (slug to members or keys).
 
-    Members are put together by key, adjacent or not. A key that comes again with an extension that it has had
-    starts a new sample.
+    The members of a sample have its key, and need not be adjacent. A key that appears again with an extension
+    that its sample already has starts a new sample.
     """
     samples: list[Found] = []
     problems: dict[str, list[str]] = {}
@@ -159,18 +160,18 @@ def _members(read: Read, size: int, problems: dict[str, list[str]]) -> Iterator[
                 slug, _, what = found.partition(": ")
                 problems.setdefault(slug, []).append(what)
     except TarError as error:
-        problems.setdefault("bad-header", []).append(f"{error}; nothing behind it was read")
+        problems.setdefault("bad-header", []).append(f"{error}; nothing after it was read")
 
 
 def _defect(member: Member, extension: str, problems: dict[str, list[str]]) -> int | None:
-    """Position in `DEFECTS` of what is wrong with a member; None for one that is no part of a sample."""
+    """What is wrong with a member, as a position in `DEFECTS`; None if it is not part of a sample."""
     base = member.name.rpartition(b"/")[2]
     if member.kind == "directory":
         return None
     if len(member.name) > MAX_KEY or b"\0" in member.name:
         _note(problems, "bad-name", member.name)
         return None
-    if not extension or base.startswith(b"."):  # no sample's; macOS puts ._KEY.jpg beside KEY.jpg
+    if not extension or base.startswith(b"."):  # macOS puts ._KEY.jpg beside KEY.jpg
         _note(problems, "ignored-member", member.name)
         return None
     last = extension.rpartition(".")[2]
@@ -196,7 +197,7 @@ def _with_text(samples: Iterator[Found], problems: dict[str, list[str]]) -> Iter
 
 
 def image_order(extension: str) -> tuple[int, str]:
-    """Sorts the images of a sample."""
+    """The sort key of the images of a sample."""
     number, _, _ = extension.rpartition(".")
     return (int(number) if number else -1), extension
 

@@ -1,8 +1,8 @@
-"""webdataset shards: which files are meant, writing them, and reading any sample of them.
+"""webdataset shards: finding the files, reading any of their samples, and writing them.
 
-A shard is an uncompressed tar of KEY.jpg (png, webp; KEY.0.jpg, KEY.1.jpg … for several) and KEY.json, the
-LLaVA record. webdataset and energon read the same files. Nothing here unpickles, runs a command or follows a
-URL.
+A shard is an uncompressed tar that contains, for each sample, KEY.jpg (or png, webp; KEY.0.jpg, KEY.1.jpg …
+for several images) and KEY.json, the LLaVA record. webdataset and energon read the same files. This module
+does not unpickle anything, run a command or follow a URL.
 """
 
 from __future__ import annotations
@@ -44,32 +44,35 @@ logger = logging.getLogger(__name__)
 
 _MAX_SHARDS = 1_000_000
 _OPEN_FILES = 64
-_MAX_IMAGE_BYTES = 1 << 28  # more than an uncompressed picture of max_image_pixels takes
+_MAX_IMAGE_BYTES = 1 << 28  # more than the uncompressed pixels of the default max_image_pixels
 _MAGIC = {b"\x89PNG": "png", b"GIF8": "gif", b"BM": "bmp"}
 
 
 @dataclass
 class RawSample:
-    """A sample as stored: nothing decoded but the JSON."""
+    """A sample as it is stored; only its JSON is decoded."""
 
     key: str
     shard: str
     record: dict[str, Any]
-    """The LLaVA record: `conversations`, and whatever else was stored with it."""
+    """The LLaVA record: `conversations`, and other fields that were stored with it."""
     images: list[bytes] = field(default_factory=list)
+    """The encoded images, in order."""
 
 
 def expand_paths(paths: Sequence[str] | str) -> list[Path]:
-    """Brace ranges, globs and folders (their ``*.tar``) to existing files, in the order given, sorted within
-    each.
+    """The existing files that are meant by paths with brace ranges, glob patterns and directories.
+
+    The files of a pattern, and the ``*.tar`` files of a directory, are sorted.
 
     Raises:
-        ConfigError: nothing given, nothing found, a file that is not there, or a pipe or URL.
+        ConfigError: there is no path, a path matches no file, or it is a pipe or a URL.
     """
     paths = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     if not paths:
         raise ConfigError(
-            "no shards given; set data.train_data to paths, brace ranges, globs or folders of tars"
+            "no shards given; set data.train_data to paths, brace ranges, glob patterns or "
+            "directories of tars"
         )
     found: list[Path] = []
     for pattern in map(str, paths):
@@ -83,7 +86,8 @@ def expand_paths(paths: Sequence[str] | str) -> list[Path]:
 
 
 def _braces(pattern: str) -> list[str]:
-    # counted before expanding: braceexpand builds whole lists, and a slip in a range would take all memory
+    # counted before expanding, because braceexpand builds whole lists and a mistyped range could fill the
+    # memory
     ranges = re.findall(r"\{(-?\d+)\.\.(-?\d+)", pattern)
     if math.prod(abs(int(b) - int(a)) + 1 for a, b in ranges) > _MAX_SHARDS:
         raise ConfigError(f"shard path {pattern!r} names more than {_MAX_SHARDS} files")
@@ -96,7 +100,7 @@ def _braces(pattern: str) -> list[str]:
 def _expand_one(path: str) -> list[Path]:
     if os.path.isdir(path):
         found = sorted(Path(path).glob("*.tar"))
-        missing = f"folder {path} holds no .tar file"
+        missing = f"directory {path} holds no .tar file"
     elif os.path.exists(path):
         found, missing = [Path(path)], ""
     else:
@@ -110,13 +114,21 @@ def _expand_one(path: str) -> list[Path]:
 
 
 class ShardDataset:
-    """All samples of some shards, by number. Cheap to fork: a few arrays, files opened when read (at most 64
-    per process).
+    """All samples of some shards, by number.
+
+    It consists of a few arrays and opens files when it reads them, at most 64 in each process; a forked copy
+    opens its own.
+
+    Attributes:
+        paths: the files of the shards.
+        problems: what is odd inside them: slug to number of members or keys.
     """
 
     def __init__(self, paths: Sequence[str | Path] | str) -> None:
-        """Raises `ConfigError` for a missing, empty or unreadable shard; what is odd inside one is in
-        `problems`, and logged.
+        """Load or build the index of each shard, and log what is odd inside.
+
+        Raises:
+            ConfigError: a shard is missing, empty or unreadable.
         """
         self.paths = expand_paths(paths)  # type: ignore[arg-type]
         indexes = [load_index(path) for path in self.paths]
@@ -133,21 +145,21 @@ class ShardDataset:
         return int(self._starts[-1])
 
     def key(self, i: int) -> str:
-        """Key of sample i within its shard."""
+        """The key of sample i in its shard."""
         shard, local = self._locate(i)
         return bytes(self._indexes[shard].keys[local]).decode(errors="replace")
 
     def shard(self, i: int) -> Path:
-        """The tar that holds sample i."""
+        """The shard of sample i."""
         return self.paths[self._locate(i)[0]]
 
     def read(self, i: int) -> RawSample:
-        """Sample i in one pread per member.
+        """Sample i, read with one pread for each of its members.
 
         Raises:
             SampleError: what `record.usable_record` raises, bad-json, bad-text, record-too-large,
-                image-too-large, a slug of `shard_members.DEFECTS`, read-error (the file changed or cannot be
-                read), stale-index (another member is there).
+                image-too-large, a slug of `shard_members.DEFECTS`, read-error (the file is shorter than it
+                was, or cannot be read), stale-index (the index names another member).
         """
         return RawSample(self.key(i), str(self.shard(i)), self.record(i), self.images(i))
 
@@ -158,7 +170,7 @@ class ShardDataset:
         if index.defects[local]:
             raise SampleError(
                 DEFECTS[index.defects[local]],
-                "one of its members cannot be shown to the model; the log names it",
+                "one of its members cannot be shown to the model; the log names that member",
             )
         num_images, found = len(self.images_of(i)[1]), index.text_range(local)
         if not index.is_json[local]:
@@ -181,17 +193,17 @@ class ShardDataset:
         return [data for _, data in found]
 
     def images_of(self, i: int) -> tuple[int, range]:
-        """The shard of sample i, and its images' numbers there."""
+        """The number of the shard of sample i, and the numbers of its images in that shard."""
         shard, local = self._locate(i)
         first, end = self._indexes[shard].first[local : local + 2]
         return shard, range(int(first), int(end))
 
     def image(self, shard: int, image: int) -> bytes:
-        """One encoded image of a shard, by number. Raises `SampleError` read-error, stale-index."""
+        """One encoded image of a shard. Raises `SampleError` read-error, stale-index."""
         return self._image(shard, image)[1]
 
     def _image(self, shard: int, image: int) -> tuple[str, bytes]:
-        """Extension and bytes."""
+        """The extension and the bytes of an image."""
         index = self._indexes[shard]
         owner, found = int(np.searchsorted(index.first, image, side="right")) - 1, index.image_range(image)
         if found.size > _MAX_IMAGE_BYTES:
@@ -202,18 +214,18 @@ class ShardDataset:
         return extension, data
 
     def num_images(self, shard: int) -> int:
-        """How many images a shard has."""
+        """The number of images in a shard."""
         return len(self._indexes[shard].images)
 
     def contents(self) -> list[tuple[str, int, str]]:
-        """Each shard's file name, number of samples and digest (`fingerprint.shard_digest`), in order."""
+        """File name, number of samples and digest (`fingerprint.shard_digest`) of each shard, in order."""
         return [
             (path.name, len(index), shard_digest(index))
             for path, index in zip(self.paths, self._indexes, strict=True)
         ]
 
     def close(self) -> None:
-        """Close this process's files; reading opens them again."""
+        """Close the files that this process has open; reading opens them again."""
         while self._files:
             os.close(self._files.popitem()[1])
 
@@ -241,8 +253,9 @@ class ShardDataset:
         return data
 
     def _member(self, shard: int, local: int, found: Range) -> tuple[str, bytes]:
-        """Extension and bytes of a member of sample `local` of a shard; its header, read along with them,
-        must be that member's.
+        """The extension and the bytes of a member of sample `local` of a shard.
+
+        Its header is read along with the bytes and must be that of the member that the index names.
         """
         path, lead = self.paths[shard], found.lead * BLOCK
         try:
@@ -277,14 +290,14 @@ class ShardDataset:
 
 
 def image_extension(data: bytes) -> str:
-    """File extension by content, so that a PNG named .jpg is stored as what it is."""
+    """The file extension for the content of an image, because files can have a wrong one."""
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "webp"
     return next((name for magic, name in _MAGIC.items() if data.startswith(magic)), "jpg")
 
 
 def tar_bytes(samples: Iterable[tuple[str, Mapping[str, Any], Sequence[bytes]]]) -> bytes:
-    """A shard of (key, record, images) in memory; the same samples give the same bytes."""
+    """The bytes of a shard of (key, record, images); the same samples give the same bytes."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as archive:
         for key, record, images in samples:
@@ -297,16 +310,14 @@ def tar_bytes(samples: Iterable[tuple[str, Mapping[str, Any], Sequence[bytes]]])
                 (f"{key}.json", json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode())
             )
             for name, data in members:
-                info = tarfile.TarInfo(name)  # owner, mode and time are the constants TarInfo starts with
+                info = tarfile.TarInfo(name)  # owner, mode and time stay the constants of a new TarInfo
                 info.size = len(data)
                 archive.addfile(info, io.BytesIO(data))
     return buffer.getvalue()
 
 
 def write_atomically(path: Path, data: bytes, *, sync: bool = True) -> None:
-    """Write, sync, rename: `path` is absent, old or whole, also after a kill; with `sync` after a power cut
-    too.
-    """
+    """Replace the file `path` atomically; with `sync`, the replacement also survives a power failure."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -324,17 +335,17 @@ def write_shards(
     out_dir: str | Path,
     samples_per_shard: int = 1000,
 ) -> list[Path]:
-    """Write (record, encoded images) pairs as ``shard-000000.tar`` …, with indexes; keys are minted from the
-    position.
+    """Write (record, encoded images) pairs as ``shard-000000.tar`` … with their indexes.
+
+    The key of a sample is its position.
 
     Raises:
-        ConfigError: `out_dir` already holds tars (a shorter run would leave old ones among the new), or there
-            are no samples.
+        ConfigError: `out_dir` already contains tars, or there are no samples.
     """
     folder = Path(out_dir)
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.glob("*.tar")):
-        raise ConfigError(f"{folder} already holds shards; remove them or choose another folder")
+        raise ConfigError(f"{folder} already holds shards; remove them or choose another directory")
     written, stream = [], enumerate(samples)
     while chunk := list(itertools.islice(stream, samples_per_shard)):
         path = folder / f"shard-{len(written):06d}.tar"

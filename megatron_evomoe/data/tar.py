@@ -1,10 +1,10 @@
-"""The members of an uncompressed tar: what they are called, what they are, and where their bytes lie.
+"""Reads the names, kinds and places of the members of an uncompressed tar.
 
-The standard library's `tarfile` is not enough here: it stops at the first end-of-archive marker (`cat a.tar
-b.tar` loses b), takes a damaged header for the end, reads a header of any size it is told into memory, and
-may go round for ever on a negative one. This reader says where each member's headers begin, which is how a
-single member is checked before its bytes are used. It reads v7, ustar, GNU and pax archives; the tests hold
-it against `tarfile`.
+The standard library's `tarfile` is not enough here: it stops at the first end-of-archive marker (so `cat
+a.tar b.tar` loses b), takes a damaged header for the end, reads headers of any size into memory, and can loop
+endlessly on a negative size. This reader also tells where the headers of each member begin, so that a single
+member can be checked before its bytes are used. It reads v7, ustar, GNU and pax archives; the tests compare
+it with `tarfile`.
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ from typing import Literal, NamedTuple
 
 BLOCK = 512
 MAX_LEAD = 255
-"""Blocks of headers before a member's bytes: one, or some more for long names and pax records."""
+"""The most blocks of headers before the bytes of a member; long names and pax records need more than one."""
 _ZEROS = bytes(BLOCK)
-_MOST_PADDING = (
-    42  # blocks: the marker's two, and twice the 20 up to a multiple of which tar, tarfile and webdataset pad
-)
+# blocks: the two of the end marker, and twice the 20 to a multiple of which tar, tarfile and webdataset pad
+_MOST_PADDING = 42
 _EXTENDED, _LONG_NAME, _LONG_LINK, _GLOBAL, _GNU_SPARSE = (b"x", b"X"), b"L", b"K", b"g", b"S"
 _KINDS: dict[bytes, Literal["file", "directory", "sparse", "other"]] = {
     b"0": "file",
@@ -33,19 +32,21 @@ _OCTAL, _RECORD = re.compile(rb"[0-7]*"), re.compile(rb"([0-9]{1,9}) ([^=\n]+)="
 
 
 class TarError(ValueError):
-    """A header that means nothing, so that what follows it cannot be found. The message says where and
-    why.
-    """
+    """A damaged header, after which no member can be found; the message says where and why."""
 
 
 class Member(NamedTuple):
-    """One member. `start` is the byte where its first header begins, `offset` and `size` are its stored
-    bytes.
+    """One member of an archive.
+
+    Attributes:
+        start: the byte at which its first header begins.
+        offset: the byte at which its stored bytes begin.
+        size: the number of its stored bytes.
     """
 
     name: bytes
     kind: Literal["file", "directory", "sparse", "other"]
-    """`sparse` is stored without its holes; `other` are links, devices and whatever else is no file."""
+    """`sparse` files are stored without their holes; `other` are links, devices and other non-files."""
     start: int
     offset: int
     size: int
@@ -58,18 +59,18 @@ class _Gap(NamedTuple):
 
 
 Read = Callable[[int, int], bytes]
-"""(offset, size) to the bytes there, fewer at the end of the file."""
+"""(offset, size) to the bytes there; fewer at the end of the file."""
 
 
 def members(read: Read, size: int) -> Iterator[Member | str]:
-    """All members of an archive of `size` bytes, or of several that were put together with ``cat``.
+    """All members of an archive of `size` bytes, or of several that were joined with ``cat``.
 
-    A string says what was odd: ``concatenated``, where an archive goes on after blocks of zeros,
-    ``truncated``, where it ends without such blocks or within a header. A member may end beyond `size`; it is
-    the last one then.
+    A string in place of a member tells what is odd: ``concatenated`` if an archive continues after blocks of
+        zeros,
+    ``truncated`` if it ends without such blocks or inside a header. The last member may end beyond `size`.
 
     Raises:
-        TarError: a damaged header; what lies behind it cannot be read.
+        TarError: a header is damaged; nothing after it can be read.
     """
     at, zeros, count = 0, 0, 0
     while at < size:
@@ -81,7 +82,7 @@ def members(read: Read, size: int) -> Iterator[Member | str]:
             at, zeros = at + BLOCK, zeros + 1
             continue
         if zeros:
-            yield f"concatenated: goes on at byte {found.start}, after blocks of zeros"
+            yield f"concatenated: continues at byte {found.start}, after blocks of zeros"
         yield found
         at, zeros, count = found.offset + _padded(found.size), 0, count + 1
     if not zeros:
@@ -94,8 +95,10 @@ def members(read: Read, size: int) -> Iterator[Member | str]:
 
 
 def next_member(read: Read, start: int) -> Member | _Gap | None:
-    """The member whose headers begin at byte `start`, a gap where a block of zeros is, None where the file
-    ends before.
+    """The member whose headers begin at byte `start`, or a gap (a block of zeros); None at the end.
+
+    Raises:
+        TarError: a header is damaged.
     """
     at, name, stored, is_sparse, seen = start, None, None, False, set()
     while True:
@@ -111,13 +114,12 @@ def next_member(read: Read, start: int) -> Member | _Gap | None:
         if kind not in (*_EXTENDED, _LONG_NAME, _LONG_LINK, _GLOBAL):
             break
         if kind in seen:
-            raise TarError(f"the header at byte {start} comes twice for one member")
+            raise TarError(f"the header at byte {start} appears twice for one member")
         seen.add(kind)
         if at - start + _padded(size) > MAX_LEAD * BLOCK:
             raise TarError(f"the header at byte {start} is longer than {MAX_LEAD * BLOCK} bytes")
-        body = read(
-            at, _padded(size) if kind == _LONG_NAME else size
-        )  # that name ends at a NUL, wherever its size ends
+        # a long name ends at a NUL, whatever its size says
+        body = read(at, _padded(size) if kind == _LONG_NAME else size)
         if len(body) < size:
             return None
         if kind == _LONG_NAME:
@@ -140,17 +142,16 @@ def _member(
 ) -> Member:
     name = _name(block) if name is None else name
     what = "sparse" if is_sparse else _KINDS.get(kind, "other")
-    if kind == b"\0" and name.endswith(b"/"):  # v7 had no other way to say directory
+    if kind == b"\0" and name.endswith(b"/"):  # v7 marks a directory only by its name
         what = "directory"
     return Member(name, what, start, at, 0 if kind in _WITHOUT_DATA or what == "directory" else size)
 
 
 def _header(block: bytes, at: int) -> tuple[bytes, int]:
-    """Type and size of a header block whose checksum is right."""
+    """The type and the size of a header block. Raises `TarError` if its checksum is wrong."""
     stored, rest = _number(block[148:156], at), block[:148] + b" " * 8 + block[156:]
-    if stored != sum(rest) and stored != sum(rest) - 256 * sum(
-        byte > 127 for byte in rest
-    ):  # old ones summed signed bytes
+    as_signed = sum(rest) - 256 * sum(byte > 127 for byte in rest)  # old archives summed signed bytes
+    if stored not in (sum(rest), as_signed):
         raise TarError(f"the header at byte {at} is damaged: its checksum is wrong")
     size = _number(block[124:136], at)
     if size < 0:
@@ -159,7 +160,7 @@ def _header(block: bytes, at: int) -> tuple[bytes, int]:
 
 
 def _number(field: bytes, at: int) -> int:
-    """Octal digits, or GNU's base 256."""
+    """The number in a field: octal digits, or GNU's base 256."""
     if field[0] in (0x80, 0xFF):
         return int.from_bytes(field[1:], "big") - (256 ** (len(field) - 1) if field[0] == 0xFF else 0)
     digits = _until_nul(field).strip()
@@ -174,7 +175,7 @@ def _name(block: bytes) -> bytes:
 
 
 def _pax(body: bytes, at: int, *, is_global: bool) -> tuple[bytes | None, int | None, bool]:
-    """Name, stored size and sparseness that ``LENGTH KEY=VALUE`` records give."""
+    """The name, the stored size and the sparseness that ``LENGTH KEY=VALUE`` records give."""
     records: dict[bytes, bytes] = {}
     position = 0
     while position < len(body) and body[position]:
@@ -195,7 +196,7 @@ def _pax(body: bytes, at: int, *, is_global: bool) -> tuple[bytes | None, int | 
 
 
 def _behind_sparse_map(read: Read, block: bytes, start: int, at: int) -> int:
-    """Where the bytes of a member of GNU's old sparse kind begin; -1 where the file ends before."""
+    """The byte at which a member of GNU's old sparse kind begins; -1 if the file ends before."""
     more = block[482]
     while more:
         if at - start >= MAX_LEAD * BLOCK:

@@ -1,9 +1,11 @@
 """Sentencepiece and Hugging Face tokenizers behind one small protocol.
 
-Both are made to encode *segments*: `encode` gives the ids of exactly the characters passed in. The space that
-sentencepiece and Llama tokenizers put before every text they are given (the dummy prefix) is switched off,
-since a prompt encoded in three calls would gain three of them; the templates write their spaces out. Nor does
-`encode` ever produce a special token: text that spells one is encoded as the characters it is.
+Both encode pieces of a sequence: `encode` gives the ids of exactly the given characters. Sentencepiece and
+    Llama
+tokenizers put a space before every text (the dummy prefix). That is switched off, because a prompt that is
+encoded in three calls would get three of them; the templates write their spaces themselves. `encode` never
+gives a special
+token: a text that spells one is encoded as its characters.
 """
 
 from __future__ import annotations
@@ -32,52 +34,50 @@ from megatron_evomoe.data.tokenizer_check import (
     write_sum,
 )
 
-# A ModelProto's field 3 (normalizer_spec) holding add_dummy_prefix (3) = false and remove_extra_whitespaces
-# (4) = false. Protocol buffers merge a message that occurs twice, so appending this overrides those two
-# fields and no other.
+# Field 3 (normalizer_spec) of a ModelProto with add_dummy_prefix (3) = false and remove_extra_whitespaces (4)
+# = false. Protocol buffers merge a message that occurs twice, so appending this overrides these two fields
+# only.
 _VERBATIM_WHITESPACE = bytes([0x1A, 4, 0x18, 0, 0x20, 0])
 _MARKUP = re.compile(r"<[^<>\s]+>|\[[A-Z_/]+\]")
-# An export puts it behind the vocabulary, for transformers' processors; no model has an embedding for it and
-# no text gives it.
+# An export adds it after the vocabulary for transformers' processors. No model has an embedding for it, and
+# no text is encoded as it.
 _IMAGE_PLACEHOLDER = "<image>"
 
 
 class Tokenizer(Protocol):
-    """What the package asks of a tokenizer."""
+    """What the package needs of a tokenizer."""
 
     vocab_size: int
-    """Largest id + 1."""
+    """The largest id + 1."""
     bos_id: int | None
-    """The id every sequence begins with; None for families that begin without one (Qwen, Phi)."""
+    """The id with which every sequence begins; None for families that have none (Qwen, Phi)."""
     eos_id: int
-    """End of text."""
+    """The id of the end of text."""
     pad_id: int
-    """Fills positions that are not read; also stands where an image feature goes."""
+    """The id at positions of padding and of images."""
     text_prefix: str
-    """What the tokenizer on its own would put before a text; the templates put it before the first word of a
+    """What the published tokenizer puts before a text; the templates put it before the first word of a
     sequence.
     """
 
     def encode(self, text: str) -> list[int]:
-        """Ids of exactly these characters: no bos or eos, no special tokens, no added space."""
+        """The ids of exactly these characters: without bos, eos, special tokens and added spaces."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text; special tokens give nothing, an id outside the vocabulary gives U+FFFD."""
+        """The text of ids. Special tokens give nothing, an id outside the vocabulary gives U+FFFD."""
 
     def fingerprint(self) -> str:
-        """Hash of the vocabulary and the special ids, a dot, and a hash of everything else that decides ids
-        and text.
-        """
+        """A hash of the vocabulary and the special ids, a dot, and a hash of all other rules."""
 
     def special_id(self, piece: str) -> int | None:
-        """Id of a special token such as ``<|im_end|>``; None when there is none of that name."""
+        """The id of a special token such as ``<|im_end|>``; None if there is no such token."""
 
 
 def build_tokenizer(path: str | Path | None) -> SentencePieceTokenizer | HuggingFaceTokenizer:
-    """A sentencepiece ``.model`` file, or a directory with ``tokenizer.json``.
+    """The tokenizer of a sentencepiece ``.model`` file, or of a directory with ``tokenizer.json``.
 
     Raises:
-        ConfigError: nothing given, nothing there, or not a tokenizer.
+        ConfigError: no path is given, it does not exist, or it is not a tokenizer.
     """
     if path is None or not str(path):
         raise ConfigError(
@@ -94,7 +94,7 @@ def build_tokenizer(path: str | Path | None) -> SentencePieceTokenizer | Hugging
 
 
 class SentencePieceTokenizer:
-    """A sentencepiece model, read once with its whitespace rules set to verbatim."""
+    """A sentencepiece model that keeps whitespace as it is."""
 
     def __init__(self, path: str | Path) -> None:
         import sentencepiece
@@ -115,8 +115,8 @@ class SentencePieceTokenizer:
         self.eos_id: int = sp.eos_id()
         self.pad_id: int = next(i for i in (sp.pad_id(), sp.unk_id(), sp.eos_id()) if i >= 0)
         self._rules = sentencepiece_rules(proto)
-        # user-defined pieces are matched inside text and decoded as text; those that look like markup must be
-        # neither
+        # sentencepiece finds user-defined pieces in text and decodes them as text; for those that look like
+        # markup it must do neither
         user_defined = {i: piece for i, piece in enumerate(self._pieces) if _is_user_defined(sp, i)}
         self._markup = {i: piece for i, piece in user_defined.items() if _MARKUP.fullmatch(piece)}
         longest_first = sorted(map(re.escape, self._markup.values()), key=len, reverse=True)
@@ -148,8 +148,9 @@ class SentencePieceTokenizer:
 
 
 def _is_user_defined(sp: Any, piece_id: int) -> bool:
-    """There is no public test for it: user-defined pieces have score 0 and no other type (a BPE's first merge
-    looks the same).
+    """Whether a piece is user-defined. The first merge of a BPE model counts as well.
+
+    sentencepiece has no public test for it; user-defined pieces have score 0 and are of no other type.
     """
     is_other = (
         sp.is_control(piece_id) or sp.is_unknown(piece_id) or sp.is_unused(piece_id) or sp.is_byte(piece_id)
@@ -158,9 +159,7 @@ def _is_user_defined(sp: Any, piece_id: int) -> bool:
 
 
 class HuggingFaceTokenizer:
-    """A local directory that transformers' AutoTokenizer reads as a fast tokenizer. No code from it is
-    run.
-    """
+    """A directory that transformers' AutoTokenizer reads as a fast tokenizer, without running its code."""
 
     def __init__(self, path: str | Path) -> None:
         try:
@@ -225,19 +224,17 @@ class HuggingFaceTokenizer:
         return self._added.get(piece)
 
     def to_json(self) -> str:
-        """As a ``tokenizer.json`` that adds no space before a text and strips none after decoding."""
+        """This tokenizer as a ``tokenizer.json``, which neither adds nor strips a leading space."""
         return self._decoder.to_str()
 
 
 def is_markup(piece: str) -> bool:
-    """Whether a user-defined piece looks like markup, and so is neither found in text nor decoded to it."""
+    """Whether a user-defined piece looks like markup, which is neither found in text nor decoded to text."""
     return bool(_MARKUP.fullmatch(piece))
 
 
 def _verbatim(serialized: str) -> tuple[Any, Any]:
-    """A tokenizers.Tokenizer for encoding and one for decoding, neither of which adds or strips a leading
-    space.
-    """
+    """A `tokenizers.Tokenizer` for encoding and one for decoding; neither adds or strips a leading space."""
     from tokenizers import Tokenizer as Backend
 
     spec = json.loads(serialized)
@@ -253,9 +250,7 @@ def _verbatim(serialized: str) -> tuple[Any, Any]:
 
 
 def _without_prefix(part: dict | None, key: str) -> dict | None:
-    """Drop a Prepend normalizer and a leading Strip decoder, and tell Metaspace and ByteLevel to add
-    nothing.
-    """
+    """A part of a tokenizer.json without what adds or strips a leading space; None if nothing is left."""
     if part is None:
         return None
     kind = part.get("type")
@@ -273,9 +268,7 @@ def _without_prefix(part: dict | None, key: str) -> dict | None:
 
 
 def _decode_known(ids: Sequence[int], vocab_size: int, decode: Any) -> str:
-    """Decode runs of known ids; one that only a padded embedding has must be visible, not crash an
-    evaluation.
-    """
+    """Decode ids. An unknown one, which a padded embedding can give, becomes U+FFFD and raises no error."""
     out, run = [], []
     for i in map(int, ids):
         if 0 <= i < vocab_size:
@@ -287,8 +280,10 @@ def _decode_known(ids: Sequence[int], vocab_size: int, decode: Any) -> str:
 
 
 def same_tokenizer(recorded: str, found: str) -> bool:
-    """Whether a recorded fingerprint allows this one: none was recorded, or it is equal, or old and of an
-    equal vocabulary.
+    """Whether a recorded fingerprint matches this one.
+
+    It matches if they are equal, if none was recorded, or if an old one of the vocabulary alone was recorded
+    and the vocabularies are equal.
     """
     return recorded in ("", found, found.partition(".")[0])
 
@@ -310,12 +305,19 @@ def train_sentencepiece(
     user_defined_symbols: Sequence[str] = (),
     model_type: Literal["unigram", "bpe"] = "unigram",
 ) -> Path:
-    """Train a model on `lines` and write it to `path` in one step, its checksum beside it; same lines, same
-    bytes.
+    """Train a sentencepiece model and write it to a file; the same lines give the same bytes.
 
-    Every byte has a piece, so any text can be encoded, and digits stand alone. `vocab_size` is an upper
-    bound: a small corpus gives fewer pieces. Symbols that look like markup (``<|im_end|>``) exist by id only
-    and are never found in text.
+    Every byte has a piece, so any text can be encoded, and each digit is a piece of its own.
+
+    Args:
+        lines: the texts to train on.
+        path: the ``.model`` file, which is replaced atomically.
+        vocab_size: the largest number of pieces; a small corpus gives fewer.
+        user_defined_symbols: texts that become pieces. Those that look like markup (``<|im_end|>``) exist by
+            id only and are never found in text.
+
+    Raises:
+        ConfigError: sentencepiece cannot train on these lines.
     """
     import sentencepiece
 
@@ -350,9 +352,8 @@ def train_sentencepiece(
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     temporary.write_bytes(buffer.getvalue())
-    target.with_name(f"{target.name}.sha256").unlink(
-        missing_ok=True
-    )  # not to stand beside another file, should this be killed
+    # removed first, so that a kill does not leave the checksum of another file
+    target.with_name(f"{target.name}.sha256").unlink(missing_ok=True)
     os.replace(temporary, target)
     write_sum(target)
     return target

@@ -1,8 +1,8 @@
-"""What a tokenizer's files must be before a library reads them, and errors in place of the libraries' own.
+"""Checks the files of a tokenizer before a library reads them, and names them in errors of the library.
 
-Neither format has a checksum of its own. Where one lies beside the files (`sha256sum`'s format:
-``FILE.sha256``, or ``SHA256SUMS`` in a directory) it must hold; otherwise a change that leaves a valid
-tokenizer shows at the checkpoint, by `Tokenizer.fingerprint`.
+Neither format has a checksum. If there is one beside the files (in the format of `sha256sum`:
+``FILE.sha256``, or ``SHA256SUMS`` in a directory), it must match. Otherwise a change that leaves a valid
+tokenizer is noticed when a checkpoint is loaded, by `Tokenizer.fingerprint`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from typing import Any
 from megatron_evomoe.config import ConfigError
 
 MAX_BYTES = 256 * 2**20
-"""Of one file; the largest published are Gemma's 33 MB (JSON) and XLM-V's 15 MB (sentencepiece)."""
+"""The largest file that is read. The largest published ones are Gemma's (33 MB of JSON) and XLM-V's (15 MB).
+"""
 _JSON_NEEDED = ("added_tokens", "normalizer", "pre_tokenizer", "post_processor", "decoder", "model")
 _JSON_KEYS = ("version", "truncation", "padding", *_JSON_NEEDED)
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -28,13 +29,14 @@ _PROBES = (
     "<s>\x00\x7f\ufffd</s> [INST] <|im_end|>",
     " ",
 )
-_FIRST_EXTENSION = 200  # of a sentencepiece model's fields
+_FIRST_EXTENSION = 200  # the first number of an extension field in a sentencepiece model
 
 
 @contextmanager
 def named(path: str | Path) -> Iterator[None]:
-    """Whatever a library raises on these files as a `ConfigError` that names them; Rust's panics too, which
-    are no `Exception`.
+    """Turn whatever a library raises inside a `with` block into a `ConfigError` that names the files.
+
+    That includes the panics of Rust, which are not of class `Exception`.
     """
     try:
         yield
@@ -48,9 +50,9 @@ def named(path: str | Path) -> Iterator[None]:
 
 
 def read_file(path: Path) -> bytes:
-    """The contents, if they are no larger than `MAX_BYTES`."""
+    """The content of a file. Raises `ConfigError` if it is not a regular file, or larger than `MAX_BYTES`."""
     if not path.is_file():
-        raise ConfigError(f"tokenizer file {path} is no regular file")
+        raise ConfigError(f"tokenizer file {path} is not a regular file")
     if path.stat().st_size > MAX_BYTES:
         raise ConfigError(
             f"tokenizer file {path} has {path.stat().st_size} bytes; at most {MAX_BYTES} are read"
@@ -59,7 +61,7 @@ def read_file(path: Path) -> bytes:
 
 
 def check_sums(path: Path) -> None:
-    """Raise `ConfigError` where a checksum lies beside a file (or in a directory) and does not hold."""
+    """Compare files with the checksums beside them, if there are any. Raises `ConfigError` if one differs."""
     sums = path / "SHA256SUMS" if path.is_dir() else path.with_name(f"{path.name}.sha256")
     if not sums.is_file():
         return
@@ -71,23 +73,22 @@ def check_sums(path: Path) -> None:
         ):
             raise ConfigError(
                 f"tokenizer file {file} is not the one of {sums}; give an undamaged copy, or remove "
-                f"{sums.name} if "
-                "the change was meant"
+                f"{sums.name} if the change was intended"
             )
 
 
 def write_sum(path: Path) -> None:
-    """Put ``FILE.sha256`` beside a file."""
+    """Write the checksum of a file to ``FILE.sha256``."""
     path.with_name(f"{path.name}.sha256").write_text(
         f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n"
     )
 
 
 def parse_sentencepiece(path: Path, data: bytes) -> Any:
-    """A model file as a ``ModelProto`` in which everything is known, present and within its range.
+    """The ``ModelProto`` of a model file.
 
     Raises:
-        ConfigError: anything else, with the rule.
+        ConfigError: a field is unknown, missing or out of its range.
     """
     from google.protobuf.unknown_fields import UnknownFieldSet
     from sentencepiece import sentencepiece_model_pb2
@@ -97,22 +98,20 @@ def parse_sentencepiece(path: Path, data: bytes) -> Any:
         proto.ParseFromString(data)
         pieces = [(piece.piece, piece.score) for piece in proto.pieces]
     if not pieces:
-        raise ConfigError(f"tokenizer {path} holds no pieces; it is no sentencepiece model, or empty")
+        raise ConfigError(f"tokenizer {path} holds no pieces; it is empty or not a sentencepiece model")
     if lacking := [name for name in ("trainer_spec", "normalizer_spec") if not proto.HasField(name)]:
-        raise ConfigError(f"tokenizer {path} has no {lacking[0]}; it was cut off, give an undamaged copy")
+        raise ConfigError(f"tokenizer {path} has no {lacking[0]}; it was cut off, so give an undamaged copy")
     for part in (proto, proto.trainer_spec, proto.normalizer_spec, proto.denormalizer_spec, *proto.pieces):
         if unknown := [
             field.field_number for field in UnknownFieldSet(part) if field.field_number < _FIRST_EXTENSION
         ]:
             raise ConfigError(
                 f"tokenizer {path} has a field {unknown[0]} in its {part.DESCRIPTOR.name} that this "
-                "sentencepiece "
-                "does not know; it is damaged, or needs a newer sentencepiece"
+                "sentencepiece does not know; it is damaged, or needs a newer sentencepiece"
             )
     for i, (piece, score) in enumerate(pieces):
-        if (
-            not piece or not isinstance(piece, str) or not math.isfinite(score)
-        ):  # protobuf gives bytes where they are no UTF-8
+        # protobuf gives bytes if they are not UTF-8
+        if not piece or not isinstance(piece, str) or not math.isfinite(score):
             raise ConfigError(
                 f"tokenizer {path}: piece {i} is {piece!r} with score {score}; it must be text and its score "
                 "finite"
@@ -121,7 +120,7 @@ def parse_sentencepiece(path: Path, data: bytes) -> Any:
 
 
 def sentencepiece_rules(proto: Any) -> str:
-    """A digest of all that decides how a sentencepiece model encodes and decodes."""
+    """A digest of everything that decides how a sentencepiece model encodes and decodes."""
     trainer = proto.trainer_spec
     digest = hashlib.sha256(
         json.dumps(
@@ -139,10 +138,10 @@ def sentencepiece_rules(proto: Any) -> str:
 
 
 def check_directory(path: Path) -> None:
-    """Sizes of all files, and of ``tokenizer.json`` what its library would pass over.
+    """Check the sizes of all files, and in ``tokenizer.json`` what its library does not check.
 
     Raises:
-        ConfigError: with the file and the rule.
+        ConfigError: a check fails; the message names the file and the rule.
     """
     for file in path.iterdir():
         if file.suffix in (".json", ".model", ".txt", ".jinja") and file.stat().st_size > MAX_BYTES:
@@ -157,10 +156,13 @@ def check_directory(path: Path) -> None:
 
 
 def check_spec_was_understood(path: Path, serialized: str) -> None:
-    """Raise `ConfigError` where ``tokenizer.json`` says of its model what the library has not taken up.
+    """Check that the library has read every key of the model in ``tokenizer.json``.
 
     Args:
-        serialized: the library's own account of what it read.
+        serialized: the tokenizer as the library writes it.
+
+    Raises:
+        ConfigError: the library does not know a key.
     """
     file = path / "tokenizer.json"
     if file.exists():
@@ -168,16 +170,17 @@ def check_spec_was_understood(path: Path, serialized: str) -> None:
         if unknown := sorted(set(ours) - set(theirs)):
             raise ConfigError(
                 f"tokenizer file {file}: its model has a key {unknown[0]!r} that the tokenizers library does "
-                "not "
-                "know; it is damaged, or needs a newer library"
+                "not know; it is damaged, or needs a newer library"
             )
 
 
 def rules_of_json(serialized: str, left_out: Container[str] = ()) -> str:
-    """A digest of all in a tokenizer.json, as the library writes it, that decides ids and text; not of the
-    post-processor, for what begins and ends a text is said by bos and eos.
+    """A digest of everything in a tokenizer.json that decides ids and text.
+
+    The post-processor is not part of it, because bos and eos decide how a text begins and ends.
 
     Args:
+        serialized: the tokenizer as the library writes it.
         left_out: contents of added tokens that do not count.
     """
     spec = json.loads(serialized)
@@ -186,11 +189,15 @@ def rules_of_json(serialized: str, left_out: Container[str] = ()) -> str:
     spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] not in left_out]
     for key in ("version", "truncation", "padding", "post_processor"):
         spec.pop(key, None)
-    return hashlib.sha256(json.dumps(_said(spec), sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(_stated(spec), sort_keys=True).encode()).hexdigest()
 
 
 def check_probes(path: str | Path, tokenizer: Any) -> None:
-    """Encode and decode a few texts, so that a tokenizer that fails at it fails now and by name."""
+    """Encode and decode a few texts.
+
+    Raises:
+        ConfigError: that fails, or gives an id outside the vocabulary.
+    """
     with named(path):
         for text in _PROBES:
             ids = tokenizer.encode(text)
@@ -202,17 +209,17 @@ def check_probes(path: str | Path, tokenizer: Any) -> None:
                 )
 
 
-def _said(value: Any) -> Any:
+def _stated(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _said(item) for key, item in value.items() if item not in (None, False, [], {}, "")}
-    return [_said(item) for item in value] if isinstance(value, list) else value
+        return {key: _stated(item) for key, item in value.items() if item not in (None, False, [], {}, "")}
+    return [_stated(item) for item in value] if isinstance(value, list) else value
 
 
 def _read_json(file: Path) -> Any:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
-            raise ValueError("a key occurs twice")
+            raise ValueError("a key appears twice")
         return found
 
     with named(file):
@@ -285,9 +292,7 @@ def _known_tokens(path: Path, spec: dict[str, Any]) -> set[str]:
 
 
 def _check_roles(path: Path, known: set[str]) -> None:
-    """transformers would make a token that a configuration names and nothing defines, behind the
-    vocabulary.
-    """
+    """Refuse a special token that is named and not defined; transformers would add it as a new one."""
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if not (path / name).exists():
             continue
@@ -298,6 +303,5 @@ def _check_roles(path: Path, known: set[str]) -> None:
             if isinstance(token, str) and token not in known:
                 raise ConfigError(
                     f"tokenizer file {path / name} names {role} {token!r}, which tokenizer.json does not "
-                    "hold; "
-                    "correct it, or save the tokenizer again with transformers"
+                    "hold; correct it, or save the tokenizer again with transformers"
                 )

@@ -146,8 +146,10 @@ def _accuracy_points(ax: Axes, evaluations: list[dict[str, Any]]) -> None:
 
 
 def modality_shares(layers: list[int], counts: np.ndarray, divergence: list[float], where: str) -> Figure:
-    """counts: [L, 2, E], text and vision. One panel per layer, two bars per expert; each colour sums to 100 %
-    in its panel.
+    """The share of each expert in the tokens of each modality, one panel for each layer.
+
+    Args:
+        counts: [L, 2, E], of text and vision; the bars of a modality sum to 100 %.
     """
     chosen = spread(len(layers), 12)
     experts = counts.shape[2]

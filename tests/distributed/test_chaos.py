@@ -236,7 +236,7 @@ def lose_shard(job: Job, draw: random.Random) -> None:
             job.kill()
         job.start()
         if job.ended() != 0:
-            assert f"folder {folder} holds no .tar file" in job.text(), job.text()[-3000:]
+            assert f"directory {folder} holds no .tar file" in job.text(), job.text()[-3000:]
     finally:
         for shard, aside in hidden:
             aside.rename(shard)

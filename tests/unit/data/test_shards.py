@@ -125,7 +125,7 @@ def test_expand_paths(shard_dir, tmp_path, monkeypatch):
     ("data", "message"),
     [
         (b"", "is empty"),
-        (b"hello" * 300, "no uncompressed tar"),
+        (b"hello" * 300, "not an uncompressed tar"),
         (b"\0" * 10240, "holds no sample"),
     ],
 )
