@@ -30,6 +30,11 @@ class StageKind(str, Enum):
         """Whether a checkpoint of this kind holds all experts of each MoE layer."""
         return self in (StageKind.EVOLVE, StageKind.ROUTE)
 
+    @property
+    def has_router(self) -> bool:
+        """Whether a stage of this kind routes tokens to experts."""
+        return self is StageKind.ROUTE
+
 
 STAGE_KINDS: tuple[str, ...] = tuple(kind.value for kind in StageKind)
 """The values of `StageKind`, in the order of the recipe."""
