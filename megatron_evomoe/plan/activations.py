@@ -42,7 +42,7 @@ class Sizes:
     fused: bool
     """Transformer Engine's attention and the fused SwiGLU."""
     on_gpu: bool
-    """The DTR in PyTorch has another form on a CPU (moe/router.py)."""
+    """The DTR in PyTorch has another form on a CPU (moe/routers/dynamic.py)."""
 
 
 def sizes_of(config: RunConfig, seq_length: int | None = None, *, on_gpu: bool = True) -> Sizes:

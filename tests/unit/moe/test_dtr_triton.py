@@ -272,7 +272,7 @@ def run_config(**moe):
 def test_auto_is_torch_and_imports_no_kernel():
     code = (
         "import sys, torch\n"
-        "from megatron_evomoe.moe import router\n"
+        "from megatron_evomoe.moe.routers import dynamic\n"
         "from megatron_evomoe.moe.dtr import kernel as dtr_kernel\n"
         "assert dtr_kernel.fused('auto', torch.float32) is None and dtr_kernel.fused('torch', torch.float64) "
         "is None\n"

@@ -1,4 +1,4 @@
-"""moe/router.py: the gates, the scale of an expert's output, what stays the core's, hooks and parameters."""
+"""moe/routers: the gates, the scale of an expert's output, what stays the core's, hooks and parameters."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from megatron_evomoe.config import MoEConfig
 from megatron_evomoe.moe.dtr.maths import naive_dtr_logits
 from megatron_evomoe.moe.planes import from_planes, to_planes
-from megatron_evomoe.moe.router import ROUTERS, router_builder, straight_through
+from megatron_evomoe.moe.router import ROUTERS, router_builder
+from megatron_evomoe.moe.routers.base import straight_through
 from tests.unit.moe.router_models import batch, build_router, transformer_config
 
 pytestmark = pytest.mark.usefixtures("one_rank")
