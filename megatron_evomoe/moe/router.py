@@ -14,14 +14,12 @@ from __future__ import annotations
 import functools
 import pkgutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from megatron_evomoe.config import MoEConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from megatron_evomoe.moe.routers.base import TypedRouter
 
 Draw = Callable[["Tensor"], object]
 """Fills a tensor in place from torch's generator, and so says how a fresh one starts."""
@@ -72,7 +70,7 @@ def draw_router(tensors: Iterable[RouterTensor], values: Mapping[str, Tensor]) -
         tensor.draw(values[tensor.name])
 
 
-def router_builder(moe: MoEConfig) -> Callable[..., TypedRouter]:
+def router_builder(moe: MoEConfig) -> Callable[..., Any]:
     """What `MoESubmodules(router=…)` takes: a callable of (config, pg_collection, …), `moe` bound to it."""
     module, name = ROUTERS[moe.router].implementation.split(":")
     return functools.partial(pkgutil.resolve_name(f"megatron_evomoe.moe.routers.{module}:{name}"), moe=moe)
