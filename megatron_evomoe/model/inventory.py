@@ -93,7 +93,7 @@ class Counts(NamedTuple):
     """What one token meets: of each mixture's experts only the chosen K."""
 
 
-def count(config: RunConfig, kind: StageKind) -> Counts:
+def count(config: RunConfig, kind: str) -> Counts:
     """Count the model of stage `kind`, padding of the vocabulary included."""
     parts, experts, topk = trained_parts(config, kind), config.moe.num_experts, config.moe.moe_router_topk
     every = list(tensors(config, kind))
@@ -104,7 +104,7 @@ def count(config: RunConfig, kind: StageKind) -> Counts:
 
 def tensors(
     config: RunConfig,
-    kind: StageKind,
+    kind: str,
     layers: Iterable[int] | None = None,
     *,
     first: bool = True,
@@ -128,7 +128,7 @@ def tensors(
 
 def language_model(
     config: RunConfig,
-    kind: StageKind,
+    kind: str,
     layers: Iterable[int] | None = None,
     *,
     first: bool = True,
@@ -150,7 +150,7 @@ def language_model(
             yield _outside("language_model.output_layer.bias", (V,), 0, "last")
 
 
-def decoder_layer(config: RunConfig, kind: StageKind, layer: int) -> Iterator[Tensor]:
+def decoder_layer(config: RunConfig, kind: str, layer: int) -> Iterator[Tensor]:
     """One decoder layer, counted from 0."""
     lm, moe = config.language, config.moe
     pieces = [*_attention(config)]
@@ -189,7 +189,7 @@ def vision_projection(config: RunConfig) -> Iterator[Tensor]:
         yield Tensor(name, piece.shape, piece.split, "projector", "first", name)
 
 
-def part_of(name: str, config: RunConfig, kind: StageKind, first_layer: int = 0) -> str:
+def part_of(name: str, config: RunConfig, kind: str, first_layer: int = 0) -> str:
     """The part that a parameter belongs to; Transformer Engine's names are understood too.
 
     Args:
@@ -232,9 +232,7 @@ def _outside(name: str, shape: Shape, split: int | None, place: Place) -> Tensor
     return Tensor(name, shape, split, "language", place, name)
 
 
-def _of_layer(
-    config: RunConfig, kind: StageKind, layer: int, piece: _Piece, expert: int | None = None
-) -> Tensor:
+def _of_layer(config: RunConfig, kind: str, layer: int, piece: _Piece, expert: int | None = None) -> Tensor:
     name = f"language_model.decoder.layers.{layer}.{piece.name}"
     key = name if expert is None else _EXPERT.sub(".experts.", name)
     if not config.language.parallel_residual:
