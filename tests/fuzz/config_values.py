@@ -109,7 +109,7 @@ VALUES: dict[str, dict[str, list[Any]]] = {
         "dtr_rank": [1, 4],
         "dtr_init_std": [1e-9, 0.02],
         "dtr_activation": ["none", "gelu", "silu"],
-        "dtr_kernel": ["auto", "torch"],
+        "dtr_kernel": ["torch"],
         "router_gate": ["prob", "straight_through"],
         "moe_aux_loss_coeff": [0, 0.001, 1e6],
         "moe_z_loss_coeff": [None, 0, 0.1],
