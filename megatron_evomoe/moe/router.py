@@ -54,6 +54,11 @@ class RouterKind(NamedTuple):
     tensors: Callable[[MoEConfig, Decoder], Iterator[RouterTensor]]
     """Its tensors, in the order of `named_parameters()`."""
 
+    def load(self) -> type:
+        """The class, a `TypedRouter`. Imports megatron-core."""
+        module, name = self.implementation.split(":")
+        return pkgutil.resolve_name(f"megatron_evomoe.moe.routers.{module}:{name}")
+
 
 def router_tensors(moe: MoEConfig, decoder: Decoder) -> list[RouterTensor]:
     """The tensors of the configured router, in the order of `named_parameters()`."""
@@ -72,8 +77,7 @@ def draw_router(tensors: Iterable[RouterTensor], values: Mapping[str, Tensor]) -
 
 def router_builder(moe: MoEConfig) -> Callable[..., Any]:
     """What `MoESubmodules(router=…)` takes: a callable of (config, pg_collection, …), `moe` bound to it."""
-    module, name = ROUTERS[moe.router].implementation.split(":")
-    return functools.partial(pkgutil.resolve_name(f"megatron_evomoe.moe.routers.{module}:{name}"), moe=moe)
+    return functools.partial(ROUTERS[moe.router].load(), moe=moe)
 
 
 def _normal(std: float) -> Draw:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from megatron_evomoe.moe.router import ROUTERS
 from tests.tiny import VOCAB
 
 BOTH = [False, True]
@@ -104,7 +105,7 @@ VALUES: dict[str, dict[str, list[Any]]] = {
         "num_experts": [1, 2, 3, 4, 7, 64],
         "moe_layer_freq": [1, 2, [1], [0, 1], [1, 0], [1, 1], [0, 0], [0, 1, 0]],
         "moe_router_topk": [1, 2, 3],
-        "router": ["linear", "modality-linear", "dtr"],
+        "router": list(ROUTERS),
         "dtr_hidden_size": [1, 4],
         "dtr_rank": [1, 4],
         "dtr_init_std": [1e-9, 0.02],

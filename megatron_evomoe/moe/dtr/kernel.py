@@ -24,7 +24,7 @@ def check(kernel: str) -> None:
         return
     if importlib.util.find_spec("triton") is None:
         raise ConfigError(
-            "dtr_kernel triton needs Triton, which does not import here; install it, or set dtr_kernel to torch"
+            "dtr_kernel triton needs Triton, which does not import here; install it, or use dtr_kernel torch"
         )
     if not backend.on_gpu() and os.environ.get("TRITON_INTERPRET") != "1":
         raise ConfigError("dtr_kernel triton needs a GPU, and there is none; set dtr_kernel to torch")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import typing
 
 import pytest
 import torch
@@ -293,7 +294,7 @@ def test_contradictions_are_refused():
 
 
 @pytest.mark.parametrize("gate", ["prob", "straight_through"])
-@pytest.mark.parametrize("router", ["linear", "modality-linear", "dtr"])
+@pytest.mark.parametrize("router", ROUTERS)
 def test_forward_and_backward_never_wait_for_the_device(router, gate):
     """Tensors without contents: whatever would bring a number or a shape that depends on data to the host
     fails on them. `gathers` is what a GPU gets; with it on, `test_gathering_is_what_waits` shows that the
@@ -315,3 +316,13 @@ def test_gathering_is_what_waits():
         built = build_router(MoEConfig(router="dtr", **SMALL))
         assert built.gathers  # on a CPU, where nothing waits
         built(torch.randn(12, 3, 32), to_planes(torch.randint(0, 3, (12, 3))))
+
+
+def test_the_configuration_names_every_router():
+    assert typing.get_args(typing.get_type_hints(MoEConfig)["router"]) == tuple(ROUTERS)
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_a_gate_that_is_called_as_megatron_core_does_takes_every_token_for_text(name):
+    router, (hidden, types) = build_router(MoEConfig(router=name)), batch()
+    assert torch.equal(router.gating(hidden), router.gating(hidden, torch.zeros_like(types.T)))
