@@ -74,7 +74,7 @@ def main(request: str, folder: str) -> None:
 
 
 def measure(parallel: dict[str, Any], kind: str, sections: dict[str, Any]) -> dict[str, Any]:
-    """The chunks' parameters, and bytes of parameters, gradients, optimizer and evolution state after a step."""
+    """The chunks' parameters, and bytes of all state once an optimizer step has been taken."""
     from megatron_evomoe.parallel import topology
     from megatron_evomoe.train.built import build_stage
 
