@@ -17,11 +17,8 @@ from megatron_evomoe.checkpoint.stream import CheckpointReader
 from megatron_evomoe.config import ConfigError, from_mapping, load_config
 from megatron_evomoe.data.tokenizer import build_tokenizer, train_sentencepiece
 from megatron_evomoe.hf.from_hf.importing import Request, describe, import_model
-<<<<<<< HEAD
-from tests import programs
-=======
 from megatron_evomoe.moe.router import ROUTERS
->>>>>>> c88d041 (Routers are named by the registry alone: tests, exported code, help)
+from tests import programs
 from tests.unit.data import helpers
 from tests.unit.hf.sources import LLAVA, TEXT, TOWER, part, tensors, write
 from tests.unit.hf.test_canonical_names import NAMINGS
