@@ -57,7 +57,7 @@ def configurations(draw):
     patterns = st.lists(st.integers(0, 1), **size).filter(any)
     moe = {
         "router": draw(st.sampled_from(list(ROUTERS))),
-        "num_experts": draw(st.integers(1, 3)),
+        "num_experts": draw(st.integers(2, 3)),
         "moe_layer_freq": draw(patterns),
     }
     vision = {

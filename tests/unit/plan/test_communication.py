@@ -12,6 +12,7 @@ from megatron_evomoe.config import from_mapping
 from megatron_evomoe.model import inventory
 from megatron_evomoe.plan.communication import volume_of
 from megatron_evomoe.plan.cost import Machine, step_time
+from megatron_evomoe.plan.counts import local_numel
 from megatron_evomoe.plan.flops import flops
 from megatron_evomoe.plan.states import states_of
 
@@ -131,7 +132,7 @@ def test_cached_features_need_no_tower_but_its_weights():
         flops(other, "warmup", 0),
     )
     assert (
-        forward - cached_forward == 2 * 16 * sum(t.numel for t in inventory.vision_model(one))
+        forward - cached_forward == 2 * 16 * sum(local_numel(one, t) for t in inventory.vision_model(one))
         and cached_backward == backward
     )
 
