@@ -103,11 +103,8 @@ def test_parts_are_what_freezing_goes_by(kind):
     config = tiny_config(kind.value, language={"num_layers": 4})
     with shapes_only():
         model = LlavaModel(config, stage_kind=kind)
-    counts = freeze(model, config, kind, first_layer=0)
+    freeze(model, config, kind, first_layer=0)
     every = list(inventory.tensors(config, kind))
-    assert {part: n for part, n in counts.items() if n} == {
-        part: sum(t.numel for t in every if t.part == part) for part in {t.part for t in every}
-    }
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert inventory.count(config, kind).trainable == trained > 0
     for tensor in every:
