@@ -1,4 +1,6 @@
-"""Tensors without copies: views of files, and parts of larger tensors for torch.save."""
+"""Tensors without copies: views of a file, read when they are used and gone from memory when they are let go;
+parts of larger ones, written from where they lie.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +17,10 @@ _POPULATE_READ = 22  # MADV_POPULATE_READ, Linux 5.14
 
 
 def view_of(path: Path, start: int, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
-    """A contiguous tensor at byte `start` of a file, which must be long enough.
+    """A contiguous tensor that lies at byte `start` of a file; the caller has checked that the file is long
+    enough.
 
-    The file is read when the tensor is used. Writing to the tensor does not change the file.
+    It may be written to; the file stays as it is.
     """
     count = math.prod(shape)
     if count == 0:
@@ -27,16 +30,15 @@ def view_of(path: Path, start: int, dtype: torch.dtype, shape: Sequence[int]) ->
         memory = mmap.mmap(
             file.fileno(), start - first + count * dtype.itemsize, offset=first, access=mmap.ACCESS_COPY
         )
-    with contextlib.suppress(OSError, AttributeError):  # all pages at once take half the time
+    with contextlib.suppress(OSError, AttributeError):  # all pages at once is twice as fast as one by one
         memory.madvise(_POPULATE_READ)
     return torch.frombuffer(memory, dtype=dtype, count=count, offset=start - first).reshape(shape)
 
 
 def alone(tensor: Tensor) -> Tensor:
-    """A contiguous tensor whose storage has exactly its own size; it shares the memory if it can.
-
-    torch.save writes the whole storage of a view, and torch's checkpoint writer copies a tensor that does not
-    fill its storage.
+    """`tensor`, contiguous and with a storage of its own size: torch.save writes the whole storage behind a
+    view, and torch's checkpoint writer copies what does not fill its storage. Shares the memory where it
+    can.
     """
     tensor = tensor.detach().contiguous()
     if tensor.untyped_storage().nbytes() == tensor.nbytes:

@@ -1,7 +1,9 @@
-"""Lets megatron-core and torch read a checkpoint without running anything, and several files at once.
+"""How megatron-core and torch read a checkpoint here: through readers that run nothing, and files side by
+side.
 
-By default they unpickle `.metadata` and the objects inside tensor files without restriction, read `common.pt`
-by torch's default (which an environment variable changes), and read one file after the other on one core.
+Left alone, they unpickle `.metadata` and the objects inside tensor files without restriction, leave
+`common.pt` to torch's default (which an environment variable changes), and read one file after the other, on
+one core.
 """
 
 from __future__ import annotations
@@ -26,11 +28,13 @@ from torch.futures import Future
 
 from megatron_evomoe.checkpoint import contents, metadata
 
-_THREADS = 2  # each saving rank writes as many files
+_THREADS = 2  # a saving rank writes that many files
 
 
 class SafeReader(FileSystemReader):
-    """torch's reader with a thread for each of a few files; nothing in the checkpoint is run."""
+    """Torch's reader with a thread for each of a few files; `.metadata` is read once, and nothing of the
+    checkpoint is run.
+    """
 
     def __init__(self, path: str | Path) -> None:
         super().__init__(path)
@@ -38,10 +42,10 @@ class SafeReader(FileSystemReader):
         self._metadata: Metadata | None = None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """The content of `.metadata`, which is read once.
+        """What `.metadata` says.
 
         Raises:
-            CheckpointError: as for `metadata.read`.
+            CheckpointError: as `metadata.read`.
         """
         if self._metadata is None:
             self._metadata = metadata.read(self._folder)
@@ -51,7 +55,7 @@ class SafeReader(FileSystemReader):
         """Fill the tensors and objects that `plan` asks for.
 
         Raises:
-            Exception: whatever a thread met.
+            Whatever a thread met.
         """
         by_file: dict[str, list[ReadItem]] = defaultdict(list)
         for item in plan.items:
@@ -70,7 +74,7 @@ class SafeReader(FileSystemReader):
         return finished
 
     def _made_anew(self, item: ReadItem) -> io.BytesIO:
-        """The bytes of an object as we save it, because torch's planner opens them without restriction."""
+        """An object as we save it: torch's planner opens what it is given without restriction."""
         value = contents.read_object(
             self._folder, item.storage_index.fqn, self.storage_data[item.storage_index]
         )
@@ -82,9 +86,8 @@ class SafeReader(FileSystemReader):
 
 @contextlib.contextmanager
 def safe_reads() -> Iterator[None]:
-    """Let megatron-core load through `SafeReader` and `contents.read_common` inside a `with` block.
-
-    It has no arguments for that.
+    """Inside, megatron-core loads through `SafeReader` and `contents.read_common`; it has no arguments for
+    that.
     """
     ours: list[tuple[Any, str, Any]] = [
         (core, "_get_filesystem_reader", lambda directory, *args, **kwargs: SafeReader(directory)),

@@ -6,13 +6,12 @@ import argparse
 
 from megatron_evomoe.config import ConfigError, flags_from
 from megatron_evomoe.hf.from_hf.importing import CONVERSIONS, Request, describe, import_model
-from megatron_evomoe.moe.router import ROUTERS
 
 _FIELDS = {
     "num-experts": "experts per mixture layer",
     "moe-layer-freq": "every k-th layer is a mixture, or a list of 0/1",
     "moe-router-topk": "experts per token",
-    "router": " or ".join(ROUTERS),
+    "router": "linear, modality-linear or dtr",
     "dtr-hidden-size": "h of the DTR",
     "dtr-rank": "r of the DTR",
     "expert-init-noise": "for noise: standard deviation in units of each matrix's own",
@@ -90,10 +89,10 @@ def run(args: argparse.Namespace) -> int:
     imported = import_model(request)
     print(describe(imported))
     if args.verify:
+        from megatron_evomoe.hf import verification
         from megatron_evomoe.hf.from_hf import verify_import
-        from megatron_evomoe.hf.to_hf import verify_export
 
         rows = verify_import.compare(request, imported)
-        print(verify_export.table(rows))
+        print(verification.table(rows))
         return 0 if all(row.good for row in rows) else 1
     return 0

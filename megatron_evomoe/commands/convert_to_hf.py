@@ -60,10 +60,11 @@ def run(args: argparse.Namespace) -> int:
     )
     print(describe(exported))
     if args.verify:
+        from megatron_evomoe.hf import verification
         from megatron_evomoe.hf.to_hf import verify_export
 
         rows = verify_export.compare(exported)
-        print(verify_export.table(rows))
+        print(verification.table(rows))
         if not all(row.good for row in rows):
             print(f"error: {exported.output} does not compute what {exported.source} computes")
             return 1

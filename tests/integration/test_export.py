@@ -17,7 +17,7 @@ from megatron_evomoe.data.conversation import IMAGE_TOKEN, stop_ids
 from megatron_evomoe.data.image import decode_image, processor_for
 from megatron_evomoe.data.shards import ShardDataset
 from megatron_evomoe.data.tokenizer import build_tokenizer
-from megatron_evomoe.hf import register
+from megatron_evomoe.hf import register, verification
 from megatron_evomoe.hf.to_hf import verify_export
 from megatron_evomoe.hf.to_hf.exporting import Exported, Request, export_model
 from megatron_evomoe.train.decoding import greedy
@@ -154,4 +154,4 @@ def test_every_layout_exports(tiny_yaml, parallel, tmp_path):
             Request(checkpoint=str(tmp_path / "run" / stage), output=str(tmp_path / stage))
         )
         rows = verify_export.compare(exported)
-        assert all(row.good for row in rows), verify_export.table(rows)
+        assert all(row.good for row in rows), verification.table(rows)

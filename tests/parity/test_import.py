@@ -21,9 +21,9 @@ import torch
 import yaml
 
 from megatron_evomoe.config import ConfigError, VisionConfig, from_mapping
+from megatron_evomoe.hf import verification
 from megatron_evomoe.hf.from_hf import verify_import
 from megatron_evomoe.hf.from_hf.importing import Request, import_model
-from megatron_evomoe.hf.to_hf import verify_export
 from tests import programs
 from tests.parity import hf_models
 from tests.parity.hf_models import IMAGE_TOKEN, LANGUAGE, LLAVA, PATCHES, SIDE
@@ -253,7 +253,7 @@ def stretched(kind: str, folder: Path) -> str:
 def test_verify_looks_where_rope_is_stretched(one_rank, tmp_path, kind):
     request = Request(language_model=stretched(kind, tmp_path), output=str(tmp_path / "out"))
     rows = rows_of(request)
-    print(verify_export.table(rows))
+    print(verification.table(rows))
     assert rows[-1].what.startswith(f"logits, positions up to {STRETCHED[kind][1] - 1}") and all(
         row.good for row in rows
     )
@@ -274,7 +274,7 @@ def test_verify_sees_another_stretch(one_rank, tmp_path, kind, change):
     done = import_model(request)
     done.config = replace(done.config, language=replace(done.config.language, **change))
     tensors, short, far = verify_import.compare(request, done)
-    print(verify_export.table([tensors, short, far]))
+    print(verification.table([tensors, short, far]))
     assert tensors.good and not far.good
     assert short.good == (change == {"rope_scaling_factor": 8.5})
 

@@ -203,9 +203,3 @@ def _read_json(file: Path, *, once: bool = False) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigError(f"{file} holds a {type(content).__name__}, a mapping is expected")
     return content
-
-
-def require_empty(output: Path) -> None:
-    """Raises `CheckpointError` if something is there."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise CheckpointError(f"{output} exists and is not empty; choose another --output, or remove it")

@@ -1,20 +1,18 @@
-"""A Hugging Face model to a checkpoint that `train --load` takes under any layout, tensor by tensor.
+"""Converts a Hugging Face model to a checkpoint that ``train --load`` reads under any layout.
+
+Tensors are read and written one by one. The output directory gets
 
     OUTPUT/latest_checkpointed_iteration.txt
     OUTPUT/iter_0000000/…   the checkpoint
-    OUTPUT/model.yaml       its sections of a run's configuration: train --preset … --load OUTPUT
+    OUTPUT/model.yaml       the model's sections of a configuration, for ``train --preset``
     OUTPUT/tokenizer/…      copied from the source
-
-All of it is written beside OUTPUT and renamed at the end.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-import os
 import re
-import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Optional
@@ -23,14 +21,14 @@ import torch
 import yaml
 from torch import Tensor
 
-from megatron_evomoe.checkpoint.record import CheckpointError, Record
+from megatron_evomoe.checkpoint.record import Record
 from megatron_evomoe.checkpoint.stream import CheckpointWriter
 from megatron_evomoe.config import ConfigError, MoEConfig, RunConfig, from_mapping
 from megatron_evomoe.config.kinds import MIXTURE_KINDS, PRETRAINED, StageKind
 from megatron_evomoe.hf.dtypes import DTYPES
 from megatron_evomoe.hf.from_hf import sources, tokenizer_copy
-from megatron_evomoe.hf.from_hf.directory import require_empty
 from megatron_evomoe.hf.from_hf.finite import converted
+from megatron_evomoe.hf.output_directory import output_directory, require_room
 from megatron_evomoe.hf.tensor_map import Entry, NameMap
 from megatron_evomoe.moe import initial_draws
 
@@ -41,7 +39,7 @@ CONVERSIONS = {
     "fp16": torch.float16,
     **{name: getattr(torch, name) for name in DTYPES},
 }
-"""What ``--dtype`` may be; `keep` leaves each tensor the type it is stored in."""
+"""Values of ``--dtype``; `keep` writes each tensor in the type in which the source stores it."""
 _EXPERT = re.compile(r"\.mlp\.experts\.\d+\.")
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 
@@ -58,9 +56,9 @@ class Request:
     dtype: str = "keep"
     expert_init: Literal["none", "replicate", "noise"] = "none"
     resize_embeddings: bool = False
-    """Whether the embedding gets rows for ids of the tokenizer that it has none for."""
+    """Whether to add rows to the embedding for token ids that have none."""
     flags: dict[str, Any] = field(default_factory=dict)
-    """Fields of our configuration over what the source says, as flat names."""
+    """Configuration fields that replace what the source says: flat name -> value."""
 
 
 @dataclass
@@ -73,45 +71,38 @@ class Imported:
     kind: str
     parts: list[str]
     tensors: int
-    """HF tensors read."""
+    """Number of tensors read from the source."""
     parameters: int
     left_out: list[str]
-    """Tensors of the source that LLaVA does not compute with."""
+    """Tensors of the source that LLaVA does not use."""
     tokenizer: str | None
-    """For ``data.tokenizer``."""
+    """Path for ``data.tokenizer``; None if there is no tokenizer that can be read."""
     notes: list[str]
-    """What else the report says: of the tokenizer, of rows that were added."""
+    """Lines of the report about the tokenizer and about rows added to the embedding."""
 
 
 def import_model(request: Request) -> Imported:
-    """Convert; nothing is at `request.output` unless all went well.
+    """Write the directory `request.output`. After an error nothing is there.
 
     Raises:
-        ConfigError: the source cannot be expressed, or the request contradicts itself, or the tokenizer has
-            more ids than the embedding has rows.
-        CheckpointError: missing, surplus, misshapen or damaged tensors, or values that are not finite; the
-            output is not empty; no room on the disk.
+        ConfigError: megatron-core cannot compute the model, the request contradicts itself, or the tokenizer
+            has more ids than the embedding has rows.
+        CheckpointError: tensors are missing, unexpected, of a wrong shape or damaged, or hold values that are
+            not finite; the output is not empty; or the disk has too little room.
     """
     output = Path(request.output).expanduser()
-    require_empty(output)
-    pending = output.with_name(f".{output.name}.importing-{os.getpid()}")
-    try:
+    with output_directory(output) as pending:
         source = _open_source(request)
         tokenizer = tokenizer_copy.bring(source.tokenizer, pending / "tokenizer")
         notes = _fit_vocabulary(source, tokenizer, request)
         config, left_out = _checked(source, request)
         target = _target(source, config, request)
-        _require_room(output, target, target.dtypes(source, request))
+        require_room(output, target.size(target.dtypes(source, request)))
         if tokenizer.path is not None:
             path = output.absolute() / "tokenizer" / tokenizer.path
             config = replace(config, data=replace(config.data, tokenizer=str(path)))
         checkpoint = _write(pending, source, config, target, request)
         (pending / "model.yaml").write_text(model_yaml(config, target.kind, source.parts))
-        if output.is_dir():
-            output.rmdir()
-        os.replace(pending, output)
-    finally:
-        shutil.rmtree(pending, ignore_errors=True)
     return Imported(
         output=output,
         checkpoint=output / checkpoint.name,
@@ -127,7 +118,7 @@ def import_model(request: Request) -> Imported:
 
 
 def open_target(request: Request, config: RunConfig) -> tuple[sources.Source, Target]:
-    """What was read and what was written, for a look back at an import."""
+    """Open the source of a finished import again, and describe what was written; for ``--verify``."""
     source = _open_source(request)
     if "language_model" in source.parts and config.language.vocab_size:
         source.grow(config.language.vocab_size)
@@ -145,10 +136,10 @@ def _open_source(request: Request) -> sources.Source:
 
 
 def _fit_vocabulary(source: sources.Source, tokenizer: tokenizer_copy.Brought, request: Request) -> list[str]:
-    """Give the embedding a row for every id of the tokenizer, if that is asked for; notes for the report.
+    """Add rows to the embedding for token ids that have none, if requested; returns report lines.
 
     Raises:
-        ConfigError: rows are missing, and it is not asked for.
+        ConfigError: rows are missing, and they are not requested.
     """
     if "language_model" not in source.parts:
         return []
@@ -160,16 +151,16 @@ def _fit_vocabulary(source: sources.Source, tokenizer: tokenizer_copy.Brought, r
         return notes
     if not request.resize_embeddings:
         raise ConfigError(
-            f"the tokenizer has {tokenizer.size} tokens and the embedding {rows} rows, so ids from {rows} on "
-            "have "
-            "none; import with --resize-embeddings, which adds rows that are the mean of the others"
+            f"the tokenizer has {tokenizer.size} tokens but the embedding has {rows} rows, so ids from "
+            f"{rows} on have no embedding; import with --resize-embeddings, which adds rows that are the "
+            "mean of the others"
         )
     source.grow(tokenizer.size)
     return [*notes, f"embedding       {tokenizer.size - rows} rows added to {rows}, each the mean of those"]
 
 
 def _checked(source: sources.Source, request: Request) -> tuple[RunConfig, list[str]]:
-    """The source's configuration, to which its tensors were held; and the tensors left out."""
+    """The model's configuration, whose tensors the source is checked to have, and the unused tensors."""
     config = _config(source, request)
     left_out = sources.drop_unread(source, config.vision.num_layers_used)
     sources.require_floating(source)
@@ -185,8 +176,15 @@ def _target(source: sources.Source, config: RunConfig, request: Request) -> Targ
 
 
 class Target:
-    """The entries and global shapes of what is written. Of an evolving model both its experts and the dense
-    FFN it computes with, which is the first of them and the only thing in both of its maps.
+    """The tensors to write.
+
+    A checkpoint of an evolving model holds all experts, and the dense FFN that it computes with, which is the
+    first expert. Two tensor maps describe them.
+
+    Attributes:
+        shapes: core key -> global shape.
+        entries: of the tensor maps, each once.
+        parameters: number of parameters.
     """
 
     def __init__(self, config: RunConfig, kind: str, parts: list[str]) -> None:
@@ -199,10 +197,16 @@ class Target:
         self.entries = list({(e.core, e.expert): e for names in maps for e in names.entries}.values())
         self.parameters = sum(math.prod(shape) for e in self.entries for shape in e.hf.values())
 
+    def size(self, dtypes: dict[str, torch.dtype]) -> int:
+        """Bytes of all core tensors in the given dtypes, at most."""
+        return sum(math.prod(shape) * dtypes[core].itemsize for core, shape in self.shapes.items())
+
     def dtypes(self, source: sources.Source, request: Request) -> dict[str, torch.dtype]:
-        """Core key -> type of what is written: the request's; else the narrowest that holds everything the
-        tensor is made of (gate and up may differ, and so may experts). A fresh router is like the norm of its
-        layer.
+        """Core key -> dtype to write.
+
+        It is the request's dtype, or else the narrowest one that holds all of the source's tensors that make
+        up the core tensor: gate and up projection may differ, and so may experts. A new router has the dtype
+        of its layer's norm.
         """
         found: dict[str, torch.dtype] = {}
         for entry in self.entries:
@@ -220,8 +224,10 @@ class Target:
 
     @staticmethod
     def origin(name: str, source: sources.Source) -> str:
-        """The source's tensor for an HF name: its own; for an expert of a new mixture the dense FFN's; for
-        the dense FFN of an evolving model its first expert's.
+        """The name of the source's tensor that holds the values of the HF tensor `name`.
+
+        An expert of a new mixture has the values of the dense FFN, and the dense FFN of an evolving model
+        those of its first expert.
         """
         if name in source.tensors:
             return name
@@ -230,8 +236,10 @@ class Target:
 
 
 def model_yaml(config: RunConfig, kind: str, parts: list[str]) -> str:
-    """The sections that describe the model; with experts also `moe`, and where its default would fit no
-    layer.
+    """The sections of a configuration that describe the model, as YAML.
+
+    `moe` is among them if there are experts. For a dense model with few layers it holds a `moe_layer_freq`,
+    because the default would leave no layer to become a mixture.
     """
     described = {
         "language": "language_model" in parts,
@@ -251,14 +259,14 @@ def model_yaml(config: RunConfig, kind: str, parts: list[str]) -> str:
 
 
 def _config(source: sources.Source, request: Request) -> RunConfig:
-    """The source's sections with the request's fields over them."""
+    """The configuration of the source, with the fields that the request replaces."""
     if request.dtype not in CONVERSIONS:
         raise ConfigError(f"dtype {request.dtype!r} is unknown; known: {', '.join(CONVERSIONS)}")
     if request.expert_init != "none" and (source.kind != PRETRAINED or "language_model" not in source.parts):
         raise ConfigError(
-            f"--expert-init {request.expert_init} makes a mixture of a dense language model, and the source "
-            "is "
-            f"{'one already' if source.kind != PRETRAINED else 'a vision tower alone'}; leave it out"
+            f"--expert-init {request.expert_init} makes a mixture from a dense language model, but the "
+            f"source is {'a mixture already' if source.kind != PRETRAINED else 'a vision tower alone'}; "
+            "leave it out"
         )
     moe = {"expert_init": request.expert_init} if request.expert_init != "none" else {}
     sections = {**source.sections, "moe": {**source.sections.get("moe", {}), **moe}}
@@ -267,19 +275,9 @@ def _config(source: sources.Source, request: Request) -> RunConfig:
         layers := language.get("num_layers")
     ) and layers < MoEConfig().moe_layer_freq:  # the default would leave no layer a mixture
         sections["moe"].setdefault("moe_layer_freq", layers)
-    # a run's own sequence length is checked when it starts; here only the model's limit counts
+    # The sequence length is checked when a run starts. Here it only must not exceed the model's limit.
     longest = language.get("max_position_embeddings")
     return from_mapping({**({"data": {"seq_length": longest}} if longest else {}), **sections}, request.flags)
-
-
-def _require_room(output: Path, target: Target, dtypes: dict[str, torch.dtype]) -> None:
-    needed = sum(math.prod(shape) * dtypes[core].itemsize for core, shape in target.shapes.items())
-    existing = next(p for p in (output, *output.absolute().parents) if p.exists())
-    if needed > (free := shutil.disk_usage(existing).free):
-        raise CheckpointError(
-            f"{output} needs up to {needed / 2**30:.2f} GiB and {free / 2**30:.2f} GiB are free; nothing was "
-            "written. Free some space, or choose another --output"
-        )
 
 
 def _write(
@@ -314,25 +312,25 @@ def _write(
 
 
 def is_drawn(entry: Entry, request: Request) -> bool:
-    """Whether an entry's numbers are, in part, random."""
+    """Whether an entry's values are random, in whole or in part."""
     noisy = request.expert_init == "noise" and entry.expert is not None and entry.core.endswith(".weight")
     return noisy or _is_fresh(entry, request)
 
 
 def _is_fresh(entry: Entry, request: Request) -> bool:
-    """Whether an entry belongs to a router that the source does not have."""
+    """Whether an entry belongs to a new router, which the source does not have."""
     return request.expert_init != "none" and ".mlp.router." in entry.core
 
 
 def _router_like(entry: Entry) -> str:
-    """The source's tensor whose type a fresh router takes."""
+    """The source's tensor whose dtype a new router takes."""
     return f"language_model.model.layers.{_LAYER.search(entry.core)[1]}.input_layernorm.weight"
 
 
 def _pieces(
     entry: Entry, source: sources.Source, config: RunConfig, request: Request, dtype: torch.dtype
 ) -> list[Tensor]:
-    """The core tensor of an entry, in pieces along its first axis, in `dtype` and finite."""
+    """The core tensor of an entry in `dtype`, as pieces along its first axis. All values are finite."""
     if _is_fresh(entry, request):
         layer, name = int(_LAYER.search(entry.core)[1]), entry.core.split(".mlp.router.")[1]
         return [converted(entry.core, initial_draws.router_weights(config, layer + 1)[name], dtype)]
@@ -341,9 +339,7 @@ def _pieces(
         return entry.to_core(
             {name: converted(source.describe(o), source.read(o), dtype) for name, o in origins.items()}
         )
-    own = functools.reduce(
-        torch.promote_types, (source.place(o).dtype for o in origins.values())
-    )  # noise is in the weights' units
+    own = functools.reduce(torch.promote_types, (source.place(o).dtype for o in origins.values()))
     pieces = entry.to_core(
         {name: converted(source.describe(o), source.read(o), own) for name, o in origins.items()}
     )
@@ -352,7 +348,7 @@ def _pieces(
 
 
 def _with_noise(weight: Tensor, entry: Entry, gates: int, config: RunConfig) -> Tensor:
-    """As `expert_init.add_noise` does to a model in memory, with the same numbers."""
+    """Add to `weight` the same noise that `expert_init.add_noise` adds to a model in memory."""
     layer, which = int(_LAYER.search(entry.core)[1]) + 1, 1 if ".linear_fc1." in entry.core else 2
     noise = initial_draws.expert_noise(
         config.train.seed, layer, entry.expert, which, (gates, len(weight) // gates, weight.shape[1])
@@ -362,7 +358,7 @@ def _with_noise(weight: Tensor, entry: Entry, gates: int, config: RunConfig) -> 
 
 
 def describe(imported: Imported) -> str:
-    """What was done, and what to put into a run."""
+    """A report of the import, which ends with the command that trains on it."""
     lm, vision, moe = imported.config.language, imported.config.vision, imported.config.moe
     lines = [
         f"{imported.checkpoint}: {imported.tensors} tensors read, {imported.parameters:,} parameters written"
@@ -385,12 +381,11 @@ def describe(imported: Imported) -> str:
             f"{f', {moe.router} router' if imported.kind == StageKind.ROUTE else ', no router yet'}"
         )
     if "vision_projection" not in imported.parts:
-        lines.append("  the projector will start fresh")
+        lines.append("  the projector will start from new weights")
     if imported.left_out:
         lines.append(
-            f"  left out: {len(imported.left_out)} tensors without a part in the result (the tower's end, "
-            "buffers, a tied "
-            "output layer)"
+            f"  left out: {len(imported.left_out)} tensors that LLaVA does not use (last layers of the "
+            "tower, buffers, a tied output layer)"
         )
     tokenizer = f" --tokenizer {imported.tokenizer}" if imported.tokenizer else ""
     lines.append(

@@ -16,6 +16,7 @@ from megatron_evomoe.config import MODEL_SECTIONS, STAGE_KINDS, ConfigError
 from megatron_evomoe.config.kinds import MIXTURE_KINDS, PRETRAINED
 from megatron_evomoe.config.presets import VISION_PRESETS
 from megatron_evomoe.config.recipe import MODULES
+from megatron_evomoe.hf.export_format import EMBEDDING, OUTPUT, OUTPUT_BIAS, OWN_KEY
 from megatron_evomoe.hf.from_hf import canonical_names
 from megatron_evomoe.hf.from_hf.config_sections import (
     LLAVA_TYPES,
@@ -31,10 +32,6 @@ from megatron_evomoe.hf.from_hf.directory import HfDirectory, Place
 
 log = logging.getLogger(__name__)
 
-OWN_KEY = "evomoe_config"
-"""Where an export's config.json holds our own sections and the stage kind."""
-EMBEDDING, OUTPUT = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
-OUTPUT_BIAS = "language_model.lm_head.bias"
 _KNOWN_TOWERS = {"clip-vit-large-patch14-336": "clip-l-336"}
 _FETCHED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.bin"]
 

@@ -10,7 +10,7 @@ from typing import Any
 from megatron_evomoe.config import ConfigError, LanguageConfig, RunConfig, VisionConfig
 from megatron_evomoe.config.kinds import MIXTURE_KINDS, StageKind
 from megatron_evomoe.data.image import processor_for
-from megatron_evomoe.hf.from_hf.sources import OWN_KEY
+from megatron_evomoe.hf.export_format import OWN_KEY
 from megatron_evomoe.hf.remote_code.exported_files import AUTO_MAP, IMAGE_AUTO_MAP
 
 _ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}

@@ -1,18 +1,16 @@
-"""A checkpoint of any stage and layout to a Hugging Face directory, tensor by tensor: no process group, no
-GPU, no transformers.
+"""Converts a checkpoint of any stage, saved under any layout, to a Hugging Face directory.
+
+Tensors are read and written one by one, without process groups, a GPU or transformers. The directory gets
 
     OUTPUT/config.json  generation_config.json  preprocessor_config.json  processor_config.json  README.md
     OUTPUT/model.safetensors, or model-00001-of-0000N.safetensors … and an index
     OUTPUT/tokenizer.json  tokenizer_config.json  special_tokens_map.json  chat_template.jinja
-    OUTPUT/configuration_evomoe.py  modeling_evomoe.py …  where transformers has no class for the model
-
-All of it is written beside OUTPUT and renamed at the end.
+    OUTPUT/configuration_evomoe.py  modeling_evomoe.py …  only if transformers has no class for the model
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -37,7 +35,8 @@ from megatron_evomoe.data.tokenizer import (
     same_tokenizer,
 )
 from megatron_evomoe.hf.dtypes import DTYPES
-from megatron_evomoe.hf.from_hf.directory import require_empty
+from megatron_evomoe.hf.export_format import EMBEDDING, OUTPUT
+from megatron_evomoe.hf.output_directory import output_directory, require_room
 from megatron_evomoe.hf.remote_code.exported_files import source_files
 from megatron_evomoe.hf.tensor_map import Entry, NameMap
 from megatron_evomoe.hf.to_hf import config_files, model_card, origin
@@ -45,26 +44,24 @@ from megatron_evomoe.hf.to_hf.chat_template import chat_template
 from megatron_evomoe.hf.to_hf.safetensors_writer import ShardedWriter
 from megatron_evomoe.hf.to_hf.tokenizer_json import TokenizerFiles, check_ids, tokenizer_files
 
-_EMBEDDINGS = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
-
 
 @dataclass(kw_only=True)
 class Request:
     """What to export, and how."""
 
     checkpoint: str
-    """An ``iter_…`` folder, or a stage's folder whose newest is meant."""
+    """An ``iter_…`` folder, or a stage's folder, whose newest checkpoint is taken."""
     output: str
     format: Literal["auto", "evomoe", "llava"] = "auto"
-    """Custom code, or transformers' own LLaVA; auto takes the latter for a dense model that it can
-    compute.
+    """`evomoe` is custom code, `llava` transformers' own class. `auto` takes the latter for every model that
+    it can compute.
     """
     dense: bool = False
-    """Of an evolving model, the first expert alone, as a dense model."""
+    """Whether to export only the first expert of an evolving model, as a dense model."""
     dtype: Optional[str] = None
-    """One of `DTYPES`; none keeps what the run trained in."""
+    """One of `DTYPES`; None takes the type that the run trained in."""
     tokenizer: Optional[str] = None
-    """Where the run's tokenizer is now; none means where it was."""
+    """Where the run's tokenizer is now; None means where it was during training."""
     max_shard_bytes: int = 5 * 10**9
 
 
@@ -76,7 +73,7 @@ class Exported:
     source: Path
     config: RunConfig
     kind: str
-    """Stage kind; `dense` where one expert was taken."""
+    """Stage kind; `dense` if one expert was taken."""
     format: str
     dtype: str
     tensors: int
@@ -101,7 +98,9 @@ class _Plan:
 
     @property
     def rows(self) -> int:
-        """Of the embedding in HF: plain LLaVA looks the image token up before it overwrites it, so it needs a
+        """Rows of the exported embedding.
+
+        transformers' LLaVA looks up the image token before it overwrites the result, so that token needs a
         row.
         """
         true = self.config.language.vocab_size or 0
@@ -109,37 +108,34 @@ class _Plan:
 
 
 def export_model(request: Request) -> Exported:
-    """Convert; nothing is at `request.output` unless all went well.
+    """Write the directory `request.output`. After an error nothing is there.
 
     Raises:
         ConfigError: the request contradicts itself or the checkpoint, or the tokenizer is missing or cannot
-            be expressed.
-        CheckpointError: a damaged checkpoint, missing, surplus or misshapen tensors; the output is not empty;
-            no room.
+            be expressed in Hugging Face's format.
+        CheckpointError: the checkpoint is damaged; tensors are missing, unexpected or of a wrong shape; the
+            output is not empty; or the disk has too little room.
     """
     output = Path(request.output).expanduser()
-    require_empty(output)
-    plan = _plan(request)
-    pending = output.with_name(f".{output.name}.exporting-{os.getpid()}")
     checker = ThreadPoolExecutor(1)
     try:
-        # checksums are read beside the conversion, which finds the same bytes in the page cache
-        problem = checker.submit(integrity.mismatch, plan.reader.directory, plan.reader.record.files)
-        pending.mkdir(parents=True)
-        writer = ShardedWriter(pending, _shapes(plan), getattr(torch, plan.dtype), request.max_shard_bytes)
-        _require_room(pending, writer.total_size, output)
-        for name, tensor in _tensors(plan):
-            writer.put(name, tensor)
-        writer.finish()
-        _write_files(plan, pending, writer)
-        if message := problem.result():
-            raise CheckpointError(message)
-        if output.is_dir():
-            output.rmdir()
-        os.replace(pending, output)
+        with output_directory(output) as pending:
+            plan = _plan(request)
+            # The checksums are read during the conversion, which finds the same bytes in the page cache.
+            problem = checker.submit(integrity.mismatch, plan.reader.directory, plan.reader.record.files)
+            writer = ShardedWriter(
+                pending, _shapes(plan), getattr(torch, plan.dtype), request.max_shard_bytes
+            )
+            require_room(output, writer.total_size)
+            pending.mkdir(parents=True)
+            for name, tensor in _tensors(plan):
+                writer.put(name, tensor)
+            writer.finish()
+            _write_files(plan, pending, writer)
+            if message := problem.result():
+                raise CheckpointError(message)
     finally:
         checker.shutdown(cancel_futures=True)
-        shutil.rmtree(pending, ignore_errors=True)
     return Exported(
         output=output,
         source=plan.reader.directory,
@@ -198,9 +194,8 @@ def _kind_and_format(request: Request, record: Record, config: RunConfig) -> tup
     if request.dense:
         if kind == StageKind.ROUTE:
             raise ConfigError(
-                f"--dense takes the first expert of an evolving model, and {request.checkpoint} is a routed "
-                "one, "
-                "whose tokens go to all of them; export its evolve stage, or leave --dense out"
+                f"--dense exports the first expert of an evolving model, but {request.checkpoint} is a "
+                "routed model, which uses all experts; export its evolve stage, or leave --dense out"
             )
         kind = StageKind.DENSE.value
     if kind in MIXTURE_KINDS:
@@ -235,22 +230,24 @@ def _tokenizer(
     if path is None or not Path(path).expanduser().exists():
         raise ConfigError(
             f"the tokenizer that {request.checkpoint} was trained with "
-            f"({path or 'the checkpoint does not say which'}) is not there; give it with --tokenizer"
+            f"({path or 'the checkpoint does not say which'}) does not exist; give its path with --tokenizer"
         )
     tokenizer = build_tokenizer(path)
     if not same_tokenizer(record.tokenizer_fingerprint, tokenizer.fingerprint()):
         raise ConfigError(
-            f"{path} is not the tokenizer that {request.checkpoint} was trained with; token ids would mean "
-            "other "
-            "words. Give that one with --tokenizer"
+            f"{path} is not the tokenizer that {request.checkpoint} was trained with, so token ids would "
+            "stand for other words; give the path of the right one with --tokenizer"
         )
     if tokenizer.vocab_size > (config.language.vocab_size or 0):
-        raise ConfigError(f"{path} has {tokenizer.vocab_size} tokens, the model {config.language.vocab_size}")
+        raise ConfigError(
+            f"the tokenizer {path} has {tokenizer.vocab_size} tokens, but the model has "
+            f"{config.language.vocab_size}; give the path of the run's tokenizer with --tokenizer"
+        )
     return tokenizer, Path(path).expanduser()
 
 
 def _probes(config: RunConfig) -> list[str]:
-    """Texts on which both tokenizers must agree before anything is written."""
+    """Texts that both tokenizers must encode alike before anything is written."""
     return [
         TEMPLATES[config.data.conversation_template].system or "A caption.",
         "USER: What is this? ASSISTANT:",
@@ -260,25 +257,25 @@ def _probes(config: RunConfig) -> list[str]:
 
 
 def _shapes(plan: _Plan) -> dict[str, tuple[int, ...]]:
-    """HF name -> shape of all that is written, in the order in which it is."""
+    """HF name -> shape of every tensor to write, in the order of writing."""
     shapes = plan.names.hf_shapes()
-    for name in _EMBEDDINGS:
+    for name in (EMBEDDING, OUTPUT):
         if name in shapes:
             shapes[name] = (plan.rows, *shapes[name][1:])
-    return {**shapes, **{name: tuple(t.shape) for name, t in _stand_ins(plan).items()}}
+    return {**shapes, **{name: tuple(t.shape) for name, t in _unused_norm(plan).items()}}
 
 
 def _tensors(plan: _Plan) -> Iterator[tuple[str, Tensor]]:
     for entry, core in _read_ahead(plan):
         for name, tensor in entry.to_hf(core).items():
-            if name in _EMBEDDINGS and len(tensor) < plan.rows:
+            if name in (EMBEDDING, OUTPUT) and len(tensor) < plan.rows:
                 tensor = torch.cat([tensor, tensor.new_zeros(plan.rows - len(tensor), *tensor.shape[1:])])
             yield name, tensor
-    yield from _stand_ins(plan).items()
+    yield from _unused_norm(plan).items()
 
 
 def _read_ahead(plan: _Plan) -> Iterator[tuple[Entry, Tensor]]:
-    """Every entry and its tensor; the next is read while one is written."""
+    """Every entry and its core tensor; the next tensor is read while one is written."""
     entries = plan.names.entries
     with ThreadPoolExecutor(1) as reader:
         coming = reader.submit(plan.reader.read, entries[0].core, entries[0].expert)
@@ -289,21 +286,12 @@ def _read_ahead(plan: _Plan) -> Iterator[tuple[Entry, Tensor]]:
             yield entry, core
 
 
-def _stand_ins(plan: _Plan) -> dict[str, Tensor]:
-    """The norm behind the tower, which transformers' classes have and LLaVA never runs: as fresh."""
+def _unused_norm(plan: _Plan) -> dict[str, Tensor]:
+    """The norm behind the vision tower, with initial values: transformers' class has it, LLaVA skips it."""
     if plan.format != "llava":
         return {}
     width, name = plan.config.vision.hidden_size, "vision_tower.vision_model.post_layernorm"
     return {f"{name}.weight": torch.ones(width), f"{name}.bias": torch.zeros(width)}
-
-
-def _require_room(pending: Path, needed: int, output: Path) -> None:
-    if needed > (free := shutil.disk_usage(pending).free):
-        raise CheckpointError(
-            f"{output} needs {needed / 2**30:.2f} GiB and {free / 2**30:.2f} GiB are free; nothing was "
-            "written. "
-            "Free some space, or choose another --output"
-        )
 
 
 def _write_files(plan: _Plan, folder: Path, writer: ShardedWriter) -> None:

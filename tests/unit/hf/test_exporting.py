@@ -15,6 +15,7 @@ from megatron_evomoe.checkpoint.record import CheckpointError, read
 from megatron_evomoe.checkpoint.stream import CheckpointReader, CheckpointWriter
 from megatron_evomoe.config import ConfigError, LanguageConfig
 from megatron_evomoe.data.tokenizer import train_sentencepiece
+from megatron_evomoe.hf import verification
 from megatron_evomoe.hf.from_hf.importing import Request as ImportRequest
 from megatron_evomoe.hf.from_hf.importing import import_model
 from megatron_evomoe.hf.to_hf import hub, verify_export
@@ -156,11 +157,11 @@ def test_a_failure_leaves_nothing_behind(saved, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("kind", "values", "message"),
     [
-        ("route", {"dense": True}, "whose tokens go to all of them"),
+        ("route", {"dense": True}, "which uses all experts"),
         ("route", {"format": "llava"}, "has no experts"),
         ("evolve", {"format": "llava"}, "or --dense for its first expert"),
         ("warmup", {"dtype": "float8"}, "dtype 'float8' is unknown"),
-        ("warmup", {"tokenizer": "/nowhere.model"}, "give it with --tokenizer"),
+        ("warmup", {"tokenizer": "/nowhere.model"}, "give its path with --tokenizer"),
     ],
 )
 def test_contradictions_are_refused(saved, kind, values, message, tmp_path):
@@ -263,12 +264,12 @@ def test_verify_tells_a_good_export_from_a_bad_one(saved, tmp_path):
     exported = export_model(request(saved("route"), tmp_path / "out"))
     rows = verify_export.compare(exported)
     assert all(row.good for row in rows) and len(rows) == 3 * 5 + 2
-    assert "experts in mixture 2" in verify_export.table(rows)
+    assert "experts in mixture 2" in verification.table(rows)
     file = exported.output / "model.safetensors"
     content = bytearray(file.read_bytes())
     content[-50_000:] = bytes(50_000)
     file.write_bytes(content)
-    assert "FAILED" in verify_export.table(verify_export.compare(exported))
+    assert "FAILED" in verification.table(verify_export.compare(exported))
 
 
 def test_the_command(saved, tmp_path):

@@ -1,0 +1,11 @@
+"""Names in an exported directory that both the export and the import need."""
+
+from __future__ import annotations
+
+OWN_KEY = "evomoe_config"
+"""Key of an export's ``config.json`` under which it keeps this package's configuration and the stage kind, so
+that an import loses nothing.
+"""
+EMBEDDING = "language_model.model.embed_tokens.weight"
+OUTPUT = "language_model.lm_head.weight"
+OUTPUT_BIAS = "language_model.lm_head.bias"

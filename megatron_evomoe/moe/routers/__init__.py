@@ -1,1 +1,0 @@
-"""The routers' modules; `moe/router.py` lists them."""
