@@ -24,7 +24,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_evomoe.config import RunConfig
 from megatron_evomoe.data.conversation import IGNORE_INDEX
 from megatron_evomoe.model.build import freeze
-from megatron_evomoe.model.language import padded_vocab_size
+from megatron_evomoe.model.inventory import padded_vocab_size
 from megatron_evomoe.model.transformer_config import language_transformer_config, resolve_transformer_impl
 from megatron_evomoe.parallel import backend
 from megatron_evomoe.parallel.broadcast import Step

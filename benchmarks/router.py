@@ -36,7 +36,9 @@ import measure
 import router_work
 from router_work import Shape
 
+from megatron_evomoe.config import LanguageConfig, MoEConfig
 from megatron_evomoe.moe.dtr import maths
+from megatron_evomoe.moe.router import draw_router, router_tensors
 
 DEVICE = "cuda" if measure.ON_GPU else "cpu"
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -146,7 +148,9 @@ def make_subjects(
         )
 
     weights = maths.DtrWeights(hyper(), hyper(), parameter(s.N, s.C))
-    maths.init_dtr(weights, phi_std=0.02)
+    moe = MoEConfig(num_experts=s.N, dtr_hidden_size=s.h, dtr_rank=s.r, dtr_init_std=0.02)
+    with torch.no_grad():
+        draw_router(router_tensors(moe, LanguageConfig(hidden_size=s.C)), weights.named())
     z, gate = torch.randn(s.T, s.C, **options).requires_grad_(), parameter(s.N, s.C)
     is_vision = torch.rand(s.T, device=DEVICE) < args.vision_share
     fc1, fc2 = parameter(2 * s.ffn, s.C).detach(), parameter(s.C, s.ffn).detach()

@@ -1,5 +1,6 @@
-"""What a checkpoint holds beside tensors: `common.pt`, and objects inside tensor files. Always opened with
-`weights_only`.
+"""Reads what a checkpoint holds besides tensors: `common.pt`, and objects inside tensor files.
+
+Everything is opened with `weights_only`.
 """
 
 from __future__ import annotations
@@ -22,26 +23,28 @@ _LARGEST = 1 << 31  # bytes
 
 
 def read_common(directory: Path) -> dict[str, Any]:
-    """What `common.pt` holds: the bytes that the record has the checksum of, opened without running anything.
+    """The content of `common.pt`, opened without running anything.
+
+    The bytes that are opened are those whose checksum the record holds.
 
     Raises:
-        CheckpointError: the file is missing, damaged, or holds anything but plain values.
+        CheckpointError: the file is missing or damaged, or contains anything except plain values.
     """
     content = integrity.read_verified(directory, COMMON, read_unchecked(directory).files, _LARGEST)
     found = _opened(content, f"checkpoint {directory}: {COMMON}")
     if not isinstance(found, dict):
         raise CheckpointError(
-            f"checkpoint {directory}: {COMMON} holds a {type(found).__name__}, no dictionary; nothing was "
-            "loaded"
+            f"checkpoint {directory}: {COMMON} holds a {type(found).__name__} and not a dictionary; nothing "
+            "was loaded"
         )
     return found
 
 
 def read_object(directory: Path, key: str, place: _StorageInfo) -> Any:
-    """An object that lies in a tensor file, opened without running anything.
+    """An object inside a tensor file, opened without running anything.
 
     Raises:
-        CheckpointError: it cannot be read, or holds anything but plain values.
+        CheckpointError: it cannot be read, or contains anything except plain values.
     """
     name = f"checkpoint {directory}: object {key!r} in {place.relative_path}"
     try:
@@ -55,9 +58,10 @@ def read_object(directory: Path, key: str, place: _StorageInfo) -> Any:
 
 @contextlib.contextmanager
 def no_more_than_torchs() -> Iterator[None]:
-    """Inside, `weights_only` builds what torch itself allows. megatron-core adds classes, members of
-    enumerations among them, of which there is one for the whole process, so that state given to it would
-    stay.
+    """Let `weights_only` build only what torch itself allows, inside a `with` block.
+
+    megatron-core allows more classes. Among them are enumerations, whose members exist once in the process,
+    so that state that a file gives to one of them would stay.
     """
     added = torch.serialization.get_safe_globals()
     torch.serialization.clear_safe_globals()
@@ -68,14 +72,16 @@ def no_more_than_torchs() -> Iterator[None]:
 
 
 def load(file: BinaryIO | Path, map_location: str = "cpu", *, mmap: bool = False) -> Any:
-    """torch.load that runs nothing. Raises whatever torch meets in damaged bytes."""
+    """torch.load that runs nothing. Raises whatever torch raises for damaged bytes."""
     with no_more_than_torchs():
         return torch.load(file, map_location=map_location, weights_only=True, mmap=mmap)
 
 
 def require_safe(directory: Path) -> None:
-    """Raise `CheckpointError` if anything in a checkpoint that is no tensor is damaged, or more than plain
-    values.
+    """Check everything in a checkpoint that is not a tensor.
+
+    Raises:
+        CheckpointError: something is damaged, or contains anything except plain values.
     """
     found = metadata.read(directory)
     for key, entry in found.state_dict_metadata.items():
@@ -98,8 +104,9 @@ def _opened(content: bytes, name: str) -> Any:
 
 
 def _require_tree(found: Any, visits: int) -> None:
-    """Whoever walks through it must come to an end: no container within itself, nor one in too many
-    places.
+    """Refuse a value that contains itself, or whose containers are shared in too many places.
+
+    Otherwise a walk through the value might not end. Raises `ValueError`.
     """
     waiting = [found]
     while waiting:
@@ -109,5 +116,5 @@ def _require_tree(found: Any, visits: int) -> None:
             continue
         visits -= 1 + len(parts)
         if visits < 0:
-            raise ValueError("the same is in too many places")
+            raise ValueError("one value appears in too many places")
         waiting += parts

@@ -1,5 +1,7 @@
-"""A checkpoint's files. Opening what lies in its folder: regular files alone, never through a link, never
-waiting for a pipe. Writing the small ones: whole on the disk, or an error with the file's name.
+"""Opens and writes the files of a checkpoint.
+
+Only regular files are opened, never through a link or a pipe. Small files are written completely to the disk,
+or the error names them.
 """
 
 from __future__ import annotations
@@ -23,20 +25,20 @@ _KINDS = {
 
 
 def kind_of(mode: int) -> str:
-    """What a file is, in words, from its `st_mode`."""
+    """The kind of a file in words, from its `st_mode`."""
     return _KINDS.get(stat.S_IFMT(mode), "a regular file")
 
 
 def open_regular(path: Path) -> io.FileIO:
-    """`path` for reading, unbuffered.
+    """Open a regular file for reading, unbuffered.
 
     Raises:
-        OSError: it cannot be opened, or is no regular file (a link to one is none).
+        OSError: it cannot be opened, or is not a regular file (a link to one is not).
     """
-    _require_regular(os.lstat(path).st_mode, path)  # before it is opened: opening some devices does something
+    _require_regular(os.lstat(path).st_mode, path)  # first, because opening some devices has effects
     file = io.FileIO(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC))
     try:
-        _require_regular(os.fstat(file.fileno()).st_mode, path)  # it may have been exchanged
+        _require_regular(os.fstat(file.fileno()).st_mode, path)  # it may have been replaced
     except OSError:
         file.close()
         raise
@@ -52,7 +54,7 @@ def read(path: Path, limit: int) -> bytes:
     """The bytes of a regular file.
 
     Raises:
-        OSError: as `open_regular`; or it has more than `limit` bytes.
+        OSError: as for `open_regular`, or the file has more than `limit` bytes.
     """
     with io.BufferedReader(open_regular(path)) as file:
         if (size := os.fstat(file.fileno()).st_size) > limit:
@@ -62,7 +64,10 @@ def read(path: Path, limit: int) -> bytes:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Give an `OSError` raised inside `path` as its file: a failed write knows a descriptor only."""
+    """Name `path` as the file of an `OSError` that is raised inside a `with` block.
+
+    The error of a failed write names no file.
+    """
     try:
         yield
     except OSError as error:
@@ -72,10 +77,10 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def write(path: Path, content: bytes) -> None:
-    """Write `content` and have it on the disk. A network file system tells of a full disk only then.
+    """Write `content` and wait until it is on the disk; a network file system reports a full disk only then.
 
     Raises:
-        OSError: it could not be written; names `path`.
+        OSError: the write failed; the error names `path`.
     """
     with naming(path), path.open("wb") as file:
         file.write(content)
@@ -84,10 +89,10 @@ def write(path: Path, content: bytes) -> None:
 
 
 def sync(path: Path) -> None:
-    """Have a file, or a folder's list of names, on the disk.
+    """Wait until a file, or the list of names of a directory, is on the disk.
 
     Raises:
-        OSError: it could not be written; names `path`.
+        OSError: that failed; the error names `path`.
     """
     with naming(path):
         descriptor = os.open(path, os.O_RDONLY)

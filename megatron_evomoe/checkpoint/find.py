@@ -1,8 +1,7 @@
-"""Which checkpoint to take: the newest that is whole, checked by all ranks together before any tensor is
-read.
+"""Finds the checkpoint to load: the newest complete one, which all ranks check before any tensor is read.
 
-    SAVE/latest_checkpointed_iteration.txt  for people and other tools; the search looks at the folders
-    SAVE/iter_0000500/…
+SAVE/latest_checkpointed_iteration.txt  for people and other tools; the search looks at the directories
+SAVE/iter_0000500/…
 """
 
 from __future__ import annotations
@@ -22,28 +21,30 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Owner:
-    """The stage of a run to which the checkpoints of a folder must belong."""
+    """The stage of a run to which the checkpoints of a directory must belong."""
 
     stage: str
     run_id: str | None
-    """None where it is not known: a directory of a run that keeps no id."""
+    """None if it is not known, because the directory of the run holds no id."""
 
     def why_not(self, path: Path, record: Record) -> str | None:
-        """In words, why `path` is not this owner's, or none if it is. A record of format 1 names no run."""
+        """Why a checkpoint is not this owner's, in words; None if it is.
+
+        A record of format 1 names no run.
+        """
         if record.stage != self.stage:
             return (
-                f"checkpoint {path} is one of stage {record.stage!r}, and lies in the folder of stage "
+                f"checkpoint {path} is of stage {record.stage!r}, and is in the directory of stage "
                 f"{self.stage!r}"
             )
         if self.run_id and record.run_id and record.run_id != self.run_id:
             return (
-                f"checkpoint {path} is one of run {record.run_id}, and lies in the directory of run "
-                f"{self.run_id}"
+                f"checkpoint {path} is of run {record.run_id}, and is in the directory of run {self.run_id}"
             )
         return None
 
     def require(self, path: Path, record: Record) -> None:
-        """Raise `CheckpointError` if `path` is another's."""
+        """Raise `CheckpointError` if a checkpoint is not this owner's."""
         if problem := self.why_not(path, record):
             raise CheckpointError(
                 f"{problem}; move it away, or name it in `load:` to start from it on purpose"
@@ -51,14 +52,15 @@ class Owner:
 
 
 def candidates(directory: Path) -> list[Path]:
-    """Published checkpoints of a stage folder, newest first."""
+    """The published checkpoints in the directory of a stage, newest first."""
     found = [p for p in directory.glob("iter_*") if re.fullmatch(r"iter_[0-9]{7,}", p.name)]
     return sorted(found, key=lambda p: int(p.name[5:]), reverse=True)
 
 
 def latest(directory: Path, owner: Owner | None = None) -> Path | None:
-    """The newest checkpoint whose files are all there (and that is `owner`'s), or none if there is none.
-    Reads no tensor.
+    """The newest checkpoint whose files all exist, and that is the owner's; None if there is none.
+
+    It reads no tensor.
     """
     for path in candidates(directory):
         try:
@@ -72,20 +74,23 @@ def latest(directory: Path, owner: Owner | None = None) -> Path | None:
 
 
 def newest_good(directory: Path, step: int | None = None, owner: Owner | None = None) -> Path | None:
-    """The newest checkpoint that is byte for byte what was saved, names no code and is `owner`'s (or the one
-    of `step`). Communicates.
+    """The newest checkpoint that is undamaged, contains no code and is the owner's. Communicates.
 
-    Every rank reads its part of the files. A checkpoint that fails is named on rank 0's log, and the one
-    before it is tried.
+    Every rank reads its share of the files. Rank 0 logs what is wrong with a checkpoint that fails, and the
+    one before it is tried.
+
+    Args:
+        step: take the checkpoint of this step and no other.
+
+    Returns:
+        The checkpoint; None if the directory holds none.
 
     Raises:
-        CheckpointError: on every rank, if there are checkpoints and none is good, or the one of `step` is
-            not.
+        CheckpointError: on every rank; there are checkpoints and none is good, or the one of `step` is not.
     """
     names = [[p.name for p in candidates(directory)] if step is None else [name_of(step)]]
-    dist.broadcast_object_list(
-        names, src=0
-    )  # one listing for all: a shared file system may show ranks different ones
+    # one listing for all ranks, because a shared file system can show them different ones
+    dist.broadcast_object_list(names, src=0)
     problem = None
     for name in names[0]:
         problem = why_bad(directory / name, owner)
@@ -101,8 +106,10 @@ def newest_good(directory: Path, step: int | None = None, owner: Owner | None = 
 
 
 def why_bad(path: Path, owner: Owner | None = None) -> str | None:
-    """What is wrong with a checkpoint, or none: record, files, checksums, unsafe pickles, another's than
-    `owner`'s. Communicates; all ranks hear the same.
+    """What is wrong with a checkpoint, in words; None if it is good. Communicates.
+
+    It checks the record, the files, their checksums, the owner, and that pickles are safe. All ranks get the
+    same answer.
     """
     files: list[dict[str, list[int]] | str] = [{}]
     if dist.get_rank() == 0:
@@ -130,11 +137,15 @@ def why_bad(path: Path, owner: Owner | None = None) -> str | None:
 
 
 def resolve(path: str | Path, owner: Owner | None = None) -> Path:
-    """A good checkpoint from what a user gives: an `iter_…` folder, or a directory whose newest good one (of
-    `owner`'s) is meant. Communicates.
+    """The good checkpoint that a user means by a path. Communicates.
+
+    Args:
+        path: an `iter_…` directory, or one that holds such directories, whose newest good checkpoint is
+            meant.
+        owner: to whom the newest one must belong.
 
     Raises:
-        CheckpointError: the folder named is bad, or there is none under the directory.
+        CheckpointError: the named checkpoint is bad, or the directory holds none.
     """
     path = Path(path)
     if path.name.startswith("iter_"):
@@ -143,12 +154,12 @@ def resolve(path: str | Path, owner: Owner | None = None) -> Path:
         return path
     found = newest_good(path, owner=owner)
     if found is None:
-        raise CheckpointError(f"no checkpoint under {path}: it has no whole iter_* folder")
+        raise CheckpointError(f"no checkpoint under {path}: it has no complete iter_* directory")
     return found
 
 
 def record_of(path: Path) -> Record:
-    """Rank 0's reading of a checkpoint's record, on every rank. Communicates."""
+    """The record of a checkpoint, as rank 0 reads it, on every rank. Communicates."""
     found = [read(path) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(found, src=0)
     assert found[0] is not None

@@ -1,10 +1,10 @@
-"""A DistributedOptimizer's state as it lies in memory, under the names and shapes of the model's parameters.
+"""The state of a DistributedOptimizer as shards of the parameters of the model, without copies.
 
-Each rank owns ranges of flattened parameters. megatron-core's resharding format first gathers all of it on
-every replica: host memory and traffic grow with the model, not with the shard. But a range of a row-major
-array is a few boxes (a row's end, whole rows, a row's beginning), and a checkpoint may hold any boxes: so
-each rank writes its own, where they are, and reads whatever boxes it needs under another layout. Keys and
-shapes on disk are those of the core's `fully_reshardable`.
+Each rank owns ranges of flattened parameters. megatron-core's format that can be resharded first gathers the
+whole state on every replica, so that host memory and traffic grow with the model. But a range of a row-major
+array consists of a few boxes (the end of a row, whole rows, the beginning of a row), and a checkpoint may
+hold any boxes. Each rank therefore writes its own boxes from where they are in memory, and reads the boxes
+that it needs under another layout. Keys and shapes on disk are those of megatron-core's `fully_reshardable`.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ _STATE = ("param", "exp_avg", "exp_avg_sq")
 
 
 def sharded(part: Any, model: dict[str, Any]) -> dict[int, dict[str, list[ShardedTensor]]]:
-    """The shards of `part` (a DistributedOptimizer with its moments allocated) that this rank owns: views, no
-    copies.
+    """The shards of the state that this rank owns, as views.
 
     Args:
-        model: the model's sharded state dict, whose leaves hold the parameters themselves.
+        part: a DistributedOptimizer whose moments are allocated.
+        model: the sharded state dict of the model, whose leaves hold the parameters themselves.
 
     Returns:
-        For each parameter of which this rank owns a range: name of the state -> boxes.
+        For each parameter of which this rank owns a range: the name of the state to boxes.
 
     Raises:
         ValueError: a parameter is not in `model`.
@@ -42,8 +42,8 @@ def sharded(part: Any, model: dict[str, Any]) -> dict[int, dict[str, list[Sharde
     for parameter, (start, stop) in owned_ranges(part):
         if parameter not in by_parameter:
             raise ValueError(
-                f"a trained parameter of shape {tuple(parameter.shape)} is not in the model's sharded state "
-                "dict"
+                f"a trained parameter of shape {tuple(parameter.shape)} is not in the model's sharded "
+                "state dict"
             )
         state = part._get_main_param_and_optimizer_states(parameter)
         places = list(_places(by_parameter[parameter], start, stop))
@@ -64,7 +64,7 @@ def sharded(part: Any, model: dict[str, Any]) -> dict[int, dict[str, list[Sharde
 
 
 def owned_ranges(part: Any) -> Iterator[tuple[torch.nn.Parameter, tuple[int, int]]]:
-    """Each parameter of which this rank owns something, and the range it owns of the flattened parameter."""
+    """Each parameter that this rank owns in part, and the range that it owns of the flattened parameter."""
     for buffer in part.gbuf_ranges:
         for buckets in buffer.values():
             for bucket in buckets:
@@ -75,10 +75,12 @@ def owned_ranges(part: Any) -> Iterator[tuple[torch.nn.Parameter, tuple[int, int
 def boxes(
     shape: tuple[int, ...], start: int, stop: int
 ) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], int]]:
-    """Split elements [start, stop) of a row-major array of `shape` into boxes: (offset, shape, first element)
-    of each.
+    """Split elements [start, stop) of a row-major array of `shape` into contiguous boxes, in memory order.
 
-    At most 2·d − 1 for d dimensions, in memory order, each contiguous.
+    There are at most 2·d − 1 boxes for d dimensions.
+
+    Returns:
+        Offset, shape and first element of each box.
     """
     if start >= stop:
         return
@@ -107,10 +109,12 @@ def _in_row(
 def _places(
     entry: ShardedTensor | ShardedTensorFactory, start: int, stop: int
 ) -> Iterator[tuple[ShardedTensor, int]]:
-    """Where elements [start, stop) of a flattened local parameter lie: shards without data, and the first
-    element of each.
+    """The shards, without data, of elements [start, stop) of a flattened local parameter.
+
+    Returns:
+        Each shard and its first element.
     """
-    # on the meta device, so that a factory's views tell where they begin and nothing is computed
+    # on the meta device, where the views of a factory tell where they begin and nothing is computed
     index = torch.empty(entry.data.shape, dtype=torch.float32, device="meta")
     for whole in _tensors_of(entry, index):
         assert whole.data.is_contiguous(), f"{whole.key}: parts of a parameter must be contiguous"
@@ -145,11 +149,15 @@ def _tensors_of(entry: ShardedTensor | ShardedTensorFactory, data: torch.Tensor)
 def _box(
     place: tuple[ShardedTensor, int], flat: torch.Tensor, start: int, prefix: str, instance: int
 ) -> ShardedTensor:
-    """`place` with its data, out of `flat`, whose first element is element `start` of the parameter."""
+    """A shard of `_places` with its data.
+
+    Args:
+        flat: the flattened range that this rank owns, whose first element is element `start` of the
+            parameter.
+    """
     shard, first = place
     data = flat[first - start : first - start + math.prod(shard.local_shape)].view(shard.local_shape)
-    # replicas over the data-parallel group own different ranges; the other two coordinates are the
-    # parameter's
+    # data-parallel replicas own different ranges; the other two coordinates are those of the parameter
     return replace(
         shard,
         key=prefix + shard.key,

@@ -1,10 +1,10 @@
-"""A pickle read as data: nothing is imported, called, or given state; what would be an object is a note of
-what was asked for.
+"""Reads a pickle as data: nothing is imported or called, and no object gets state.
 
-Python's own unpickler asks which *names* a file may use and then does with them whatever the file says, so
-that a name that is harmless alone (a class, `getattr`) is a tool. Here a name never becomes the thing it
-names. The instructions understood are those with which pickle protocols 4 and 5 write plain objects; a file
-with any other is refused. Memory and time grow with the file's length.
+Python's own unpickler asks which *names* a file may use, and then does with them what the file says. A name
+that is harmless alone (a class, `getattr`) can be misused in that way. Here a name stays a name, and a call
+becomes a note of what the file wants to call. Only the instructions are understood with which pickle
+protocols 4 and 5 write plain objects; a file with any other instruction is refused. Memory and time grow with
+the length of the file.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ _LONGEST_INT = 16  # bytes
 
 
 class PickleError(ValueError):
-    """The bytes are no pickle of plain data; the message says why."""
+    """The bytes are not a pickle of plain data; the message says why."""
 
 
 class Name(NamedTuple):
-    """A global that the file names. It is not looked up."""
+    """A global that the file names; it is not looked up."""
 
     module: str
     name: str
@@ -33,7 +33,7 @@ class Name(NamedTuple):
 
 @dataclass(eq=False, slots=True)
 class Call:
-    """What the file would call, and with what."""
+    """A call that the file asks for, with its arguments; it is not made."""
 
     what: Name
     args: tuple[Any, ...]
@@ -41,7 +41,7 @@ class Call:
 
 @dataclass(eq=False, slots=True)
 class Instance:
-    """An object without arguments, and the state that the file gives it (None where it gives none)."""
+    """An object that the file creates without arguments, and the state that it gives to it, if any."""
 
     kind: Name
     state: Any = None
@@ -49,14 +49,14 @@ class Instance:
 
 
 class Pairs(list):  # type: ignore[type-arg]
-    """A dictionary's keys and values in the order of the file; nothing is hashed."""
+    """The keys and values of a dictionary in the order of the file; no key is hashed."""
 
 
 _MARK = object()
 
 
 class _Reader:
-    """One pass over the bytes."""
+    """Reads a pickle in one pass over its bytes."""
 
     def __init__(
         self, content: bytes, is_name: Callable[[Name], bool], is_call: Callable[[Call], bool]
@@ -108,7 +108,7 @@ class _Reader:
         return items
 
     def frame(self) -> None:
-        """Says how far to read ahead, no more; one that leads past the end is a lie."""
+        """Check the length of a frame, which only tells how far to read ahead."""
         if (length := self.number(_U8)) > len(self.content) - self.at:
             raise PickleError(
                 f"it claims a frame of {length} bytes at byte {self.at}, and has "
@@ -137,7 +137,7 @@ class _Reader:
         try:
             self.push(self.take(self.number(form)).decode())
         except UnicodeDecodeError:
-            raise PickleError(f"it has a text that is no UTF-8 before byte {self.at}") from None
+            raise PickleError(f"it has a text that is not UTF-8 before byte {self.at}") from None
 
     def long(self) -> None:
         if (size := self.take(1)[0]) > _LONGEST_INT:
@@ -237,17 +237,16 @@ _STEPS = [_INSTRUCTIONS.get(bytes([code])) for code in range(256)]
 
 
 def read(content: bytes, is_name: Callable[[Name], bool], is_call: Callable[[Call], bool]) -> Any:
-    """What a pickle says, as None, bool, int, float, str, list, tuple, `Pairs`, `Name`, `Call` and
-    `Instance`.
+    """The content of a pickle, as None, bool, int, float, str, list, tuple and the classes of this module.
 
-    Lists and pairs may contain themselves, and one value may be in many places: whoever walks through it sets
-    the limits.
+    Lists and pairs can contain themselves, and one value can appear in many places, so a walk through the
+    result needs a limit.
 
     Args:
-        is_name: whether the file may have a name.
-        is_call: whether it may ask for a call.
+        is_name: whether the file may contain a name.
+        is_call: whether the file may ask for a call.
 
     Raises:
-        PickleError: it is no such pickle, or has another name or call.
+        PickleError: the bytes are not such a pickle, or contain another name or call.
     """
     return _Reader(content, is_name, is_call).run()

@@ -1,6 +1,4 @@
-"""Is a checkpoint what was saved? Checksums of every file, taken while it is written and compared before it
-is read.
-"""
+"""Checksums of all files of a checkpoint, taken while it is written and compared before it is read."""
 
 from __future__ import annotations
 
@@ -18,13 +16,11 @@ from megatron_evomoe.checkpoint import files
 from megatron_evomoe.checkpoint.record import CheckpointError
 
 _THREADS = 2
-_CACHED = 1 << 18  # bytes; fits a core's second-level cache
+_CACHED = 1 << 18  # bytes; fits into the second-level cache of a core
 
 
 def checksum(path: Path) -> int:
-    """CRC-32 of a file's bytes: finds every single flipped byte, at the speed of the disk rather than of a
-    hash.
-    """
+    """The CRC-32 of a file, which detects each single changed byte at the speed of the disk."""
     value, block = 0, memoryview(bytearray(_CACHED))
     with files.open_regular(path) as file:
         while count := file.readinto(block):
@@ -33,16 +29,14 @@ def checksum(path: Path) -> int:
 
 
 class SummedFile(io.BufferedWriter):
-    """A binary file being written that knows the CRC-32 of what went into it."""
+    """A binary file for writing that computes the CRC-32 of its content."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(io.FileIO(path, "wb"), buffer_size=_CACHED)
         self.crc = 0
 
     def write(self, data: Any) -> int:
-        """As `io.BufferedWriter.write`. In blocks, so that the writing finds in the cache what the checksum
-        has just read.
-        """
+        """As `io.BufferedWriter.write`, in blocks that are still cached when they are written."""
         view = memoryview(data)
         for start in range(0, len(view), _CACHED):
             block = view[start : start + _CACHED]
@@ -51,14 +45,14 @@ class SummedFile(io.BufferedWriter):
         return len(view)
 
     def fileno(self) -> int:
-        """The descriptor, with nothing left in the buffer: whoever asks wants to fsync."""
+        """The descriptor; the buffer is flushed first, because the caller is going to fsync."""
         self.flush()
         return super().fileno()
 
 
 @contextlib.contextmanager
 def no_checksums_of_torch() -> Iterator[None]:
-    """Whatever torch saves inside has no CRC-32 of its own: ours cover the whole file."""
+    """Let torch.save write no CRC-32 of its own inside a `with` block; ours cover the whole file."""
     before = get_crc32_options()
     set_crc32_options(False)  # for all threads, unlike torch.utils.serialization.config.patch
     try:
@@ -68,8 +62,10 @@ def no_checksums_of_torch() -> Iterator[None]:
 
 
 def mismatch(directory: Path, saved: dict[str, list[int]]) -> str | None:
-    """The first of `saved` (name -> [bytes, CRC-32]) that is not what was saved, in words; none when all
-    are.
+    """The first file that is not as it was saved, in words; None if all are.
+
+    Args:
+        saved: file name to [bytes, CRC-32].
     """
     with ThreadPoolExecutor(_THREADS) as threads:
         return next(
@@ -93,10 +89,14 @@ def _mismatch(path: Path, size: int, crc: int) -> str | None:
 
 
 def read_verified(directory: Path, name: str, saved: dict[str, list[int]], limit: int) -> bytes:
-    """The bytes of one of a checkpoint's files, which are those that `saved` has the size and checksum of.
+    """The bytes of one file of a checkpoint, compared with their size and checksum.
+
+    Args:
+        saved: file name to [bytes, CRC-32].
+        limit: the most bytes that are read.
 
     Raises:
-        CheckpointError: they are not, or cannot be read, or are more than `limit`.
+        CheckpointError: the file cannot be read, is larger than `limit`, or is not as it was saved.
     """
     try:
         content = files.read(directory / name, limit)

@@ -1,6 +1,4 @@
-"""Tensors without copies: views of a file, read when they are used and gone from memory when they are let go;
-parts of larger ones, written from where they lie.
-"""
+"""Tensors without copies: views of files, and parts of larger tensors for torch.save."""
 
 from __future__ import annotations
 
@@ -17,10 +15,9 @@ _POPULATE_READ = 22  # MADV_POPULATE_READ, Linux 5.14
 
 
 def view_of(path: Path, start: int, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
-    """A contiguous tensor that lies at byte `start` of a file; the caller has checked that the file is long
-    enough.
+    """A contiguous tensor at byte `start` of a file, which must be long enough.
 
-    It may be written to; the file stays as it is.
+    The file is read when the tensor is used. Writing to the tensor does not change the file.
     """
     count = math.prod(shape)
     if count == 0:
@@ -30,15 +27,16 @@ def view_of(path: Path, start: int, dtype: torch.dtype, shape: Sequence[int]) ->
         memory = mmap.mmap(
             file.fileno(), start - first + count * dtype.itemsize, offset=first, access=mmap.ACCESS_COPY
         )
-    with contextlib.suppress(OSError, AttributeError):  # all pages at once is twice as fast as one by one
+    with contextlib.suppress(OSError, AttributeError):  # all pages at once take half the time
         memory.madvise(_POPULATE_READ)
     return torch.frombuffer(memory, dtype=dtype, count=count, offset=start - first).reshape(shape)
 
 
 def alone(tensor: Tensor) -> Tensor:
-    """`tensor`, contiguous and with a storage of its own size: torch.save writes the whole storage behind a
-    view, and torch's checkpoint writer copies what does not fill its storage. Shares the memory where it
-    can.
+    """A contiguous tensor whose storage has exactly its own size; it shares the memory if it can.
+
+    torch.save writes the whole storage of a view, and torch's checkpoint writer copies a tensor that does not
+    fill its storage.
     """
     tensor = tensor.detach().contiguous()
     if tensor.untyped_storage().nbytes() == tensor.nbytes:

@@ -1,8 +1,8 @@
-"""`.metadata`, which says where each tensor's chunks lie: read as data, checked, and built anew.
+"""Reads `.metadata`, which tells where the chunks of each tensor are.
 
-torch and megatron-core unpickle it, which runs whatever it says. Here it is read once, by `inert_pickle`;
-torch's objects are made from what it says, field by field, and only these are used. What neither needs for
-loading (the saver's plans) is left out.
+torch and megatron-core unpickle this file, which runs whatever it contains. Here `inert_pickle` reads it as
+data, once. The content is checked field by field, and torch's objects are made of it. The plans of the save,
+which loading does not need, are left out.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ _SIZE, _LAYOUT, _GETATTR = (
 
 
 def read(directory: Path) -> Metadata:
-    """What `.metadata` of a checkpoint says, as torch's own objects, without running anything of it.
+    """The `.metadata` of a checkpoint as torch's own objects, without running anything.
 
-    The bytes that are read are those that the record has the checksum of, and every place they name lies in
-    one of its files.
+    The bytes that are read are those whose checksum the record holds, and every place that they name is
+    inside a file of the checkpoint.
 
     Raises:
-        CheckpointError: the file is missing, damaged, not the saved one, or says anything but where tensors
-            lie.
+        CheckpointError: the file is missing, damaged or not the saved one, or contains anything except places
+            of tensors.
     """
     record = read_unchecked(directory)
     content = integrity.read_verified(directory, FILE_NAME, record.files, _LARGEST)
@@ -71,21 +71,20 @@ def read(directory: Path) -> Metadata:
 
 
 def parse(content: bytes, sizes: dict[str, int]) -> Metadata:
-    """What the bytes of a `.metadata` file say.
+    """The content of a `.metadata` file.
 
     Args:
-        sizes: bytes of each file that it may point into.
+        content: its bytes.
+        sizes: the size in bytes of each file that it may name.
 
     Raises:
-        ValueError: they say anything but where tensors lie; the message says what.
+        ValueError: it contains anything except places of tensors; the message says what.
     """
     return _Builder(sizes, visits=len(content)).metadata(read_inert(content, _is_known, _is_known_call))
 
 
 def _is_known(name: Name) -> bool:
-    """Whether checkpoint metadata may name it: sizes, dtypes, and the records and enumerations of torch's
-    three modules.
-    """
+    """Whether a name may appear: sizes, dtypes, and records and enumerations of three torch modules."""
     if name in (_SIZE, _LAYOUT, _GETATTR) or (name.module == "torch" and name.name in _TORCH_DTYPES):
         return True
     found = _class_of(name)
@@ -93,8 +92,9 @@ def _is_known(name: Name) -> bool:
 
 
 def _is_known_call(call: Call) -> bool:
-    """A size, the strided layout, or a member of an enumeration: by value, or by `getattr` as Python 3.11.0
-    to 3.11.3 write it.
+    """Whether a call may appear: of a size, the strided layout, or a member of an enumeration.
+
+    A member is named by its value, or through `getattr` as Python 3.11.0 to 3.11.3 write it.
     """
     what, args = call.what, call.args
     if what == _SIZE:
@@ -105,7 +105,7 @@ def _is_known_call(call: Call) -> bool:
 
 
 def _member(call: Call) -> enum.Enum | None:
-    """The member of an enumeration that a call stands for, or none."""
+    """The member of an enumeration that a call stands for; None if it stands for none."""
     what, args = call.what, call.args
     if what == _GETATTR and len(args) == 2 and type(args[0]) is Name and type(args[1]) is str:
         found, members = _class_of(args[0]), {}
@@ -119,16 +119,17 @@ def _member(call: Call) -> enum.Enum | None:
 
 
 def _class_of(name: Name) -> type | None:
-    """A class that one of torch's three modules defines itself. What a module merely imports is not its
-    own.
-    """
+    """A class that one of the three torch modules defines itself, not one that the module imports."""
     found = vars(_MODULES[name.module]).get(name.name) if name.module in _MODULES else None
     return found if isinstance(found, type) and found.__module__ == name.module else None
 
 
 class _Builder:
-    """Makes torch's objects from inert ones. Every value is looked at, `visits` in all (what torch writes
-    takes one for seven bytes): what is shared again and again in the file must not become large here.
+    """Makes torch's objects of inert ones.
+
+    Each value that is looked at counts as a visit. A file may cause at most one visit for each of its bytes
+    (torch's own files need one for seven), so that values which a file shares many times cannot become large
+    here.
     """
 
     def __init__(self, sizes: dict[str, int], visits: int) -> None:
@@ -212,7 +213,7 @@ class _Builder:
         name = self.key(fields.get("relative_path"))
         offset, length = self.count(fields.get("offset")), self.count(fields.get("length"))
         if not name.endswith(".distcp") or name not in self.sizes:
-            raise ValueError(f"it points into {name!r}, which is no file of tensors in the record")
+            raise ValueError(f"it points into {name!r}, which is not a tensor file of the record")
         if offset + length > self.sizes[name]:
             raise ValueError(
                 f"it points to bytes {offset} to {offset + length} of {name}, which has {self.sizes[name]}"
@@ -245,7 +246,7 @@ class _Builder:
         return found
 
     def fields(self, found: Any, kind: type) -> dict[str, Any]:
-        """The state of an object that must be of `kind`."""
+        """The state of an object that must be of class `kind`."""
         if type(found) is not Instance or found.kind != _name_of(kind):
             raise ValueError(f"a {kind.__name__} is missing")
         return dict(self.entries(found.state, self.key, lambda value: value))
@@ -253,21 +254,21 @@ class _Builder:
     def entries(
         self, found: Any, key: Callable[[Any], Any], value: Callable[[Any], Any]
     ) -> Iterator[tuple[Any, Any]]:
-        """The pairs of a dictionary whose keys differ."""
+        """The pairs of a dictionary, whose keys must differ."""
         if type(found) is not Pairs:
             raise ValueError("a dictionary is missing")
         seen = set()
         for k, v in found:
             self.visit()
             if (made := key(k)) in seen:
-                raise ValueError(f"it says twice what {made} is")
+                raise ValueError(f"it has {made} twice")
             seen.add(made)
             yield made, value(v)
 
     def visit(self) -> None:
         self.left -= 1
         if self.left < 0:
-            raise ValueError("the same is in too many places")
+            raise ValueError("one value appears in too many places")
 
 
 def _name_of(kind: type) -> Name:
@@ -277,7 +278,7 @@ def _name_of(kind: type) -> Name:
 def _needed(
     key: str, entry: TensorStorageMetadata | BytesStorageMetadata
 ) -> Iterator[tuple[MetadataIndex, int]]:
-    """The places that an entry needs, and how many bytes each has at least."""
+    """The places that an entry needs, and the least number of bytes of each."""
     if isinstance(entry, BytesStorageMetadata):
         yield MetadataIndex(key), 0
         return

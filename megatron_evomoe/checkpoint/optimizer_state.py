@@ -1,8 +1,8 @@
-"""The optimizer in a checkpoint: moments and master weights as sharded tensors, and everything else rebuilt.
+"""The state of the optimizer in a checkpoint: moments and master weights as sharded tensors.
 
-megatron-core chains one optimizer for dense and one for expert parameters where EP > 1, and writes their
-parameter groups into the common file in that shape, which no other EP size can read. Groups hold nothing but
-the configuration and the step, so a resume takes them from the optimizer at hand and the step from the
+Where EP > 1, megatron-core chains one optimizer for dense parameters and one for experts, and writes their
+parameter groups into the common file in a form that no other EP size can read. The groups hold only values of
+the configuration and the step, so a resume takes them from the present optimizer and the step from the
 schedule.
 """
 
@@ -21,13 +21,14 @@ from megatron_evomoe.checkpoint import flat_shards
 def sharded(
     optimizer: Any, model: dict[str, Any], step: int, *, is_loading: bool, metadata: dict[str, Any]
 ) -> dict[Any, Any]:
-    """The optimizer's sharded state dict, in megatron-core's structure.
+    """The sharded state dict of an optimizer, in megatron-core's structure.
 
     Args:
-        model: the model's own, nested by chunk where there are several: chunks count layers from 0 each, so
-            names collide.
-        step: optimizer steps done.
-        metadata: how state dicts are sharded; a DistributedOptimizer's is always `fully_reshardable`.
+        model: the sharded state dict of the model; with several chunks it is nested by chunk, because each
+            chunk counts its layers from 0.
+        step: the optimizer steps done.
+        metadata: how state dicts are sharded (`store.metadata`); a DistributedOptimizer is always
+            `fully_reshardable`.
     """
     parts = _parts(optimizer)
     states = [
@@ -40,20 +41,24 @@ def sharded(
 
 
 def allocate(optimizer: Any) -> None:
-    """Let a fresh DistributedOptimizer have moments to load into."""
+    """Allocate the moments of a new DistributedOptimizer, so that they can be loaded."""
     for part in _parts(optimizer):
         if not part.optimizer.state and _is_distributed(part):
             part._init_optimizer_states_with_dummy_values()
 
 
 def load(optimizer: Any, own: dict[Any, Any], tensors: dict[Any, Any], step: int) -> None:
-    """Take `tensors`, read for the shards that `own` (from `sharded`) asked for, and `step`; all else is as
-    in `own`.
+    """Load the state of an optimizer.
+
+    Args:
+        own: what `sharded` returned; it provides everything except tensors and the step.
+        tensors: what was read for the shards of `own`.
+        step: the optimizer steps done.
     """
     state = _overlay(own, tensors)
     parts = _parts(optimizer)
     for i, part in enumerate(parts):
-        if _is_distributed(part):  # its boxes were views: reading has filled them
+        if _is_distributed(part):  # its boxes are views, so reading has filled them
             _set_step(part, step)
         else:
             _load_plain(part, state[i] if len(parts) > 1 else state, step)
@@ -78,7 +83,10 @@ def _distributed(part: Any, model: dict[str, Any], step: int) -> dict[str, Any]:
 
 
 def _set_step(part: Any, step: int) -> None:
-    """torch's Adam keeps it with each parameter, Transformer Engine's and apex's in the groups."""
+    """Set the step.
+
+    torch's Adam keeps it with each parameter, those of Transformer Engine and apex in the groups.
+    """
     for state in part.optimizer.state.values():
         if "step" in state:
             state["step"] = torch.tensor(float(step))
@@ -92,8 +100,7 @@ def _load_plain(part: Any, state: dict[str, Any], step: int) -> None:
     inner["state"]["common_step"] = torch.tensor(float(step))
     part.load_state_dict(state)
     for own in part.optimizer.state.values():
-        # torch's Adam now shares one step tensor among all parameters, and would add 1 to it once per
-        # parameter
+        # torch's Adam would now share one step tensor among all parameters, and add 1 to it for each of them
         if torch.is_tensor(own.get("step")):
             own["step"] = own["step"].clone()
 
@@ -103,7 +110,7 @@ def _overlay(own: Any, tensors: Any) -> Any:
     if isinstance(own, ShardedBase):
         assert tensors is not None
         return tensors
-    if isinstance(own, LocalNonpersistentObject):  # which parameters a group has
+    if isinstance(own, LocalNonpersistentObject):  # the parameters of a group
         return own.unwrap()
     if isinstance(own, dict):
         return {k: _overlay(v, tensors.get(k) if isinstance(tensors, dict) else None) for k, v in own.items()}
@@ -114,8 +121,9 @@ def _overlay(own: Any, tensors: Any) -> Any:
 
 @contextlib.contextmanager
 def _step_of_empty_shard(part: Any, step: int) -> Iterator[None]:
-    """Where torch's Adam has no parameter in this rank's shard it knows no step, and DistributedOptimizer
-    asserts that it does.
+    """Give torch's Adam a step inside a `with` block where this rank's shard holds no parameter.
+
+    Adam has no step there, and DistributedOptimizer asserts that it has one.
     """
     adam, is_empty = part.optimizer, not part.optimizer.state
     if is_empty:

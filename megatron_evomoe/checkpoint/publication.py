@@ -1,8 +1,8 @@
-"""One save on its way to becoming a checkpoint: what rank 0 does alone, between agreements of all ranks.
+"""Turns one save into a checkpoint: what rank 0 does alone, between agreements of all ranks.
 
-So no rank waits for one that has failed: torch's writer tells every rank of any rank's failure, what rank 0
-writes alone it writes between two agreements, and what neither covers is told through the job's key-value
-store (train/alarm.py).
+No rank may wait for one that has failed. torch's writer tells every rank about the failure of any rank; what
+rank 0 writes alone, it writes between two agreements; and other failures are told through the key-value store
+of the job (train/alarm.py).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _FREE_SPACE_MARGIN = 1.05
 
 @dataclass
 class Publication:
-    """A save's way from `saving_…` to `iter_…`."""
+    """One save, from the directory `saving_…` to the checkpoint `iter_…`."""
 
     directory: Path
     record: Record
@@ -40,7 +40,7 @@ class Publication:
     config: CheckpointConfig
     attempt: str = ""
     common: bytes = b""
-    """`common.pt`, on rank 0"""
+    """The bytes of `common.pt`, on rank 0."""
     is_published: bool = False
 
     @property
@@ -52,9 +52,16 @@ class Publication:
         return self.directory / f"saving_{self.record.step:07d}_{self.attempt}"
 
     def prepare(self, state: dict[str, Any], check_folder: Callable[[], None]) -> None:
-        """A folder of its own, and room on the disk. Communicates."""
-        # A background writer may outlive a killed job; what it still writes must not mix with a new attempt
-        # at the step.
+        """Create the directory of the save, and check that the disk has room for it. Communicates.
+
+        Args:
+            check_folder: is called on rank 0 before anything is written; what it raises ends the save.
+
+        Raises:
+            CheckpointError: on every rank; the check failed, or there is not enough room.
+        """
+        # A background writer can outlive a killed job, and must not write into a new attempt to save this
+        # step.
         attempt = [f"{os.getpid():x}{time.time_ns():x}"]
         dist.broadcast_object_list(attempt, src=0)
         self.attempt = attempt[0]
@@ -76,7 +83,7 @@ class Publication:
             raise
 
     def agree(self, met: BaseException | None) -> None:
-        """Raise on every rank what any rank met. Communicates."""
+        """Raise on every rank what any rank has met. Communicates."""
         reports: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(reports, (socket.gethostname(), _failures(met), self.is_published))
         failures = {rank: text for _, told, _ in reports if told is not None for rank, text in told.items()}
@@ -88,7 +95,7 @@ class Publication:
             raise error
 
     def failed(self, error: Exception) -> CheckpointError:
-        """What this rank met, for this rank to raise. The others hear of it through the alarm."""
+        """The error to raise for what only this rank has met; the alarm tells the other ranks."""
         what = f"rank {dist.get_rank()} ({socket.gethostname()}): {_in_a_line(error)}"
         return self._error(what, is_published=self.is_published)
 
@@ -105,10 +112,16 @@ class Publication:
         )
 
     def conclude(self, error: BaseException | None, sums: dict[str, list[int]] | None = None) -> None:
-        """Checksums, record, the new name, the tracker: in this order, so that a kill at any point leaves the
-        last good one.
+        """Publish the save: checksums, record, the new name, the tracker. Communicates.
 
-        `sums`: of the tensors' files this rank wrote; none reads them back.
+        In this order a kill at any point leaves the last good checkpoint.
+
+        Args:
+            error: what this rank met while it wrote tensors.
+            sums: size and CRC-32 of the tensor files that this rank wrote; None reads the files back.
+
+        Raises:
+            CheckpointError: on every rank; a rank has failed.
         """
         if error is None and sums is None:
             try:
@@ -127,13 +140,11 @@ class Publication:
         self.agree(error)
 
     def _sum_own_files(self) -> dict[str, list[int]]:
-        """Size and checksum of the tensors' files that this rank wrote, read back while they are still
-        cached.
-        """
+        """Size and checksum of this rank's tensor files, read back while they are still cached."""
         return {p.name: _entry(p) for p in self.pending.glob(f"__{dist.get_rank()}_*.distcp")}
 
     def _publish(self, sums: dict[str, list[int]]) -> None:
-        """Everything that rank 0 does alone; `conclude` tells the others what it met."""
+        """Turn the directory into a checkpoint, on rank 0 alone; `conclude` tells the others of a failure."""
         files.write(self.pending / "common.pt", self.common)
         with files.naming(self.pending / "metadata.json"):
             save_config(CheckpointingConfig("torch_dist", 1), str(self.pending))
@@ -160,8 +171,9 @@ class Publication:
 
 
 def _failures(error: BaseException | None) -> dict[int, str] | None:
-    """Rank -> what it met; empty where another rank knows (torch's CheckpointException has details on rank 0
-    only).
+    """What each rank met; empty if another rank knows it, and None if there is no error.
+
+    Only rank 0 has the details of torch's CheckpointException.
     """
     if error is None:
         return None
@@ -179,7 +191,7 @@ def _entry(path: Path) -> list[int]:
 
 
 def _require_free_space(directory: Path, state: dict[str, Any], free_here: int) -> None:
-    """Refuse a save that cannot fit in what rank 0 sees free. Communicates."""
+    """Refuse a save that does not fit into the free space that rank 0 sees. Communicates."""
     sizes: list[int] = [0] * dist.get_world_size()
     dist.all_gather_object(sizes, sum(t.numel() * t.element_size() for t in _main_replicas(state)))
     free = [free_here]
@@ -188,8 +200,7 @@ def _require_free_space(directory: Path, state: dict[str, Any], free_here: int) 
     if needed > free[0]:
         raise CheckpointError(
             f"saving to {directory} needs about {needed / 2**20:.1f} MiB and {free[0] / 2**20:.1f} MiB are "
-            "free. "
-            f"Nothing was written; {_last(directory)} stays the newest. Free some space and resume"
+            f"free. Nothing was written; {_last(directory)} stays the newest. Free some space and resume"
         )
 
 

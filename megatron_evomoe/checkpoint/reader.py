@@ -1,9 +1,7 @@
-"""How megatron-core and torch read a checkpoint here: through readers that run nothing, and files side by
-side.
+"""Lets megatron-core and torch read a checkpoint without running anything, and several files at once.
 
-Left alone, they unpickle `.metadata` and the objects inside tensor files without restriction, leave
-`common.pt` to torch's default (which an environment variable changes), and read one file after the other, on
-one core.
+By default they unpickle `.metadata` and the objects inside tensor files without restriction, read `common.pt`
+by torch's default (which an environment variable changes), and read one file after the other on one core.
 """
 
 from __future__ import annotations
@@ -28,13 +26,11 @@ from torch.futures import Future
 
 from megatron_evomoe.checkpoint import contents, metadata
 
-_THREADS = 2  # a saving rank writes that many files
+_THREADS = 2  # each saving rank writes as many files
 
 
 class SafeReader(FileSystemReader):
-    """Torch's reader with a thread for each of a few files; `.metadata` is read once, and nothing of the
-    checkpoint is run.
-    """
+    """torch's reader with a thread for each of a few files; nothing in the checkpoint is run."""
 
     def __init__(self, path: str | Path) -> None:
         super().__init__(path)
@@ -42,10 +38,10 @@ class SafeReader(FileSystemReader):
         self._metadata: Metadata | None = None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """What `.metadata` says.
+        """The content of `.metadata`, which is read once.
 
         Raises:
-            CheckpointError: as `metadata.read`.
+            CheckpointError: as for `metadata.read`.
         """
         if self._metadata is None:
             self._metadata = metadata.read(self._folder)
@@ -55,7 +51,7 @@ class SafeReader(FileSystemReader):
         """Fill the tensors and objects that `plan` asks for.
 
         Raises:
-            Whatever a thread met.
+            Exception: whatever a thread met.
         """
         by_file: dict[str, list[ReadItem]] = defaultdict(list)
         for item in plan.items:
@@ -74,7 +70,7 @@ class SafeReader(FileSystemReader):
         return finished
 
     def _made_anew(self, item: ReadItem) -> io.BytesIO:
-        """An object as we save it: torch's planner opens what it is given without restriction."""
+        """The bytes of an object as we save it, because torch's planner opens them without restriction."""
         value = contents.read_object(
             self._folder, item.storage_index.fqn, self.storage_data[item.storage_index]
         )
@@ -86,8 +82,9 @@ class SafeReader(FileSystemReader):
 
 @contextlib.contextmanager
 def safe_reads() -> Iterator[None]:
-    """Inside, megatron-core loads through `SafeReader` and `contents.read_common`; it has no arguments for
-    that.
+    """Let megatron-core load through `SafeReader` and `contents.read_common` inside a `with` block.
+
+    It has no arguments for that.
     """
     ours: list[tuple[Any, str, Any]] = [
         (core, "_get_filesystem_reader", lambda directory, *args, **kwargs: SafeReader(directory)),

@@ -1,5 +1,6 @@
-"""What a checkpoint says about itself in plain JSON, beside megatron-core's tensors: readable by people, safe
-to load, and with a digest of itself, so that what is read is what was written.
+"""The record of a checkpoint: everything about it that is not a tensor, in plain JSON.
+
+People can read the record, reading it runs nothing, and a digest of itself tells whether it was changed.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ FORMAT = 2
 TRACKER = "latest_checkpointed_iteration.txt"
 ESSENTIAL = (".metadata", "metadata.json", "run_config.yaml")  # megatron-core 0.19 writes no common.pt
 _UNPROTECTED = 1  # the format without digest and run
-_LARGEST = 1 << 26  # bytes; a record of 100,000 ranks' files has a fifth of that
+_LARGEST = 1 << 26  # bytes; a record of the files of 100,000 ranks has a fifth of that
 _DIGEST = "digest"
 
 log = logging.getLogger(__name__)
@@ -39,17 +40,17 @@ FileName = Annotated[
 
 
 class CheckpointError(UserError, RuntimeError):
-    """A checkpoint that cannot be used, or could not be written; the message says which and what stays
-    intact.
+    """A checkpoint cannot be used, or could not be written; the message says which, and what is still intact.
 
-    is_shared: all ranks raise it alike, and the message says which of them met it.
+    Attributes:
+        is_shared: all ranks raise this error, and the message names the rank that met it.
     """
 
     is_shared = False
 
 
 class Ancestor(TypedDict):
-    """A stage that the weights went through."""
+    """A stage through which the weights have gone."""
 
     __pydantic_config__ = pydantic.ConfigDict(strict=True, extra="forbid")
 
@@ -61,16 +62,16 @@ class Ancestor(TypedDict):
 
 
 class TrainingData(TypedDict):
-    """The samples a stage was trained on, and their order."""
+    """The samples on which a stage was trained, and their order."""
 
     __pydantic_config__ = pydantic.ConfigDict(strict=True, extra="forbid")
 
     order: str
-    """The rule by which `seed` gives an order (`data.order.NAME`)."""
+    """The name of the rule that makes an order of `seed` (`data.order.NAME`)."""
     seed: Annotated[int, pydantic.Field(ge=-(1 << 64), lt=1 << 64)]
     samples: Count
     shards: list[tuple[str, Count, str]]
-    """File name, samples and digest (`data.fingerprint.shard_digest`) of each, in order."""
+    """File name, number of samples and digest (`data.fingerprint.shard_digest`) of each shard, in order."""
 
 
 @dataclass(kw_only=True)
@@ -80,44 +81,44 @@ class Record:
     __pydantic_config__: ClassVar[pydantic.ConfigDict] = pydantic.ConfigDict(strict=True, extra="forbid")
 
     stage: str
-    """Stage name."""
+    """The name of the stage."""
     kind: str
-    """Stage kind, or `pretrained` for imported weights."""
+    """The value of a `StageKind`, or `PRETRAINED` for imported weights."""
     step: Count
-    """Optimizer steps done in this stage."""
+    """The optimizer steps done in this stage."""
     position: Count
-    """Samples consumed in this stage: the data cursor."""
+    """The samples consumed in this stage, where the data continues."""
     finished: bool
-    """Whether the stage reached its last step."""
+    """Whether this is the last step of the stage."""
     layout: dict[str, Count]
-    """World size and parallel degrees that wrote it."""
+    """World size and parallel degrees of the run that wrote it."""
     vocab_size: Count
-    """True vocabulary size, before padding."""
+    """The size of the vocabulary without padding."""
     tokenizer_fingerprint: str
-    """`Tokenizer.fingerprint()` of the tokenizer it was trained with."""
+    """Fingerprint of the tokenizer (`Tokenizer.fingerprint`)."""
     run_id: str = ""
-    """The run that wrote it (checkpoint/run_id.py); empty for imported weights and in format 1."""
+    """Id of the run that wrote it (checkpoint/run_id.py); empty for imported weights and in format 1."""
     wandb_run_id: str | None = None
-    """Continued on resume."""
+    """Id of the wandb run that a resume continues."""
     parts: list[str] = field(default_factory=lambda: list(MODULES))
     """Modules (`config.recipe.MODULES`) whose tensors it holds."""
     lineage: list[Ancestor] = field(default_factory=list)
-    """Stages before this one, oldest first."""
+    """The stages before this one, the oldest first."""
     num_experts: Count = 0
-    """Experts per mixture layer, 0 for a dense stage."""
+    """The experts of each MoE layer; 0 in a dense stage."""
     data: TrainingData | None = None
-    """What it was trained on; none for imported weights and in records of earlier versions."""
+    """The training data; None for imported weights and in records of earlier versions."""
     files: dict[FileName, Annotated[list[Count], pydantic.Field(min_length=2, max_length=2)]] = field(
         default_factory=dict
     )
-    """File name -> [bytes, CRC-32]: every file in the folder but the record itself."""
+    """File name to [bytes, CRC-32], for every file in the directory except the record itself."""
     format: Count = FORMAT
 
     def write(self, directory: Path) -> None:
-        """Write `evomoe.json`, in the present format.
+        """Write the record to `evomoe.json`, in the present format.
 
         Raises:
-            CheckpointError: the record holds something that could not be read back.
+            CheckpointError: the record contains something that could not be read back.
         """
         path, data = directory / FILE_NAME, {**dataclasses.asdict(self), "format": FORMAT}
         try:
@@ -132,19 +133,18 @@ _ADAPTER = pydantic.TypeAdapter(Record)
 
 
 def read(directory: Path) -> Record:
-    """Read and check a checkpoint's record; its step and the folder's name, its list and the folder's files
-    must agree.
+    """Read the record of a checkpoint, and compare it with the name and the files of the directory.
 
     Raises:
-        CheckpointError: as `read_unchecked`; the folder is called otherwise; a file is missing, of another
-            size, no regular file, or not in the record.
+        CheckpointError: as for `read_unchecked`; or the directory has another name, or a file is missing, has
+            another size, is not a regular file, or is not in the record.
     """
     record = read_unchecked(directory)
     if directory.name != name_of(record.step):
         raise CheckpointError(
-            f"checkpoint {directory} holds step {record.step}, whose folder is called "
-            f"{name_of(record.step)}: it "
-            "was renamed or its record is another's. Give it its own name again"
+            f"checkpoint {directory} holds step {record.step}, whose directory is called "
+            f"{name_of(record.step)}: it was renamed, or has the record of another checkpoint. Give it its "
+            "own name again"
         )
     try:
         found = {entry.name: entry.stat(follow_symlinks=False) for entry in os.scandir(directory)}
@@ -173,18 +173,19 @@ def read(directory: Path) -> Record:
 
 
 def read_unchecked(directory: Path) -> Record:
-    """The record alone, whatever became of the files it lists. A record of format 1 is said to be
-    unprotected, once.
+    """Read the record alone, without looking at the files that it lists.
+
+    A record of format 1 has no digest, which is logged once.
 
     Raises:
-        CheckpointError: no record, a damaged one, or one of another format.
+        CheckpointError: there is no record, or it is damaged or of another format.
     """
     path = directory / FILE_NAME
     try:
         content = files.read(path, _LARGEST)
     except FileNotFoundError:
         raise CheckpointError(
-            f"{directory} is no complete checkpoint: {FILE_NAME} is missing (interrupted while saving?)"
+            f"{directory} is not a complete checkpoint: {FILE_NAME} is missing (interrupted while saving?)"
         ) from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged or cannot be read: {error}") from None
@@ -195,10 +196,10 @@ def read_unchecked(directory: Path) -> Record:
 
 
 def parse(content: bytes, path: Path) -> Record:
-    """The record that the bytes of `path` hold.
+    """The record in the bytes of a file.
 
     Raises:
-        CheckpointError: they are no record, not the one that was written, or of another format.
+        CheckpointError: they are not a record, were changed, or are of another format.
     """
     try:
         data = json.loads(content, object_pairs_hook=_object, parse_constant=_no_number)
@@ -218,19 +219,19 @@ def parse(content: bytes, path: Path) -> Record:
 
 
 def name_of(step: int) -> str:
-    """The folder name of a checkpoint."""
+    """The name of the directory of a checkpoint."""
     return f"iter_{step:07d}"
 
 
 def write_tracker(directory: Path, step: int) -> None:
-    """Point `directory`'s tracker file at `step`; it holds the old number or the new one at any moment."""
+    """Replace the tracker file atomically, so that it names `step`."""
     pending = directory / (TRACKER + ".new")
     pending.write_text(str(step))
     os.replace(pending, directory / TRACKER)
 
 
 def _check_protection(data: dict[str, Any]) -> None:
-    """Take the digest out of `data` and compare. Raises `ValueError`."""
+    """Remove the digest from `data` and compare it. Raises `ValueError`."""
     digest, version = data.pop(_DIGEST, None), data.get("format")
     if type(version) is int and version > FORMAT:
         raise ValueError(
@@ -258,19 +259,19 @@ def _canonical(data: dict[str, Any]) -> bytes:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("a name is there twice in one object")
+        raise ValueError("a name appears twice in one object")
     return found
 
 
 def _no_number(name: str) -> Any:
-    raise ValueError(f"{name} is no number")
+    raise ValueError(f"{name} is not a number")
 
 
 @functools.cache
 def _say_unprotected(path: Path) -> None:
     log.warning(
-        "%s is of format %d, from before records had a digest: it is read unprotected, a change to it would "
-        "not be noticed",
+        "%s is of format %d, in which records have no digest: it is read, but a change to it would not be "
+        "noticed",
         path,
         _UNPROTECTED,
     )

@@ -1,5 +1,4 @@
-"""Which run a checkpoint belongs to: an id that the run's directory keeps, and that every checkpoint of the
-run carries.
+"""The id of a run, which its directory and all its checkpoints hold.
 
     SAVE/run.json          {"run_id": "…"}
 
@@ -24,45 +23,44 @@ _LARGEST = 1 << 16  # bytes
 
 
 def of_run(run_dir: Path) -> str:
-    """The id of the run in `run_dir`, made now if it has none yet. Communicates.
+    """The id of the run in a directory, which is created if it has none. Communicates.
 
-    A directory with checkpoints and without the file (it was lost, or left behind when stages were copied)
-    takes the id that they carry.
+    If the directory holds checkpoints and the file is missing (it was lost, or only stages were copied), the
+    run gets the id of the checkpoints.
 
     Raises:
-        CheckpointError: on every rank: the file is damaged or cannot be written, or is missing over
-            checkpoints of several runs.
+        CheckpointError: on every rank; the file is damaged or cannot be written, or it is missing and there
+            are checkpoints of several runs.
     """
     return on_all_ranks(lambda: read(run_dir) or _begin(run_dir), (CheckpointError,))
 
 
 def of_other(run_dir: Path) -> str | None:
-    """The id of another run, or none if its directory keeps none. Communicates.
+    """The id of another run; None if its directory holds none. Communicates.
 
     Raises:
-        CheckpointError: on every rank: the file is damaged.
+        CheckpointError: on every rank; the file is damaged.
     """
     return on_all_ranks(lambda: read(run_dir), (CheckpointError,))
 
 
 def read(run_dir: Path) -> str | None:
-    """What `run.json` says, or none if there is no such file.
+    """The id in `run.json`; None if there is no such file.
 
     Raises:
-        CheckpointError: it is damaged.
+        CheckpointError: the file is damaged.
     """
     path = run_dir / FILE_NAME
     try:
         run_id = json.loads(files.read(path, _LARGEST))["run_id"]
         if not isinstance(run_id, str) or not re.fullmatch("[0-9a-f]{32}", run_id):
-            raise ValueError(f"{run_id!r} is no run id")
+            raise ValueError(f"{run_id!r} is not a run id")
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise CheckpointError(
             f"{path} is damaged ({type(error).__name__}: {error}); delete it, and the id is taken from the "
-            "run's "
-            "checkpoints"
+            "run's checkpoints"
         ) from None
     return run_id
 
@@ -87,13 +85,13 @@ def _begin(run_dir: Path) -> str:
 
 
 def _carried(run_dir: Path) -> dict[str, Path]:
-    """Ids that the run's checkpoints carry, each with one that does."""
+    """The ids of the run's checkpoints, each with one checkpoint that has it."""
     found: dict[str, Path] = {}
     for path in (p for folder in sorted(run_dir.glob("*/")) for p in candidates(folder)):
         try:
             run_id = read_unchecked(path).run_id
         except CheckpointError:
-            continue  # damaged: it will be named when it is its turn
+            continue  # damaged; the error is raised when it is loaded
         if run_id:
             found.setdefault(run_id, path)
     return found

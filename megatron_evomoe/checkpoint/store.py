@@ -1,11 +1,11 @@
-"""Sharded save and load in megatron-core's `torch_dist` format and Megatron's directory layout.
+"""Saves and loads sharded state in megatron-core's `torch_dist` format and Megatron's directory structure.
 
     SAVE/latest_checkpointed_iteration.txt          written last
     SAVE/iter_0000500/*.distcp .metadata common.pt metadata.json run_config.yaml evomoe.json
 
-A save goes to a folder of another name and is renamed when all ranks have written, so a folder called
-`iter_…` is whole; the tracker file moves after that. With `async_save` the writing happens in forked
-processes while training goes on.
+A save is written to a directory of another name, which is renamed when all ranks have written. A directory
+called `iter_…` is therefore complete. The tracker file is replaced after that. With `async_save`, forked
+processes write while training continues.
 """
 
 from __future__ import annotations
@@ -36,15 +36,17 @@ from megatron_evomoe.config import CheckpointConfig
 from megatron_evomoe.parallel import backend, rng
 
 _MODEL_KEY = re.compile(r"(vision_model|vision_projection|language_model)\.")
-_FAILURES = (Exception, CheckpointException)  # torch's CheckpointException is no Exception
+_FAILURES = (Exception, CheckpointException)  # torch's CheckpointException is not an Exception
 
 log = logging.getLogger(__name__)
 
 
 def metadata() -> dict[str, Any]:
-    """How state dicts are sharded: layers keep their own keys, so dense and mixture stages name them alike;
-    optimizer shards may be read at other sizes. A new dict each time, because megatron-core puts the process
-    groups of the moment into it.
+    """How state dicts are sharded.
+
+    Layers keep their own keys, so dense and mixture stages name them alike, and optimizer shards can be read
+    at other sizes. Each call returns a new dict, because megatron-core puts the present process groups into
+    it.
     """
     return {
         "non_homogeneous_layers": True,
@@ -55,9 +57,12 @@ def metadata() -> dict[str, Any]:
 
 
 class Saver:
-    """Saves of one run, one at a time. `config` says whether in the background, and what is kept.
+    """Saves the checkpoints of one run, one at a time.
 
-    check_folder: asked on rank 0 before anything is written; what it raises ends the save on every rank.
+    Args:
+        config: whether to write in the background, and which checkpoints to keep.
+        check_folder: is called on rank 0 before anything is written; what it raises ends the save on every
+            rank.
     """
 
     def __init__(self, config: CheckpointConfig, check_folder: Callable[[], None] = lambda: None) -> None:
@@ -76,15 +81,16 @@ class Saver:
         record: Record,
         config_yaml: str,
     ) -> Path | None:
-        """Write a checkpoint from all ranks and publish it; with `async_save` publishing is left to `poll`.
-        Communicates.
+        """Write a checkpoint from all ranks and publish it. Communicates.
+
+        With `async_save` the checkpoint is written in the background, and `poll` publishes it.
 
         Returns:
-            The published checkpoint; none while it is being written.
+            The published checkpoint; None while it is being written.
 
         Raises:
-            CheckpointError: not enough free disk (checked before anything is written), or a write failed,
-                maybe that of the save before. The checkpoints published before stay as they are.
+            CheckpointError: there is not enough free disk (checked before anything is written), or a write
+                failed, possibly that of the save before. Earlier checkpoints stay as they are.
         """
         self.poll(wait=True)
         state = _state(modules, optimizer, scheduler, is_loading=False)
@@ -93,17 +99,16 @@ class Saver:
     def save_weights(
         self, directory: Path, parts: dict[str, torch.nn.Module], record: Record, config_yaml: str
     ) -> Path | None:
-        """Write weights alone, as something a first stage can start from (`pretrained_checkpoint`).
-        Communicates.
-
-        Returns:
-            As `save`.
+        """Write a checkpoint of weights alone, for `pretrained_checkpoint`. Communicates.
 
         Args:
-            parts: `vision_model`, `vision_projection`, `language_model`: whichever there are.
+            parts: those of `config.recipe.MODULES` that exist, by name.
+
+        Returns:
+            As for `save`.
 
         Raises:
-            CheckpointError: as `save`.
+            CheckpointError: as for `save`.
         """
         state = {
             k: v
@@ -113,11 +118,13 @@ class Saver:
         return self._start(directory, {"model": state}, record, config_yaml)
 
     def poll(self, *, wait: bool = False) -> Path | None:
-        """Publish a background save that all ranks have written; `wait` until they have. Communicates while
-        one is under way.
+        """Publish a background save that all ranks have written. Communicates while one is under way.
+
+        Args:
+            wait: wait until all ranks have written it.
 
         Returns:
-            What was published by this call.
+            The checkpoint that this call published, if any.
 
         Raises:
             CheckpointError: the write failed on some rank; nothing was published.
@@ -128,7 +135,7 @@ class Saver:
         try:
             if not self._queue.maybe_finalize_async_calls(blocking=wait):
                 return None
-        except CheckpointException as failure:  # whatever a writer met: a full disk, a lost mount
+        except CheckpointException as failure:  # what a writer met, such as a full disk
             error = failure
         except Exception as failure:
             raise self._publication.failed(failure) from failure
@@ -151,9 +158,7 @@ class Saver:
                 request = self._background.begin(sharded, publication.pending)
         except CheckpointException as failure:  # torch raises it on every rank
             error = failure
-        except (
-            Exception
-        ) as failure:  # on this rank; the others may be in a collective, which no agreement may meet
+        except Exception as failure:  # only here; others may be in a collective, so none can agree
             raise publication.failed(failure) from failure
         if self._queue is None:
             publication.conclude(error, sums)
@@ -173,14 +178,13 @@ def load_training_state(
     record: Record,
     is_own: bool = False,
 ) -> None:
-    """Resume under any layout: model, optimizer (both moments, step, master weights), schedule and RNG.
-    Communicates.
+    """Resume from a checkpoint under any layout. Communicates.
 
-    Generators go on where they were under the layout that saved; under another one they start afresh (nothing
-    random but fresh weights depends on them).
+    This loads the model, the optimizer (both moments, step, master weights), the schedule and the random
+    generators. Under another layout the generators start anew; only new weights are drawn from them.
 
     Args:
-        is_own: the checkpoint lies in this run's directory. Only then is Transformer Engine given the history
+        is_own: the checkpoint is in this run's directory. Only then does Transformer Engine get the history
             of its FP8 scales, a pickle inside a tensor, which it opens without restriction.
 
     Raises:
@@ -190,18 +194,20 @@ def load_training_state(
     state = _state(modules, optimizer, scheduler, is_loading=True)
     if record.layout != rng.layout():
         log.info(
-            "the checkpoint was written by another layout (%s): random generators start afresh", record.layout
+            "the checkpoint was written under another layout (%s): random generators start anew",
+            record.layout,
         )
         del state["rng"]
-    # Under a name the file does not have, so that only tensors are filled in: what the file says of groups is
-    # the layout's.
+    # under a name that the file does not have, so that only tensors are read: its parameter groups are those
+    # of the layout that wrote it
     own = state["shards of the optimizer"] = state.pop("optimizer")
     chunks = {key: state[key] for key in (_chunk_key(i, len(modules)) for i in range(len(modules)))}
     _require_nothing_left(path, tensor_shapes(path), chunks, None)
     loaded = _load(state, path)
     if (steps := loaded["scheduler"].get("num_steps")) != record.step:
         raise CheckpointError(
-            f"checkpoint {path}: its record is of step {record.step}, its schedule of {steps}: not one save's"
+            f"checkpoint {path}: its record is of step {record.step}, its schedule of {steps}: "
+            "they are not of one save"
         )
     for i, module in enumerate(modules):
         own_state = loaded[_chunk_key(i, len(modules))]
@@ -213,13 +219,14 @@ def load_training_state(
 
 
 def without_history(state: dict[str, Any], path: Path) -> dict[str, Any]:
-    """A module's state dict in which Transformer Engine's FP8 scales begin anew, which is said where there
-    was a history.
+    """The state dict of a module without the history of Transformer Engine's FP8 scales, which begins anew.
+
+    If there was a history, this is logged.
     """
     extra = {name: value for name, value in state.items() if "_extra_state" in name and value is not None}
     if any(not torch.is_tensor(value) or value.numel() for value in extra.values()):
         log.warning(
-            "%s is another run's: the history of FP8 scales is not taken from it and begins anew", path
+            "%s is of another run: the history of FP8 scales is not taken from it and begins anew", path
         )
     return {**state, **{name: torch.empty(0, dtype=torch.uint8) for name in extra}}
 
@@ -231,21 +238,22 @@ def load_weights(
     may_be_fresh: re.Pattern[str],
     may_be_left: re.Pattern[str] | None = None,
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """Read those tensors of `states` that the checkpoint has. Communicates.
+    """Read those tensors of `states` that a checkpoint has. Communicates.
 
     Args:
-        states: flat sharded state dict of each model chunk of this rank. All at once, because a tied
-            embedding has its owner in one chunk and its copy in another.
-        may_be_fresh: sharded keys the checkpoint need not have.
-        may_be_left: keys of the checkpoint that no rank need ask for; none means that all must be asked for.
+        states: the flat sharded state dict of each model chunk of this rank. All chunks are read at once,
+            because a tied embedding has its owner in one chunk and its copy in another.
+        may_be_fresh: sharded keys that the checkpoint need not have.
+        may_be_left: keys of the checkpoint that no rank needs to ask for; None means that all must be asked
+            for.
 
     Returns:
-        What was loaded, per chunk (for `load_state_dict(strict=False)`), and the sharded keys left at their
-        initial values on any rank.
+        What was loaded, for each chunk (for `load_state_dict(strict=False)`), and the sharded keys that keep
+        their initial values on any rank.
 
     Raises:
-        CheckpointError: a key that must be there is missing, a shape differs, or the checkpoint holds more
-            than was asked for.
+        CheckpointError: a key that must exist is missing, a shape differs, or the checkpoint holds more than
+            was asked for.
     """
     stored = tensor_shapes(path)
     wanted: dict[str, Any] = {}
@@ -254,7 +262,7 @@ def load_weights(
         wanted[str(i)] = chunk = {}
         for name, entry in state.items():
             if not isinstance(entry, (ShardedTensor, ShardedTensorFactory)):
-                # _extra_state objects: Transformer Engine's FP8 history, which a new stage begins anew
+                # _extra_state objects: the history of Transformer Engine's FP8 scales, which begins anew
                 continue
             if entry.key in stored:
                 _require_same_shape(entry, stored[entry.key], path)
@@ -276,14 +284,15 @@ def load_weights(
 def _require_nothing_left(
     path: Path, stored: Iterable[str], wanted: dict[str, Any], may_be_left: re.Pattern[str] | None
 ) -> None:
-    """A model of which the checkpoint holds more than all ranks ask for is another model: fewer layers, no
-    bias. Communicates.
+    """Refuse a checkpoint that holds more of the model than all ranks ask for. Communicates.
+
+    It is of another model, such as one with more layers or with biases.
 
     Args:
         wanted: this rank's sharded state dict, nested by chunk.
 
     Raises:
-        CheckpointError: on every rank.
+        CheckpointError: on every rank; a tensor is left.
     """
     keys = sorted(
         key for key in stored if _MODEL_KEY.match(key) and not (may_be_left and may_be_left.search(key))
@@ -297,8 +306,7 @@ def _require_nothing_left(
         more = f" and {len(left) - 1} more tensors" if len(left) > 1 else ""
         raise CheckpointError(
             f"checkpoint {path} holds {left[0]!r}{more} that this model has no place for: it is smaller than "
-            "the "
-            "checkpoint's (fewer layers, no bias …). Give it the checkpoint's sizes"
+            "the checkpoint's (fewer layers, no bias …). Give it the checkpoint's sizes"
         )
 
 
@@ -306,7 +314,7 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """The global shape of every tensor in a checkpoint, by key.
 
     Raises:
-        CheckpointError: as `metadata.read`.
+        CheckpointError: as for `metadata.read`.
     """
     stored = tensor_metadata.read(path).state_dict_metadata
     return {

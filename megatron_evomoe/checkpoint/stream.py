@@ -1,7 +1,7 @@
-"""Read and write `torch_dist` checkpoints tensor by tensor: no process group, no GPU, no megatron-core.
+"""Reads and writes `torch_dist` checkpoints tensor by tensor, without process group, GPU or megatron-core.
 
-What `store.py` does for a running model, this does for a converter: memory holds one tensor, whatever the
-model's size. The files are those of torch.distributed.checkpoint, so megatron-core loads them under any
+`store.py` serves a running model, and this module serves a converter: memory holds one tensor, whatever the
+size of the model. The files are those of torch.distributed.checkpoint, so megatron-core loads them under any
 layout.
 
     SAVE/latest_checkpointed_iteration.txt          written last
@@ -38,7 +38,7 @@ from megatron_evomoe.checkpoint.mapped import alone, view_of
 from megatron_evomoe.checkpoint.record import CheckpointError, Record, read, write_tracker
 
 _DATA_FILE = "__0_0.distcp"
-_ALIGNMENT = 64  # bytes; torch's own within an archive, and what its kernels may count on
+_ALIGNMENT = 64  # bytes; torch aligns so inside an archive, and its kernels may rely on it
 _FORMAT = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
@@ -48,15 +48,15 @@ _FORMAT = {
 
 
 class CheckpointReader:
-    """The tensors of one checkpoint folder (``iter_…``), put together from the chunks their ranks wrote.
+    """The tensors of one checkpoint (``iter_…``), joined from the chunks that its ranks wrote.
 
     Attributes:
-        record: what the checkpoint says about itself.
-        shapes: key -> global shape of every tensor; optimizer state and generators are among them.
-        dtypes: key -> dtype.
+        record: the record of the checkpoint.
+        shapes: the global shape of every tensor by key; optimizer state and generators are among them.
+        dtypes: the dtype of every tensor by key.
 
     Raises:
-        CheckpointError: no whole checkpoint, or its metadata is damaged or names code.
+        CheckpointError: the checkpoint is not complete, or its metadata is damaged or names code.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -71,8 +71,11 @@ class CheckpointReader:
         self.dtypes = {k: e.properties.dtype for k, e in self._tensors.items()}
 
     def read(self, key: str, index: int | None = None) -> Tensor:
-        """One global tensor, or element `index` of its leading axis (one expert); reads no chunk that has no
-        part in it.
+        """One tensor, or one expert of it. Only the chunks that are needed are read.
+
+        Args:
+            key: the key of the tensor.
+            index: read only this element of the leading axis.
 
         Raises:
             CheckpointError: there is no such tensor, or its chunks are damaged or do not cover it.
@@ -94,7 +97,7 @@ class CheckpointReader:
             raise CheckpointError(
                 f"checkpoint {self.directory}: the chunks of {key!r} do not cover its shape {shape}"
             )
-        while pieces:  # each is let go once it is copied
+        while pieces:  # each is released once it is copied
             chunk, piece = pieces.pop()
             start, stop = max(chunk.offsets[0], first), min(chunk.offsets[0] + chunk.sizes[0], first + count)
             target = whole[start - first : stop - first]
@@ -129,9 +132,7 @@ def _overlap(chunk: ChunkStorageMetadata, first: int, count: int) -> int:
 
 
 def _read_saved(path: Path, offset: int, length: int) -> Tensor:
-    """The tensor that torch.save wrote at `offset`; nothing the file names is run. A view of the file where
-    its place allows.
-    """
+    """The tensor that torch.save wrote at `offset`, without running anything; a view if possible."""
     with path.open("rb", buffering=0) as file:
         # shape, strides and place, without the data
         outline = contents.load(_Window(file, offset, length), "meta")
@@ -143,7 +144,7 @@ def _read_saved(path: Path, offset: int, length: int) -> Tensor:
 
 
 class _Window(io.RawIOBase):
-    """A part of a file as a file of its own, read straight into the tensor's memory."""
+    """A part of a file as a file of its own, which is read directly into the memory of a tensor."""
 
     def __init__(self, file: Any, start: int, length: int) -> None:
         self._file, self._start, self._length, self._at = file, start, length, 0
@@ -169,13 +170,15 @@ class _Window(io.RawIOBase):
 
 
 class CheckpointWriter:
-    """Writes one checkpoint of weights; a context manager that publishes it on leaving, or removes it if an
-    error does.
+    """Writes one checkpoint of weights.
+
+    It is a context manager, which publishes the checkpoint at the end of the block and removes it on an
+    error.
 
     Args:
-        directory: gets ``iter_{step}`` and the tracker file.
-        record: everything but `files`, which is filled in.
-        config_yaml: for ``run_config.yaml``.
+        directory: the directory for ``iter_{step}`` and the tracker file.
+        record: everything except `files`, which is filled in.
+        config_yaml: the content of ``run_config.yaml``.
     """
 
     def __init__(self, directory: str | Path, record: Record, config_yaml: str) -> None:
@@ -193,8 +196,11 @@ class CheckpointWriter:
     def put(
         self, key: str, tensor: Tensor, *, shape: Sequence[int] | None = None, offset: Sequence[int] = ()
     ) -> None:
-        """Write a tensor, or with `shape` (the global one) the chunk of it that lies at `offset` (zeros left
-        out at the end).
+        """Write a tensor, or a chunk of one.
+
+        Args:
+            shape: the shape of the whole tensor, if `tensor` is a chunk of it.
+            offset: the position of the chunk; zeros at the end can be left out.
         """
         shape = torch.Size(tensor.shape if shape is None else shape)
         offset = torch.Size((*offset, *[0] * (len(shape) - len(offset))))
@@ -203,7 +209,7 @@ class CheckpointWriter:
         )
         assert entry.size == shape and entry.properties.dtype == tensor.dtype, f"chunks of {key} disagree"
         entry.chunks.append(ChunkStorageMetadata(offset, tensor.shape))
-        self._file.write(bytes(-self._file.tell() % _ALIGNMENT))  # so that the data can be used where it lies
+        self._file.write(bytes(-self._file.tell() % _ALIGNMENT))  # so that the data can be mapped
         start = self._file.tell()
         with integrity.no_checksums_of_torch():
             torch.save(alone(tensor), self._file)
@@ -219,14 +225,14 @@ class CheckpointWriter:
             shutil.rmtree(self._pending, ignore_errors=True)
 
     def _publish(self) -> None:
-        """Everything beside the tensors, checksums, the new name, the tracker: in this order."""
+        """Write everything besides tensors, then checksums, the new name and the tracker, in this order."""
         for key, entry in self._tensors.items():
             assert sum(c.sizes.numel() for c in entry.chunks) == entry.size.numel(), (
                 f"the chunks of {key} do not cover it"
             )
         pending = self._pending
-        layout = Metadata(dict(self._tensors), None, self._places, StorageMeta(), "1.0.0")
-        (pending / metadata.FILE_NAME).write_bytes(pickle.dumps(layout, protocol=4))
+        described = Metadata(dict(self._tensors), None, self._places, StorageMeta(), "1.0.0")
+        (pending / metadata.FILE_NAME).write_bytes(pickle.dumps(described, protocol=4))
         (pending / "metadata.json").write_text(json.dumps(_FORMAT))
         torch.save({}, pending / "common.pt")
         (pending / "run_config.yaml").write_text(self._yaml)

@@ -1,10 +1,10 @@
-"""Writing a checkpoint's tensors from the training process itself, with checksums taken on the way to the
-disk; or behind it.
+"""Writes the tensors of a checkpoint, with checksums taken on the way to the disk.
 
-megatron-core's writer forks a process per file, starts an interpreter for their results, and holds a copy of
-every tensor that is a view into a larger buffer until all is written. A save that training waits for needs
-none of that: here torch's own writer threads write each tensor from where it lies. The files are the same
-`torch_dist` format. docs/checkpoints.md has what it is worth.
+megatron-core's writer forks a process for each file, starts an interpreter for their results, and keeps a
+copy of every tensor that is a view into a larger buffer until everything is written. A save that training
+waits for needs none of that: here the threads of torch's own writer write each tensor from where it is in
+memory. The files have the same `torch_dist` format (docs/checkpoints.md has measurements). A background save
+uses megatron-core's writer.
 """
 
 from __future__ import annotations
@@ -37,14 +37,17 @@ from megatron_evomoe.parallel import backend
 
 
 def split(state: dict[str, Any], content: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
-    """What all ranks write of `state`, and `common.pt`, which rank 0 writes alone (empty elsewhere).
-    Communicates.
+    """What all ranks write of `state`, and the bytes of `common.pt`, which rank 0 writes alone. Communicates.
 
-    The core's own `save` writes that file in between, on rank 0; if that fails, the others wait in a
-    collective already. From 0.19 on the core makes it an object among the tensors, and reads both.
+    megatron-core's own `save` writes that file in between, on rank 0; if that fails, the other ranks already
+    wait in a collective. From 0.19 on, megatron-core makes it an object among the tensors, and reads both
+    forms.
 
     Args:
-        content: what the checkpoint says of how it is sharded.
+        content: how the checkpoint is sharded (`store.metadata`).
+
+    Returns:
+        The sharded state dict, and the bytes, which are empty on other ranks.
     """
     sharded, common = save_preprocess({**state, "content_metadata": content})
     buffer = io.BytesIO()
@@ -54,7 +57,7 @@ def split(state: dict[str, Any], content: dict[str, Any]) -> tuple[dict[str, Any
 
 
 class _SummingFileSystem(FileSystem):
-    """Torch's file system; keeps size and checksum of each file written, by name."""
+    """torch's file system, which also keeps size and checksum of each file that it writes."""
 
     def __init__(self) -> None:
         self.sums: dict[str, list[int]] = {}
@@ -77,27 +80,26 @@ class _SummingFileSystem(FileSystem):
 
 
 class _Writer(FileSystemWriter):
-    """Torch's writer over a `_SummingFileSystem`."""
+    """torch's writer on a `_SummingFileSystem`."""
 
     def __init__(self, path: Path) -> None:
-        # on CUDA one thread: torch then copies from the device ahead of the writing, which it does not do
-        # with several
+        # one thread on CUDA, because torch copies from the device ahead of writing only then
         super().__init__(path, thread_count=1 if backend.on_gpu() else 2)
         self.fs = _SummingFileSystem()
 
     def storage_meta(self) -> None:
-        """Nothing: torch would note the folder's path, which is about to change."""
+        """Nothing; torch would note the path of the directory, which is going to change."""
 
     def write_data(self, plan: Any, planner: Any) -> Future[list[Any]]:
         written = super().write_data(plan, planner)
-        if (done := len(written.value())) != len(plan.items):  # torch loses what its second thread raises
+        if (done := len(written.value())) != len(plan.items):  # torch drops an error of its second thread
             lost = OSError(f"only {done} of {len(plan.items)} tensors could be written")
             raise next(iter(self.fs.failures), lost)
         return written
 
 
 class _Planner(MCoreSavePlanner):
-    """megatron-core's planner, handing out shards in a form that torch's writer does not copy."""
+    """megatron-core's planner, which passes shards in a form that torch's writer does not copy."""
 
     def __init__(self) -> None:
         super().__init__(dedup_replicated_tensors=False, flatten_state_dict=False)
@@ -110,11 +112,10 @@ class _Planner(MCoreSavePlanner):
 
 
 class SummingStrategy(TorchDistSaveShardedStrategy):
-    """megatron-core's `torch_dist`, written as this module's docstring says. For saves that training waits
-    for.
+    """megatron-core's `torch_dist` for saves that training waits for, written as the module's docstring says.
 
     Attributes:
-        sums: after `save`: name -> [bytes, CRC-32] of the files this rank wrote.
+        sums: after `save`, file name to [bytes, CRC-32] of the files that this rank wrote.
     """
 
     def __init__(self) -> None:
@@ -122,7 +123,7 @@ class SummingStrategy(TorchDistSaveShardedStrategy):
         self.sums: dict[str, list[int]] = {}
 
     def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path) -> None:
-        """Write all ranks' tensors and `.metadata`. Communicates.
+        """Write the tensors of all ranks and `.metadata`. Communicates.
 
         Raises:
             CheckpointException, OSError: some rank could not write.
@@ -137,11 +138,13 @@ class SummingStrategy(TorchDistSaveShardedStrategy):
 
 
 class BackgroundStrategy(TorchDistSaveShardedStrategy):
-    """megatron-core's own writer, which forks. What rank 0 meets in writing `.metadata` is kept, not raised
-    amid collectives.
+    """megatron-core's own writer, which forks.
+
+    An error of rank 0 in writing `.metadata` is kept, because raising it there would leave the other ranks in
+    a collective.
 
     Attributes:
-        failure: what rank 0 met when the request was finalized.
+        failure: that error.
     """
 
     def __init__(self) -> None:
@@ -150,7 +153,8 @@ class BackgroundStrategy(TorchDistSaveShardedStrategy):
 
     def begin(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path) -> Any:
         """A request for an `AsyncCallsQueue`. Communicates."""
-        # newer cores write background saves through nvidia-resiliency-ext unless told to use their own writer
+        # newer versions use nvidia-resiliency-ext for background saves unless they are told to use their own
+        # writer
         own = ["mcore"] if "async_strategy" in inspect.signature(super().async_save).parameters else []
         return self.async_save(sharded_state_dict, checkpoint_dir, *own)
 

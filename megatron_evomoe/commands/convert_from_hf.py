@@ -6,12 +6,13 @@ import argparse
 
 from megatron_evomoe.config import ConfigError, flags_from
 from megatron_evomoe.hf.from_hf.importing import CONVERSIONS, Request, describe, import_model
+from megatron_evomoe.moe.router import ROUTERS
 
 _FIELDS = {
     "num-experts": "experts per mixture layer",
     "moe-layer-freq": "every k-th layer is a mixture, or a list of 0/1",
     "moe-router-topk": "experts per token",
-    "router": "linear, modality-linear or dtr",
+    "router": " or ".join(ROUTERS),
     "dtr-hidden-size": "h of the DTR",
     "dtr-rank": "r of the DTR",
     "expert-init-noise": "for noise: standard deviation in units of each matrix's own",

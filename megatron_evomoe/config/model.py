@@ -178,10 +178,8 @@ class MoEConfig:
     """
     dtr_activation: Fixed[Literal["none", "gelu", "silu"]] = "none"
     """The activation between the two maps of a hypernetwork. Equation 5 of the paper has none."""
-    dtr_kernel: Logged[Literal["auto", "torch", "triton"]] = "auto"
-    """What computes the DTR: `torch`, or `triton` kernels on a GPU. `auto` is torch until a GPU has shown
-    which is faster.
-    """
+    dtr_kernel: Logged[Literal["torch", "triton"]] = "torch"
+    """What computes the DTR: `torch`, or `triton` kernels on a GPU; no GPU has compared them yet."""
     router_gate: Fixed[Literal["prob", "straight_through"]] = "straight_through"
     """The factor of an expert's output: `prob` is the router's probability; `straight_through` is 1 with the
     gradient of the probability.

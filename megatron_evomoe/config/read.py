@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from megatron_evomoe.config import text
+from megatron_evomoe.config import deprecated, text
 from megatron_evomoe.config.errors import ConfigError
 from megatron_evomoe.config.kinds import STAGE_KINDS, StageKind
 from megatron_evomoe.config.presets import PRESETS
@@ -156,6 +156,7 @@ def coerce(section: str, name: str, value: Any, where: str = "") -> Any:
     Raises:
         ConfigError: the value is not of that type; the message begins with `where` and the field's name.
     """
+    value = deprecated.current(section, name, value)
     return validated(SECTIONS[section], name, value, f"{where}{section}.{name}")
 
 

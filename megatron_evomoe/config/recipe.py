@@ -47,31 +47,6 @@ STARTS_FROM: dict[StageKind, tuple[str, ...]] = {
 """Stage kind -> kinds whose checkpoint it can start from."""
 
 
-def part_of(name: str, stage_kind: StageKind, moe_layers: set[int], first_layer: int) -> str:
-    """The part (one of `PARTS`) that a parameter belongs to.
-
-    Args:
-        name: as in `LlavaModel.named_parameters()`.
-        stage_kind: in `evolve` the dense FFN of a MoE layer is the first expert; before, it is part of the
-            language model.
-        moe_layers: decoder layers (global, from 0) that are or will be mixtures.
-        first_layer: global index of this pipeline chunk's first layer.
-    """
-    if name.startswith("vision_model."):
-        return "vision"
-    if name.startswith("vision_projection."):
-        return "projector"
-    if ".mlp.router." in name:
-        return "router"
-    if ".mlp.experts." in name:
-        return "experts"
-    if stage_kind == StageKind.EVOLVE and ".mlp." in name:
-        layer = int(name.split("decoder.layers.")[1].split(".")[0]) + first_layer
-        if layer in moe_layers:
-            return "first_expert"
-    return "language"
-
-
 def trained_parts(config: RunConfig, stage_kind: StageKind) -> tuple[str, ...]:
     """The parts whose parameters a stage of this kind trains: `train.trainable`, or the kind's own.
 

@@ -26,7 +26,7 @@ from megatron_evomoe.data.conversation import (
 from megatron_evomoe.data.errors import SampleError
 from megatron_evomoe.data.feature_cache import FeatureCache
 from megatron_evomoe.data.image import ImageProcessor, decode_image
-from megatron_evomoe.data.record import check_kind
+from megatron_evomoe.data.sample_record import check_kind
 from megatron_evomoe.data.shards import RawSample, ShardDataset
 from megatron_evomoe.data.tokenizer import Tokenizer
 

@@ -28,7 +28,7 @@ import numpy as np
 from megatron_evomoe.config import ConfigError
 from megatron_evomoe.data.errors import SampleError
 from megatron_evomoe.data.fingerprint import shard_digest
-from megatron_evomoe.data.record import (
+from megatron_evomoe.data.sample_record import (
     MAX_RECORD_BYTES,
     caption_record,
     has_turns,
@@ -157,7 +157,7 @@ class ShardDataset:
         """Sample i, read with one pread for each of its members.
 
         Raises:
-            SampleError: what `record.usable_record` raises, bad-json, bad-text, record-too-large,
+            SampleError: what `sample_record.usable_record` raises, bad-json, bad-text, record-too-large,
                 image-too-large, a slug of `shard_members.DEFECTS`, read-error (the file is shorter than it
                 was, or cannot be read), stale-index (the index names another member).
         """

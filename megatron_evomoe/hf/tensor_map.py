@@ -15,19 +15,19 @@ Shape legend: C width, F FFN width, V vocabulary, H heads, G key/value groups, D
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from megatron_evomoe.checkpoint.record import CheckpointError
-from megatron_evomoe.config import ConfigError, RunConfig
+from megatron_evomoe.config import ParallelConfig, RunConfig
 from megatron_evomoe.config.kinds import StageKind
 from megatron_evomoe.config.recipe import MODULES
-
-"""Top-level parts of a checkpoint."""
+from megatron_evomoe.model import inventory
+from megatron_evomoe.moe.router import router_tensors
 
 Shape = tuple[int, ...]
 _NO_WEIGHT = re.compile(r"^(optimizer|rng)\.|\._extra_state(/|$)")
@@ -163,12 +163,11 @@ class NameMap:
         self.kind, self.parts = kind, tuple(parts)
         evolved = kind == StageKind.EVOLVE and all_experts
         self._aside = _EVOLVING_STATE if evolved else EVOLVING if kind == StageKind.EVOLVE else None
+        config = replace(config, parallel=ParallelConfig())  # the vocabulary is padded as for one rank
         makers: dict[str, Callable[[], Iterator[Entry]]] = {
-            "vision_model": lambda: _vision(config),
-            "vision_projection": lambda: _projector(config),
-            "language_model": lambda: _language(
-                config, mixtures=kind == StageKind.ROUTE or evolved, routed=kind == StageKind.ROUTE
-            ),
+            "vision_model": lambda: _vision_model(config),
+            "vision_projection": lambda: _vision_projection(config),
+            "language_model": lambda: _all_experts(config) if evolved else _language_model(config, kind),
         }
         self.num_experts = config.moe.num_experts
         self.entries = [entry for part in MODULES if part in self.parts for entry in makers[part]()]
@@ -225,186 +224,134 @@ def _compare(found: Mapping[str, Shape], wanted: Mapping[str, Shape], where: str
         raise CheckpointError(f"{where} does not hold the model that its configuration describes: {shown}")
 
 
-def _vision(config: RunConfig) -> Iterator[Entry]:
+def _vocabulary(config: RunConfig, tensor: inventory.Tensor, name: str) -> Entry:
+    """HF's tensor has no padding rows."""
+    rows, padded = config.language.vocab_size, tensor.shape[0]
+    return Entry(tensor.key, tensor.shape, {name: (rows, *tensor.shape[1:])}, Vocabulary(rows, padded))
+
+
+def _qkv(tensor: inventory.Tensor, module: str, heads: int, groups: int, head: int) -> Entry:
+    leaf, rest = tensor.name.rpartition(".")[2], tensor.shape[1:]
+    rows = {"q": heads * head, "k": groups * head, "v": groups * head}
+    names = {f"{module}.{x}_proj.{leaf}": (n, *rest) for x, n in rows.items()}
+    return Entry(tensor.key, tensor.shape, names, Qkv(groups, heads // groups * head, head))
+
+
+def _gate_and_up(tensor: inventory.Tensor, module: str) -> Entry:
+    leaf, half = tensor.name.rpartition(".")[2], (tensor.shape[0] // 2, *tensor.shape[1:])
+    names = {f"{module}.{x}_proj.{leaf}": half for x in ("gate", "up")}
+    return Entry(tensor.key, tensor.shape, names, Rows(), tensor.expert)
+
+
+def _same(tensor: inventory.Tensor, name: str, shape: Shape | None = None) -> Entry:
+    """One HF tensor; its shape is the core's unless it is given."""
+    shape = shape or tensor.shape
+    return Entry(tensor.key, tensor.shape, {name: shape}, Same(tensor.shape, shape), tensor.expert)
+
+
+def _attention_order(tensors: Iterable[inventory.Tensor]) -> Iterator[inventory.Tensor]:
+    """Queries, keys and values before the output projection, as files of this package have always been."""
+    waiting: list[inventory.Tensor] = []
+    for tensor in tensors:
+        if ".linear_proj." in tensor.name:
+            waiting.append(tensor)
+            continue
+        if waiting and ".linear_qkv." not in tensor.name:
+            yield from waiting
+            waiting = []
+        yield tensor
+
+
+_TOWER = {
+    "class_token": "embeddings.class_embedding",
+    "ln_pre": "pre_layrnorm",
+    "conv1": "embeddings.patch_embedding",
+    "position_embeddings": "embeddings.position_embedding",
+    "input_layernorm": "layer_norm1",
+    "self_attention.linear_qkv": "self_attn",
+    "self_attention.linear_proj": "self_attn.out_proj",
+    "pre_mlp_layernorm": "layer_norm2",
+    "mlp.linear_fc1": "mlp.fc1",
+    "mlp.linear_fc2": "mlp.fc2",
+}
+"""The tower's modules, below the model or below one layer: ours -> transformers'."""
+
+_DECODER = {
+    "input_layernorm": "input_layernorm",
+    "self_attention.linear_qkv": "self_attn",
+    "self_attention.linear_proj": "self_attn.o_proj",
+    "self_attention.q_layernorm": "self_attn.q_norm",
+    "self_attention.k_layernorm": "self_attn.k_norm",
+    "pre_mlp_layernorm": "post_attention_layernorm",
+}
+"""As `_TOWER`, for a decoder layer outside its FFN. Phi calls the output projection otherwise."""
+
+_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
+
+
+def _vision_model(config: RunConfig) -> Iterator[Entry]:
     vision = config.vision
-    ours, theirs = "vision_model", "vision_tower.vision_model"
-    C, F, P = vision.hidden_size, vision.ffn_hidden_size, vision.patch_size
-    clip = vision.model_type == "clip"
-    positions = (vision.image_size // P) ** 2 + int(clip)
-    heads = vision.num_attention_heads
-    if clip:
-        yield _same(f"{ours}.class_token", (1, 1, C), f"{theirs}.embeddings.class_embedding", (C,))
-        yield from _norm(f"{ours}.ln_pre.", f"{theirs}.pre_layrnorm", C, bias=True)
-    yield _same(f"{ours}.conv1.weight", (C, 3, P, P), f"{theirs}.embeddings.patch_embedding.weight")
-    if not clip:
-        yield _same(f"{ours}.conv1.bias", (C,), f"{theirs}.embeddings.patch_embedding.bias")
-    yield _same(
-        f"{ours}.position_embeddings.weight", (positions, C), f"{theirs}.embeddings.position_embedding.weight"
-    )
-    for i in range(vision.num_layers_used):
-        our, their = f"{ours}.decoder.layers.{i}", f"{theirs}.encoder.layers.{i}"
-        yield from _norm(f"{our}.self_attention.linear_qkv.layer_norm_", f"{their}.layer_norm1", C, bias=True)
-        yield from _qkv(
-            f"{our}.self_attention.linear_qkv",
-            f"{their}.self_attn",
-            C,
-            heads,
-            C // heads,
-            C // heads,
-            bias=True,
-        )
-        yield from _linear(
-            f"{our}.self_attention.linear_proj", f"{their}.self_attn.out_proj", (C, C), bias=True
-        )
-        yield from _norm(f"{our}.mlp.linear_fc1.layer_norm_", f"{their}.layer_norm2", C, bias=True)
-        yield from _linear(f"{our}.mlp.linear_fc1", f"{their}.mlp.fc1", (F, C), bias=True)
-        yield from _linear(f"{our}.mlp.linear_fc2", f"{their}.mlp.fc2", (C, F), bias=True)
+    heads, head = vision.num_attention_heads, vision.hidden_size // vision.num_attention_heads
+    for tensor in _attention_order(inventory.vision_model(config)):
+        name = tensor.name.removeprefix("vision_model.")
+        layer = _LAYER.match(name)
+        module, leaf = _module_and_leaf(name[layer.end() :] if layer else name)
+        their = f"vision_tower.vision_model.{f'encoder.layers.{layer[1]}.' if layer else ''}{_TOWER[module]}"
+        if module == "self_attention.linear_qkv":
+            yield _qkv(tensor, their, heads, heads, head)
+        elif module == "class_token":
+            yield _same(tensor, their, tensor.shape[-1:])
+        else:
+            yield _same(tensor, f"{their}.{leaf}")
 
 
-def _projector(config: RunConfig) -> Iterator[Entry]:
-    C, Cv = config.language.hidden_size, config.vision.hidden_size
-    for i, columns in ((1, Cv), (2, C)):
-        yield from _linear(
-            f"vision_projection.encoder.linear_fc{i}",
-            f"multi_modal_projector.linear_{i}",
-            (C, columns),
-            bias=True,
+def _vision_projection(config: RunConfig) -> Iterator[Entry]:
+    for tensor in inventory.vision_projection(config):
+        yield _same(
+            tensor,
+            tensor.name.replace("vision_projection.encoder.linear_fc", "multi_modal_projector.linear_"),
         )
 
 
-def _language(config: RunConfig, *, mixtures: bool, routed: bool) -> Iterator[Entry]:
-    lm = config.language
-    if lm.vocab_size is None:
-        raise ConfigError("language.vocab_size is not set; set it to the true size of the vocabulary")
-    ours, theirs, C = "language_model", "language_model.model", lm.hidden_size
-    norm_bias = lm.normalization == "LayerNorm"
-    yield _vocabulary(f"{ours}.embedding.word_embeddings.weight", f"{theirs}.embed_tokens.weight", config, C)
-    for i in range(lm.num_layers):
-        yield from _decoder_layer(config, i, mixtures, routed)
-    yield from _norm(
-        f"{ours}.decoder.final_layernorm.",
-        f"{theirs}.{'final_layernorm' if lm.parallel_residual else 'norm'}",
-        C,
-        bias=norm_bias,
-    )
-    if not lm.tie_word_embeddings:
-        yield _vocabulary(f"{ours}.output_layer.weight", "language_model.lm_head.weight", config, C)
-    if lm.lm_head_bias:
-        yield _vocabulary(f"{ours}.output_layer.bias", "language_model.lm_head.bias", config)
+def _language_model(config: RunConfig, kind: str) -> Iterator[Entry]:
+    norm = "final_layernorm" if config.language.parallel_residual else "norm"
+    for tensor in _attention_order(inventory.language_model(config, kind)):
+        name = tensor.name.removeprefix("language_model.")
+        module, leaf = _module_and_leaf(name)
+        if tensor.layer is not None:
+            yield _decoder_layer(config, tensor, _LAYER.sub("", name))
+        elif module == "embedding.word_embeddings":
+            yield _vocabulary(config, tensor, f"language_model.model.embed_tokens.{leaf}")
+        elif module == "output_layer":
+            yield _vocabulary(config, tensor, f"language_model.lm_head.{leaf}")
+        else:
+            yield _same(tensor, f"language_model.model.{norm}.{leaf}")
 
 
-def _decoder_layer(config: RunConfig, i: int, mixtures: bool, routed: bool) -> Iterator[Entry]:
-    lm, designated = config.language, config.moe.is_moe_layer(i)
-    our, their, C = f"language_model.decoder.layers.{i}", f"language_model.model.layers.{i}", lm.hidden_size
-    norm_bias, fused = lm.normalization == "LayerNorm", not lm.parallel_residual
-    groups = lm.query_groups
-    head = lm.head_size
-    norm = "self_attention.linear_qkv.layer_norm_" if fused else "input_layernorm."
-    yield from _norm(f"{our}.{norm}", f"{their}.input_layernorm", C, bias=norm_bias)
-    yield from _qkv(
-        f"{our}.self_attention.linear_qkv",
-        f"{their}.self_attn",
-        C,
-        groups,
-        head * lm.num_attention_heads // groups,
-        head,
-        bias=lm.add_qkv_bias or lm.add_bias_linear,
-    )
-    yield from _linear(
-        f"{our}.self_attention.linear_proj",
-        f"{their}.self_attn.{'o_proj' if fused else 'dense'}",
-        (C, head * lm.num_attention_heads),
-        bias=lm.add_bias_linear,
-    )
-    if lm.qk_layernorm:
-        for x in "qk":
-            yield from _norm(
-                f"{our}.self_attention.{x}_layernorm.", f"{their}.self_attn.{x}_norm", head, bias=norm_bias
-            )
-    if fused:
-        norm = "pre_mlp_layernorm." if designated else "mlp.linear_fc1.layer_norm_"
-        yield from _norm(f"{our}.{norm}", f"{their}.post_attention_layernorm", C, bias=norm_bias)
-    if mixtures and designated:
-        if routed:
-            yield from _router(config, f"{our}.mlp.router", f"{their}.mlp.router")
-        for expert in range(config.moe.num_experts):
-            yield from _ffn(config, f"{our}.mlp.experts.experts", f"{their}.mlp.experts.{expert}", expert)
-    else:
-        yield from _ffn(config, f"{our}.mlp", f"{their}.mlp")
+def _all_experts(config: RunConfig) -> Iterator[Entry]:
+    """An evolving model's language model with all of its experts: a mixture that has no router yet."""
+    return (e for e in _language_model(config, StageKind.ROUTE) if ".mlp.router." not in e.core)
 
 
-def _ffn(config: RunConfig, our: str, their: str, expert: int | None = None) -> Iterator[Entry]:
-    lm = config.language
-    C, F, biased = lm.hidden_size, lm.ffn_hidden_size, lm.add_bias_linear
-    if not lm.gated_linear_unit:
-        yield from _linear(f"{our}.linear_fc1", f"{their}.fc1", (F, C), bias=biased, expert=expert)
-        yield from _linear(f"{our}.linear_fc2", f"{their}.fc2", (C, F), bias=biased, expert=expert)
-        return
-    for kind, shape in (("weight", (F, C)), *((("bias", (F,)),) if biased else ())):
-        names = {f"{their}.{x}_proj.{kind}": shape for x in ("gate", "up")}
-        yield Entry(f"{our}.linear_fc1.{kind}", (2 * F, *shape[1:]), names, Rows(), expert)
-    yield from _linear(f"{our}.linear_fc2", f"{their}.down_proj", (C, F), bias=biased, expert=expert)
+def _decoder_layer(config: RunConfig, tensor: inventory.Tensor, name: str) -> Entry:
+    """`name` is the tensor's below its layer."""
+    lm, their = config.language, f"language_model.model.layers.{tensor.layer}"
+    module, leaf = _module_and_leaf(name)
+    if tensor.part == "router":
+        exported = {t.name: t.exported for t in router_tensors(config.moe, lm)}
+        return _same(tensor, f"{their}.mlp.router.{exported[name.removeprefix('mlp.router.')]}")
+    if module == "self_attention.linear_qkv":
+        return _qkv(tensor, f"{their}.self_attn", lm.num_attention_heads, lm.query_groups, lm.head_size)
+    if module in _DECODER:
+        dense = lm.parallel_residual and module == "self_attention.linear_proj"
+        return _same(tensor, f"{their}.{'self_attn.dense' if dense else _DECODER[module]}.{leaf}")
+    ffn = f"{their}.mlp" if tensor.expert is None else f"{their}.mlp.experts.{tensor.expert}"
+    if module.endswith("linear_fc1"):
+        return _gate_and_up(tensor, ffn) if lm.gated_linear_unit else _same(tensor, f"{ffn}.fc1.{leaf}")
+    return _same(tensor, f"{ffn}.{'down_proj' if lm.gated_linear_unit else 'fc2'}.{leaf}")
 
 
-def _router(config: RunConfig, our: str, their: str) -> Iterator[Entry]:
-    moe, C = config.moe, config.language.hidden_size
-    N, h, r = moe.num_experts, moe.dtr_hidden_size, moe.dtr_rank
-    if moe.router == "linear":
-        # the core's router, which has a bias where all linear layers have one
-        yield from _linear(our, their, (N, C), bias=config.language.add_bias_linear)
-    elif moe.router == "modality-linear":
-        for modality in ("text", "vision"):
-            yield _same(f"{our}.weight_{modality}", (N, C), f"{their}.{modality}.weight")
-    else:
-        yield _same(f"{our}.phi", (N, C), f"{their}.phi.weight")
-        hyper = {
-            "weight1": (h, C),
-            "bias1": (h,),
-            "weight2_down": (h + 1, 2 * r, C),
-            "weight2_up": (h + 1, r, C),
-        }
-        for modality in ("text", "vision"):
-            for name, shape in hyper.items():
-                yield _same(f"{our}.{modality}.{name}", shape, f"{their}.{modality}.{name}")
-
-
-def _same(
-    ours: str, shape: Shape, theirs: str, their_shape: Shape | None = None, expert: int | None = None
-) -> Entry:
-    their_shape = their_shape or shape
-    return Entry(ours, shape, {theirs: their_shape}, Same(shape, their_shape), expert)
-
-
-def _norm(our_prefix: str, theirs: str, width: int, *, bias: bool) -> Iterator[Entry]:
-    for kind in ("weight", "bias") if bias else ("weight",):
-        yield _same(f"{our_prefix}{kind}", (width,), f"{theirs}.{kind}")
-
-
-def _linear(
-    ours: str, theirs: str, shape: Shape, *, bias: bool, expert: int | None = None
-) -> Iterator[Entry]:
-    yield _same(f"{ours}.weight", shape, f"{theirs}.weight", expert=expert)
-    if bias:
-        yield _same(f"{ours}.bias", shape[:1], f"{theirs}.bias", expert=expert)
-
-
-def _qkv(
-    ours: str, theirs: str, columns: int, groups: int, queries: int, head: int, *, bias: bool
-) -> Iterator[Entry]:
-    """`queries`: rows of one group's queries."""
-    arrangement = Qkv(groups, queries, head)
-    for kind, rest in (("weight", (columns,)), *((("bias", ()),) if bias else ())):
-        rows = {"q": groups * queries, "k": groups * head, "v": groups * head}
-        yield Entry(
-            f"{ours}.{kind}",
-            (sum(rows.values()), *rest),
-            {f"{theirs}.{x}_proj.{kind}": (n, *rest) for x, n in rows.items()},
-            arrangement,
-        )
-
-
-def _vocabulary(ours: str, theirs: str, config: RunConfig, *rest: int) -> Entry:
-    rows, multiple = config.language.vocab_size, config.language.make_vocab_size_divisible_by
-    assert rows is not None
-    padded = -(-rows // multiple) * multiple
-    return Entry(ours, (padded, *rest), {theirs: (rows, *rest)}, Vocabulary(rows, padded))
+def _module_and_leaf(name: str) -> tuple[str, str]:
+    """A parameter's module and its own name in it; a parameter of the model itself counts as a module."""
+    module, _, leaf = name.rpartition(".")
+    return module or leaf, leaf

@@ -6,7 +6,8 @@ import torch
 
 from megatron_evomoe.config import RunConfig
 from megatron_evomoe.config.kinds import StageKind
-from megatron_evomoe.config.recipe import PARTS, is_trained, part_of, trained_parts
+from megatron_evomoe.config.recipe import is_trained, trained_parts
+from megatron_evomoe.model.inventory import part_of
 from megatron_evomoe.model.llava import LlavaModel
 from megatron_evomoe.parallel import backend, topology
 
@@ -33,24 +34,13 @@ def build_modules(config: RunConfig, kind: StageKind) -> list[LlavaModel]:
     return [module.to(backend.device(), dtype=dtype) for module in modules]
 
 
-def freeze(
-    model: torch.nn.Module, config: RunConfig, stage_kind: StageKind, first_layer: int
-) -> dict[str, int]:
+def freeze(model: torch.nn.Module, config: RunConfig, stage_kind: StageKind, first_layer: int) -> None:
     """Let only the parameters that the stage trains require gradients.
 
     Args:
         model: one chunk of the model.
         first_layer: global index (from 0) of the chunk's first decoder layer.
-
-    Returns:
-        The chunk's number of parameters in each part (`recipe.PARTS`).
     """
     parts = trained_parts(config, stage_kind)
-    pattern = config.moe.layer_pattern(config.language.num_layers)
-    moe_layers = {i for i, is_moe in enumerate(pattern) if is_moe}
-    counts = dict.fromkeys(PARTS, 0)
     for name, parameter in model.named_parameters():
-        part = part_of(name, stage_kind, moe_layers, first_layer)
-        counts[part] += parameter.numel()
-        parameter.requires_grad_(is_trained(part, parts))
-    return counts
+        parameter.requires_grad_(is_trained(part_of(name, config, stage_kind, first_layer), parts))

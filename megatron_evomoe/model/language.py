@@ -27,8 +27,9 @@ from megatron.core.transformer.transformer_layer import (
 )
 from megatron.core.utils import make_viewless_tensor
 
-from megatron_evomoe.config import ConfigError, RunConfig
+from megatron_evomoe.config import RunConfig
 from megatron_evomoe.config.kinds import StageKind
+from megatron_evomoe.model.inventory import padded_vocab_size
 from megatron_evomoe.model.mlp import allow_expert_biases, dense_mlp_spec
 from megatron_evomoe.model.norm import TorchNorm
 from megatron_evomoe.model.transformer_config import language_transformer_config, resolve_transformer_impl
@@ -98,20 +99,6 @@ class ParallelResidualLayer(DecoderLayer):
 def _with_bias(output_and_bias: tuple[torch.Tensor, torch.Tensor | None]) -> torch.Tensor:
     output, bias = output_and_bias
     return output if bias is None else output + bias
-
-
-def padded_vocab_size(config: RunConfig) -> int:
-    """Rows of the embedding: ``vocab_size`` rounded up so that every TP rank holds the same, well-aligned
-    number.
-
-    Raises:
-        ConfigError: no vocabulary size is set.
-    """
-    size = config.language.vocab_size
-    if size is None:
-        raise ConfigError("language.vocab_size is not set; set it, or data.tokenizer to take it from there")
-    multiple = config.language.make_vocab_size_divisible_by * config.parallel.tensor_model_parallel_size
-    return -(-size // multiple) * multiple
 
 
 def build_language_model(

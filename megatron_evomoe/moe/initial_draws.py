@@ -1,7 +1,6 @@
-"""Fresh numbers of a mixture as functions of the seed and their place alone: experts' noise and, for imports,
-routers.
+"""Random numbers a mixture starts from, as functions of the seed and of their place alone.
 
-Plain tensor maths; no megatron-core.
+Experts' noise for training and imports, whole routers for imports. Plain tensor maths without megatron-core.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_evomoe.config import RunConfig
-from megatron_evomoe.moe.dtr import maths
+from megatron_evomoe.moe.router import draw_router, router_tensors
 
 
 def expert_noise(seed: int, layer_number: int, expert: int, which: int, shape: Sequence[int]) -> Tensor:
@@ -51,36 +50,15 @@ def std_of(moments: Tensor) -> float:
 
 
 def router_weights(config: RunConfig, layer_number: int) -> dict[str, Tensor]:
-    """An untrained router of one layer, fp32, by its parameters' names (moe/router.py), drawn from
-    ``train.seed`` and the layer.
+    """An untrained router of one layer, fp32, by parameter name, drawn from ``train.seed`` and the layer.
+
+    Args:
+        layer_number: global, from 1.
     """
-    moe, C = config.moe, config.language.hidden_size
-    N, h, r = moe.num_experts, moe.dtr_hidden_size, moe.dtr_rank
+    tensors = router_tensors(config.moe, config.language)
+    values = {tensor.name: torch.empty(tensor.shape) for tensor in tensors}
     place = hashlib.sha256(f"{config.train.seed} router {layer_number}".encode()).digest()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int.from_bytes(place[:8], "little") >> 1)
-        if moe.router != "dtr":
-            names = ["weight"] if moe.router == "linear" else ["weight_text", "weight_vision"]
-            bias = (
-                {"bias": torch.zeros(N)} if moe.router == "linear" and config.language.add_bias_linear else {}
-            )
-            return {
-                name: torch.empty(N, C).normal_(std=config.language.init_method_std) for name in names
-            } | bias
-        text, vision = (
-            maths.HyperWeights(
-                torch.empty(h, C), torch.empty(h), torch.empty(h + 1, 2 * r, C), torch.empty(h + 1, r, C)
-            )
-            for _ in range(2)
-        )
-        weights = maths.DtrWeights(text, vision, torch.empty(N, C))
-        maths.init_dtr(weights, moe.dtr_init_std)
-    names = ("weight1", "bias1", "weight2_down", "weight2_up")
-    return {
-        "phi": weights.phi_NC,
-        **{
-            f"{side}.{name}": value
-            for side, hyper in (("text", text), ("vision", vision))
-            for name, value in zip(names, hyper, strict=True)
-        },
-    }
+        draw_router(tensors, values)
+    return values

@@ -1,308 +1,142 @@
-"""Routers that know each token's modality, behind megatron-core's router seam.
+"""The registry of routers: each router's class, tensors, initial draws and names in an export.
 
-Shapes: s sequence · b batch · T = s·b tokens · C width · N experts · K experts per token.
+A new router is an entry here, a module in `moe/routers/`, a class in the exported code
+(`hf/remote_code/routing_evomoe.py`) and a value of `moe.router` (`config/model.py`). Everything else that
+needs a router's tensors (the inventory, and through it the plan, exports and imports) reads them from here.
 
-The way from a token to its logits, what capacity drops, the z-loss and the scale of an expert's output are
-ours. Top-k and the load-balancing loss are `TopKRouter.routing`, the core's own. Words as in the core:
-*logits* leave the gate; *probs* scale the experts' outputs; *routing_map* says which expert gets which token.
+Nothing here imports torch or megatron-core, because the converters run without the latter.
+
+Shape legend: C width · N experts · h, r inner width and rank of the dynamic router's hypernetworks.
 """
 
 from __future__ import annotations
 
-import copy
 import functools
-from collections.abc import Callable
-from typing import Any
-
-import torch
-from megatron.core.transformer.moe.moe_utils import (
-    MoEAuxLossAutoScaler,
-    apply_random_logits,
-    router_gating_linear,
-    save_to_aux_losses_tracker,
-)
-from megatron.core.transformer.moe.router import TopKRouter
-from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor, nn
+import pkgutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from megatron_evomoe.config import MoEConfig
-from megatron_evomoe.config.token_types import TokenType
-from megatron_evomoe.moe.capacity import within_capacity
-from megatron_evomoe.moe.dtr import kernel as dtr_kernel
-from megatron_evomoe.moe.dtr import maths
-from megatron_evomoe.moe.planes import from_planes
-from megatron_evomoe.parallel import backend
 
-Observer = Callable[[int, Tensor, Tensor, Tensor, Tensor], None]
-"""(layer_number, token_types [T], logits [T, N], probs [T, N], routing_map [T, N]), all detached."""
+if TYPE_CHECKING:
+    from torch import Tensor
 
-Intervention = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(probs [T, N], routing_map [T, N], token_types [T]) -> (probs, routing_map)."""
+Draw = Callable[["Tensor"], object]
+"""Fills a tensor in place from torch's generator, and so says how a fresh one starts."""
 
 
-def straight_through(probs_TN: Tensor) -> Tensor:
-    """p / stop_gradient(Σ_selected p): top-1 gives exactly 1, top-K the renormalised weights; the gradient is
-    that of p.
+class Decoder(Protocol):
+    """What a router needs to know of the decoder: a `LanguageConfig`, or the core's `TransformerConfig`."""
 
-    Unlike weights that are renormalised before the gradient is taken, these let every expert's logit learn,
-    also for K = 1. A token that capacity dropped keeps weight 0, and one that lost some of its experts shares
-    1 among the rest.
+    hidden_size: int
+    add_bias_linear: bool
+    init_method_std: float
+
+
+class RouterTensor(NamedTuple):
+    """One tensor of a router. All of them are whole on every rank."""
+
+    name: str
+    """As in the router's `named_parameters()`."""
+    shape: tuple[int, ...]
+    exported: str
+    """Its name in a Hugging Face export, below ``mlp.router.``."""
+    draw: Draw
+    share: float = 1.0
+    """Share of the tokens that meet it, for counting FLOP: half, where it serves one modality."""
+
+
+class RouterKind(NamedTuple):
+    """One router."""
+
+    implementation: str
+    """``module:class`` below `moe/routers/`; a string, because the class needs megatron-core."""
+    tensors: Callable[[MoEConfig, Decoder], Iterator[RouterTensor]]
+    """Its tensors, in the order of `named_parameters()`."""
+
+    def load(self) -> type:
+        """The class, a `TypedRouter`. Imports megatron-core."""
+        module, name = self.implementation.split(":")
+        return pkgutil.resolve_name(f"megatron_evomoe.moe.routers.{module}:{name}")
+
+
+def router_tensors(moe: MoEConfig, decoder: Decoder) -> list[RouterTensor]:
+    """The tensors of the configured router, in the order of `named_parameters()`."""
+    return list(ROUTERS[moe.router].tensors(moe, decoder))
+
+
+def draw_router(tensors: Iterable[RouterTensor], values: Mapping[str, Tensor]) -> None:
+    """Fill a router's `values` (by name) in place from torch's generator; the caller disables autograd.
+
+    The tensors of submodules are drawn before the router's own, as a module draws its children when it builds
+    them.
     """
-    mass_T1 = probs_TN.detach().sum(dim=-1, keepdim=True)
-    return probs_TN / mass_T1.masked_fill(mass_T1 == 0, 1.0)
+    for tensor in sorted(tensors, key=lambda t: "." not in t.name):
+        tensor.draw(values[tensor.name])
 
 
-class TypedRouter(TopKRouter):
-    """A `TopKRouter` whose gate may read the token types. Subclasses define `gating`.
+def router_builder(moe: MoEConfig) -> Callable[..., Any]:
+    """What `MoESubmodules(router=…)` takes: a callable of (config, pg_collection, …), `moe` bound to it."""
+    return functools.partial(ROUTERS[moe.router].load(), moe=moe)
 
-    Raises:
-        ValueError: the two configurations disagree, or `straight_through` is asked of scores that are no
-            softmax over all experts.
+
+def _normal(std: float) -> Draw:
+    return lambda tensor: tensor.normal_(std=std)
+
+
+def _zeros(tensor: Tensor) -> object:
+    return tensor.zero_()
+
+
+def _terms(std: float, hidden: int) -> Draw:
+    """For a generated matrix's terms, stacked along the first axis: h columns of W2, then the bias b2."""
+
+    def draw(tensor: Tensor) -> None:
+        tensor.normal_(std=std)
+        tensor[:-1].mul_(hidden**-0.5)
+
+    return draw
+
+
+def _linear(moe: MoEConfig, decoder: Decoder) -> Iterator[RouterTensor]:
+    draw = _normal(decoder.init_method_std)
+    yield RouterTensor("weight", (moe.num_experts, decoder.hidden_size), "weight", draw)
+    if decoder.add_bias_linear:  # megatron-core's router has a bias where all linear layers have one
+        yield RouterTensor("bias", (moe.num_experts,), "bias", _zeros)
+
+
+def _modality_linear(moe: MoEConfig, decoder: Decoder) -> Iterator[RouterTensor]:
+    shape, draw = (moe.num_experts, decoder.hidden_size), _normal(decoder.init_method_std)
+    for modality in ("text", "vision"):
+        yield RouterTensor(f"weight_{modality}", shape, f"{modality}.weight", draw, share=0.5)
+
+
+def _dtr(moe: MoEConfig, decoder: Decoder) -> Iterator[RouterTensor]:
+    """The dynamic token-aware router (EvoMoE, Eq. 4-5; `moe/dtr/maths.py`).
+
+    With these draws only the logits depend on C, as a linear router's do. For z of unit mean square, e has
+    unit variance; Θ_down·z has unit variance and Θ_up·s that of s, in each case half from the token-dependent
+    part and half from b2. So E is about as large as z whatever C, h and r are, and φ gives logits of standard
+    deviation 0.6·dtr_init_std·√C. Only b1 starts at zero: a zero W2 would stop the gradient of W1, and a
+    zero Θ_up the gradient of everything before it.
     """
-
-    def __init__(
-        self,
-        config: TransformerConfig,
-        pg_collection: Any = None,
-        is_mtp_layer: bool = False,
-        *,
-        moe: MoEConfig,
-        **ignored: Any,
-    ) -> None:
-        _check(config, moe)
-        super().__init__(config=config, pg_collection=pg_collection)
-        self.is_mtp_layer = is_mtp_layer  # an argument of the base class in newer cores, absent in 0.16.1
-        self.moe = moe
-        self.gate_dtype = torch.float64 if config.moe_router_dtype == "fp64" else torch.float32
-        self.capacity_factor = config.moe_expert_capacity_factor
-        self.config = copy.copy(config)
-        self.config.moe_expert_capacity_factor = (
-            None  # the core would drop by what this rank holds (moe/capacity.py)
-        )
-        self.observer: Observer | None = None
-        self.intervene: Intervention | None = None
-
-    def gating(self, input: Tensor, token_types: Tensor) -> Tensor:
-        """Logits [s, b, N] in `self.gate_dtype`, from tokens [s, b, C] and their int64 types [s, b]."""
-        raise NotImplementedError
-
-    def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Route tokens [s, b, C].
-
-        `padding_mask` (megatron-core fixes this name) holds the planes [s, b, 2] of moe/planes.py; None makes
-        every token text. Returns probs [T, N] in `self.gate_dtype` and the bool routing_map [T, N]. Padding
-        tokens are routed like any other; the auxiliary losses leave them out and no token attends to them.
-        With a capacity factor, training drops padding tokens and those over capacity; evaluation drops
-        nothing. Communicates over TP x CP.
-        """
-        if padding_mask is None:
-            token_types, is_padding = input.new_zeros(input.shape[:2], dtype=torch.int64), None
-        else:
-            token_types = from_planes(padding_mask)
-            is_padding = token_types == TokenType.PADDING
-        logits = self.gating(self.apply_input_jitter(input), token_types)
-        if self.config.moe_router_force_load_balancing:
-            logits = apply_random_logits(logits)
-        self._maintain_float32_expert_bias()
-        probs, routing_map = self.routing(logits, padding_mask=is_padding)
-        if self.capacity_factor is not None and self.training:
-            probs, routing_map = self._drop(probs, routing_map, is_padding)
-        if self.moe.router_gate == "straight_through":
-            probs = straight_through(probs)
-        return self._diagnose(logits, probs, routing_map, token_types.flatten())
-
-    def _drop(self, probs: Tensor, routing_map: Tensor, is_padding: Tensor | None) -> tuple[Tensor, Tensor]:
-        """What capacity leaves of the choices. Communicates over the ranks that share the microbatch."""
-        kept = within_capacity(
-            probs,
-            routing_map,
-            None if is_padding is None else is_padding.flatten(),
-            topk=self.topk,
-            factor=self.capacity_factor,
-            by_position=self.config.moe_token_drop_policy == "position",
-            group=self.tp_cp_group if self.config.sequence_parallel else self.cp_group,
-        )
-        return probs * kept, kept
-
-    def apply_z_loss(self, logits: Tensor, padding_mask: Tensor | None = None) -> Tensor:
-        """Attach the z-loss (ST-MoE, arXiv 2202.08906): coefficient x mean over the microbatch's real tokens
-        of logsumexp².
-
-        The core averages the TP x CP ranks' means, which is another number wherever padding lies unevenly on
-        them, and logs one replica's. Communicates over TP x CP.
-        """
-        if self.config.moe_z_loss_coeff is None or not (self.training and torch.is_grad_enabled()):
-            return logits
-        squares_T = torch.logsumexp(logits, dim=-1).square()
-        if padding_mask is not None:
-            squares_T = squares_T.masked_fill(padding_mask, 0.0)
-        count = (
-            squares_T.new_tensor(squares_T.numel())
-            if padding_mask is None
-            else (~padding_mask).sum().to(squares_T)
-        )
-        if self.tp_cp_group.size() > 1:
-            torch.distributed.all_reduce(count, group=self.tp_cp_group)
-        z_loss = squares_T.sum() / count.clamp(min=1)
-        save_to_aux_losses_tracker(
-            "z_loss", z_loss, self.layer_number, self.config.num_layers, reduce_group=self.tp_cp_group
-        )
-        return MoEAuxLossAutoScaler.apply(logits, self.config.moe_z_loss_coeff * z_loss)
-
-    def _diagnose(
-        self, logits: Tensor, probs: Tensor, routing_map: Tensor, types_T: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Let the hooks change (evaluation only) and see the decision."""
-        if self.observer is None and self.intervene is None:
-            return probs, routing_map
-        if self.intervene is not None:
-            if self.training:  # recompute would ask twice and could be told two different things
-                raise ValueError(
-                    "router.intervene is for evaluation: call eval() on the model, or set it to None"
-                )
-            probs, routing_map = self.intervene(probs, routing_map, types_T)
-        # Recompute's second forward runs inside the backward of the first, where autograd has a task.
-        if self.observer is not None and torch._C._current_graph_task_id() == -1:
-            with torch.no_grad():
-                logits_TN = logits.detach().flatten(0, 1)
-                self.observer(self.layer_number, types_T, logits_TN, probs.detach(), routing_map)
-        return probs, routing_map
-
-    def _replace_weight(self) -> None:
-        """Drop the base class's [N, C] map: a parameter without a gradient stalls the gradient buckets."""
-        self.weight = None
-        self.bias = None
-
-    def _finish_parameters(self) -> None:
-        """Cast and mark all parameters as the base class does its own: replicated over TP, fed
-        sequence-parallel shards.
-        """
-        for parameter in self.parameters():
-            parameter.data = parameter.data.to(self.config.params_dtype)
-            parameter.sequence_parallel = self.config.sequence_parallel
+    N, C, h, r = moe.num_experts, decoder.hidden_size, moe.dtr_hidden_size, moe.dtr_rank
+    yield RouterTensor("phi", (N, C), "phi.weight", _normal(moe.dtr_init_std))
+    shapes_and_draws: dict[str, tuple[tuple[int, ...], Draw]] = {
+        "weight1": ((h, C), _normal(C**-0.5)),
+        "bias1": ((h,), _zeros),
+        "weight2_down": ((h + 1, 2 * r, C), _terms((2 * C) ** -0.5, h)),
+        "weight2_up": ((h + 1, r, C), _terms((2 * r) ** -0.5, h)),
+    }
+    for modality in ("text", "vision"):
+        for name, (shape, draw) in shapes_and_draws.items():
+            name = f"{modality}.{name}"
+            yield RouterTensor(name, shape, name, draw, share=0.5)
 
 
-class LinearRouter(TypedRouter):
-    """One linear map for all tokens (MoE-LLaVA): the core's router, always in fp32 or fp64."""
-
-    def gating(self, input: Tensor, token_types: Tensor) -> Tensor:
-        return router_gating_linear(input, self.weight, self.bias, self.gate_dtype)
-
-
-class ModalityLinearRouter(TypedRouter):
-    """One linear map per modality, without bias."""
-
-    def __init__(
-        self, config: TransformerConfig, pg_collection: Any = None, is_mtp_layer: bool = False, **kwargs: Any
-    ) -> None:
-        super().__init__(config, pg_collection, is_mtp_layer, **kwargs)
-        self._replace_weight()
-        for name in ("weight_text", "weight_vision"):
-            weight = nn.Parameter(torch.empty(config.num_moe_experts, config.hidden_size))
-            if config.perform_initialization:
-                config.init_method(weight)
-            self.register_parameter(name, weight)
-        self._finish_parameters()
-
-    def gating(self, input: Tensor, token_types: Tensor) -> Tensor:
-        # Both maps on every token: 2N columns cost what N do, since reading the tokens is what takes the
-        # time.
-        both = router_gating_linear(
-            input, torch.cat([self.weight_text, self.weight_vision]), None, self.gate_dtype
-        )
-        of_text, of_vision = both.chunk(2, dim=-1)
-        is_vision = token_types == TokenType.VISION
-        return torch.where(is_vision[..., None], of_vision, of_text).contiguous()
-
-
-class HyperNetwork(nn.Module):
-    """The parameters of one modality's hypernetwork (Eq. 5); `maths.HyperWeights` names their shapes."""
-
-    def __init__(self, width: int, hidden: int, rank: int) -> None:
-        super().__init__()
-        self.weight1 = nn.Parameter(torch.empty(hidden, width))
-        self.bias1 = nn.Parameter(torch.empty(hidden))
-        self.weight2_down = nn.Parameter(torch.empty(hidden + 1, 2 * rank, width))
-        self.weight2_up = nn.Parameter(torch.empty(hidden + 1, rank, width))
-
-    def forward(self) -> maths.HyperWeights:
-        """The parameters. Call the module for them: only a call makes `overlap_param_gather` wait for their
-        last update.
-        """
-        return maths.HyperWeights(self.weight1, self.bias1, self.weight2_down, self.weight2_up)
-
-
-class DynamicTokenRouter(TypedRouter):
-    """The paper's DTR: `text` and `vision` hypernetworks write each token's own router, `phi` maps its output
-    to logits.
-    """
-
-    def __init__(
-        self, config: TransformerConfig, pg_collection: Any = None, is_mtp_layer: bool = False, **kwargs: Any
-    ) -> None:
-        super().__init__(config, pg_collection, is_mtp_layer, **kwargs)
-        self._replace_weight()
-        self.fused = dtr_kernel.fused(self.moe.dtr_kernel, self.gate_dtype)
-        self.gathers = (
-            not backend.on_gpu()
-        )  # on a GPU it would wait for the number of image tokens, in every layer
-        shape = (config.hidden_size, self.moe.dtr_hidden_size, self.moe.dtr_rank)
-        self.text, self.vision = HyperNetwork(*shape), HyperNetwork(*shape)
-        self.phi = nn.Parameter(torch.empty(config.num_moe_experts, config.hidden_size))
-        if config.perform_initialization:
-            maths.init_dtr(self.weights(), self.moe.dtr_init_std)
-        self._finish_parameters()
-
-    def weights(self) -> maths.DtrWeights:
-        return maths.DtrWeights(self.text(), self.vision(), self.phi)
-
-    def gating(self, input: Tensor, token_types: Tensor) -> Tensor:
-        z_TC, is_vision_T = input.flatten(0, 1), (token_types == TokenType.VISION).flatten()
-        activation = self.moe.dtr_activation
-        if self.fused is not None:
-            logits_TN = self.fused(z_TC, is_vision_T, self.weights(), activation=activation)
-        else:
-            logits_TN = maths.dtr_logits(
-                z_TC,
-                is_vision_T,
-                self.weights(),
-                activation=activation,
-                dtype=self.gate_dtype,
-                gather=self.gathers,
-            )
-        return logits_TN.view(*input.shape[:2], -1)
-
-
-ROUTERS = {"linear": LinearRouter, "modality-linear": ModalityLinearRouter, "dtr": DynamicTokenRouter}
-
-
-def router_builder(moe: MoEConfig) -> Callable[..., TypedRouter]:
-    """What `MoESubmodules(router=…)` wants: a callable of (config, pg_collection, …), with our configuration
-    bound.
-    """
-    return functools.partial(ROUTERS[moe.router], moe=moe)
-
-
-def _check(config: TransformerConfig, moe: MoEConfig) -> None:
-    if (config.num_moe_experts, config.moe_router_topk) != (moe.num_experts, moe.moe_router_topk):
-        raise ValueError(
-            f"TransformerConfig has {config.num_moe_experts} experts, top-{config.moe_router_topk}; "
-            f"MoEConfig has {moe.num_experts}, top-{moe.moe_router_topk}: build the first from the second"
-        )
-    if config.moe_pad_expert_input_to_capacity:
-        raise ValueError(
-            "moe_pad_expert_input_to_capacity fills experts up on each rank, and capacity here is that of "
-            "the "
-            "microbatch; leave it off"
-        )
-    softmax_over_all = config.moe_router_pre_softmax and config.moe_router_score_function == "softmax"
-    if moe.router_gate == "straight_through" and not (
-        softmax_over_all and config.moe_router_topk_scaling_factor is None
-    ):
-        raise ValueError(
-            "router_gate 'straight_through' needs moe_router_pre_softmax=True, "
-            "moe_router_score_function='softmax' and no "
-            f"moe_router_topk_scaling_factor, got {config.moe_router_pre_softmax}, "
-            f"{config.moe_router_score_function!r} and "
-            f"{config.moe_router_topk_scaling_factor}; or use router_gate 'prob'"
-        )
+ROUTERS = {
+    "linear": RouterKind("linear:LinearRouter", _linear),
+    "modality-linear": RouterKind("linear:ModalityLinearRouter", _modality_linear),
+    "dtr": RouterKind("dynamic:DynamicTokenRouter", _dtr),
+}
+"""Value of `moe.router` -> the router."""

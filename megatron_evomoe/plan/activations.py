@@ -20,9 +20,10 @@ from megatron_evomoe.config import RunConfig
 from megatron_evomoe.config.kinds import StageKind
 from megatron_evomoe.config.recipe import trained_parts
 from megatron_evomoe.data.feature_cache import image_form
-from megatron_evomoe.model.language import padded_vocab_size
+from megatron_evomoe.model.inventory import padded_vocab_size
+from megatron_evomoe.moe.router import router_tensors
 from megatron_evomoe.plan import fp8, layout
-from megatron_evomoe.plan.counts import chunks, is_first, is_last, router
+from megatron_evomoe.plan.counts import chunks, is_first, is_last
 from megatron_evomoe.plan.flow import LayerFlow, chunk_flow, recomputed_modules
 from megatron_evomoe.plan.states import element_bytes
 
@@ -42,7 +43,7 @@ class Sizes:
     fused: bool
     """Transformer Engine's attention and the fused SwiGLU."""
     on_gpu: bool
-    """The DTR in PyTorch has another form on a CPU (moe/router.py)."""
+    """The DTR in PyTorch has another form on a CPU (moe/routers/dynamic.py)."""
 
 
 def sizes_of(config: RunConfig, seq_length: int | None = None, *, on_gpu: bool = True) -> Sizes:
@@ -234,7 +235,8 @@ def dtr_bytes(config: RunConfig, z: Sizes) -> int:
     moe = config.moe
     N, h, r = moe.num_experts, moe.dtr_hidden_size, moe.dtr_rank
     projected = h + (h + 1) * 2 * r
-    copied = dict(router(config)) if z.e != 4 else {}  # parameters of which an fp32 copy is kept
+    tensors = router_tensors(moe, config.language) if z.e != 4 else []  # of these an fp32 copy is kept
+    copied = {t.name: math.prod(t.shape) for t in tensors}
     if moe.dtr_kernel == "triton":  # the projections, and the order of the tokens in int64
         read = sum(numel for name, numel in copied.items() if name == "phi" or name.endswith("weight2_up"))
         return 4 * (z.R * (projected + 2) + read)

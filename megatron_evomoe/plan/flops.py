@@ -7,18 +7,15 @@ its scores. What recompute repeats is part of the backward pass.
 
 from __future__ import annotations
 
+import math
+
 from megatron_evomoe.config import RunConfig
 from megatron_evomoe.config.kinds import StageKind
 from megatron_evomoe.config.recipe import trained_parts
-from megatron_evomoe.model.language import padded_vocab_size
+from megatron_evomoe.model import inventory
+from megatron_evomoe.moe.router import router_tensors
 from megatron_evomoe.plan.activations import sizes_of
-from megatron_evomoe.plan.counts import (
-    chunks,
-    decoder_layer,
-    is_first,
-    is_last,
-    vision_tower,
-)
+from megatron_evomoe.plan.counts import chunk_layers, chunks, is_first, is_last, layer_tensors, local_numel
 from megatron_evomoe.plan.flow import LayerFlow, chunk_flow, recomputed_modules
 
 
@@ -28,8 +25,9 @@ def flops(
     """(forward, backward with recompute) of one microbatch on one rank of the pipeline stage."""
     forward = backward = 0.0
     for chunk in range(chunks(config)):
-        for flow in chunk_flow(config, kind, pp_rank, chunk):
-            f, b = _layer_flops(config, kind, flow, seq_length)
+        layers = chunk_layers(config, pp_rank, chunk)
+        for layer, flow in zip(layers, chunk_flow(config, kind, pp_rank, chunk), strict=True):
+            f, b = _layer_flops(config, kind, layer, flow, seq_length)
             forward, backward = forward + f, backward + b
         f, b = _ends_flops(config, kind, pp_rank, chunk, seq_length)
         forward, backward = forward + f, backward + b
@@ -37,23 +35,22 @@ def flops(
 
 
 def _layer_flops(
-    config: RunConfig, kind: StageKind, flow: LayerFlow, seq_length: int | None
+    config: RunConfig, kind: StageKind, layer: int, flow: LayerFlow, seq_length: int | None
 ) -> tuple[float, float]:
     z = sizes_of(config, seq_length)
-    weights = dict.fromkeys(("attention", "ffn", "router"), 0)
-    for name, numel in decoder_layer(config, kind, flow.mixture):
-        if ".experts." in name:
-            # of a mixture each token meets top-K experts; names of expert 0 stand for one of them
-            weights["ffn"] += numel * config.moe.moe_router_topk if ".local_experts.0." in name else 0
-        elif ".router." in name:
-            weights["router"] += numel
-        else:
-            weights["ffn" if name.startswith("mlp.") else "attention"] += numel
+    weights = dict.fromkeys(("attention", "ffn"), 0)
+    for tensor in layer_tensors(config, kind, layer):
+        numel = local_numel(config, tensor)
+        if tensor.part == "experts":
+            # of a mixture each token meets K experts; expert 0 stands for one of them
+            weights["ffn"] += numel * config.moe.moe_router_topk if tensor.expert == 0 else 0
+        elif tensor.part != "router":
+            weights["ffn" if ".mlp." in tensor.name else "attention"] += numel
     # weights are a rank's own: T tokens meet those that TP splits; a mixture's tokens come to its experts
     # from all ranks alike
     etp = config.parallel.expert_tensor_parallel_size
     attention, ffn = 2 * z.T * weights["attention"], 2 * (z.R * etp if flow.mixture else z.T) * weights["ffn"]
-    router = z.R * weights["router"]  # half of them: a token meets its own modality's hypernetwork
+    router = 2 * z.R * _router_weights(config) if flow.mixture else 0.0
     heads, head_size = config.language.num_attention_heads, config.language.head_size
     scores = 2 * z.T * z.seq * heads * head_size / z.t  # QKᵀ and AV, causal half
     forward = attention + ffn + router + scores
@@ -65,6 +62,11 @@ def _layer_flops(
         backward += ffn / 2  # through the output matrices, back to the probabilities
     backward += ffn * flow.trains_ffn + router * flow.trains_router
     return forward, backward + _recomputed_flops(config, flow, touched, forward, scores, ffn)
+
+
+def _router_weights(config: RunConfig) -> float:
+    """Weights of a router that a token meets on average: of what serves one modality, half."""
+    return sum(t.share * math.prod(t.shape) for t in router_tensors(config.moe, config.language))
 
 
 def _recomputed_flops(
@@ -88,10 +90,10 @@ def _ends_flops(
             2
             * config.train.micro_batch_size
             * (v.image_size // v.patch_size) ** 2
-            * sum(n for _, n in vision_tower(config))
+            * sum(local_numel(config, t) for t in inventory.vision_model(config))
         )
         forward, backward = forward + tower, backward + (2 * tower if "vision" in parts else 0)
     if is_last(config, pp_rank, chunk):
-        logits = 2 * z.T * z.C * padded_vocab_size(config) / z.t
+        logits = 2 * z.T * z.C * inventory.padded_vocab_size(config) / z.t
         forward, backward = forward + logits, backward + logits * (1 + int("language" in parts))
     return forward, backward

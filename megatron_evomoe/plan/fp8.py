@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from megatron_evomoe.config import RunConfig
 from megatron_evomoe.config.kinds import StageKind
-from megatron_evomoe.plan.counts import chunk_layers, chunks, decoder_layer
+from megatron_evomoe.plan.counts import chunk_layers, chunks, layer_tensors, local_numel
 from megatron_evomoe.plan.flow import LayerFlow, chunk_flow, recomputed_modules
 
 _INPUT_PER_SCALE_BYTE = {"blockwise": 32, "mxfp8": 32}
@@ -50,13 +50,12 @@ def weight_bytes(config: RunConfig, kind: StageKind, pp_rank: int) -> int:
 def _layer_bytes(config: RunConfig, kind: StageKind, layer: int, flow: LayerFlow) -> int:
     transposed = _transposed(config, layer, flow)
     total = 0
-    for name, numel in decoder_layer(config, kind, config.moe.is_moe_layer(layer)):
-        linear, _, parameter = name.rpartition(".")
-        linear = linear.rpartition(".")[2]
+    for tensor in layer_tensors(config, kind, layer):
+        *_, linear, parameter = tensor.name.split(".")
         if linear in transposed and parameter == "weight":
-            total += _bytes(numel, _WEIGHT_PER_SCALE_BYTE.get(config.gpu.fp8_recipe)) * (
-                1 + transposed[linear]
-            )
+            copies = 1 + transposed[linear]
+            per_scale_byte = _WEIGHT_PER_SCALE_BYTE.get(config.gpu.fp8_recipe)
+            total += copies * _bytes(local_numel(config, tensor), per_scale_byte)
     return total
 
 

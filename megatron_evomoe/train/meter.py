@@ -11,12 +11,13 @@ from megatron.core import parallel_state as ps
 from megatron_evomoe.config import RunConfig
 from megatron_evomoe.config.kinds import StageKind
 from megatron_evomoe.diagnose.collect import Watch
+from megatron_evomoe.model import inventory
 from megatron_evomoe.parallel import backend
 from megatron_evomoe.plan.flops import flops
 from megatron_evomoe.train import stage_report
 from megatron_evomoe.train.held_out import Score
 from megatron_evomoe.train.hooks import StepHook
-from megatron_evomoe.train.parameters import count_parameters, params_norm
+from megatron_evomoe.train.parameters import params_norm
 from megatron_evomoe.train.routing_metrics import forget_auxiliary_losses, routing_metrics
 from megatron_evomoe.train.stage_run import StageRun
 from megatron_evomoe.train.step import StepResult
@@ -30,8 +31,8 @@ class MeterHook(StepHook):
     """
 
     def begin_stage(self, run: StageRun) -> None:
-        """Count parameters, and watch the routers of a mixture. Communicates over pipeline stages."""
-        self._sizes = count_parameters(run.built.modules, run.config)
+        """Count parameters, and watch the routers of a mixture."""
+        self._sizes = inventory.count(run.config, run.stage.kind)._asdict()
         self._stage_began = time.perf_counter()
         self._watch = Watch(run.config, with_logits=False) if run.stage.kind.has_router else None
         for layer in run.built.mixtures():

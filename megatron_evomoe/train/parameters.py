@@ -1,4 +1,4 @@
-"""Counts and norm of the whole model's parameters, under any layout."""
+"""The norm of the whole model's parameters, under any layout."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from megatron.core import parallel_state as ps
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 
-from megatron_evomoe.config import RunConfig
 from megatron_evomoe.parallel import backend
 
 
@@ -32,32 +31,3 @@ def params_norm(modules: Sequence[torch.nn.Module]) -> float:
     ):
         dist.all_reduce(squares[i], group=group)
     return float(squares.sum().sqrt())
-
-
-def count_parameters(modules: Sequence[torch.nn.Module], config: RunConfig) -> dict[str, int]:
-    """Parameters of the whole model: all, trained, and active for one token. Communicates over pipeline
-    stages.
-    """
-    tp, ep, etp = (
-        ps.get_tensor_model_parallel_world_size(),
-        ps.get_expert_model_parallel_world_size(),
-        ps.get_expert_tensor_parallel_world_size(),
-    )
-    total = trained = idle = 0
-    for name, p in ((n, p) for m in modules for n, p in m.named_parameters()):
-        sharded = getattr(p, "tensor_model_parallel", False)
-        is_expert = ".experts." in name
-        size = p.numel() * ((etp if sharded else 1) * ep if is_expert else (tp if sharded else 1))
-        if name.endswith("output_layer.weight") and config.language.tie_word_embeddings:
-            continue  # the copy of a tied embedding on the last stage
-        total += size
-        trained += size if p.requires_grad else 0
-        idle += (
-            size * (config.moe.num_experts - config.moe.moe_router_topk) // config.moe.num_experts
-            if is_expert
-            else 0
-        )
-    counts = torch.tensor([total, trained, idle], dtype=torch.int64, device=backend.device())
-    dist.all_reduce(counts, group=ps.get_pipeline_model_parallel_group())
-    total, trained, idle = counts.tolist()
-    return {"parameters": total, "trainable": trained, "active": total - idle}

@@ -1,5 +1,4 @@
-"""One rank of `test_plan`: builds stages under one layout, takes an optimizer step, and counts what it holds,
-in bytes.
+"""One rank of `test_plan`: builds stages under one layout, takes an optimizer step, and says what it holds.
 
 Arguments: a JSON file with {"parallel": …, "cases": [[kind, section overrides], …]}, and the folder for each
 rank's answer.
@@ -51,7 +50,7 @@ def case_config(parallel: dict[str, Any], kind: str, sections: dict[str, Any]) -
 
 
 def main(request: str, folder: str) -> None:
-    """Measure all cases of one layout and write them with this rank's place."""
+    """Measure all cases of one layout and write that with this rank's place."""
     backend.prepare()
     torch.set_num_threads(1)
     backend.init_process_group(timeout_minutes=2)
@@ -66,15 +65,16 @@ def main(request: str, folder: str) -> None:
         "dp_rank": ps.get_data_parallel_rank(with_context_parallel=True),
         "expert_dp_rank": ps.get_expert_data_parallel_rank(),
     }
+    ep_rank = ps.get_expert_model_parallel_rank()
     measured = [measure(asked["parallel"], kind, sections) for kind, sections in asked["cases"]]
     Path(folder, f"{torch.distributed.get_rank()}.json").write_text(
-        json.dumps({"place": place, "measured": measured})
+        json.dumps({"place": place, "ep_rank": ep_rank, "measured": measured})
     )
     torch.distributed.destroy_process_group()
 
 
-def measure(parallel: dict[str, Any], kind: str, sections: dict[str, Any]) -> dict[str, int]:
-    """Bytes of parameters, gradient buffers, optimizer and evolution state once a step has been taken."""
+def measure(parallel: dict[str, Any], kind: str, sections: dict[str, Any]) -> dict[str, Any]:
+    """The chunks' parameters, and bytes of all state once an optimizer step has been taken."""
     from megatron_evomoe.parallel import topology
     from megatron_evomoe.train.built import build_stage
 
@@ -93,7 +93,14 @@ def measure(parallel: dict[str, Any], kind: str, sections: dict[str, Any]) -> di
         "gradients": size(b.grad_data for b in buffers),
         "optimizer": size(optimizer_tensors(built.optimizer)),
         "evolution": size(evolved),
+        "tensors": [[described(n, p) for n, p in chunk.named_parameters()] for chunk in built.modules],
     }
+
+
+def described(name: str, parameter: torch.Tensor) -> list[Any]:
+    """Name, shape, the dimension that is split over ranks, and the core's mark ``sequence_parallel``."""
+    split = parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
+    return [name, list(parameter.shape), split, bool(getattr(parameter, "sequence_parallel", False))]
 
 
 def size(tensors: Any) -> int:

@@ -1,4 +1,4 @@
-"""What the plan says a rank holds, against what ranks of real gloo runs hold after an optimizer step.
+"""What plan and inventory say a rank holds, against what ranks of gloo runs hold after an optimizer step.
 
 The plan may be 5 % off. Measured with megatron-core 0.16.1 and 0.19.2, it is not a byte off in any case
 below; that is asserted.
@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_evomoe.model import inventory
+from megatron_evomoe.moe.router import ROUTERS
+from megatron_evomoe.plan import counts
 from megatron_evomoe.plan.states import states_of
 from tests import programs
 from tests.distributed.plan_worker import case_config
@@ -36,6 +39,12 @@ CASES = [
 CASES += [("warmup", UNTIED), ("evolve", {"moe": {"evolution_rule": "ema"}, **BF16})]
 # the mixture's experts train on demand only; then they are reduced and sharded over fewer ranks than the rest
 CASES += [("route", {"train": {"bf16": True, "trainable": ["language", "projector"]}})]
+PHI = {
+    "language": {"add_bias_linear": True, "normalization": "LayerNorm", "qk_layernorm": True},
+    "moe": {"router": "linear"},
+}
+CASES += [("warmup", PHI), ("route", {**PHI, "vision": {"model_type": "siglip"}})]
+CASES += [("route", {"moe": {"router": router}}) for router in ROUTERS if router != "dtr"]
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -51,10 +60,36 @@ def test_every_byte_of_every_rank(name, tmp_path):
                 "optimizer": plan.optimizer_bytes,
                 "evolution": plan.evolution_bytes,
             }
+            tensors = measured.pop("tensors")
             assert planned == measured, f"rank {rank}, {kind}, {sections}"
+            assert stated(config, kind, answer) == tensors, f"rank {rank}, {kind}, {sections}"
             assert measured["parameters"] > 0 and (measured["optimizer"] > 0) == (plan.trainable > 0)
             bound = states_of(config, kind, world_size=world_size, pp_rank=answer["place"]["pp_rank"])
             assert bound.total_bytes >= plan.total_bytes, "without a place the plan is an upper bound"
+
+
+def stated(config, kind: str, answer: dict) -> list[list]:
+    """What the inventory says of each chunk, in the words of `plan_worker.described`."""
+    pp_rank = answer["place"]["pp_rank"]
+    here = range(config.moe.num_experts // config.parallel.expert_model_parallel_size)
+    first_expert = answer["ep_rank"] * len(here)
+    chunks = []
+    for chunk in range(counts.chunks(config)):
+        layers = counts.chunk_layers(config, pp_rank, chunk)
+        ends = {"first": counts.is_first(pp_rank, chunk), "last": counts.is_last(config, pp_rank, chunk)}
+        chunks.append(
+            [
+                [
+                    t.local_name(layers.start, first_expert),
+                    list(t.local_shape(config.parallel)),
+                    t.split,
+                    t.sums_over_tp and config.parallel.tensor_model_parallel_size > 1,
+                ]
+                for t in inventory.tensors(config, kind, layers, **ends)
+                if t.expert is None or t.expert - first_expert in here
+            ]
+        )
+    return chunks
 
 
 def run(world_size: int, parallel: dict, cases: list, folder: Path) -> list[dict]:

@@ -9,6 +9,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+from megatron_evomoe.moe.router import ROUTERS
 from tests import programs
 from tests.tiny import VOCAB
 
@@ -58,7 +59,7 @@ def draw(random: random.Random) -> dict[str, Any]:
             "dtr_rank": 4,
             "num_experts": experts,
             "moe_router_topk": random.choice((1, 1, 2)),
-            "router": random.choice(("linear", "modality-linear", "dtr")),
+            "router": random.choice(list(ROUTERS)),
             "evolution_beta": [[0.1 * i, 0.1 * i + 0.05] for i in range(1, experts)],
             "moe_layer_freq": random.choice((1, 2, [random.choice((0, 1)) for _ in range(layers)])),
             "moe_token_dispatcher_type": random.choice(("alltoall", "alltoall", "allgather")),

@@ -16,7 +16,7 @@ from megatron_evomoe.data.batch import Row, prepare_eval
 from megatron_evomoe.data.conversation import IGNORE_INDEX
 from megatron_evomoe.data.errors import SampleError
 from megatron_evomoe.data.image import ImageProcessor
-from megatron_evomoe.data.record import load_json
+from megatron_evomoe.data.sample_record import load_json
 from megatron_evomoe.data.shards import ShardDataset
 from megatron_evomoe.data.tokenizer import Tokenizer
 

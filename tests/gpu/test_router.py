@@ -9,7 +9,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_evomoe.moe.dtr.maths import DtrWeights, HyperWeights, dtr_logits, init_dtr, naive_dtr_logits
+from megatron_evomoe.config import LanguageConfig, MoEConfig
+from megatron_evomoe.moe.dtr.maths import DtrWeights, HyperWeights, dtr_logits, naive_dtr_logits
+from megatron_evomoe.moe.router import draw_router, router_tensors
 from tests.gpu import needs
 
 pytestmark = needs.cuda
@@ -29,7 +31,9 @@ def problem(T: int, C: int, h: int, r: int, N: int, dtype: torch.dtype):
         return HyperWeights(draw(h, C), draw(h), draw(h + 1, 2 * r, C), draw(h + 1, r, C))
 
     weights = DtrWeights(hyper(), hyper(), draw(N, C))
-    init_dtr(weights, phi_std=0.02)
+    moe = MoEConfig(num_experts=N, dtr_hidden_size=h, dtr_rank=r, dtr_init_std=0.02)
+    with torch.no_grad():
+        draw_router(router_tensors(moe, LanguageConfig(hidden_size=C)), weights.named())
     return draw(T, C), torch.rand(T, generator=generator).to("cuda") < 0.5, weights
 
 

@@ -73,7 +73,7 @@ def test_another_s_checkpoint_in_a_stage_s_folder_is_named_and_the_one_before_is
     said = train(copy)
     whose = f"run {'0' * 32}" if "run_id" in changes else "stage 'align'"
     assert (
-        f"iter_0000004 is one of {whose}, and lies in the" in said
+        f"iter_0000004 is of {whose}, and is in the" in said
         and "falling back to the checkpoint before it" in said
     )
     assert "resumed at step 2 from" in said
@@ -83,7 +83,7 @@ def test_a_stage_does_not_begin_from_another_run_s(copy):
     shutil.rmtree(copy / "run" / "warmup")
     rewritten(copy / "run" / "align" / "iter_0000002", run_id="0" * 32)
     said = train(copy, "--stage", "warmup", expect=2)
-    assert f"iter_0000002 is one of run {'0' * 32}, and lies in the directory of run {identity(copy)}" in said
+    assert f"iter_0000002 is of run {'0' * 32}, and is in the directory of run {identity(copy)}" in said
     assert "name it in `load:`" in said
     raw = yaml.safe_load((copy / "run.yaml").read_text())
     raw["stages"][1]["load"] = str(copy / "run" / "align" / "iter_0000002")
@@ -132,7 +132,7 @@ def test_a_record_of_another_step_than_the_tensors_is_refused(copy):
     newest = copy / "run" / "warmup" / "iter_0000004"
     rewritten(newest, step=5)
     newest.rename(newest.with_name("iter_0000005"))
-    assert "its record is of step 5, its schedule of 4: not one save's" in train(copy, expect=2)
+    assert "its record is of step 5, its schedule of 4: they are not of one save" in train(copy, expect=2)
 
 
 CLASS = name("torch.distributed.checkpoint.metadata", "MetadataIndex")

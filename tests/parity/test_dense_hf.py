@@ -16,7 +16,8 @@ import torch
 
 from megatron_evomoe.config import RunConfig, from_mapping
 from megatron_evomoe.config.presets import VISION_PRESETS
-from megatron_evomoe.model.language import build_language_model, padded_vocab_size
+from megatron_evomoe.model.inventory import padded_vocab_size
+from megatron_evomoe.model.language import build_language_model
 from megatron_evomoe.model.projector import build_projector
 from megatron_evomoe.model.transformer_config import shapes_only
 from megatron_evomoe.model.vision import build_vision_model

@@ -11,6 +11,7 @@ from megatron_evomoe.data.tokenizer import build_tokenizer, train_sentencepiece
 from megatron_evomoe.hf.from_hf import importing, verify_import
 from megatron_evomoe.hf.to_hf import exporting
 from megatron_evomoe.hf.to_hf.origin import find_checkpoint
+from megatron_evomoe.moe.router import ROUTERS
 from tests.parity.export_models import CUSTOM, PHI, saved_model
 
 pytest.importorskip("tokenizers")
@@ -37,7 +38,7 @@ def is_model(key: str) -> bool:
 
 CASES = [
     *(("route", {}, {"language": CUSTOM[name]}) for name in ("llama", "llama-biased", "qwen3", "phi")),
-    *(("route", {}, {"moe": {"router": router}}) for router in ("linear", "modality-linear")),
+    *(("route", {}, {"moe": {"router": router}}) for router in ROUTERS),
     *(
         ("warmup", {}, {"language": language})
         for language in (CUSTOM["mistral"], CUSTOM["qwen2"], CUSTOM["stablelm"], PHI)

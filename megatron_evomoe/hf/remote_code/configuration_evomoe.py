@@ -101,7 +101,7 @@ class EvoMoeTextConfig(PretrainedConfig):
             rope_adjustment: None, {"type": "linear", "factor": …}, or {"type": "llama3", "factor": …,
                 "low_freq_factor": …, "high_freq_factor": …, "original_max_position_embeddings": …}.
             moe_layers: indices, from 0, of the layers that are mixtures.
-            router: "linear", "modality-linear", "dtr", or "none": expert 0 for every token.
+            router: a key of `ROUTERS` in routing_evomoe.py, or "none": expert 0 for every token.
             router_gate: "straight_through" (selected experts' weights sum to 1) or "prob" (their
                 probabilities).
         """

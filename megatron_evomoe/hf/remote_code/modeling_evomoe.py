@@ -23,7 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput
 
 from .configuration_evomoe import EvoMoeConfig
-from .routing_evomoe import EvoMoeHyperNetwork, EvoMoeMixture, build_ffn
+from .routing_evomoe import EvoMoeMixture, build_ffn
 from .vision_evomoe import EvoMoeProjector, EvoMoeVisionEmbeddings, EvoMoeVisionTower
 
 _MASK_ARGUMENTS = frozenset(inspect.signature(create_causal_mask).parameters)
@@ -274,9 +274,8 @@ class EvoMoePreTrainedModel(PreTrainedModel):
                 nn.init.zeros_(module.bias)
         elif isinstance(module, EvoMoeVisionEmbeddings) and module.class_embedding is not None:
             nn.init.normal_(module.class_embedding, std=std)
-        elif isinstance(module, EvoMoeHyperNetwork):
-            for name, parameter in module.named_parameters():
-                nn.init.zeros_(parameter) if name == "bias1" else nn.init.normal_(parameter, std=std)
+        elif hasattr(module, "draw_weights"):  # a part of a router
+            module.draw_weights(std)
 
 
 class EvoMoeForConditionalGeneration(EvoMoePreTrainedModel, GenerationMixin):

@@ -72,6 +72,11 @@ class EvoMoeHyperNetwork(nn.Module):
         self.weight2_up = nn.Parameter(torch.empty(inner + 1, rank, width))
         self.activation = config.dtr_activation
 
+    def draw_weights(self, std):
+        """Random weights for a model that is not loaded."""
+        for name, parameter in self.named_parameters():
+            nn.init.zeros_(parameter) if name == "bias1" else nn.init.normal_(parameter, std=std)
+
     def forward(self, tokens, phi):
         """Logits [T, N] of tokens [T, C]: φ·Θ_up·SwiGLU(Θ_down·z), all in float32.
 

@@ -24,11 +24,10 @@ def check(kernel: str) -> None:
         return
     if importlib.util.find_spec("triton") is None:
         raise ConfigError(
-            "dtr_kernel triton needs Triton, which does not import here; install it, or set dtr_kernel to "
-            "torch"
+            "dtr_kernel triton needs Triton, which does not import here; install it, or use dtr_kernel torch"
         )
     if not backend.on_gpu() and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ConfigError("dtr_kernel triton needs a GPU, and there is none; set dtr_kernel to auto or torch")
+        raise ConfigError("dtr_kernel triton needs a GPU, and there is none; set dtr_kernel to torch")
 
 
 def fused(kernel: str, dtype: torch.dtype) -> Callable[..., Tensor] | None:
@@ -42,7 +41,7 @@ def fused(kernel: str, dtype: torch.dtype) -> Callable[..., Tensor] | None:
         return None
     if dtype != torch.float32:
         raise ConfigError(
-            f"dtr_kernel triton computes in fp32, and this router in {dtype}; set dtr_kernel to auto or torch"
+            f"dtr_kernel triton computes in fp32, and this router in {dtype}; set dtr_kernel to torch"
         )
     from megatron_evomoe.moe.dtr import triton as dtr_triton
 

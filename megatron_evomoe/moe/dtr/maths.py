@@ -39,13 +39,21 @@ class HyperWeights(NamedTuple):
 
 
 class DtrWeights(NamedTuple):
-    """All that one layer's DTR learns. φ is shared by both modalities and has no bias (see
-    docs/router.md).
-    """
+    """All that one layer's DTR learns. φ is shared by both modalities and has no bias (docs/router.md)."""
 
     text: HyperWeights
     vision: HyperWeights
     phi_NC: Tensor
+
+    def named(self) -> dict[str, Tensor]:
+        """The tensors by the names that `moe/router.py` gives them."""
+        names = ("weight1", "bias1", "weight2_down", "weight2_up")
+        halves = {"text": self.text, "vision": self.vision}
+        return {"phi": self.phi_NC} | {
+            f"{modality}.{name}": value
+            for modality, hyper in halves.items()
+            for name, value in zip(names, hyper, strict=True)
+        }
 
 
 def dtr_logits(
@@ -114,29 +122,6 @@ def naive_dtr_logits(
         E_tC = torch.einsum("tjc,tj->tc", up_trC, s_tr)
         logits_TN = logits_TN.index_copy(0, index, F.linear(E_tC, phi_NC))
     return logits_TN
-
-
-@torch.no_grad()
-def init_dtr(weights: DtrWeights, phi_std: float) -> None:
-    """Random start, in place, so that nothing depends on the width C but the logits, and those as in a linear
-    router.
-
-    For z of unit mean square: e has unit variance; Θ_down·z has unit variance and Θ_up·s that of s, in each
-    case half from the token-dependent part and half from b2. So E is about as large as z whatever C, h and r
-    are, and φ, drawn with `phi_std` as megatron draws a linear router, gives logits of standard deviation
-    0.6·phi_std·√C. No map starts at zero, for a zero W2 would stop the gradient of W1 and a zero Θ_up that of
-    everything before it; only b1 does.
-    """
-    for hyper in (weights.text, weights.vision):
-        K, J, C = hyper.weight2_down_KJC.shape
-        h, r = K - 1, J // 2
-        hyper.weight1_hC.normal_(std=C**-0.5)
-        hyper.bias1_h.zero_()
-        hyper.weight2_down_KJC.normal_(std=(2 * C) ** -0.5)
-        hyper.weight2_up_KrC.normal_(std=(2 * r) ** -0.5)
-        hyper.weight2_down_KJC[:-1] *= h**-0.5
-        hyper.weight2_up_KrC[:-1] *= h**-0.5
-    weights.phi_NC.normal_(std=phi_std)
 
 
 class _ProjectByModality(torch.autograd.Function):

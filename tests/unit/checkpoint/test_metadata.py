@@ -331,19 +331,19 @@ def with_place(found: Metadata, **values: Any) -> None:
 WRONG: dict[str, tuple[Callable[[Metadata], Any], str]] = {
     "a file elsewhere": (
         lambda m: with_place(m, relative_path="../other.distcp"),
-        "no file of tensors in the record",
+        "not a tensor file of the record",
     ),
     "a file of the system": (
         lambda m: with_place(m, relative_path="/dev/zero"),
-        "no file of tensors in the record",
+        "not a tensor file of the record",
     ),
     "a file that is not listed": (
         lambda m: with_place(m, relative_path="__1_0.distcp"),
-        "no file of tensors in the record",
+        "not a tensor file of the record",
     ),
     "a file of another kind": (
         lambda m: with_place(m, relative_path="run_config.yaml"),
-        "no file of tensors in the record",
+        "not a tensor file of the record",
     ),
     "a negative offset": (lambda m: with_place(m, offset=-1), "-1 is no count"),
     "bytes past the end": (lambda m: with_place(m, length=10**6), "points to bytes"),
@@ -412,7 +412,7 @@ def test_sharing_does_not_make_it_large(saved):
         }
     )
     put(saved / ".metadata", pickle.dumps(found, protocol=4))
-    with pytest.raises(CheckpointError, match="the same is in too many places"):
+    with pytest.raises(CheckpointError, match="one value appears in too many places"):
         metadata.read(saved)
 
 
@@ -492,7 +492,7 @@ def test_another_run_s_history_of_fp8_scales_is_not_opened(caplog):
     assert all(
         found[f"{name}"].numel() == 0 for name in ("a._extra_state", "b._extra_state", "c._extra_state1")
     )
-    assert "there is another run's: the history of FP8 scales is not taken" in caplog.text
+    assert "there is of another run: the history of FP8 scales is not taken" in caplog.text
 
 
 def test_common_state_that_never_ends_is_named(saved):

@@ -110,7 +110,7 @@ def test_the_older_format_is_read_and_said_to_be_unprotected(folder, caplog):
         assert records.read(newest) == dataclasses.replace(
             record(2), files=records.read(newest).files, run_id="", format=1
         )
-    assert caplog.text.count("it is read unprotected") == 1
+    assert caplog.text.count("a change to it would not be noticed") == 1
     assert find.latest(folder, find.Owner("align", "7" * 32)) == newest
     records.read(newest).write(newest)  # a resumed run saves in the present format
     assert records.read(newest).format == records.FORMAT
@@ -256,7 +256,7 @@ def test_the_list_is_the_folder(folder):
 def test_the_step_is_the_folders(folder):
     renamed = (folder / "iter_0000002").rename(folder / "iter_0000003")
     with pytest.raises(
-        CheckpointError, match="iter_0000003 holds step 2, whose folder is called iter_0000002"
+        CheckpointError, match="iter_0000003 holds step 2, whose directory is called iter_0000002"
     ):
         records.read(renamed)
     assert find.latest(folder) == folder / "iter_0000001"
@@ -266,8 +266,8 @@ def test_another_stages_or_runs_is_named_and_the_one_before_is_taken(folder, cap
     mine, path = find.Owner("align", "7" * 32), folder / "iter_0000002"
     assert find.latest(folder, mine) == path
     for changes, message in [
-        ({"stage": "warmup"}, "is one of stage 'warmup', and lies in the folder of stage 'align'"),
-        ({"run_id": "8" * 32}, f"is one of run {'8' * 32}, and lies in the directory of run {'7' * 32}"),
+        ({"stage": "warmup"}, "is of stage 'warmup', and is in the directory of stage 'align'"),
+        ({"run_id": "8" * 32}, f"is of run {'8' * 32}, and is in the directory of run {'7' * 32}"),
     ]:
         dataclasses.replace(records.read(folder / "iter_0000001"), step=2, **changes).write(path)
         assert find.latest(folder) == path, "without an owner any will do"

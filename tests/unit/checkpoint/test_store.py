@@ -222,7 +222,7 @@ def test_damaged_checkpoints_are_named_and_the_one_before_is_used(tmp_path, capl
     with pytest.raises(CheckpointError, match=f"{shard.name} is missing"):
         find.newest_good(tmp_path, step=2)
     (second / "evomoe.json").unlink()
-    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+    with pytest.raises(CheckpointError, match="not a complete checkpoint"):
         records.read(second)
     with pytest.raises(CheckpointError, match="no checkpoint under"):
         find.resolve(tmp_path / "nowhere")

@@ -6,7 +6,7 @@ import argparse
 
 import pytest
 
-from megatron_evomoe.config import ConfigError, add_flags, flags_from, from_mapping, load_config
+from megatron_evomoe.config import ConfigError, add_flags, deprecated, flags_from, from_mapping, load_config
 from megatron_evomoe.parallel.degrees import validate
 
 STAGES = [
@@ -146,3 +146,20 @@ def test_only_yes_or_no_flags_stand_alone():
     assert parse("--bf16") == {"bf16": True}
     with pytest.raises(SystemExit):
         parse("--save")
+
+
+def test_a_replaced_value_still_loads(caplog):
+    """`dtr_kernel: auto` of version 0.1.0, in a section, a stage and a flag."""
+    deprecated._report.cache_clear()
+    stage = {"name": "route", "dtr_kernel": "auto"}
+    for raw, flags in (
+        ({"moe": {"dtr_kernel": "auto"}}, {}),
+        ({}, {"dtr_kernel": "auto"}),
+        ({"stages": [stage]}, {}),
+    ):
+        config = from_mapping(raw, flags)
+        config = config.for_stage("route") if config.stages else config
+        assert config.moe.dtr_kernel == "torch"
+    assert [r.message for r in caplog.records] == [
+        "moe.dtr_kernel = auto is deprecated and is read as torch, which computes the same"
+    ]

@@ -17,6 +17,7 @@ from megatron_evomoe.checkpoint.stream import CheckpointReader
 from megatron_evomoe.config import ConfigError, from_mapping, load_config
 from megatron_evomoe.data.tokenizer import build_tokenizer, train_sentencepiece
 from megatron_evomoe.hf.from_hf.importing import Request, describe, import_model
+from megatron_evomoe.moe.router import ROUTERS
 from tests import programs
 from tests.unit.data import helpers
 from tests.unit.hf.sources import LLAVA, TEXT, TOWER, part, tensors, write
@@ -349,7 +350,7 @@ def test_code_asked_for_in_any_words_is_refused(tmp_path, wanted):
 FLAGS = {"num_experts": 3, "moe_layer_freq": [0, 1], "dtr_hidden_size": 4, "dtr_rank": 2}
 
 
-@pytest.mark.parametrize("router", ["dtr", "linear", "modality-linear"])
+@pytest.mark.parametrize("router", ROUTERS)
 def test_a_mixture_of_copies(tmp_path, reference, router):
     imported = convert(
         tmp_path, model=write(tmp_path / "hf"), expert_init="replicate", flags={**FLAGS, "router": router}

@@ -14,6 +14,7 @@ from megatron_evomoe.checkpoint.record import CheckpointError
 from megatron_evomoe.config import ConfigError
 from megatron_evomoe.config.recipe import MODULES
 from megatron_evomoe.hf.tensor_map import NameMap
+from megatron_evomoe.moe.router import ROUTERS
 from tests.tiny import tiny_config
 
 LANGUAGE = {
@@ -33,7 +34,6 @@ LANGUAGE = {
         "activation": "gelu_tanh",
     },
 }
-ROUTERS = ("dtr", "linear", "modality-linear")
 
 
 def random_hf(names: NameMap) -> dict[str, torch.Tensor]:
@@ -63,7 +63,7 @@ def test_core_tensors_are_those_of_the_model(one_rank, name, kind):
     from megatron_evomoe.checkpoint import store
     from megatron_evomoe.model.llava import LlavaModel
 
-    for router, tower in zip(ROUTERS, ("clip", "siglip", "clip"), strict=True):
+    for router, tower in zip(ROUTERS, itertools.cycle(("clip", "siglip")), strict=False):
         config = tiny_config(
             kind, language=LANGUAGE[name], moe={"router": router}, vision={"model_type": tower}
         )

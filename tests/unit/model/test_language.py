@@ -8,11 +8,11 @@ from megatron.core import parallel_state
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megatron_evomoe.config import ConfigError, from_mapping
+from megatron_evomoe.model.inventory import padded_vocab_size
 from megatron_evomoe.model.language import (
     ParallelResidualLayer,
     build_language_model,
     language_block_spec,
-    padded_vocab_size,
 )
 from megatron_evomoe.model.transformer_config import language_transformer_config
 

@@ -8,7 +8,8 @@ from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_evomoe.config import MoEConfig
-from megatron_evomoe.moe.router import TypedRouter, router_builder
+from megatron_evomoe.moe.router import router_builder
+from megatron_evomoe.moe.routers.base import TypedRouter
 
 
 def transformer_config(moe: MoEConfig, **changes) -> TransformerConfig:

@@ -269,13 +269,12 @@ def run_config(**moe):
     return from_mapping({"language": {"vocab_size": 100}, "moe": moe})
 
 
-def test_auto_is_torch_and_imports_no_kernel():
+def test_torch_imports_no_kernel():
     code = (
         "import sys, torch\n"
-        "from megatron_evomoe.moe import router\n"
+        "from megatron_evomoe.moe.routers import dynamic\n"
         "from megatron_evomoe.moe.dtr import kernel as dtr_kernel\n"
-        "assert dtr_kernel.fused('auto', torch.float32) is None and dtr_kernel.fused('torch', torch.float64) "
-        "is None\n"
+        "assert dtr_kernel.fused('torch', torch.float32) is None\n"
         "assert not [name for name in sys.modules if 'dtr.triton' in name]"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -291,9 +290,7 @@ def test_triton_is_refused_where_it_cannot_run(monkeypatch):
         without.setattr(importlib.util, "find_spec", lambda name: None)
         dtr_kernel.check("triton")
     if importlib.util.find_spec("triton") is not None:
-        with pytest.raises(
-            ConfigError, match="needs a GPU, and there is none; set dtr_kernel to auto or torch"
-        ):
+        with pytest.raises(ConfigError, match="needs a GPU, and there is none; set dtr_kernel to torch"):
             language_transformer_config(run_config(dtr_kernel="triton"))
 
 

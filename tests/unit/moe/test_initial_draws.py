@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megatron_evomoe.moe import initial_draws
+from megatron_evomoe.moe.router import ROUTERS
 from tests.tiny import tiny_config
 
 
@@ -26,7 +27,7 @@ def test_std_of_parts_is_that_of_the_whole(dtype):
     assert abs(initial_draws.std_of(total) / wanted - 1) < 2**-23
 
 
-@pytest.mark.parametrize("router", ["dtr", "linear", "modality-linear"])
+@pytest.mark.parametrize("router", ROUTERS)
 def test_routers_have_the_parameters_of_the_model(one_rank, router):
     from megatron_evomoe.model.llava import LlavaModel
 

@@ -1,8 +1,9 @@
-"""moe/router.py: the gates, the scale of an expert's output, what stays the core's, hooks and parameters."""
+"""moe/routers: the gates, the scale of an expert's output, what stays the core's, hooks and parameters."""
 
 from __future__ import annotations
 
 import math
+import typing
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from megatron_evomoe.config import MoEConfig
 from megatron_evomoe.moe.dtr.maths import naive_dtr_logits
 from megatron_evomoe.moe.planes import from_planes, to_planes
-from megatron_evomoe.moe.router import ROUTERS, router_builder, straight_through
+from megatron_evomoe.moe.router import ROUTERS, router_builder
+from megatron_evomoe.moe.routers.base import straight_through
 from tests.unit.moe.router_models import batch, build_router, transformer_config
 
 pytestmark = pytest.mark.usefixtures("one_rank")
@@ -292,7 +294,7 @@ def test_contradictions_are_refused():
 
 
 @pytest.mark.parametrize("gate", ["prob", "straight_through"])
-@pytest.mark.parametrize("router", ["linear", "modality-linear", "dtr"])
+@pytest.mark.parametrize("router", ROUTERS)
 def test_forward_and_backward_never_wait_for_the_device(router, gate):
     """Tensors without contents: whatever would bring a number or a shape that depends on data to the host
     fails on them. `gathers` is what a GPU gets; with it on, `test_gathering_is_what_waits` shows that the
@@ -314,3 +316,13 @@ def test_gathering_is_what_waits():
         built = build_router(MoEConfig(router="dtr", **SMALL))
         assert built.gathers  # on a CPU, where nothing waits
         built(torch.randn(12, 3, 32), to_planes(torch.randint(0, 3, (12, 3))))
+
+
+def test_the_configuration_names_every_router():
+    assert typing.get_args(typing.get_type_hints(MoEConfig)["router"]) == tuple(ROUTERS)
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_a_gate_that_is_called_as_megatron_core_does_takes_every_token_for_text(name):
+    router, (hidden, types) = build_router(MoEConfig(router=name)), batch()
+    assert torch.equal(router.gating(hidden), router.gating(hidden, torch.zeros_like(types.T)))

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_evomoe.moe.dtr.maths import DtrWeights, HyperWeights, dtr_logits, init_dtr, naive_dtr_logits
+from megatron_evomoe.config import LanguageConfig, MoEConfig
+from megatron_evomoe.moe.dtr.maths import DtrWeights, HyperWeights, dtr_logits, naive_dtr_logits
+from megatron_evomoe.moe.router import draw_router, router_tensors
 
 T, C, N, h, r = 13, 24, 4, 3, 2
 MODALITIES = {
@@ -184,9 +186,10 @@ def test_saves_no_copy_of_the_tokens(gather):
 @pytest.mark.parametrize("width", [128, 2048])
 def test_start_has_usable_logits_and_gradients_at_any_width(width):
     weights = make_weights(width, 16, 16, torch.float32)
-    with torch.random.fork_rng():
+    moe = MoEConfig(num_experts=N, dtr_hidden_size=16, dtr_rank=16, dtr_init_std=0.02)
+    with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(3)
-        init_dtr(weights, phi_std=0.02)
+        draw_router(router_tensors(moe, LanguageConfig(hidden_size=width)), weights.named())
     z = tokens(512, width, torch.float32)
     is_vision = torch.arange(512) % 2 == 0
     identity = weights._replace(phi_NC=torch.eye(width))

@@ -9,9 +9,10 @@ from dataclasses import replace
 import pytest
 
 from megatron_evomoe.config import from_mapping
+from megatron_evomoe.model import inventory
 from megatron_evomoe.plan.communication import volume_of
 from megatron_evomoe.plan.cost import Machine, step_time
-from megatron_evomoe.plan.counts import vision_tower
+from megatron_evomoe.plan.counts import local_numel
 from megatron_evomoe.plan.flops import flops
 from megatron_evomoe.plan.states import states_of
 
@@ -107,7 +108,7 @@ def test_arithmetic_of_a_dense_step():
     config = config_of({}, vision={"num_layers": 2})
     forward, backward = flops(config, "dense", 0)
     s = states_of(config, "dense", world_size=1, pp_rank=0)
-    vision = sum(n for _, n in vision_tower(config))
+    vision = sum(t.numel for t in inventory.vision_model(config))
     projector = 64 * C + C + C * C + C
     scores = LAYERS * 2 * SEQ * SEQ * C
     weights = s.parameters - vision - projector - C  # the last norm is not counted
@@ -131,7 +132,7 @@ def test_cached_features_need_no_tower_but_its_weights():
         flops(other, "warmup", 0),
     )
     assert (
-        forward - cached_forward == 2 * 16 * sum(n for _, n in vision_tower(one))
+        forward - cached_forward == 2 * 16 * sum(local_numel(one, t) for t in inventory.vision_model(one))
         and cached_backward == backward
     )
 

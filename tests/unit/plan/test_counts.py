@@ -10,6 +10,7 @@ from megatron_evomoe.config import from_mapping
 from megatron_evomoe.config.presets import PRESETS
 from megatron_evomoe.model.llava import LlavaModel
 from megatron_evomoe.model.transformer_config import shapes_only
+from megatron_evomoe.moe.router import ROUTERS
 from megatron_evomoe.plan import counts
 
 TINY = {"vocab_size": 100, "num_layers": 4}
@@ -42,7 +43,7 @@ def test_presets_name_by_name(preset, kind, one_rank):
         {"add_qkv_bias": True, "gated_linear_unit": False, "activation": "gelu", "parallel_residual": True},
     ],
 )
-@pytest.mark.parametrize("router", ["linear", "modality-linear", "dtr"])
+@pytest.mark.parametrize("router", ROUTERS)
 def test_options_name_by_name(language, router, one_rank):
     config = from_mapping(
         {"language": {**TINY, **language}, "moe": {"router": router}, "vision": {"model_type": "siglip"}}

@@ -11,7 +11,7 @@ import pytest
 from megatron_evomoe.config.token_types import TokenType
 from megatron_evomoe.data.batch import Preparer, prepare_eval
 from megatron_evomoe.data.errors import SampleError
-from megatron_evomoe.data.record import MAX_RECORD_BYTES, image_names, load_json, usable_record
+from megatron_evomoe.data.sample_record import MAX_RECORD_BYTES, image_names, load_json, usable_record
 from megatron_evomoe.data.shards import ShardDataset
 
 from .helpers import TOKENS_PER_IMAGE, chat, jpeg, write_tar

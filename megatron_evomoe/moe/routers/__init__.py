@@ -1,0 +1,1 @@
+"""The routers' modules; `moe/router.py` lists them."""
