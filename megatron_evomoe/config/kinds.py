@@ -9,7 +9,7 @@ class StageKind(str, Enum):
     """What a stage trains; the values are those of ``kind:`` in a configuration and in a checkpoint's record.
 
     A member equals its plain string and is written as that string. The kind of a checkpoint can also be
-    `PRETRAINED`, which is no stage.
+    `PRETRAINED`, which is not a stage.
     """
 
     ALIGN = "align"

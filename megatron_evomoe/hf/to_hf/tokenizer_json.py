@@ -29,8 +29,6 @@ class TokenizerFiles:
     files: dict[str, Any]
     """File name -> JSON contents."""
     image_token_id: int
-    end_token: str
-    """The text of the end-of-text token."""
     template_prefix: str
     """What a chat template must put before the first word, because the tokenizer does not."""
     pieces: dict[int, str]
@@ -85,7 +83,6 @@ def tokenizer_files(
             "special_tokens_map.json": {**roles, "image_token": IMAGE_TOKEN},
         },
         image_token_id=image_token_id,
-        end_token=roles["eos_token"],
         template_prefix="" if prepends else tokenizer.text_prefix,
         pieces={t["id"]: t["content"] for t in spec["added_tokens"] if t["special"]},
     )
