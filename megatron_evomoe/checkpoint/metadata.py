@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_evomoe.checkpoint import integrity
+from megatron_evomoe.checkpoint import integrity, renamed
 from megatron_evomoe.checkpoint.inert_pickle import Call, Instance, Name, Pairs
 from megatron_evomoe.checkpoint.inert_pickle import read as read_inert
 from megatron_evomoe.checkpoint.record import CheckpointError, read_unchecked
@@ -63,7 +63,8 @@ def read(directory: Path) -> Metadata:
     record = read_unchecked(directory)
     content = integrity.read_verified(directory, FILE_NAME, record.files, _LARGEST)
     try:
-        return parse(content, {name: size for name, (size, _) in record.files.items()})
+        found = parse(content, {name: size for name, (size, _) in record.files.items()})
+        return renamed.with_present_names(found)
     except ValueError as error:
         raise CheckpointError(
             f"checkpoint {directory}: {FILE_NAME} is unsafe or damaged ({error}); nothing was loaded"

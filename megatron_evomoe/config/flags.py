@@ -8,6 +8,7 @@ import inspect
 import itertools
 from typing import Any
 
+from megatron_evomoe.config.renamed import RENAMED, present_names
 from megatron_evomoe.config.run import FLAT, SECTIONS
 from megatron_evomoe.config.types import from_flag, takes_only_bool
 
@@ -32,6 +33,11 @@ def add_flags(parser: Any) -> None:
             help=words.replace("%", "%%"),
             **alone,
         )
+    for old, new in RENAMED.items():
+        flags = [f"--{name.replace('_', '-')}" for name in (old, new)]
+        parser.add_argument(
+            flags[0], dest=f"cfg_{old}", metavar="VALUE", help=f"the former name of {flags[1]}"
+        )
 
 
 def flags_from(args: Any) -> dict[str, Any]:
@@ -41,6 +47,7 @@ def flags_from(args: Any) -> dict[str, Any]:
         ConfigError: the text of a flag is not a value of its field's type.
     """
     given = {k[4:]: v for k, v in vars(args).items() if k.startswith("cfg_") and v is not None}
+    given = present_names(given)
     return {key: _value(key, text) for key, text in given.items()}
 
 

@@ -11,6 +11,7 @@ from megatron_evomoe.config import deprecated, text
 from megatron_evomoe.config.errors import ConfigError
 from megatron_evomoe.config.kinds import STAGE_KINDS, StageKind
 from megatron_evomoe.config.presets import PRESETS
+from megatron_evomoe.config.renamed import present_names, present_sections
 from megatron_evomoe.config.run import (
     FLAT,
     MODEL_SECTIONS,
@@ -60,7 +61,8 @@ def from_mapping(raw: dict[str, Any], flags: dict[str, Any] | None = None) -> Ru
     if not isinstance(raw, dict):
         raise ConfigError(f"a configuration must be a mapping of sections, got {shown(raw)}")
     _refuse_unknown(raw, {*SECTIONS, "preset", "stages"}, "section")
-    flags = dict(flags or {})
+    raw = present_sections(raw)
+    flags = present_names(flags or {})
     preset = flags.pop("preset", raw.get("preset"))
     layers: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
     if preset is not None:
@@ -107,7 +109,7 @@ def _preset(name: Any) -> dict[str, dict[str, Any]]:
             f"unknown preset {shown(name)}{nearest(name, PRESETS)}; known: {', '.join(PRESETS)}, or a YAML "
             "file"
         )
-    raw = _sections_of(name)
+    raw = present_sections(_sections_of(name))
     _refuse_unknown(raw, MODEL_SECTIONS, f"section in the preset file {name}:")
     return {section: _section(section, values, f" of {name}") for section, values in raw.items()}
 
@@ -135,7 +137,7 @@ def _stages(entries: Any) -> list[StageConfig]:
 def _build_stage(entry: Any) -> StageConfig:
     if not isinstance(entry, dict) or "name" not in entry:
         raise ConfigError(f"each entry of stages must be a mapping with a name, got {shown(entry)}")
-    entry = dict(entry)
+    entry = present_names(entry)
     name = validated(StageConfig, "name", entry.pop("name"), "a stage's name")
     load = validated(StageConfig, "load", entry.pop("load", None), f"stage {name!r}: load")
     kind = entry.pop("kind", name)

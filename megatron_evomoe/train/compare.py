@@ -16,6 +16,7 @@ from megatron_evomoe.config import SECTIONS, ConfigError, RunConfig
 from megatron_evomoe.config.kinds import MIXTURE_KINDS, StageKind
 from megatron_evomoe.config.read import coerce
 from megatron_evomoe.config.recipe import TRAINS
+from megatron_evomoe.config.renamed import present_names, present_sections
 from megatron_evomoe.config.resume import OnResume, on_resume
 from megatron_evomoe.config.run import FLAT, flat_name
 
@@ -71,6 +72,7 @@ def stored_config(raw: dict[str, Any], stage: str | None) -> RunConfig | None:
     Returns:
         None where it has no such stage, or no sections at all.
     """
+    raw = present_sections(raw, is_silent=True)
     sections = {name: raw[name] for name in SECTIONS if isinstance(raw.get(name), dict)}
     stages = raw.get("stages")
     named = (
@@ -81,7 +83,7 @@ def stored_config(raw: dict[str, Any], stage: str | None) -> RunConfig | None:
     if not sections or (stage is not None and not named):
         return None
     values = {name: dict(sections.get(name, {})) for name in SECTIONS}
-    for key, value in (named[0] if named else {}).items():
+    for key, value in present_names(named[0] if named else {}, is_silent=True).items():
         if key in FLAT:
             section, field = FLAT[key]
             values[section][field] = value
