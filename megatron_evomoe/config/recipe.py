@@ -18,7 +18,7 @@ MODULES = ("vision_model", "vision_projection", "language_model")
 TRAINS: dict[StageKind, tuple[str, ...]] = {
     StageKind.ALIGN: ("projector",),
     StageKind.WARMUP: ("projector", "language"),
-    StageKind.DENSE: ("projector", "language"),  # the dense baseline: stage I going on
+    StageKind.DENSE: ("projector", "language"),  # the dense baseline, which continues stage I
     StageKind.EVOLVE: ("first_expert",),
     StageKind.ROUTE: ("router",),
 }
