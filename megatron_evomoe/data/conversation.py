@@ -326,7 +326,7 @@ def _encode_pieces(
     pieces: Sequence[Piece], tokenizer: Tokenizer, template: Template, tokens_per_image: int
 ) -> EncodedSample:
     tokens: list[int] = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    types, supervised = [TokenType.TEXT] * len(tokens), [False] * len(tokens)
+    token_types, supervised = [TokenType.TEXT] * len(tokens), [False] * len(tokens)
     for i, (text, is_answer, kind) in enumerate(_merge(pieces)):
         if kind == "image":
             ids = [tokenizer.pad_id] * tokens_per_image
@@ -338,11 +338,11 @@ def _encode_pieces(
             # a tokenizer that puts a space before every text was pretrained with one at the start only
             ids = tokenizer.encode((getattr(tokenizer, "text_prefix", "") if i == 0 else "") + text)
         tokens += ids
-        types += [TokenType.VISION if kind == "image" else TokenType.TEXT] * len(ids)
+        token_types += [TokenType.VISION if kind == "image" else TokenType.TEXT] * len(ids)
         supervised += [is_answer] * len(ids)
     following = zip(tokens[1:], supervised[1:], strict=True)
     labels = [token if answer else IGNORE_INDEX for token, answer in following]
-    return EncodedSample(tokens, [*labels, IGNORE_INDEX] if tokens else [], types)
+    return EncodedSample(tokens, [*labels, IGNORE_INDEX] if tokens else [], token_types)
 
 
 def _merge(pieces: Sequence[Piece]) -> Iterator[tuple[str, bool, str]]:
