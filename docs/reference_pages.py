@@ -39,6 +39,8 @@ API: dict[str, list[str]] = {
     "megatron_evomoe.config": ["load_config", "from_mapping", "RunConfig", "StageConfig", "StageKind"],
     "megatron_evomoe.moe.router": [],
     "megatron_evomoe.moe.evolution_rules": [],
+    "megatron_evomoe.train.hooks": ["StepHook"],
+    "megatron_evomoe.train.stage_run": [],
     "megatron_evomoe.hf": [],
     "megatron_evomoe.generate.loading": [],
     "megatron_evomoe.evaluation.item": [],

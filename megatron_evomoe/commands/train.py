@@ -10,8 +10,10 @@ import argparse
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 
 from megatron_evomoe.config import RunConfig, add_flags, flags_from, load_config
+from megatron_evomoe.train.hooks import StepHook
 
 _JOIN_MINUTES = 1
 """How long a rank that cannot read its configuration waits for the others, to tell them."""
@@ -25,8 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_flags(parser)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace, hooks: Sequence[StepHook] = ()) -> int:
     """Train, and return the exit status, which is the same on every rank.
+
+    Args:
+        hooks: code of the caller that runs at the moments of every stage (examples/train_with_hook.py).
 
     Raises:
         ConfigError: the configuration cannot be read or is inconsistent.
@@ -45,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     backend.prepare()
     backend.init_process_group(config.parallel.distributed_timeout_minutes)
     try:
-        status = _train(config, args.stage)
+        status = _train(config, args.stage, hooks)
         if status and dist.get_world_size() > 1:
             sys.stdout.flush()
             os._exit(status)  # an orderly exit would wait for ranks that have already gone
@@ -77,14 +82,14 @@ def _tell_other_ranks(error: Exception) -> None:
         return  # the others did not join either: each of them has met the same error
 
 
-def _train(config: RunConfig, stages: list[str] | None) -> int:
+def _train(config: RunConfig, stages: list[str] | None, hooks: Sequence[StepHook]) -> int:
     """Train and return the exit status. A failure of any rank has been printed when this returns."""
     from megatron_evomoe.train import alarm
     from megatron_evomoe.train.loop import train
     from megatron_evomoe.train.session import run_folder
 
     try:
-        train(config, stages)
+        train(config, stages, hooks)
         return 0
     except alarm.RankFailedError as error:
         return error.status

@@ -1,40 +1,39 @@
-"""What a person sees: one live line on a terminal, plain lines everywhere else (log files, pipes, CI)."""
+"""What a run prints: one live line on a terminal, plain lines elsewhere (log files, pipes, CI)."""
 
 from __future__ import annotations
 
 import contextlib
-import sys
 import time
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, TextIO
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 FACTS = ("lm loss", "learning-rate", "grad-norm", "tokens/s")
-ETA_WINDOW = 50  # steps; long enough to smooth, short enough to forget a slow start
+ETA_WINDOW = 50
+"""Steps whose mean time predicts the remaining time: enough to smooth it, few enough to drop a slow start."""
 
 
 class ConsoleReport:
-    """Progress, messages and tables on `stream`.
+    """Progress, messages and tables on stdout.
 
-    On a terminal the newest step replaces the line before; otherwise every `interval`-th step, and the last,
-    is a line of its own.
+    On a terminal each step replaces the line of the step before. Elsewhere every `interval`-th step, and the
+    last one, is printed on a line of its own.
     """
 
-    def __init__(self, interval: int, stream: TextIO | None = None):
+    def __init__(self, interval: int):
         self.interval = max(1, interval)
-        self._stream = stream
-        self._console = Console(file=stream, highlight=False)
+        self._console = Console(highlight=False)
         self.is_live = self._console.is_terminal
         self._progress: Progress | None = None
         self._stage, self._total = "", 0
         self._clock: deque[tuple[float, int]] = deque(maxlen=ETA_WINDOW)
 
     def start_stage(self, name: str, total_steps: int, start_step: int) -> None:
-        """A new progress line; the last one stays above as it was."""
+        """Begin a new progress line below that of the stage before."""
         self.stop()
         self._stage, self._total = name, total_steps
         self._clock.clear()
@@ -62,17 +61,16 @@ class ConsoleReport:
             self.say(f"[{self._stage} {step}/{self._total}] {facts_of(metrics, eta)}")
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """Print a line that stays."""
         if self.is_live:
             self._console.print(text, markup=False)
-        else:  # not through rich: it would wrap at 80 columns and log files are read with grep
-            with contextlib.suppress(
-                OSError
-            ):  # a full disk under it, or a reader that left: the JSONL files have the numbers
-                print(text, file=self._stream or sys.stdout, flush=True)
+            return
+        # on a full disk or a closed pipe the line is lost; the JSONL files have the numbers
+        with contextlib.suppress(OSError):
+            print(text, flush=True)  # not by rich, which would wrap at 80 columns and break a search by grep
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """A table: rich on a terminal, aligned text elsewhere."""
+        """Print a table, drawn by rich on a terminal and as aligned text elsewhere."""
         if not self.is_live:
             self.say(plain_table(title, columns, rows))
             return
@@ -84,7 +82,7 @@ class ConsoleReport:
         self._console.print(table)
 
     def stop(self) -> None:
-        """End the live line; safe to call twice."""
+        """End the live line. May be called twice."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
@@ -95,7 +93,12 @@ class ConsoleReport:
 
 
 def facts_of(metrics: dict[str, Any], eta: float | None, names: Sequence[str] = FACTS) -> str:
-    """`lm loss 1.234 | lr 9.9e-04 | grad-norm 0.53 | 12.3k tokens/s | eta 0:42`, of what there is."""
+    """Metrics as `lm loss 1.234 | lr 9.9e-04 | grad-norm 0.53 | 12.3k tokens/s | eta 0:42`.
+
+    Args:
+        eta: remaining seconds.
+        names: the metrics to show; those that are missing are left out.
+    """
     spelled = {
         "lm loss": lambda v: f"lm loss {v:.3f}",
         "learning-rate": lambda v: f"lr {v:.1e}",
@@ -124,16 +127,14 @@ def duration(seconds: float) -> str:
 
 
 def cell(value: Any) -> str:
-    """A table cell: floats to 4 significant digits, none as a dash; strings pass, so callers may format
-    themselves.
-    """
+    """The text of a table cell: floats with 4 significant digits, none as a dash, strings as they are."""
     if value is None:
         return "–"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def plain_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Columns aligned by spaces, numbers to the right, a rule under the header."""
+    """A table as text: columns aligned with spaces, numbers to the right, a rule under the header."""
     texts = [list(columns), *([cell(v) for v in row] for row in rows)]
     widths = [max(len(row[i]) for row in texts) for i in range(len(columns))]
     right = [_is_numeric([r[i] for r in rows]) for i in range(len(columns))]
@@ -148,7 +149,7 @@ def plain_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
 
 
 def _is_numeric(values: Sequence[Any]) -> bool:
-    """Numbers, and strings that begin like one ("91.2 %", "12.3k"), are read from the right."""
+    """Whether a column holds numbers, or strings that begin with one ("91.2 %", "12.3k")."""
     texts = [cell(v) for v in values if v is not None]
     return bool(texts) and all(
         t.lstrip("-+<>≤≥ ")[:1].isdigit() or t in ("–", "nan", "inf", "-inf") for t in texts

@@ -1,8 +1,8 @@
-"""Who is alive and where: every rank says so every few seconds, so that a hang has a name.
+"""Reports where every rank is, so that the rank that a hanging job waits for is known.
 
-A thread of each rank keeps its place (stage, step, phase) in the job's key-value store; rank 0's also writes
-`heartbeat.json` for whoever watches from outside, with the ranks that lag behind. When a collective fails or
-times out, the survivors read the same store and can say whom they waited for.
+Every few seconds a thread of each rank writes its place (stage, step, phase) to the job's key-value store.
+The thread of rank 0 also writes `heartbeat.json`, which names the ranks that lag behind, for monitoring. When
+a collective fails or times out, the remaining ranks read the store and name the rank that they waited for.
 """
 
 from __future__ import annotations
@@ -24,23 +24,24 @@ from megatron_evomoe.observe import jsonl
 log = logging.getLogger(__name__)
 
 PHASES = ("setup", "features", "data", "step", "save", "evaluate")
-"""In the order a step meets them."""
+"""The phases in the order of a step."""
+_INTERVAL = 2.0
+"""Seconds between two reports of a rank. A rank counts as silent after five intervals."""
 
 
 class CollectiveError(RuntimeError):
-    """A collective failed or timed out; the message names it, where it was called, and the ranks that did not
-    come.
-    """
+    """A collective failed or timed out. The message names it, its caller, and the ranks that are missing."""
 
 
 class Heartbeat:
-    """This rank's place, told every `interval` seconds until `close`.
+    """Reports this rank's place every few seconds until `close`.
 
-    run_dir: where rank 0 writes `heartbeat.json`.
+    Args:
+        run_dir: where rank 0 writes `heartbeat.json`.
     """
 
-    def __init__(self, run_dir: Path, *, interval: float = 2.0) -> None:
-        self._path, self._interval = run_dir / "heartbeat.json", interval
+    def __init__(self, run_dir: Path) -> None:
+        self._path = run_dir / "heartbeat.json"
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
         self._store = dist.distributed_c10d._get_default_store().clone()
         self._place = {
@@ -58,7 +59,7 @@ class Heartbeat:
         self._thread.start()
 
     def enter(self, phase: str, step: int | None = None, stage: str | None = None) -> None:
-        """Say what begins now. Costs an assignment; the thread does the rest."""
+        """Record what begins now. It only assigns a value; the thread reports it."""
         place = {**self._place, "phase": phase, "since": time.time()}
         if step is not None:
             place["step"] = step
@@ -67,23 +68,23 @@ class Heartbeat:
         self._place = place
 
     def close(self) -> None:
-        """Stop telling. Does not wait for a write that a lost file system holds."""
+        """Stop reporting. A write that hangs in a lost file system is not waited for."""
         self._stopped.set()
-        self._thread.join(timeout=5 * self._interval)
+        self._thread.join(timeout=5 * _INTERVAL)
 
     def explain(self, error: BaseException) -> str | None:
-        """What went wrong, if `error` came out of a collective; else none."""
+        """A message that names the missing ranks, if a collective raised `error`; else none."""
         called = failed_collective(error)
         if called is None:
             return None
         error = _root(error)
         lines = str(error).strip().splitlines()
         try:
-            whom = describe(self._everyone(), time.time(), self._interval)
-        except Exception:  # the store went with the process that kept it: torchrun, or rank 0
+            whom = describe(self._everyone(), time.time())
+        except Exception:  # the process that hosts the store has ended
             whom = (
-                "who is missing cannot be told: the job's key-value store is gone, and with it torchrun "
-                "or rank 0"
+                "the missing ranks are unknown, because the job's key-value store is gone: torchrun or "
+                "rank 0, which hosts it, has ended"
             )
         return (
             f"{called} failed in stage {self._place['stage']!r} at step {self._place['step']}: "
@@ -94,22 +95,20 @@ class Heartbeat:
         while True:
             try:
                 self._tell()
-            except Exception:  # the store's host is gone, and with it the job; nobody is left to tell
+            except Exception:  # the process that hosts the store has ended, and with it the job
                 return
-            if self._stopped.wait(self._interval):
+            if self._stopped.wait(_INTERVAL):
                 return
 
     def _tell(self) -> None:
         place = {**self._place, "beat": time.time()}
         self._store.set(f"heartbeat/{self._rank}", json.dumps(place))
         if self._rank == 0:
-            self._write(
-                json.dumps({**place, "ranks": describe(self._everyone(), place["beat"], self._interval)})
-            )
+            self._write(json.dumps({**place, "ranks": describe(self._everyone(), place["beat"])}))
 
     def _write(self, text: str) -> None:
-        """A full disk or a lost folder costs the file its news, never the thread: said once, and again when
-        it is over.
+        """Replace the file. A full disk or a lost folder does not end the thread; it is logged once, and once
+        more when the file can be written again.
         """
         try:
             jsonl.replace(self._path, text)
@@ -130,20 +129,21 @@ class Heartbeat:
         ]
 
 
-def describe(ranks: list[dict[str, Any]], now: float, interval: float) -> str:
-    """Which ranks are silent or behind the others, in words.
+def describe(ranks: list[dict[str, Any]], now: float) -> str:
+    """Which ranks are silent or behind the others.
 
-    ranks: each rank's last record, with nothing but `rank` where it never spoke.
+    Args:
+        ranks: each rank's last report, or only its `rank` if it never reported.
+        now: seconds since the epoch, as the reports' `beat` and `since`.
     """
     never = [r["rank"] for r in ranks if "beat" not in r]
     if never and len(never) < len(ranks):
-        return f"ranks {', '.join(map(str, never))} have never spoken"
-    silent = [r for r in ranks if now - r.get("beat", now) > 5 * interval]
+        return f"ranks {', '.join(map(str, never))} have never reported"
+    silent = [r for r in ranks if now - r.get("beat", now) > 5 * _INTERVAL]
     if silent:
         return "; ".join(
             f"rank {r['rank']} ({r['host']}, pid {r['pid']}) has been silent for {now - r['beat']:.0f} s, "
-            "last in "
-            f"{_place(r)}"
+            f"last in {_place(r)}"
             for r in silent
         )
     spoken = [r for r in ranks if "beat" in r]
@@ -155,7 +155,7 @@ def describe(ranks: list[dict[str, Any]], now: float, interval: float) -> str:
             f"{now - r['since']:.0f} s"
             for r in behind
         )
-    return f"all {len(spoken)} ranks are in {_place(spoken[0])}" if spoken else "no rank has spoken yet"
+    return f"all {len(spoken)} ranks are in {_place(spoken[0])}" if spoken else "no rank has reported yet"
 
 
 def _order(record: dict[str, Any]) -> tuple[int, int]:
@@ -167,15 +167,15 @@ def _place(record: dict[str, Any]) -> str:
 
 
 def _root(error: BaseException) -> BaseException:
-    """What `error` was raised from: a load or a save wraps what it meets."""
+    """The error that `error` was raised from: a load or a save wraps the errors of collectives."""
     while error.__cause__ is not None:
         error = error.__cause__
     return error
 
 
 def failed_collective(error: BaseException) -> str | None:
-    """The function of torch.distributed that raised `error`, and the function of ours that called it; none
-    for another error.
+    """The function of torch.distributed that raised `error` and the function of this package that called it,
+    for a message; none for another error.
     """
     error = _root(error)
     frames = traceback.extract_tb(error.__traceback__)

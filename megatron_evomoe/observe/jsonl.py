@@ -1,5 +1,5 @@
-"""Lines of JSON that survive a killed process and any float: the only format plots and tables are made
-from.
+"""Files with one JSON object per line, from which plots and tables are made. They survive a killed process
+and hold any float.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ log = logging.getLogger(__name__)
 
 
 def plain(value: Any) -> Any:
-    """`value` as valid JSON: tensors and numpy scalars become numbers or lists, non-finite floats "nan",
-    "inf", "-inf".
+    """`value` in types that JSON has. Tensors and numpy values become numbers or lists, non-finite floats the
+    strings "nan", "inf" and "-inf", which `float` and `numpy.asarray(…, dtype=float)` read back.
 
-    `float("nan")` and `numpy.asarray([...], dtype=float)` read these strings back, so readers need no special
-    case.
+    Raises:
+        TypeError: `value` holds an object of another type.
     """
     if isinstance(value, dict):
         return {str(k): plain(v) for k, v in value.items()}
@@ -44,12 +44,12 @@ def plain(value: Any) -> Any:
 
 
 def dumps(record: dict[str, Any]) -> str:
-    """One line, newline included. Floats keep full precision (Python's shortest exact form)."""
+    """`record` as one line with its newline. Floats are written exactly."""
     return json.dumps(plain(record), allow_nan=False, ensure_ascii=False) + "\n"
 
 
 def append(path: Path, record: dict[str, Any]) -> None:
-    """Open, mend, write one line, close. For rare records; `LineFile` is for the many.
+    """Append one record to a file that is not kept open. For many records use `LineFile`.
 
     Raises:
         OSError: it could not be written.
@@ -61,11 +61,10 @@ def append(path: Path, record: dict[str, Any]) -> None:
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
-    """Records of `path` in order; none when the file is missing. A last line cut off by a kill is passed
-    over.
+    """The records of `path` in order; none if the file is missing. A last line that was cut off is skipped.
 
     Raises:
-        ValueError: a line other than the last is not JSON (the file was damaged, not just cut off).
+        ValueError: a line before the last is not JSON, so the file is damaged.
     """
     if not path.exists():
         return
@@ -85,34 +84,30 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def replace(path: Path, text: str) -> None:
-    """Give `path` this content in one move: whoever reads, or kills, meets the old file or the new one."""
+    """Replace the file atomically."""
     scratch = path.with_name(path.name + ".tmp")
     scratch.write_text(text, encoding="utf-8")
     os.replace(scratch, path)
 
 
-def rewind(path: Path, stage: str, step: int) -> int:
-    """Drop the records of `stage` beyond `step`, and a cut-off last line; returns how many records went.
-
-    Other stages' records stay, as they are. The file is replaced in one move, so a kill leaves the old one or
-    the new one.
+def rewind(path: Path, stage: str, step: int) -> None:
+    """Remove the records of `stage` after `step`, and a last line that was cut off. Replaces the file
+    atomically.
     """
     if not path.exists():
-        return 0
-    records = list(read(path))
-    kept = [r for r in records if r.get("stage") != stage or r.get("step", step) <= step]
+        return
+    kept = [r for r in read(path) if r.get("stage") != stage or r.get("step", step) <= step]
     replace(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept))
-    return len(records) - len(kept)
 
 
 class LineFile:
-    """A file open for appending, unbuffered so that `tail -f` and a killed run see all of it.
+    """A file open for appending, without a buffer: a reader and a killed run have every line.
 
-    A line that cannot be written (a full disk) is kept in memory, which is said once, and written before the
-    next one when there is room: the file never holds half a line, nor lines out of order.
+    A line that cannot be written, as on a full disk, is kept in memory and written before the next one once
+    there is room. This is logged once. The file never holds half a line, and its lines keep their order.
 
     Attributes:
-        error: why the lines that wait could not be written; none when none waits.
+        error: why lines are kept in memory; none while all are written.
     """
 
     def __init__(self, path: Path):
@@ -132,7 +127,7 @@ class LineFile:
             self._lost += 1
 
     def flush(self) -> None:
-        """Write the lines that wait, as far as that can be done now."""
+        """Write the lines kept in memory, as far as that is possible now."""
         waited = len(self._waiting)
         try:
             while self._waiting:
@@ -160,7 +155,7 @@ class LineFile:
             raise
 
     def close(self) -> None:
-        """Try once more what waits, and say how many lines are lost. Safe to call twice."""
+        """Try once more to write the kept lines, and log how many are lost. May be called twice."""
         if self._file.closed:
             return
         self.flush()
@@ -176,7 +171,7 @@ class LineFile:
 
 
 def _mend(path: Path) -> None:
-    """Cut a last line without its newline: the next record would be glued to it and both be lost."""
+    """Remove a last line without newline, which would make one invalid line with the next record."""
     if not path.exists() or path.stat().st_size == 0:
         return
     with path.open("rb+") as file:
@@ -184,7 +179,7 @@ def _mend(path: Path) -> None:
         if file.read(1) == b"\n":
             return
         position = file.seek(0, os.SEEK_END)
-        while position > 0:  # last lines hold a few kB at most except diagnostics; step back in blocks
+        while position > 0:  # search backwards in blocks; only lines of diagnostics exceed one
             start = max(0, position - 65536)
             file.seek(start)
             newline = file.read(position - start).rfind(b"\n")

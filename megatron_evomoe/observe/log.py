@@ -1,4 +1,4 @@
-"""Where a run's numbers go: JSONL always; console; TensorBoard and wandb when asked.
+"""Writes a run's numbers to JSONL files and the console, and to TensorBoard and wandb if configured.
 
 metrics.jsonl   {"step", "stage", "time", metrics…, "samples"?}    one line per logged step
 events.jsonl    {"event", "time", "stage"?, fields…}               what happened: eval, save, resume, …
@@ -24,15 +24,16 @@ RESERVED = frozenset({"step", "stage", "time", "samples"})
 
 
 class RunLogger:
-    """All sinks of one run. On other ranks than the main one every method returns at once and nothing is
-    imported or opened.
+    """All sinks of one run. Except on the main rank, each method returns at once and nothing is opened.
 
-    log_config: read once; `log_interval` spaces the plain console lines, nothing else. How often `log` is
-    called is the caller's. run_dir: JSONL files, and wandb's own. wandb_run_id: from the checkpoint when
-    resuming; none mints a new one. Kept as given when wandb is off, so it is not lost.
+    Args:
+        log_config: `log_interval` spaces the plain lines of the console and nothing else.
+        run_dir: folder of the JSONL files and of wandb's own files.
+        wandb_run_id: from the checkpoint on a resume; none makes a new one. Without wandb it is kept as
+            given, so that checkpoints do not lose it.
 
     Raises:
-        RuntimeError: TensorBoard or wandb is asked for and not installed; says what to install or unset.
+        RuntimeError: TensorBoard or wandb is configured but not installed.
     """
 
     def __init__(
@@ -70,11 +71,11 @@ class RunLogger:
 
     @property
     def wandb_run_id(self) -> str | None:
-        """To be saved in the checkpoint. On other ranks than the main one, only what they were given."""
+        """The id to save in checkpoints. On other ranks than the main one, the id that was given."""
         return self._wandb_run_id
 
-    def start_stage(self, name: str, total_steps: int, start_step: int = 0) -> None:
-        """Following `log` calls belong to `name`, whose steps run from `start_step` + 1 to `total_steps`."""
+    def start_stage(self, name: str, total_steps: int, start_step: int) -> None:
+        """Begin stage `name`, whose steps from `start_step` + 1 to `total_steps` are logged next."""
         self._stage = name
         if not self.is_main:
             return
@@ -82,27 +83,27 @@ class RunLogger:
             self._guarded(sink, lambda sink=sink: sink.start_stage(name, start_step))
         self._console.start_stage(name, total_steps, start_step)
 
-    def rewind(self, stage: str, step: int) -> int:
-        """On resume: drop `stage`'s metrics beyond `step` and its diagnostics from `step` on, which will be
-        written again; returns the metric lines dropped. Other stages' lines and events.jsonl, which is a
-        history of what happened, stay.
+    def rewind(self, stage: str, step: int) -> None:
+        """On a resume, remove the stage's metrics after `step` and its diagnostics from `step` on, because
+        they will be written again. Other stages' lines stay, and so does events.jsonl, which is a history.
         """
         if not self.is_main:
-            return 0
+            return
         self._metrics.close()
-        dropped = jsonl.rewind(self.run_dir / "metrics.jsonl", stage, step)
-        jsonl.rewind(self.run_dir / "diagnostics.jsonl", stage, step - 1)  # made after their step was saved
+        jsonl.rewind(self.run_dir / "metrics.jsonl", stage, step)
+        # diagnostics of a step are written after its checkpoint
+        jsonl.rewind(self.run_dir / "diagnostics.jsonl", stage, step - 1)
         self._metrics = jsonl.LineFile(self.run_dir / "metrics.jsonl")
-        return dropped
 
     def log(self, step: int, metrics: dict[str, Any], samples: dict[str, Any] | None = None) -> None:
-        """Report one step (the first is 1).
+        """Log one step (the first is 1).
 
-        metrics: name -> number.
-        samples: about the data of the step (counts by reason, sample keys, texts); JSONL only.
+        Args:
+            metrics: name -> number; none is left out.
+            samples: about the step's data (counts by reason, sample keys, texts); for the JSONL file only.
 
         Raises:
-            ValueError: a metric is named like a field of the line (`RESERVED`).
+            ValueError: a metric has the name of a field of the line (`RESERVED`), or is no number.
         """
         if not self.is_main:
             return
@@ -119,7 +120,7 @@ class RunLogger:
         self._console.step(step, numbers)
 
     def _guarded(self, sink: TensorBoardSink | WandbSink, work: Callable[[], None]) -> None:
-        """What a copy of the numbers cannot do never ends a run: it is said once for each sink."""
+        """Call `work` of TensorBoard or wandb. A failure does not end the run and is logged once per sink."""
         try:
             work()
         except Exception as error:
@@ -133,16 +134,16 @@ class RunLogger:
             self._failed.add(sink)
 
     def flush(self) -> None:
-        """Write the lines that a full disk has kept waiting, as far as that can be done now."""
+        """Write the lines that a full disk has delayed, as far as that is possible now."""
         if self.is_main:
             self._metrics.flush()
             self._events.flush()
 
     def event(self, name: str, **fields: Any) -> None:
-        """Append to events.jsonl; the current stage is added unless `fields` has one.
+        """Append to events.jsonl. The current stage is added unless `fields` has one.
 
-        The loss figure marks `event("eval", step=…, accuracy=…, blind=…)`: a number in [0, 1], or {question
-        kind: number}; `blind` (images blanked) may be left out.
+        The loss figure shows `event("eval", step=…, accuracy=…, blind=…)`, whose values are numbers in [0, 1]
+        or {question kind: number}; `blind` (accuracy with blanked images) may be left out.
         """
         if not self.is_main:
             return
@@ -150,15 +151,18 @@ class RunLogger:
         self._events.write({"event": name, "time": time.time(), **stage, **fields})
 
     def say(self, text: str) -> None:
-        """A line for people: above the progress line on a terminal, else plain."""
+        """Print a line: above the progress line on a terminal, else as it is."""
         if self.is_main:
             self._console.say(text)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Show a table and append it to tables.jsonl. Cells: strings, numbers or none.
+        """Print a table and append it to tables.jsonl.
+
+        Args:
+            rows: cells are strings, numbers or none.
 
         Raises:
-            ValueError: a row has another length than `columns`.
+            ValueError: a row's length differs from that of `columns`.
         """
         if not self.is_main:
             return
@@ -174,7 +178,7 @@ class RunLogger:
         )
 
     def close(self) -> None:
-        """End the live line and finish every sink; safe to call twice."""
+        """End the live line and close every sink. May be called twice."""
         if not self.is_main:
             return
         self._console.stop()
@@ -186,7 +190,7 @@ class RunLogger:
 
 
 def _number(name: str, value: Any) -> float | int:
-    """A Python number from a number, a tensor or a numpy scalar."""
+    """A Python number from a number, a tensor or a numpy scalar. Raises `ValueError` for anything else."""
     value = value.item() if hasattr(value, "item") else value
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"metric {name!r} is a {type(value).__name__}, not a number; put texts in `samples`")

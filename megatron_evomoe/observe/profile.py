@@ -1,8 +1,8 @@
-"""``--profile``: what a few steps of a stage spend their time on, kernel by kernel and phase by phase.
+"""``--profile``: the time that a few steps of a stage spend in each kernel and each phase.
 
-Ranges are placed where a phase happens (`phase`) and cost one comparison while nothing is profiled. Forward
-and backward of a microbatch lie inside megatron-core's schedules; they are marked by standing in for the
-timers those would call.
+`phase` marks a phase where it happens; it costs one comparison while nothing is profiled. Forward and
+backward of a microbatch run inside megatron-core's schedules, which call timers around them: an object in the
+place of these timers marks the two phases.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from megatron_evomoe.parallel import backend
 log = logging.getLogger(__name__)
 
 PHASES = ("data", "forward", "backward", "optimizer", "evolution", "save")
-"""Names of the ranges, in the order a step meets them."""
+"""The names of the ranges, in the order of a step."""
 
 _CORE_NAMES = {"forward-compute": "forward", "backward-compute": "backward"}
 _ROWS = 60  # of the table of operators
@@ -32,12 +32,12 @@ _window: _Window | None = None  # of the process, as torch's profiler is
 
 
 def phase(name: str) -> AbstractContextManager[None]:
-    """Mark what runs inside as `name`, in the trace and for NVTX; nothing while no stage is profiled."""
+    """Context that marks its block as `name`, in the trace and for NVTX, while a stage is profiled."""
     return _OFF if _window is None else _range(name)
 
 
 def begin_step(step: int) -> None:
-    """Step `step` of the stage begins, and the one before it, its save included, has ended."""
+    """Begin the range of step `step` and end that of the step before, which includes its save."""
     if _window is not None:
         _window.begin_step(step)
 
@@ -46,9 +46,11 @@ def begin_step(step: int) -> None:
 def profiling(
     config: TrainConfig, modules: Sequence[torch.nn.Module], folder: Path, stage: str
 ) -> Iterator[None]:
-    """Trace the steps of ``config.profile_step_start`` … that begin inside, on the ranks asked for.
+    """Context that traces the steps from `profile_step_start` to `profile_step_end` - 1 on `profile_ranks`.
 
-    modules: the stage's model chunks. folder: where the trace and the table go.
+    Args:
+        modules: the stage's model chunks on this rank.
+        folder: where the trace and the table are written.
     """
     global _window
     if not config.profile or dist.get_rank() not in config.profile_ranks:
@@ -68,7 +70,7 @@ def profiling(
 
 
 class _Window:
-    """The steps from `profile_step_start` up to `profile_step_end`, as far as the stage takes them."""
+    """The traced steps of one stage."""
 
     def __init__(self, config: TrainConfig, folder: Path, stage: str) -> None:
         self._folder, self._stage = folder, stage
@@ -82,8 +84,7 @@ class _Window:
         if step >= self._end:
             self._finish()
         elif step >= self._start - 1 and self._profiler is None:
-            # one step early where there is one: starting CUPTI takes long, and would be in the first step's
-            # time
+            # one step early if possible: starting CUPTI takes long and would count as time of the first step
             self._profiler = torch.profiler.profile(activities=_activities(), record_shapes=True)
             self._profiler.prepare_trace()
         if self._start <= step < self._end:
@@ -108,7 +109,7 @@ class _Window:
         if self._profiler is None:
             return
         if not self._steps:
-            self._profiler.start_trace()  # prepared and never begun: torch can only be stopped after a start
+            self._profiler.start_trace()  # torch's profiler can be stopped only after a start
         self._profiler.stop_trace()
         if self._steps:
             self._write()
@@ -122,9 +123,7 @@ class _Window:
 
 
 class _ScheduleTimers:
-    """Stands where megatron-core expects its timers (`core.timers.Timers`): what it would time becomes a
-    range.
-    """
+    """Takes the place of megatron-core's timers (`core.timers.Timers`) and turns each timing into a range."""
 
     def __init__(self) -> None:
         self._open: list[AbstractContextManager[None]] = []
@@ -134,13 +133,13 @@ class _ScheduleTimers:
         return self
 
     def start(self, barrier: bool = False) -> None:
-        """Begin the range named by the call before; no barrier, which would change what is measured."""
+        """Begin the range named by the preceding call, without a barrier, which would change the timing."""
         opened = _range(self._named)
         opened.__enter__()
         self._open.append(opened)
 
     def stop(self, barrier: bool = False) -> None:
-        """End the range begun last: the core's nest."""
+        """End the range that was begun last; megatron-core nests its timings."""
         self._open.pop().__exit__(None, None, None)
 
 
@@ -157,7 +156,7 @@ def _activities() -> list[torch.profiler.ProfilerActivity]:
 
 
 def _tables(averages: Any, steps: int) -> str:
-    """Phases, then operators and kernels, those that take longest first."""
+    """Time by phase, then by operator and kernel, the longest first."""
     lines = [f"{steps} step(s). Host time by phase; on a GPU its kernels may end later, see the trace.", ""]
     by_name = {event.key: event for event in averages}
     for name in PHASES:

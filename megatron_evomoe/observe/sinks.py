@@ -1,4 +1,4 @@
-"""TensorBoard and wandb behind one shape: `start_stage`, `log`, `close`. Imported only when asked for."""
+"""TensorBoard and wandb with one interface: `start_stage`, `log`, `close`. Both are imported only if used."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ from typing import Any
 
 
 class TensorBoardSink:
-    """One TensorBoard run per stage (`tensorboard_dir/STAGE`), so that tags keep their names and stages
-    overlay.
-    """
+    """One TensorBoard run per stage (`tensorboard_dir/STAGE`), so that stages share their tags."""
 
     def __init__(self, directory: str | Path):
         try:
@@ -23,9 +21,7 @@ class TensorBoardSink:
         self._make, self._directory, self._writer = SummaryWriter, Path(directory), None
 
     def start_stage(self, name: str, start_step: int) -> None:
-        """A writer for the stage; TensorBoard hides what an earlier, interrupted run wrote beyond
-        `start_step`.
-        """
+        """Open a writer for the stage. TensorBoard hides what an interrupted run wrote after `start_step`."""
         self.close()
         self._writer = self._make(str(self._directory / name), purge_step=start_step + 1)
 
@@ -43,8 +39,8 @@ class TensorBoardSink:
 
 
 class WandbSink:
-    """One wandb run for all stages: metrics are `STAGE/name` over `STAGE/step`, since steps start again in
-    each stage.
+    """One wandb run for all stages. Metrics are `STAGE/name` over `STAGE/step`, because each stage counts its
+    steps from 1.
     """
 
     def __init__(
@@ -66,7 +62,7 @@ class WandbSink:
             ) from error
         self.run_id = run_id or new_run_id()
         directory.mkdir(parents=True, exist_ok=True)
-        # console off: wandb's capture of stdout and a live progress line garble each other
+        # console off: wandb's capture of stdout would garble the live progress line
         self._run = wandb.init(
             project=project,
             entity=entity,
@@ -95,5 +91,5 @@ class WandbSink:
 
 
 def new_run_id() -> str:
-    """Eight characters wandb accepts as a run's id."""
+    """A new run's id: eight characters that wandb accepts."""
     return secrets.token_hex(4)

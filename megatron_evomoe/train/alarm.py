@@ -1,9 +1,10 @@
-"""One rank's failure becomes every rank's message within seconds, whatever the others wait for.
+"""When one rank fails, every rank prints that rank's message and ends within seconds.
 
-A rank that fails says so in the job's key-value store and waits until the others have heard. A thread of each
-rank looks there twice a second: it prints the message, gives the rank a few seconds to end by itself (often
-it has met the same error, or its collective has failed), and then ends it: a collective that waits cannot be
-interrupted. The status is that of the rank that failed.
+The failing rank writes its error to the job's key-value store and waits until the other ranks have read it.
+On each rank a thread reads the store twice a second. When it finds an error, it prints the message and gives
+its rank a few seconds to end by itself, because often that rank has met the same error or its collective has
+failed. Then the thread ends the process, because a collective that waits cannot be interrupted. The exit
+status is that of the rank that failed.
 """
 
 from __future__ import annotations
@@ -27,11 +28,16 @@ from megatron_evomoe.data.errors import DataError
 from megatron_evomoe.observe.heartbeat import CollectiveError, failed_collective
 from megatron_evomoe.train.step import NonFiniteError
 
-_POLL, _GRACE = 0.5, 5.0
-# seconds for the others to hear; less where one of them is dead or silent, as a failed collective says
+_POLL = 0.5
+"""Seconds between two looks at the store."""
+_GRACE = 5.0
+"""Seconds that a rank has to end by itself after another one failed."""
 _PATIENCE = 5.0
+"""Seconds that a failing rank waits for the others to read its message. After a failed collective it waits
+less, because then another rank is dead or hangs.
+"""
 USER_ERRORS = (ConfigError, CheckpointError, DataError, NonFiniteError, OSError)
-"""Errors whose message says all: no traceback, exit status 2."""
+"""Errors whose message is enough for a user: printed without a traceback, with exit status 2."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,7 @@ class Failure:
     text: str
     status: int
     is_shared: bool
-    """all ranks have met it alike, and the text says what is to be said of ranks"""
+    """Whether all ranks met the same error; then the message names no rank."""
 
     def __str__(self) -> str:
         place = "" if self.is_shared else f"rank {self.rank} of {self.world} ({self.host}, pid {self.pid}): "
@@ -53,7 +59,7 @@ class Failure:
 
 
 class RankFailedError(RuntimeError):
-    """This rank, or another and this one with it, has failed. The message has been printed."""
+    """This rank failed, or it ends because another one did. The message has been printed."""
 
     def __init__(self, failure: Failure) -> None:
         super().__init__(str(failure))
@@ -61,18 +67,16 @@ class RankFailedError(RuntimeError):
 
 
 def failure_of(error: BaseException, run_dir: Path | None) -> Failure:
-    """`error` as this rank tells it: in a line, with what stays intact under `run_dir`, where that is known
-    already.
-    """
+    """`error` as one line, which also says that the checkpoints under `run_dir`, if known, are intact."""
     line = " ".join(str(error).split())
     if isinstance(error, (CollectiveError, dist.DistError)) or failed_collective(error) is not None:
-        status = 3  # not the cause, wherever another rank has told one
+        status = 3  # a consequence, if another rank reports an error of its own
     else:
         status = 2 if isinstance(error, USER_ERRORS) else 130 if isinstance(error, KeyboardInterrupt) else 1
     if isinstance(error, OSError) or not isinstance(error, (*USER_ERRORS, CollectiveError)):
         line = f"{type(error).__name__}: {line}".removesuffix(": ")
-    says_it_itself = isinstance(error, (ConfigError, CheckpointError, NonFiniteError))
-    if run_dir is not None and not says_it_itself:
+    is_complete = isinstance(error, (ConfigError, CheckpointError, NonFiniteError))
+    if run_dir is not None and not is_complete:
         line += (
             f". The checkpoints under {run_dir} stay as they were; the same command goes on from the newest"
         )
@@ -89,7 +93,7 @@ def failure_of(error: BaseException, run_dir: Path | None) -> Failure:
 
 
 def tell(failure: Failure, error: BaseException) -> Failure:
-    """Print what this rank met, with the traceback where the message does not say all."""
+    """Print this rank's failure, with the traceback unless it is an error meant for users."""
     if failure.status == 1:
         traceback.print_exception(error)
     print(failure, file=sys.stderr, flush=True)
@@ -97,12 +101,13 @@ def tell(failure: Failure, error: BaseException) -> Failure:
 
 
 class Alarm:
-    """Context of everything that ranks do together. Alone in the world it does nothing.
+    """Context for all that the ranks do together. With a single rank it does nothing.
 
-    run_dir: for the message, where the run's checkpoints are; none where that is not known yet.
+    Args:
+        run_dir: where the run's checkpoints are, for the message; none while that is not known.
 
     Raises:
-        RankFailedError: from the end of the context, in place of whatever ended it.
+        RankFailedError: when the context is left by an exception, in its place.
     """
 
     def __init__(self, run_dir: Path | None) -> None:
@@ -116,7 +121,7 @@ class Alarm:
     def __enter__(self) -> Alarm:
         if self._world > 1:
             store = dist.distributed_c10d._get_default_store()
-            self._store = store.clone()  # a connection each: one waits while the other asks
+            self._store = store.clone()  # the thread gets a connection of its own: one may block the other
             self._thread = threading.Thread(
                 target=self._watch, args=(store.clone(),), name="alarm", daemon=True
             )
@@ -124,9 +129,7 @@ class Alarm:
         return self
 
     def sound(self, error: BaseException) -> None:
-        """Tell the other ranks what this one met. Only the first failure of all ranks counts; does not
-        wait.
-        """
+        """Tell the other ranks of this error, without waiting. Only the first failure of all ranks counts."""
         if self._thread is None or self._sounded is not None:
             return
         self._sounded = failure_of(error, self._run_dir)
@@ -136,7 +139,7 @@ class Alarm:
                 self._heard = self._sounded
                 if self._said.acquire(blocking=False):
                     tell(self._sounded, error)
-        except Exception:  # whoever kept the store is gone, and the others find out by their collectives
+        except Exception:  # the process that hosts the store is gone; the others' collectives will fail
             return
 
     def __exit__(
@@ -153,8 +156,8 @@ class Alarm:
             self._ended.set()
 
     def _settle(self, error: BaseException) -> Failure:
-        """The failure this rank ends with, printed: the first of all ranks, unless this one met something of
-        its own.
+        """Print and return the failure that this rank ends with: the first of all ranks, unless this rank met
+        another error of its own.
         """
         first, mine = self._heard, self._sounded
         if first is None or (first.text != mine.text and mine.status != 3):
@@ -163,12 +166,14 @@ class Alarm:
         return first
 
     def _wait_until_heard(self) -> None:
-        """torchrun ends the others as soon as this rank has ended, and the store may be this rank's own."""
+        """Wait until the others have read the message: torchrun kills them once this rank ends, and this rank
+        may host the store.
+        """
         deadline = time.monotonic() + (_PATIENCE if self._sounded.status != 3 else 4 * _POLL)
         try:
             while self._store.add("alarm/heard", 0) < self._world and time.monotonic() < deadline:
                 time.sleep(0.05)
-        except Exception:  # whoever kept the store is gone
+        except Exception:  # the process that hosts the store is gone
             return
 
     def _watch(self, store: dist.Store) -> None:
@@ -180,20 +185,20 @@ class Alarm:
             if failure.rank != self._rank:
                 self._say(failure)
             store.add("alarm/heard", 1)
-        except Exception:  # whoever kept the store is gone
+        except Exception:  # the process that hosts the store is gone
             return
         if failure.rank != self._rank and not self._ended.wait(_GRACE):
             sys.stdout.flush()
             os._exit(failure.status)
 
     def _say(self, failure: Failure) -> None:
-        """Print it, once, from whichever thread is first."""
+        """Print the failure once, from the thread that comes first."""
         if self._said.acquire(blocking=False):
             print(failure, file=sys.stderr, flush=True)
 
 
 def _read(store: dist.Store) -> Failure | None:
-    """The first failure of any rank. Raises RuntimeError where whoever kept the store is gone."""
+    """The first failure of any rank. Raises `RuntimeError` if the process that hosts the store is gone."""
     if not store.check(["alarm/failure"]):
         return None
     return Failure(**json.loads(store.get("alarm/failure")))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,17 +20,19 @@ from megatron_evomoe.train.clock import StepClock
 
 @dataclass
 class Built:
-    """What a stage trains with. Lists hold one entry per pipeline chunk of this rank."""
+    """A stage's model and what trains it. Lists hold one entry per pipeline chunk of this rank."""
 
     modules: list[LlavaModel]
     wrapped: list[torch.nn.Module]
+    """The same chunks in megatron-core's data-parallel wrapper."""
     optimizer: Any
     scheduler: Any
-    clock: StepClock = field(default_factory=StepClock)
+    clock: StepClock
+    """Is told where each backward ends."""
 
     @property
     def evolving(self) -> list[EvolvingMLP]:
-        """The layers whose experts follow the first, in order."""
+        """This rank's layers whose experts 2…N are updated from expert 1, in order."""
         return [m for chunk in self.modules for m in chunk.modules() if isinstance(m, EvolvingMLP)]
 
     def mixtures(self) -> list[torch.nn.Module]:
@@ -38,11 +40,11 @@ class Built:
         return [m for chunk in self.modules for m in chunk.modules() if isinstance(m, EvoMoELayer)]
 
     def gather_weights(self) -> list[LlavaModel]:
-        """The modules, with the last update's weights in place. Communicates: all ranks call it.
+        """The modules with all weights of the last update. Communicates: all ranks call it.
 
-        With `overlap_param_gather` the optimizer step leaves each rank with the new values of its own shard,
-        and the next forward gathers the rest. Whatever reads weights between the two (a save, an evaluation,
-        a norm, evolution) takes the modules from here.
+        With `overlap_param_gather`, after an optimizer step each rank has the new values of its own shard
+        only, and the next forward gathers the rest. Code that reads weights in between (a save, an
+        evaluation, a norm, evolution) must take the modules from here.
         """
         for wrapped in self.wrapped:
             if wrapped.ddp_config.overlap_param_gather:
@@ -50,29 +52,20 @@ class Built:
         return self.modules
 
     def evolve(self, step: int, seed: int) -> None:
-        """Let the evolved experts follow the first after optimizer step `step`. Communicates as
-        `gather_weights` does.
-        """
-        if (
-            evolving := self.evolving
-        ):  # on all ranks of a data-parallel group or on none: they hold the same layers
+        """Update experts 2…N from expert 1 after optimizer step `step`. Communicates, as `gather_weights`."""
+        # the ranks of a data-parallel group hold the same layers, so all of them gather or none does
+        if evolving := self.evolving:
             self.gather_weights()
             for mlp in evolving:
                 mlp.evolve(step, seed)
 
 
 def build_stage(config: RunConfig, stage: StageConfig) -> Built:
-    """Everything for training `stage` (config already resolved for it). Communicates: DDP broadcasts nothing,
-    groups exist.
-    """
+    """Build model, optimizer and schedule of `stage`, whose values `config` already has."""
     modules = build_modules(config, stage.kind)
     for module in modules:
-        first = (
-            module.language_model.decoder.layers[0].layer_number - 1
-            if module.language_model.decoder.layers
-            else 0
-        )
-        freeze(module, config, stage.kind, first)
+        layers = module.language_model.decoder.layers
+        freeze(module, config, stage.kind, first_layer=layers[0].layer_number - 1 if layers else 0)
     wrapped = optim.wrap(modules, config)
     optimizer = optim.build_optimizer(wrapped, config)
     scheduler = optim.build_scheduler(optimizer, config)
@@ -82,21 +75,9 @@ def build_stage(config: RunConfig, stage: StageConfig) -> Built:
         clock.backward_done()
         finalize_model_grads(*args, **kwargs)
 
-    core = get_model_config(modules[0])
-    core.finalize_model_grads_func = finalize
-    core.grad_scale_func = optimizer.scale_loss
-    core.no_sync_func = wrapped[0].no_sync if len(wrapped) == 1 else [w.no_sync for w in wrapped]
-    for module in modules[1:]:
-        other = get_model_config(module)
-        other.finalize_model_grads_func, other.grad_scale_func, other.no_sync_func = (
-            core.finalize_model_grads_func,
-            core.grad_scale_func,
-            core.no_sync_func,
-        )
-    return Built(
-        modules=modules,
-        wrapped=wrapped,
-        optimizer=optimizer,
-        scheduler=scheduler,
-        clock=clock,
-    )
+    no_sync = wrapped[0].no_sync if len(wrapped) == 1 else [w.no_sync for w in wrapped]
+    for core_config in map(get_model_config, modules):
+        core_config.finalize_model_grads_func = finalize
+        core_config.grad_scale_func = optimizer.scale_loss
+        core_config.no_sync_func = no_sync
+    return Built(modules, wrapped, optimizer, scheduler, clock)

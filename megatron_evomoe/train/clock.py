@@ -1,4 +1,4 @@
-"""How long each rank takes for its own part of a step, to find the one all others wait for."""
+"""How long each rank takes for its own part of a step, to find the rank that all others wait for."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from megatron_evomoe.parallel import backend
 class StepClock:
     """Times a rank from the start of a step to the end of its backward, before gradients are reduced.
 
-    Where ranks meet earlier in the step (tensor, pipeline or expert parallelism) they wait for each other
-    inside that time, so the report tells replicas apart, not the ranks of one. On CUDA events time the
-    device.
+    Ranks that communicate earlier in the step (tensor, pipeline or expert parallelism) wait for each other
+    within that time, so the report can tell replicas apart, but not the ranks of one replica. On a GPU, CUDA
+    events measure the device's time.
     """
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class StepClock:
             self._steps += 1
 
     def report(self) -> dict[str, float]:
-        """The slowest rank since the last report: its number, its mean seconds a step, the median rank's.
+        """The slowest rank since the last report, its mean seconds per step, and the median rank's.
         Communicates.
         """
         mean = torch.tensor([self._total / max(1, self._steps)], dtype=torch.float64, device=backend.device())

@@ -1,8 +1,8 @@
-"""What differs between the configuration a checkpoint was saved under and the present one, field by field.
+"""The fields in which a checkpoint's configuration and the present one differ.
 
-Both are resolved for the stage first, and values are compared by what they mean: a preset and its fields
-spelled out are the same, so are `num_query_groups` left out and as many groups as heads. Nothing here reads a
-file or communicates.
+Both configurations have the stage's own values in place. Values are compared by their meaning: a preset
+equals its fields spelled out, and `num_query_groups` left out equals as many groups as heads. Nothing here
+reads a file or communicates.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ _BEGINNING_ONLY = {
     ("moe", "expert_init"),
     ("moe", "expert_init_noise"),
 }
-"""Fields of how fresh weights are drawn, which say nothing about weights that are loaded."""
+"""Fields that decide how fresh weights are drawn. They do not change the meaning of loaded weights."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """A field whose value is another than in the checkpoint's configuration."""
+    """A field whose value differs from the checkpoint's configuration."""
 
     section: str
     field: str
@@ -44,7 +44,7 @@ class Change:
 
     @property
     def flag(self) -> str:
-        """As the command line calls it, without the dashes: ``rotary_base``, ``vision_hidden_size``."""
+        """The field's name on the command line, without dashes: ``rotary_base``, ``vision_hidden_size``."""
         return flat_name(self.section, self.field)
 
     def __str__(self) -> str:
@@ -54,23 +54,23 @@ class Change:
 
 
 def show(value: Any) -> str:
-    """A value as a configuration file would spell it, cut to a readable length."""
+    """A value as a configuration file spells it, cut to 80 characters."""
     text = "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
     return text if len(text) <= 80 else f"{text[:77]}…"
 
 
 def stored_config(raw: dict[str, Any], stage: str | None) -> RunConfig | None:
-    """The configuration in a checkpoint, resolved for `stage`; of an older version too.
+    """The configuration in a checkpoint with the values of `stage` in place. It may be of an older version.
 
-    Fields it does not have get today's default, those it has and we do not know are left out, and values that
-    would be refused today stay as they are: a comparison needs no runnable configuration.
+    A field that the checkpoint lacks gets today's default, and a field that no longer exists is left out.
+    Values that would be refused today stay as they are, because a comparison needs no runnable configuration.
 
     Args:
         raw: the mapping in ``run_config.yaml``.
         stage: one of its stages; none takes the sections as they are (imported weights have no stages).
 
     Returns:
-        None where it has no such stage, or no sections at all.
+        None if the configuration has no such stage or no sections at all.
     """
     raw = present_sections(raw, is_silent=True)
     sections = {name: raw[name] for name in SECTIONS if isinstance(raw.get(name), dict)}
@@ -107,11 +107,11 @@ def _coerced(section: str, field: str, value: Any) -> Any:
 
 
 def changes(before: RunConfig, now: RunConfig, kind: StageKind) -> list[Change]:
-    """Every field that differs in what it means, of whatever class, in the order of the configuration.
+    """All fields that differ in their meaning, whatever their class, in the order of the configuration.
 
     Args:
-        before, now: both resolved for one stage.
-        kind: the stage's. A must-equal field that such a stage does not use is of class `LOGGED` here.
+        before, now: both with one stage's values in place.
+        kind: the stage's kind. A must-equal field that such a stage does not use has class `LOGGED` here.
     """
     found = []
     for section, cls in SECTIONS.items():
@@ -137,15 +137,15 @@ def _change(section: str, field: str, before: RunConfig, now: RunConfig, kind: S
 def model_changes(
     before: RunConfig, now: RunConfig, source_kind: str, kind: StageKind, parts: list[str]
 ) -> list[Change]:
-    """The must-equal fields by which a checkpoint's weights would mean another model in a stage that begins
-    from them.
+    """The must-equal fields that give a checkpoint's weights another meaning where a stage begins from them.
 
-    Many of them leave every tensor's shape alone: RoPE, epsilons, activations, windows, how heads are cut.
+    Many of these fields change no tensor's shape: RoPE, epsilons, activations, windows, the size of a head.
 
     Args:
-        before: what the checkpoint was saved under; now: resolved for the stage that begins.
-        source_kind, kind: of the checkpoint and of the stage.
-        parts: top-level parts of the model that the checkpoint covers.
+        before: the configuration that the checkpoint was saved under.
+        now: the present configuration with the values of the beginning stage in place.
+        source_kind, kind: the kinds of the checkpoint and of the stage.
+        parts: the top-level parts of the model that the checkpoint covers.
     """
     sections = {
         "language": "language_model" in parts,
@@ -176,14 +176,14 @@ def model_changes(
 
 
 def plain(value: Any) -> Any:
-    """Tuples as lists, as YAML reads them back."""
+    """`value` with tuples as lists, as YAML reads them back."""
     if isinstance(value, (list, tuple)):
         return [plain(v) for v in value]
     return {k: plain(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
 def _is_used(section: str, field: str, config: RunConfig, kind: StageKind) -> bool:
-    """Whether a stage of `kind` computes or draws anything with a field."""
+    """Whether a stage of `kind` uses a field in computing or drawing anything."""
     if (
         section != "moe" or field == "moe_layer_freq"
     ):  # where mixtures will be decides about names in dense stages too

@@ -1,7 +1,7 @@
 """Greedy decoding by the model in training, under any layout.
 
-Answers are decoded by running the whole sequence again for every new token: short answers need no cache, and
-the very forward that trained is the one that is measured.
+Each new token runs the whole sequence again: short answers need no key/value cache, and the measured forward
+is the one that was trained.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from megatron_evomoe.parallel import backend
 
 
 class inference:
-    """Context: no gradients, evaluation mode, no FP8; puts back what was."""
+    """Context without gradients, in evaluation mode and without FP8; restores the chunks' modes on exit."""
 
     def __init__(self, chunks: list[torch.nn.Module]) -> None:
         self._chunks = chunks
@@ -51,13 +51,14 @@ def greedy(
     max_new_tokens: int,
     pad_id: int,
 ) -> list[list[int]]:
-    """The most likely continuation of each prompt, token by token, without the stop token.
+    """The greedy continuation of each prompt, without the stop token. Communicates.
+
+    Every rank of every replica takes part in every forward, and all stop together. Rows that have ended are
+    left out of the next forward; a replica without open rows repeats its first row.
 
     Args:
         images: uint8 [n, 3, S, S], in prompt order.
-
-    Communicates: every rank of every replica takes part in every forward, and all stop together. Rows that
-    have ended are left out of the next forward; a replica with none left repeats its first.
+        stop: ids that end an answer.
     """
     counts = _images_per_prompt(prompts, len(images), _unwrap(chunks[0]).run_config.vision.tokens_per_image)
     images_of_prompt = images.to(backend.device()).split(counts)
@@ -91,7 +92,7 @@ def _images_per_prompt(prompts: Sequence[EncodedSample], total: int, tokens_per_
 def _pad(
     sequences: Sequence[tuple[list[int], list[int]]], pad_id: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Right-padded tokens and types [b, s], s a multiple of TP, and each row's last position [b]."""
+    """Right-padded tokens and token types [b, s], s a multiple of TP, and each row's last position [b]."""
     where, multiple = backend.device(), ps.get_tensor_model_parallel_world_size()
     longest = max(len(tokens) for tokens, _ in sequences)
     longest += -longest % multiple
@@ -116,7 +117,7 @@ def next_tokens(
     images: torch.Tensor,
     at: torch.Tensor,
 ) -> torch.Tensor:
-    """Greedy choice after position `at` [b] of every row, int64 [b], on every rank of the replica.
+    """The greedy choice after position `at` [b] of every row, int64 [b], on every rank of the replica.
     Communicates.
     """
     b, s = tokens.shape
@@ -132,7 +133,7 @@ def next_tokens(
             last = output[torch.arange(b, device=output.device), at]
             if _unwrap(model).language_model.parallel_output:
                 last = tensor_parallel.gather_from_tensor_model_parallel_region(last)
-            return last[:, :vocab_size].argmax(-1)  # never a padding row of the embedding
+            return last[:, :vocab_size].argmax(-1)  # without the embedding's padding rows
 
         return logits, choose
 

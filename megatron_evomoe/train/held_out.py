@@ -27,6 +27,9 @@ from megatron_evomoe.train.session import Session
 if TYPE_CHECKING:
     from megatron_evomoe.train.stage_run import StageRun
 
+ANSWER_TOKENS = 8
+"""The most tokens that an answer is decoded to; held-out answers are a few words long."""
+
 log = logging.getLogger(__name__)
 
 
@@ -39,7 +42,7 @@ class Question:
     images: torch.Tensor
     """uint8 [n, 3, S, S]"""
     kind: str
-    """what accuracy is reported by; the model never sees it"""
+    """the group that accuracy is reported for; not part of the prompt"""
 
 
 @dataclass(kw_only=True)
@@ -49,10 +52,9 @@ class Score:
     correct: dict[str, int]
     total: dict[str, int]
 
-    def accuracy(self, kinds: Sequence[str] | None = None) -> float:
-        """Share of exact matches over `kinds` (all by default)."""
-        kinds = [k for k in self.total if kinds is None or k in kinds]
-        return sum(self.correct[k] for k in kinds) / max(1, sum(self.total[k] for k in kinds))
+    def accuracy(self) -> float:
+        """Share of exact matches over all kinds."""
+        return sum(self.correct.values()) / max(1, sum(self.total.values()))
 
     def by_kind(self) -> dict[str, float]:
         """Accuracy of each kind."""
@@ -66,7 +68,7 @@ def exact_match(
     *,
     stop: set[int],
     batch_size: int,
-    max_new_tokens: int = 8,
+    max_new_tokens: int,
     blind: bool = False,
 ) -> Score:
     """Decode every question and compare texts. Communicates: all ranks call it with the same `questions`.
@@ -74,7 +76,7 @@ def exact_match(
     Args:
         chunks: the model chunks of this rank (unwrapped or wrapped); left in the mode they were in.
         stop: ids that end an answer.
-        blind: blank the images (all zero), to see what the questions alone give away.
+        blind: replace the images by zeros, to measure what the questions alone tell.
     """
     kinds = sorted({q.kind for q in questions})
     tally = torch.zeros(2, len(kinds), dtype=torch.int64, device=backend.device())
@@ -84,8 +86,8 @@ def exact_match(
             batch = questions[
                 start + rank * batch_size : min(len(questions), start + (rank + 1) * batch_size)
             ]
-            # replicas must run equally many forwards, since experts are shared between them; an idle one
-            # repeats a question
+            # expert parallelism spans replicas, so all must run equally many forwards: one without questions
+            # repeats the first
             rows = batch or questions[:1]
             images = torch.cat([q.images for q in rows])
             answers = greedy(
@@ -125,6 +127,7 @@ def measure(run: StageRun) -> dict[str, Score]:
         session.tokenizer,
         stop=session.stop_ids(config),
         batch_size=config.train.eval_batch_size,
+        max_new_tokens=ANSWER_TOKENS,
     )
     mixtures = run.built.mixtures()
     with collect.watching(mixtures, config) as watch:
@@ -140,9 +143,7 @@ def measure(run: StageRun) -> dict[str, Score]:
 
 
 def questions(session: Session, config: RunConfig) -> list[Question]:
-    """The held-out questions, the same list on every rank; unusable samples are left out, counted and
-    logged.
-    """
+    """The held-out questions, the same list on every rank. Unusable samples are left out and logged."""
     found: list[Question] = []
     limit = config.train.eval_samples
     skipped: Counter[str] = Counter()

@@ -31,8 +31,7 @@ class MeterHook(StepHook):
     """
 
     def begin_stage(self, run: StageRun) -> None:
-        """Count parameters, and watch the routers of a mixture."""
-        self._sizes = inventory.count(run.config, run.stage.kind)._asdict()
+        """Watch the routers of a mixture."""
         self._stage_began = time.perf_counter()
         self._watch = Watch(run.config, with_logits=False) if run.stage.kind.has_router else None
         for layer in run.built.mixtures():
@@ -68,12 +67,13 @@ class MeterHook(StepHook):
     def after_measure(self, run: StageRun, scores: dict[str, Score]) -> None:
         """Write the stage's row and its `eval` event."""
         seconds = time.perf_counter() - self._stage_began
-        stage_report.write_row(run, scores, {"seconds": seconds, **self._sizes})
+        counts = inventory.count(run.config, run.stage.kind)._asdict()
+        stage_report.write_row(run, scores, {"seconds": seconds, **counts})
 
 
 def flop_per_gpu(config: RunConfig, kind: StageKind, seq_length: int) -> float:
-    """FLOP of one optimizer step that the model asks for, mean over GPUs: recompute left out, padding and one
-    image a row counted (the formulas: plan/flops.py).
+    """FLOP of one optimizer step per GPU, without recompute, counting padding and one image per row
+    (plan/flops.py).
     """
     config = replace(config, train=replace(config.train, recompute_granularity=None))
     stages = config.parallel.pipeline_model_parallel_size

@@ -1,4 +1,4 @@
-"""AdamW over what trains, and its schedule: megatron-core's, set up from our configuration."""
+"""AdamW over the trained parameters, and its schedule: megatron-core's, set up from the configuration."""
 
 from __future__ import annotations
 
@@ -53,11 +53,11 @@ def build_optimizer(chunks: list[DistributedDataParallel], config: RunConfig) ->
 
 
 class Schedule(OptimizerParamScheduler):
-    """megatron-core's schedule, which on a resume follows either the configuration or the checkpoint, and
-    says in what they differ.
+    """megatron-core's schedule, which after a resume follows either the configuration or the checkpoint, and
+    records how the two differ.
 
-    A learning rate is a function of the step alone. So after a resume under another configuration, every rate
-    is that of a run which had that configuration from its first step on.
+    The learning rate is a function of the step alone. So after a resume under another configuration, every
+    rate equals that of a run which had this configuration from its first step on.
     """
 
     _COMPARED = ("max_lr", "min_lr", "lr_warmup_steps", "lr_decay_steps", "lr_decay_style", "start_wd")
@@ -65,13 +65,13 @@ class Schedule(OptimizerParamScheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.changed: dict[str, tuple[Any, Any]] = {}
-        """What the checkpoint's schedule has otherwise: name -> (there, in the configuration)."""
+        """Values that differ: name -> (in the checkpoint, in the configuration)."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the step, and the schedule if that is the checkpoint's.
+        """Take the checkpoint's step and, with `use_checkpoint_opt_param_scheduler`, its schedule.
 
         Raises:
-            CheckpointError: the checkpoint's schedule is to go on, and ends before the run does.
+            CheckpointError: the checkpoint's schedule is to be used and ends before the run does.
         """
         own = self.state_dict()
         self.changed = {
@@ -84,20 +84,18 @@ class Schedule(OptimizerParamScheduler):
             and state_dict["lr_decay_style"] != "constant"
         ):
             raise CheckpointError(
-                f"the checkpoint's schedule ends at step {ends}, and steps {ends + 1} to {steps} would train "
-                "at "
-                f"its last rate, {state_dict['min_lr']:g}; leave use_checkpoint_opt_param_scheduler out, and "
-                "the "
-                f"schedule is that of train_iters {steps}; or set train_iters {ends}"
+                f"the checkpoint's schedule ends at step {ends}, and steps {ends + 1} to {steps} would "
+                f"train at its last rate, {state_dict['min_lr']:g}; leave use_checkpoint_opt_param_scheduler "
+                f"out to get the schedule of train_iters {steps}, or set train_iters {ends}"
             )
-        self.num_steps = 0  # the core adds the checkpoint's to it
+        self.num_steps = 0  # megatron-core adds the checkpoint's number
         super().load_state_dict(state_dict)
-        for group in self.optimizer.param_groups:  # what a group says of these goes before the schedule's own
+        for group in self.optimizer.param_groups:  # a group's own values would override the schedule's
             group["max_lr"], group["min_lr"] = self.max_lr, self.min_lr
-        self.step(0)  # the core sets rates before it takes the checkpoint's weight decay
+        self.step(0)  # megatron-core sets the rates before it takes the checkpoint's weight decay
 
     def __str__(self) -> str:
-        """What differs from the checkpoint, and which holds; empty where nothing does."""
+        """How the checkpoint's schedule differs and which of the two is used; empty if they are equal."""
         if not self.changed:
             return ""
         if self.use_checkpoint_opt_param_scheduler:
@@ -111,11 +109,11 @@ class Schedule(OptimizerParamScheduler):
 
 
 def build_scheduler(optimizer: MegatronOptimizer, config: RunConfig) -> Schedule:
-    """Linear warmup from 0, then `lr_decay_style` towards `min_lr`; stepped after each update, so step 1
-    takes the rate of 0.
+    """Linear warmup from 0, then `lr_decay_style` towards `min_lr`. It is stepped after each update, so that
+    step 1 has the rate of position 0.
     """
     o, steps = config.optimizer, config.optimizer.lr_decay_iters or config.train.train_iters
-    # rounded up, as in Hugging Face's schedules that MoE-LLaVA uses
+    # rounded up, as in Hugging Face's schedules, which MoE-LLaVA uses
     warmup = min(steps - 1, math.ceil(o.lr_warmup_fraction * steps))
     return Schedule(
         optimizer,
@@ -135,7 +133,7 @@ def build_scheduler(optimizer: MegatronOptimizer, config: RunConfig) -> Schedule
 
 
 def course(scheduler: OptimizerParamScheduler, last: int) -> str:
-    """A stage's learning rates in words: of its first step, of the highest, and of its last."""
+    """A stage's learning rates in words: at its first step, at the peak, and at its last step."""
     schedule = copy.copy(scheduler)
     group = next(iter(scheduler.optimizer.param_groups), {})
 

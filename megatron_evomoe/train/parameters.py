@@ -15,12 +15,11 @@ from megatron_evomoe.parallel import backend
 
 @torch.no_grad()
 def params_norm(modules: Sequence[torch.nn.Module]) -> float:
-    """L2 norm of the whole model's weights, each counted once whatever the layout. Communicates."""
-    squares = torch.zeros(
-        2, dtype=torch.float64, device=backend.device()
-    )  # of experts, and of what all replicas hold
+    """L2 norm of the whole model's weights, each counted once under any layout. Communicates."""
+    # of the experts' parameters, and of those that all replicas hold
+    squares = torch.zeros(2, dtype=torch.float64, device=backend.device())
     for parameter in (p for module in modules for p in module.parameters()):
-        shared = getattr(parameter, "allreduce", True)  # the core's mark of what is not an expert's
+        shared = getattr(parameter, "allreduce", True)  # false for an expert's parameters
         group = ps.get_tensor_model_parallel_group() if shared else ps.get_expert_tensor_parallel_group()
         if param_is_not_shared(parameter) and param_is_not_tensor_parallel_duplicate(
             parameter, tp_group=group

@@ -1,4 +1,4 @@
-"""What a stage could not run with, told before the first stage begins rather than when its turn comes."""
+"""Checks every stage before the first one begins, so that a mistake in the last stage is found at once."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def check_stage(config: RunConfig, kind: StageKind, world_size: int) -> None:
 
 
 def _check_flex(config: RunConfig) -> None:
-    """megatron-core would fail at this only when it builds the first mixture."""
+    """Check what megatron-core itself would check only when it builds the first mixture."""
     parallel = config.parallel
     if parallel.expert_tensor_parallel_size * parallel.expert_model_parallel_size == 1:
         raise ConfigError(
@@ -58,6 +58,6 @@ def _check_flex(config: RunConfig) -> None:
         )
     if importlib.util.find_spec("deep_ep") is None:
         raise ConfigError(
-            "moe_token_dispatcher_type flex needs DeepEP (the package deep_ep), which is not installed; use "
-            "alltoall"
+            "moe_token_dispatcher_type flex needs DeepEP (the package deep_ep), which is not installed; "
+            "install it or use alltoall"
         )

@@ -1,8 +1,7 @@
-"""Before a stage goes on from a checkpoint, or begins from one: configuration and data are compared, one
-verdict for all ranks.
+"""Compares configuration and data with a checkpoint's before a stage resumes or begins from it.
 
-What must equal is refused, with the flag that allows it on purpose; what may change is said, in one line and
-in an event (docs/checkpoints.md).
+A change of a must-equal field is refused, and the message names the flag that allows it on purpose. Other
+changes are logged, in one line and in an event (docs/checkpoints.md). All ranks come to the same result.
 """
 
 from __future__ import annotations
@@ -31,15 +30,15 @@ CONFIG_FILE = "run_config.yaml"
 
 @dataclass
 class Comparison:
-    """What is other than in the checkpoint, none of it refused."""
+    """How configuration and data differ from the checkpoint's; nothing in it is refused."""
 
     changes: list[Change] = field(default_factory=list)
-    """Fields, those of no consequence left out."""
+    """Changed fields, without those of class `FREE`."""
     notes: list[str] = field(default_factory=list)
-    """What else there is to say: data, ranks, what could not be compared."""
+    """Sentences on data, ranks, and what could not be compared."""
 
     def line(self) -> str:
-        """All of it, for the log; empty where nothing changed."""
+        """All of it as one line of the log; empty if nothing changed."""
         return (
             "; ".join([", ".join(map(str, self.changes)), *self.notes])
             if self.changes
@@ -47,7 +46,7 @@ class Comparison:
         )
 
     def fields(self) -> dict[str, Any]:
-        """The same as fields of an entry in `events.jsonl`."""
+        """All of it as fields of an entry in `events.jsonl`."""
         found: dict[str, Any] = {"changed": {c.flag: [c.before, c.now] for c in self.changes}}
         return {**found, "notes": self.notes} if self.notes else found
 
@@ -55,29 +54,27 @@ class Comparison:
 def compare(
     session: Session, folder: Path, stage: StageConfig, config: RunConfig, data: TrainingData | None
 ) -> Comparison:
-    """Hold the checkpoint in `folder`, from which `stage` is to go on, against the present configuration and
-    data. Communicates.
+    """Compare the checkpoint that `stage` resumes from with today's configuration and data. Communicates.
 
     Args:
-        config: resolved for the stage.
-        data: what it would train on; none where no step is left.
+        config: the configuration with the stage's values in place.
+        data: what the stage would train on; none if no step is left.
 
     Raises:
-        CheckpointError: on every rank: it was trained with another tokenizer, belongs to another kind of
-            stage, something that must equal differs and is not allowed, or more steps are done than
+        CheckpointError: on every rank: the checkpoint was trained with another tokenizer, belongs to another
+            kind of stage, differs in a must-equal field without being allowed to, or has done more steps than
             `train_iters`.
     """
 
-    def held() -> Comparison:
+    def on_rank_0() -> Comparison:
         record = records.read(folder)
-        check_tokenizer(
-            record, folder, session.fingerprint
-        )  # first: another tokenizer has another vocabulary size, too
+        # first, because another tokenizer also has another vocabulary size
+        check_tokenizer(record, folder, session.fingerprint)
         found = _compare(folder, record, stored(folder, record.stage), stage, config, data)
         found.notes += stale(session, record)
         return found
 
-    return on_all_ranks(held, (CheckpointError,))
+    return on_all_ranks(on_rank_0, (CheckpointError,))
 
 
 def _compare(
@@ -109,7 +106,7 @@ def _compare(
     if config.train.train_iters < record.step:
         raise CheckpointError(
             f"{folder} has done {record.step} steps, and train_iters is {config.train.train_iters}; set "
-            f"train_iters to {record.step} to end the stage there, or go on from an earlier checkpoint with "
+            f"train_iters to {record.step} to end the stage there, or resume from an earlier checkpoint with "
             "--ckpt-step"
         )
     if record.layout.get("world") != dist.get_world_size():
@@ -120,7 +117,7 @@ def _compare(
 
 
 def stored(folder: Path, stage: str | None) -> RunConfig | None:
-    """The configuration a checkpoint was saved under, resolved for `stage`; none where it has no such stage.
+    """The configuration of a checkpoint with the values of `stage` in place; none if it has no such stage.
 
     Raises:
         CheckpointError: it cannot be read.
@@ -134,7 +131,7 @@ def stored(folder: Path, stage: str | None) -> RunConfig | None:
 
 
 def configured_changes(before: RunConfig | None, config: RunConfig, kind: StageKind) -> list[Change]:
-    """Changed fields that are not free; none where there is nothing to compare with."""
+    """Changed fields that are not of class `FREE`; none without a configuration to compare with."""
     return (
         [c for c in changes(before, config, kind) if c.kind is not OnResume.FREE]
         if before is not None
@@ -143,8 +140,9 @@ def configured_changes(before: RunConfig | None, config: RunConfig, kind: StageK
 
 
 def refuse(found: Sequence[Change], allowed: Sequence[str], what: str, why: str) -> None:
-    """Raise `CheckpointError` if a must-equal field changed that is not allowed to; the message begins with
-    `what`.
+    """Raise `CheckpointError` if a must-equal field changed and is not in `allowed`.
+
+    what: the beginning of the message; why: the consequence of loading all the same.
     """
     wrong = [c for c in found if c.kind is OnResume.MUST_EQUAL and c.flag not in allowed]
     if wrong:
@@ -156,17 +154,14 @@ def refuse(found: Sequence[Change], allowed: Sequence[str], what: str, why: str)
 
 
 def _compare_data(folder: Path, record: Record, data: TrainingData, config: RunConfig) -> list[str]:
-    """What to say of data that is other than the checkpoint's. Raises `CheckpointError` where it may not
-    be.
-    """
+    """Notes on how the data differs from the checkpoint's. Raises `CheckpointError` if it must not differ."""
     before = record.data
     if before is None:
         return ["the checkpoint does not say which samples it was trained on, so no data could be compared"]
     if before["order"] != data["order"]:
         raise CheckpointError(
             f"{folder} took its samples in the order {before['order']!r}, this version of megatron_evomoe "
-            "has "
-            f"{data['order']!r}; go on with the version that saved it"
+            f"has {data['order']!r}; go on with the version that saved it"
         )
     found = changed.differences(before["shards"], data["shards"])
     if found and not config.checkpoint.allow_changed_data:
@@ -175,9 +170,9 @@ def _compare_data(folder: Path, record: Record, data: TrainingData, config: RunC
             f"{len(data['shards'])}"
         )
         raise CheckpointError(
-            f"{folder} was trained on other data ({sizes}): {'; '.join(found)}. Samples would repeat and "
-            "others "
-            "be left out. Give it the data it had, choose another --save, or go on with --allow-changed-data"
+            f"{folder} was trained on other data ({sizes}): {'; '.join(found)}. Some samples would repeat "
+            "and others be left out. Give it the data it had, choose another --save, or go on with "
+            "--allow-changed-data"
         )
     if found or before["seed"] != data["seed"]:
         found.append(
@@ -189,14 +184,14 @@ def _compare_data(folder: Path, record: Record, data: TrainingData, config: RunC
 def compare_source(
     folder: Path, source: Record, stage: StageConfig, config: RunConfig, fingerprint: str
 ) -> Comparison:
-    """Hold the model in `folder`, from which `stage` is to begin, against the present one. Communicates.
+    """Compare the model in `folder`, from which `stage` begins, with the present one. Communicates.
 
     Raises:
-        CheckpointError: on every rank: it is another model, though tensors may have the same shapes, and that
-            is not allowed.
+        CheckpointError: on every rank: the two models differ in a must-equal field, which is not allowed. All
+            tensors may have the same shapes nevertheless.
     """
 
-    def held() -> Comparison:
+    def on_rank_0() -> Comparison:
         check_tokenizer(source, folder, fingerprint)  # first, as in `compare`
         before = stored(folder, source.stage) or stored(folder, None)  # imported weights have no stages
         if before is None:
@@ -210,15 +205,15 @@ def compare_source(
         )
         return Comparison(found)
 
-    return on_all_ranks(held, (CheckpointError,))
+    return on_all_ranks(on_rank_0, (CheckpointError,))
 
 
 def goes_on(session: Session, folder: Path, stage: StageConfig, config: RunConfig) -> bool:
-    """Whether a finished stage has steps left under the present configuration; what changed is said.
+    """Whether a finished stage has steps left under the present configuration; changes are logged.
     Communicates.
 
     Raises:
-        CheckpointError: on every rank: it has, and later stages began from where it ended.
+        CheckpointError: on every rank: the stage has steps left, and later stages began from its end.
     """
     step, line, later = on_all_ranks(lambda: _of_finished(session, folder, stage, config), (CheckpointError,))
     more = config.train.train_iters > step
@@ -247,17 +242,15 @@ def _of_finished(
         if later and "train_iters" not in config.checkpoint.allow_changed:
             raise CheckpointError(
                 f"stage {stage.name!r} finished at step {record.step}, train_iters is now "
-                f"{config.train.train_iters}, and "
-                f"{', '.join(later)} began from its end: more steps would leave them behind. Set train_iters "
-                "back, delete those "
-                "stages' folders or choose another --save, or allow it on purpose with --allow-changed "
-                "train_iters"
+                f"{config.train.train_iters}, and {', '.join(later)} began from its end: they would not have "
+                "its further steps. Set train_iters back, delete those stages' folders, choose another "
+                "--save, or allow it on purpose with --allow-changed train_iters"
             )
     return record.step, line, later
 
 
 def stale(session: Session, record: Record) -> list[str]:
-    """In words, whether the stage that a checkpoint's stage began from has gone on since. On rank 0."""
+    """A note if the stage that a checkpoint's stage began from has taken more steps since. On rank 0."""
     if not record.lineage:
         return []
     parent = record.lineage[-1]

@@ -15,9 +15,7 @@ from megatron_evomoe.parallel import backend
 
 
 def routing_metrics(watch: Watch, config: RunConfig, *, steps: int) -> dict[str, float]:
-    """Shares by modality and auxiliary losses of the last `steps` steps; `watch` counts anew afterwards.
-    Communicates.
-    """
+    """Shares by modality and auxiliary losses of the last `steps` steps. Resets `watch`. Communicates."""
     counts = watch.total()
     watch.shares.reset()
     microbatches = config.train.global_batch_size // (
@@ -28,9 +26,8 @@ def routing_metrics(watch: Watch, config: RunConfig, *, steps: int) -> dict[str,
     names += ["z_loss"] if config.moe.moe_z_loss_coeff else []
     if names:
         pattern = config.moe.layer_pattern(config.language.num_layers)
-        for name in (
-            names
-        ):  # a pipeline rank without a mixture would not know whom to reduce with, and leave replicas out
+        # a pipeline rank without a MoE layer would not know the reduce group, and would skip its replicas
+        for name in names:
             moe_utils.save_to_aux_losses_tracker(
                 name,
                 torch.zeros((), device=backend.device()),
@@ -52,15 +49,15 @@ def routing_metrics(watch: Watch, config: RunConfig, *, steps: int) -> dict[str,
 
 
 def forget_auxiliary_losses() -> None:
-    """megatron-core sums auxiliary losses per process, under names that stay: nothing of another stage may
-    come in.
+    """Clear megatron-core's sums of auxiliary losses, which it keeps per process and would carry from one
+    stage into the next.
     """
     newer = getattr(moe_utils, "get_moe_metrics_tracker", None)  # from 0.17 on
     (newer().metrics if newer else moe_utils.get_moe_layer_wise_logging_tracker()).clear()
 
 
 class _Capture:
-    """Stands where megatron-core expects a TensorBoard writer, so that our sinks get its numbers."""
+    """Collects the numbers that megatron-core gives to a TensorBoard writer."""
 
     def __init__(self) -> None:
         self.values: dict[str, float] = {}

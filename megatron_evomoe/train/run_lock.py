@@ -1,9 +1,9 @@
-"""One run at a time writes to a folder, and a run whose folder is gone ends.
+"""Lets one run at a time write to a folder, and ends a run whose folder is gone.
 
 Rank 0 holds a POSIX record lock on `FOLDER/.lock`. The kernel drops it when the process ends, however it
-ends, and a network file system's server does so for a node that died (NFSv4: when its lease has run out).
-Neither a fork nor a started helper inherits it. Where the file system has no locks, the holder changes the
-file every few seconds instead, and a file that stands still has no holder.
+ends. A network file system's server drops it for a node that died (NFSv4: when the node's lease has expired).
+Neither a forked process nor a helper inherits the lock. On a file system without locks, the holder changes
+the file every few seconds instead, and a file that no longer changes has no holder.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import socket
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,14 @@ import torch.distributed as dist
 from megatron_evomoe.checkpoint.record import CheckpointError
 
 NAME = ".lock"
-_HERE, _ELSEWHERE = (
-    15.0,
-    100.0,
-)  # seconds a dying process on this host, and the lease of a dead node, may take
-_BEAT, _STILL = (
-    3.0,
-    20.0,
-)  # seconds between changes of a lease, and without one until its holder counts as dead
+_HERE = 15.0
+"""Seconds to wait for a lock that a process of this host holds, which may be about to end."""
+_ELSEWHERE = 100.0
+"""Seconds to wait for a lock of another host: the lease of a dead node must expire first."""
+_BEAT = 3.0
+"""Seconds between two changes of the file where there are no locks."""
+_STILL = 20.0
+"""Seconds without a change after which the file's holder counts as dead."""
 _POLL = 0.2
 _SIZE = 1024  # bytes of the file
 _HELD = (errno.EACCES, errno.EAGAIN)
@@ -43,13 +44,14 @@ log = logging.getLogger(__name__)
 
 
 class RunLock:
-    """Context: this run, and no other, writes to `folder`. Communicates: every rank enters it.
+    """Context in which no other run writes to `folder`. Communicates: every rank enters it.
 
-    patience: seconds that the ranks may wait for rank 0, at most, while an earlier run is ending.
+    Args:
+        patience: at most as many seconds the ranks wait for rank 0 while an earlier run is ending.
 
     Raises:
-        CheckpointError: on every rank, when entered: another run holds the folder (it is named), or the
-            folder cannot be made.
+        CheckpointError: on every rank, on entry: another run, which is named, holds the folder, or the folder
+            cannot be created.
     """
 
     def __init__(self, folder: Path, patience: float) -> None:
@@ -75,7 +77,7 @@ class RunLock:
         if self._lease is not None:
             self._lease.join(_BEAT)
         if self._descriptor is not None:
-            with contextlib.suppress(OSError):  # a folder that is gone needs no word
+            with contextlib.suppress(OSError):  # a folder that is gone needs no message
                 if self._read().get("token") == self._me["token"]:
                     self._write({**self._me, "ended": True})
             os.close(self._descriptor)
@@ -86,16 +88,15 @@ class RunLock:
         _agreed(self.check)
 
     def check(self) -> None:
-        """On the rank that holds the lock: is the folder still the one that was locked?
+        """Check on the rank that holds the lock that the folder is still the one that was locked.
 
         Raises:
-            CheckpointError: it was deleted or replaced, or another run has taken it.
+            CheckpointError: the folder was deleted or replaced, or another run has taken it.
         """
         if self._lost_to is not None:
             raise CheckpointError(
-                f"{self._folder} was taken over by {_named(self._lost_to)} while this run stood still for "
-                "more "
-                f"than {_STILL:.0f} s; only one of them may go on"
+                f"{self._folder} was taken over by {_named(self._lost_to)} while this run was suspended for "
+                f"more than {_STILL:.0f} s; only one of the two may continue"
             )
         try:
             found = os.stat(self._path)
@@ -116,7 +117,7 @@ class RunLock:
             ) from None
         try:
             self._wait_for_lock()
-            with contextlib.suppress(OSError):  # on a full disk the lock has no name, and is one all the same
+            with contextlib.suppress(OSError):  # on a full disk the lock holds without naming its holder
                 self._write(self._me)
         except OSError as error:
             if error.errno not in _NO_LOCKS:
@@ -126,9 +127,7 @@ class RunLock:
         self._identity = (found.st_dev, found.st_ino)
 
     def _wait_for_lock(self) -> None:
-        """Raises the OSError of a file system without locks; CheckpointError where another run keeps the
-        lock.
-        """
+        """Raises `OSError` on a file system without locks, `CheckpointError` if another run has the lock."""
         started = time.monotonic()
         while True:
             try:
@@ -162,7 +161,7 @@ class RunLock:
                 last, changed = found, time.monotonic()
         self._write(self._me)
         time.sleep(5 * _POLL)
-        if (found := self._read()).get("token") != self._me["token"]:  # two found it standing still
+        if (found := self._read()).get("token") != self._me["token"]:  # two runs found it unchanged
             raise CheckpointError(self._refusal(found))
         self._lease = threading.Thread(target=self._keep_lease, name="lease", daemon=True)
         self._lease.start()
@@ -177,19 +176,18 @@ class RunLock:
                     self._lost_to = found
                     return
                 self._write({**self._me, "beat": beat})
-            except OSError:  # a full disk or a folder that is gone: the next save meets it too
+            except OSError:  # a full disk or a folder that is gone: the next save reports it
                 continue
 
     def _refusal(self, holder: dict[str, Any]) -> str:
         return (
             f"{self._folder} is in use by another run ({_named(holder)}); two would overwrite each other's "
-            "checkpoints and "
-            "metrics. End that one first, or choose another --save"
+            "checkpoints and metrics. End that one first, or choose another --save"
         )
 
     def _recognise(self) -> None:
-        """Some file systems number a file anew: it is ours if it holds what we wrote. Reading it drops the
-        lock: take it again.
+        """Accept a file with a new inode number if it holds this run's token: some file systems renumber
+        files. Closing the file after reading drops the lock, so it is taken again.
         """
         token = json.loads(self._path.read_text() or "{}").get("token")
         if token != self._me["token"]:
@@ -200,8 +198,8 @@ class RunLock:
             fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def _read(self) -> dict[str, Any]:
-        """What the file says of its holder. Through the one descriptor: closing another would drop the
-        lock.
+        """What the file says about its holder. It is read through the one descriptor, because closing another
+        one would drop the lock.
         """
         try:
             found = json.loads(os.pread(self._descriptor, _SIZE, 0) or b"{}")
@@ -210,9 +208,8 @@ class RunLock:
         return found if isinstance(found, dict) else {}
 
     def _write(self, content: dict[str, Any]) -> None:
-        os.pwrite(
-            self._descriptor, json.dumps(content).encode().ljust(_SIZE), 0
-        )  # in one piece: never seen empty
+        # in one call, so that no reader sees an empty file
+        os.pwrite(self._descriptor, json.dumps(content).encode().ljust(_SIZE), 0)
 
 
 def _named(holder: dict[str, Any]) -> str:
@@ -222,8 +219,8 @@ def _named(holder: dict[str, Any]) -> str:
     )
 
 
-def _agreed(work: Any) -> None:
-    """Do `work` on rank 0; what it raises, every rank raises. Communicates."""
+def _agreed(work: Callable[[], None]) -> None:
+    """Do `work` on rank 0. A `CheckpointError` of it is raised on every rank. Communicates."""
     problem: list[str | None] = [None]
     if dist.get_rank() == 0:
         try:

@@ -1,4 +1,4 @@
-"""What all stages of one `train` invocation share: tokenizer, logger, topology, the run's id."""
+"""What all stages of one call of `train` share: tokenizer, logger, topology, the run's id."""
 
 from __future__ import annotations
 
@@ -26,26 +26,29 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Session:
-    """Built once by `open_session`, used by every stage."""
+    """What all stages of a run share. `open_session` makes it once."""
 
     config: RunConfig
+    """The run's configuration, without the values that belong to one stage."""
     topology: Topology
     tokenizer: Tokenizer
     logger: RunLogger
     run_dir: Path
+    """The folder of `run_folder`."""
     saver: Saver
     heartbeat: Heartbeat
     run_id: str
+    """Identifies the run in its checkpoints (checkpoint/run_id.py)."""
     hooks: tuple[StepHook, ...] = ()
-    """The user's, beside the package's own."""
+    """The user's hooks; the package's own are added for each stage (train/builtin_hooks.py)."""
 
     def owner(self, stage: StageConfig) -> Owner:
-        """Whose the checkpoints in a stage's folder are."""
+        """The owner that the checkpoints in a stage's folder must have."""
         return Owner(stage.name, self.run_id)
 
     @property
     def fingerprint(self) -> str:
-        """Of the tokenizer."""
+        """Fingerprint of the tokenizer."""
         return self.tokenizer.fingerprint()
 
     def stop_ids(self, config: RunConfig) -> set[int]:
@@ -54,10 +57,11 @@ class Session:
 
 
 def prepare_config(config: RunConfig) -> tuple[RunConfig, Tokenizer]:
-    """Build the tokenizer and let the model's vocabulary follow it where the configuration leaves it open.
+    """Build the tokenizer, and set the model's vocabulary size by it if the configuration leaves it out.
 
     Raises:
-        ConfigError: no tokenizer, no stages, or a vocabulary smaller than the tokenizer's.
+        ConfigError: there is no tokenizer, there are no stages, a stage names another tokenizer, or the
+            vocabulary is smaller than the tokenizer's.
     """
     if not config.stages:
         raise ConfigError("the configuration lists no stages; add stages: [{name: align, …}, …]")
@@ -73,32 +77,32 @@ def prepare_config(config: RunConfig) -> tuple[RunConfig, Tokenizer]:
     elif size < tokenizer.vocab_size:
         raise ConfigError(
             f"vocab_size {size} is smaller than the tokenizer's {tokenizer.vocab_size}; leave it out or "
-            "raise it, or "
-            "import the model with tools/convert_from_hf.py --resize-embeddings, which adds rows to its "
-            "embedding"
+            "raise it, or import the model with tools/convert_from_hf.py --resize-embeddings, which adds "
+            "rows to its embedding"
         )
     for stage in config.stages:
         data = config.for_stage(stage.name).data
         if data.tokenizer != config.data.tokenizer:
             raise ConfigError(
                 f"stage {stage.name!r} names tokenizer {data.tokenizer}, the run {config.data.tokenizer}; "
-                "stages "
-                "share one embedding and so one tokenizer: name it in section data alone"
+                "stages share one embedding and so one tokenizer: name it only in section data"
             )
         check_template(tokenizer, data.conversation_template)
     return config, tokenizer
 
 
 def run_folder(config: RunConfig) -> Path:
-    """Where the run's metrics, and its checkpoints if it saves any, go."""
+    """The folder of the run's metrics and, if it saves any, its checkpoints."""
     return Path(config.checkpoint.save or "runs/default")
 
 
 def open_session(config: RunConfig, hooks: Sequence[StepHook], check_folder: Callable[[], None]) -> Session:
-    """Process groups, logger, tokenizer, the run's id. Communicates: every rank calls it once, after
-    `init_process_group`.
+    """Set up process groups, logger, tokenizer and the run's id. Communicates: every rank calls it once,
+    after `init_process_group`.
 
-    check_folder: raises on rank 0 when the run's folder is no longer there; asked before every save.
+    Args:
+        hooks: the user's.
+        check_folder: called on rank 0 before every save; raises if the run's folder is no longer there.
     """
     config, tokenizer = prepare_config(config)
     preflight.check(config)
@@ -127,7 +131,7 @@ def open_session(config: RunConfig, hooks: Sequence[StepHook], check_folder: Cal
 
 
 def _known_wandb_run(config: RunConfig, run_dir: Path, identity: str) -> str | None:
-    """The id an earlier part of this run logged under."""
+    """The wandb id under which an earlier part of this run logged, or none."""
     for stage in reversed(config.stages):
         found = find.latest(stage_dir(run_dir, stage), Owner(stage.name, identity))
         if found:
@@ -143,7 +147,7 @@ def earlier_stage(config: RunConfig, stage: StageConfig) -> StageConfig | None:
 
 
 def stage_dir(run_dir: Path, stage: StageConfig) -> Path:
-    """Where a stage's checkpoints go."""
+    """The folder of a stage's checkpoints."""
     return run_dir / stage.name
 
 

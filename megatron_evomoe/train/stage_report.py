@@ -20,7 +20,7 @@ _LAST = 50  # steps averaged for the table
 
 
 def is_measured(session: Session, stage: str) -> bool:
-    """Whether `stage` has its line in the table already. Communicates: all ranks hear rank 0's answer."""
+    """Whether `summary.json` has a row of `stage`. Communicates: all ranks get rank 0's answer."""
     answer = [any(row["stage"] == stage for row in _rows(session)) if session.topology.rank == 0 else None]
     dist.broadcast_object_list(answer, src=0)
     return bool(answer[0])
@@ -32,8 +32,8 @@ def _rows(session: Session) -> list[dict[str, Any]]:
 
 
 def write_row(run: StageRun, scores: dict[str, Score], figures: dict[str, float]) -> None:
-    """Write the stage's row of the table and its `eval` event. The steps come from metrics.jsonl, so a stage
-    that was interrupted and resumed has the same row as one that ran through.
+    """Write the stage's row of `summary.json` and its `eval` event. The figures of its steps are read from
+    metrics.jsonl, so a stage that was interrupted and resumed has the same row as one that was not.
 
     Args:
         figures: further cells of the row.
@@ -60,7 +60,7 @@ def write_row(run: StageRun, scores: dict[str, Score], figures: dict[str, float]
 
 
 def print_table(session: Session) -> None:
-    """Print what every stage so far came to, from `summary.json`."""
+    """Print the table of all stages measured so far."""
     rows = _rows(session) if session.topology.rank == 0 else []
     if not rows:
         return

@@ -39,16 +39,16 @@ class StepResult:
     tokens: int
     """positions that are not padding, image positions included"""
     seq_length: int
-    """positions of a row, padding included"""
+    """positions per row, padding included"""
 
 
 def take_step(built: Built, step: Step, number: int) -> StepResult:
     """Forward, backward, update. Communicates.
 
     The loss is the mean over *all supervised tokens of the global batch*: each microbatch contributes its
-    sum, scaled so that megatron-core's averaging over microbatches and replicas yields that mean. Auxiliary
-    losses keep the core's own scaling, the mean over microbatches and replicas, which
-    `calculate_per_token_loss` would inflate by all tokens / answer tokens.
+    sum, scaled so that megatron-core's averaging over microbatches and replicas gives that mean. Auxiliary
+    losses keep megatron-core's own scaling, the mean over microbatches and replicas. (Its option
+    `calculate_per_token_loss` would multiply them by all tokens / supervised tokens.)
 
     Raises:
         NonFiniteError: on every rank alike.
@@ -61,7 +61,7 @@ def take_step(built: Built, step: Step, number: int) -> StepResult:
         _explain("loss", float(loss), step, losses, number)
     with phase("optimizer"):
         _, grad_norm, _ = built.optimizer.step()
-        grad_norm = float(grad_norm or 0.0)  # waits for the device
+        grad_norm = float(grad_norm or 0.0)  # a device synchronisation
     if not torch.isfinite(torch.tensor(grad_norm)):
         _explain("gradient norm", grad_norm, step, losses, number)
     learning_rate = (
@@ -79,14 +79,14 @@ def take_step(built: Built, step: Step, number: int) -> StepResult:
 
 
 def _count(step: Step) -> list[float]:
-    """Supervised and real tokens of the global batch. Communicates over data parallelism."""
+    """Supervised tokens of the global batch, and its tokens without padding. Communicates over replicas."""
     counts = torch.stack([(step.labels != IGNORE_INDEX).sum(), (step.token_types != TokenType.PADDING).sum()])
     dist.all_reduce(counts, group=ps.get_data_parallel_group())
     return counts.tolist()
 
 
 def _forward_backward(built: Built, step: Step, supervised: int) -> list[torch.Tensor]:
-    """Loss sums of this rank's microbatches (empty off the last stage)."""
+    """Loss sums of this rank's microbatches; empty except on the last pipeline stage."""
     for wrapped in built.wrapped:
         wrapped.zero_grad_buffer()
     built.optimizer.zero_grad()
@@ -100,7 +100,7 @@ def _forward_backward(built: Built, step: Step, supervised: int) -> list[torch.T
 
         def loss_func(losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             total = (losses.float() * (step.labels[i] != IGNORE_INDEX)).sum()
-            # clone: the schedule divides the returned loss in place
+            # a clone, because the schedule divides the returned loss in place
             return total * scale, {"loss_sum": total.detach().clone()}
 
         return output, loss_func
@@ -120,7 +120,7 @@ def _forward_backward(built: Built, step: Step, supervised: int) -> list[torch.T
 
 
 def _reduce_loss(losses: list[torch.Tensor]) -> torch.Tensor:
-    """Sum over microbatches and replicas, known to every pipeline stage afterwards. Communicates."""
+    """The loss summed over microbatches and replicas, on every pipeline stage. Communicates."""
     total = torch.stack(losses).sum() if losses else torch.zeros((), device=backend.device())
     dist.all_reduce(total, group=ps.get_data_parallel_group())
     if ps.get_pipeline_model_parallel_world_size() > 1:
@@ -129,7 +129,7 @@ def _reduce_loss(losses: list[torch.Tensor]) -> torch.Tensor:
 
 
 def _explain(what: str, value: float, step: Step, losses: list[torch.Tensor], number: int) -> None:
-    """Gather which ranks and samples it was, and stop everywhere. Communicates."""
+    """Gather which ranks and samples have the bad value, and raise on every rank. Communicates."""
     bad = [i for i, loss in enumerate(losses) if not torch.isfinite(loss)]
     mine = {
         "rank": dist.get_rank(),
@@ -144,9 +144,9 @@ def _explain(what: str, value: float, step: Step, losses: list[torch.Tensor], nu
             f"rank {e['rank']}, microbatches {e['microbatches']}, samples {', '.join(e['keys']) or 'unknown'}"
             for e in guilty
         )
-        or "no microbatch's loss alone: the backward pass produced it"
+        or "every microbatch's loss is finite: the backward pass produced it"
     )
     raise NonFiniteError(
         f"{what} is {value} at step {number} ({where}). The last checkpoint is untouched; "
-        "lower the learning rate, look at the samples with inspect-data, or resume from it"
+        "lower the learning rate, look at the samples with inspect-data, or resume from that checkpoint"
     )

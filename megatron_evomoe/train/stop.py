@@ -1,5 +1,5 @@
-"""Leaving a run early, and all ranks at the same step: a signal, a time limit, a number of steps, a launcher
-that is gone.
+"""Ends a run early and on all ranks at the same step: by a signal, a time limit, a number of steps, or the
+death of the launcher.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from megatron_evomoe.config import TrainConfig
 from megatron_evomoe.parallel import backend
 from megatron_evomoe.train.helper_process import SIGNALS, only_follow_parent
 
-_TIME, _STEPS, _ORPHANED = 1000, 1001, 1002  # beyond every signal number
+_TIME, _STEPS, _ORPHANED = 1000, 1001, 1002  # codes above every signal number
 
 
 class StopRequests:
-    """Remembers what asks this rank to stop. Nothing happens before `agreed`, so no step is ever cut in two.
+    """Records requests to stop this rank. They take effect in `agreed`, so a step is never interrupted.
 
-    config: `exit_signal_handler`, `exit_duration_in_mins` (counted from here), `exit_interval`.
+    Args:
+        config: `exit_signal_handler`, `exit_duration_in_mins` (counted from here), `exit_interval`.
     """
 
     def __init__(self, config: TrainConfig) -> None:
         self._config, self._started, self._owner = config, time.monotonic(), os.getpid()
         self._code = 0
-        # only torchrun's workers: a process started by hand may outlive its shell (nohup, setsid, a closed
-        # terminal)
+        # only for torchrun's workers: a process started by hand may outlive its shell (nohup, setsid)
         self._launcher = os.getppid() if dist.is_torchelastic_launched() else None
         self._previous = {}
         if config.exit_signal_handler:
@@ -40,20 +40,21 @@ class StopRequests:
                 self._previous[number] = signal.signal(number, self._remember)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._owner:  # forked from this process: the signal does what it always did
+        if os.getpid() != self._owner:  # in a fork of this process the signal has its default effect
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self._code = number
 
     def restore(self) -> None:
-        """Put the earlier signal handlers back."""
+        """Restore the earlier signal handlers."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
 
     def agreed(self, step: int | None = None) -> str | None:
-        """Why all ranks stop now, or none. Communicates: every rank calls it after the same `step` (none
-        between stages).
+        """Why all ranks stop now, or none. Communicates: every rank calls it after the same step.
+
+        step: none between stages.
         """
         limit = self._config.exit_duration_in_mins
         if not self._code and limit is not None and time.monotonic() - self._started > limit * 60:
@@ -61,9 +62,7 @@ class StopRequests:
         if not self._code and step and self._config.exit_interval and step % self._config.exit_interval == 0:
             self._code = _STEPS
         if not self._code and self._launcher is not None and os.getppid() != self._launcher:
-            self._code = (
-                _ORPHANED  # torchrun was killed: nobody would end, restart or even see what goes on here
-            )
+            self._code = _ORPHANED  # torchrun was killed and can neither end nor restart this run
         code = torch.tensor(self._code, device=backend.device())
         dist.all_reduce(code, op=dist.ReduceOp.MAX)
         return self._name(int(code.item()))

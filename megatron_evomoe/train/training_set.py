@@ -1,6 +1,4 @@
-"""The samples a stage trains on, opened once, the same on all nodes, and known to all ranks by name and
-digest.
-"""
+"""The samples that a stage trains on: opened once, compared between nodes, loaded and sent to the ranks."""
 
 from __future__ import annotations
 
@@ -30,17 +28,17 @@ class TrainingSet:
     """A stage's samples."""
 
     dataset: ShardDataset | None
-    """On ranks that read samples, none elsewhere."""
+    """The shards, on ranks that read samples; none elsewhere."""
     data: TrainingData
-    """What goes into checkpoints, the same on all ranks."""
+    """What checkpoints record of the samples; the same on all ranks."""
 
 
 def training_set(config: RunConfig, place: Topology) -> TrainingSet:
     """The shards of `train_data`, opened where samples are read. Communicates.
 
     Raises:
-        ConfigError: on every rank: there are none, or some rank cannot read them or finds other samples than
-            rank 0.
+        ConfigError: on every rank: `train_data` is empty, or a rank cannot read it or finds other samples in
+            it than rank 0.
     """
     dataset, contents, problem = None, [], None
     if place.reads_data:
@@ -57,8 +55,7 @@ def training_set(config: RunConfig, place: Topology) -> TrainingSet:
     found = changed.differences(first[0], contents) if dataset is not None else []
     require_all(
         f"rank {place.rank} finds other samples under train_data than rank 0: {'; '.join(found)}; copy the "
-        "same "
-        "shards to every node"
+        "same shards to every node"
         if found
         else None,
         ConfigError,
@@ -77,7 +74,13 @@ def train_loader(
     start_position: int,
     features: FeatureCache | None,
 ) -> TrainLoader | None:
-    """This replica's samples, on the rank that reads them; their images as `features`, if there are any."""
+    """The loader of this replica's samples, on the rank that reads them; none elsewhere.
+
+    Args:
+        dataset: none on ranks that do not read samples.
+        start_position: samples of the global order that were consumed already.
+        features: kept vision features, which take the place of images.
+    """
     if dataset is None:
         return None
     return TrainLoader(

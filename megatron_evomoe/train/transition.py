@@ -1,4 +1,4 @@
-"""How a stage gets its first weights: from the stage before it, from imported weights, or fresh."""
+"""Loads the weights that a stage begins with: those of the stage before it, or imported ones."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def start_from(
     """Load a checkpoint's weights into a stage that is beginning. Communicates.
 
     Args:
-        folder: a good one (`find.resolve`).
+        folder: a checkpoint that was found good (`find.resolve`).
 
     Returns:
-        The source's record, for the lineage; and what starts fresh on any rank, by name.
+        The source's record, and the names of the tensors that start fresh on any rank.
 
     Raises:
-        CheckpointError: the source is of a kind this stage cannot start from, of another model (also one of
-            which this model is a part), or trained with another tokenizer.
+        CheckpointError: the source is of a kind that this stage cannot start from, of another model (also of
+            a larger one that contains this model), or was trained with another tokenizer.
     """
     source = find.record_of(folder)
     _check_source(source, folder, stage, config, fingerprint)
@@ -71,7 +71,7 @@ def start_from(
     )
     for module, tensors in zip(built.modules, loaded, strict=True):
         module.load_state_dict(_tensors(tensors), strict=False)
-    built.optimizer.reload_model_params()  # the master weights follow what was just loaded
+    built.optimizer.reload_model_params()  # copies the loaded weights to the optimizer's fp32 ones
     for mlp in built.evolving:
         mlp.begin()
     if dense_to_mixture and config.moe.expert_init == "noise":
@@ -84,19 +84,14 @@ def start_from(
 
 
 def _may_be_left(source: Record, stage: StageConfig) -> re.Pattern[str]:
-    """Keys of the checkpoint that the stage need not take: nothing else may be left behind."""
-    keys = [
-        _ROUTER,
-        r"\.mlp\.evolution\.",
-    ]  # another router starts fresh; the evolved experts in fp32 are for a resume
+    """The keys of the checkpoint that the stage may leave unread. All others must be loaded."""
+    # another router starts fresh; the fp32 copies of evolved experts are there for a resume
+    keys = [_ROUTER, r"\.mlp\.evolution\."]
     if source.kind == StageKind.EVOLVE:
-        keys.append(
-            r"\.mlp\.linear_fc[12]\."
-        )  # of mixtures: the first expert, which is among the experts too
+        keys.append(r"\.mlp\.linear_fc[12]\.")  # expert 1, which is stored among the experts as well
     if "vision_projection" not in source.parts:
-        keys.append(
-            r"^vision_model\."
-        )  # a tower imported whole: layers above `feature_layer` are never built
+        # an imported tower is whole, but the layers above `feature_layer` are not built
+        keys.append(r"^vision_model\.")
     return re.compile("|".join(keys))
 
 
@@ -139,7 +134,7 @@ def _check_source(
 
 
 def check_tokenizer(source: Record, folder: Path, fingerprint: str) -> None:
-    """Weights and token ids must belong together. Raises `CheckpointError`."""
+    """Raise `CheckpointError` unless the checkpoint's weights were trained with this run's tokenizer."""
     if "language_model" in source.parts and not same_tokenizer(source.tokenizer_fingerprint, fingerprint):
         (theirs, their_rules), (ours, our_rules) = (
             f.split(".") if "." in f else (f, "") for f in (source.tokenizer_fingerprint, fingerprint)
@@ -151,8 +146,7 @@ def check_tokenizer(source: Record, folder: Path, fingerprint: str) -> None:
         )
         raise CheckpointError(
             f"{folder} was trained with another tokenizer (vocabulary {source.vocab_size}, {what}); token "
-            "ids "
-            "would mean other words. Point --tokenizer at the one it was trained with"
+            "ids would mean other words. Point --tokenizer at the one it was trained with"
         )
 
 
@@ -161,7 +155,7 @@ def _tensors(tree: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def _families(keys: list[str]) -> list[str]:
-    """Whole parts by their name; other keys with layer numbers folded, so that a message stays short."""
+    """`keys` for a short message: whole parts by their name, other keys without layer numbers."""
     parts = {key.split(".", 1)[0] for key in keys if not re.search(_ROUTER, key)}
     return sorted(
         {*parts, *(re.sub(r"\.\d+\.", ".*.", key) for key in keys if key.split(".", 1)[0] not in parts)}

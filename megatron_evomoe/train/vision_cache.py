@@ -1,7 +1,7 @@
-"""Run a frozen vision tower over every training image once, before the first step, and keep what came out.
+"""Runs a frozen vision tower over every training image once, before the first step, and keeps the features.
 
-Replicas take turns part by part (`data.feature_cache`); parts that are there already, of an earlier stage or
-an attempt that was killed, are kept. The ranks of a replica's first stage compute together, as in training.
+The replicas share the parts of the cache (`data.feature_cache`). Parts that an earlier stage or a killed
+attempt has written are kept. The ranks of a replica's first pipeline stage compute together, as in training.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ if TYPE_CHECKING:
     from megatron_evomoe.train.stage_run import StageRun
 
 BATCH = 32
-_SAY_EVERY = 30.0  # seconds between lines about progress
+_SAY_EVERY = 30.0  # seconds between two lines on the progress
 _MASK = 2**64 - 1
 
 
 def open_cache(run: StageRun) -> FeatureCache | None:
-    """What this rank reads training images' features with; none where it reads none. Communicates over TP."""
+    """The cache from which this rank reads vision features; none if it reads none. Communicates over TP."""
     if not run.config.data.cache_vision_features or not run.session.topology.first_stage:
         return None
     tower = weights_digest(run.built.modules[0].vision_model)
@@ -50,13 +50,13 @@ def open_cache(run: StageRun) -> FeatureCache | None:
 
 
 def complete(cache: FeatureCache | None, run: StageRun) -> str | None:
-    """Compute the features that are missing, if the configuration wants a cache. Communicates.
+    """Compute the missing features, if `cache_vision_features` is set. Communicates.
 
     Returns:
-        Why the run was asked to end before all were there, or none. What was computed stays.
+        Why the run was asked to end before all features were computed, or none. The finished parts are kept.
 
     Raises:
-        ConfigError: on every rank, when the disk has no room.
+        ConfigError: on every rank: the disk has too little free space.
     """
     if not run.config.data.cache_vision_features:
         return None
@@ -68,7 +68,7 @@ def complete(cache: FeatureCache | None, run: StageRun) -> str | None:
 
 
 def weights_digest(tower: torch.nn.Module) -> str:
-    """Identifies the tower's weights, bit by bit and under any tensor parallelism. Communicates over TP."""
+    """A digest of the tower's weights, the same under any tensor parallelism. Communicates over TP."""
     first = ps.get_tensor_model_parallel_rank() == 0
     mine: dict[str, int] = {}
     for tensor in tower.sharded_state_dict("").values():
@@ -84,7 +84,7 @@ def weights_digest(tower: torch.nn.Module) -> str:
 
 
 def _digest(tensor: ShardedTensor) -> int:
-    """Sum over elements of (bits x a number drawn from the element's place in the whole tensor), mod 2^64."""
+    """Sum over elements of (bits x a random number of the element's place in the whole tensor), mod 2^64."""
     shape = (1,) * tensor.prepend_axis_num + tuple(tensor.local_shape)
     data = tensor.data.detach().reshape(shape)
     place = torch.zeros(shape, dtype=torch.int64, device=data.device)
@@ -93,14 +93,14 @@ def _digest(tensor: ShardedTensor) -> int:
     ):
         index = torch.arange(offset, offset + size, device=data.device)
         place = place * whole + index.view(-1, *(1,) * (len(shape) - dim - 1))
-    drawn = (place + 1) * 0x1E3779B97F4A7C15  # arithmetic of int64 wraps around
+    drawn = (place + 1) * 0x1E3779B97F4A7C15  # int64 arithmetic wraps around
     drawn = (drawn ^ (drawn >> 29)) * 0x3F58476D1CE4E5B9
     bits = data.contiguous().view({2: torch.int16, 4: torch.int32}[data.element_size()]).long()
     return int((bits * (drawn ^ (drawn >> 31) | 1)).sum()) & _MASK
 
 
 def _missing(cache: FeatureCache | None, session: Session) -> list[Part]:
-    """The parts to compute, as rank 0 finds them. Communicates."""
+    """The parts that rank 0 finds missing. Communicates. Raises `ConfigError` if they do not fit the disk."""
     found: list[Any] = [None, None]
     if session.topology.rank == 0:
         assert cache is not None
@@ -129,14 +129,14 @@ def _no_room(cache: FeatureCache, images: int) -> str | None:
         return None
     return (
         f"vision features of {images} images take {need / 1e9:.3g} GB, and {cache.folder} has "
-        f"{free / 1e9:.3g} GB free; set "
-        "feature_cache_dir to a larger disk, or leave cache_vision_features out"
+        f"{free / 1e9:.3g} GB free; set feature_cache_dir to a larger disk, or leave "
+        "cache_vision_features out"
     )
 
 
 class _Extraction:
-    """The missing parts' way through the tower: one part per replica in a round, so that nobody waits longer
-    than for one.
+    """Runs the missing parts through the tower, in rounds of one part per replica, so that a request to stop
+    is met after at most one part.
     """
 
     def __init__(
@@ -177,7 +177,9 @@ class _Extraction:
         return None
 
     def _compute(self, part: Part) -> None:
-        """On the first-stage ranks of a replica; the one that reads writes. Communicates over TP."""
+        """Compute one part on the first pipeline stage's ranks of a replica; the rank that reads the images
+        writes the features. Communicates over TP.
+        """
         features, problems = [], {}
         for first in range(0, part.count, BATCH):
             pixels, bad = self._next_batch(min(BATCH, part.count - first))
@@ -190,8 +192,8 @@ class _Extraction:
             self.cache.write(part, torch.cat(features), problems)
 
     def _next_batch(self, count: int) -> tuple[torch.Tensor, dict[int, SampleError]]:
-        """uint8 [count, 3, S, S] on every TP rank; what was wrong with images, where they are read.
-        Communicates over TP.
+        """Images as uint8 [count, 3, S, S] on every TP rank, and on the reading rank the error of each row
+        that could not be read. Communicates over TP.
         """
         pixels = torch.empty(count, 3, self.side, self.side, dtype=torch.uint8, device=backend.device())
         problems: dict[int, SampleError] = {}
@@ -205,7 +207,7 @@ class _Extraction:
 
 
 class _Images(Dataset):
-    """(shard, image number) to pixels, or to why there are none."""
+    """Maps (shard, image number) to pixels, or to the error of an image that cannot be read."""
 
     def __init__(self, dataset: ShardDataset, processor: ImageProcessor, max_pixels: int) -> None:
         self.dataset, self.processor, self.max_pixels = dataset, processor, max_pixels
@@ -224,7 +226,7 @@ class _Images(Dataset):
 def _pixels(
     parts: list[Part], cache: FeatureCache, processor: ImageProcessor, config: RunConfig
 ) -> DataLoader:
-    """Batches of each part in turn: (uint8 [n, 3, S, S], row -> problem)."""
+    """Batches of each part in turn: (uint8 [n, 3, S, S], row -> error)."""
     chunks = [
         [(part.shard, image) for image in range(first, min(first + BATCH, part.first + part.count))]
         for part in parts

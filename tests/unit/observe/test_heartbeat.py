@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_evomoe.observe import heartbeat
 from megatron_evomoe.observe.heartbeat import Heartbeat, describe
 
 
@@ -49,12 +50,12 @@ def at(rank: int, step: int, phase: str, *, since: float, beat: float) -> dict:
             [at(0, 7, "step", since=90, beat=99), at(1, 7, "step", since=91, beat=98)],
             "all 2 ranks are in phase 'step'",
         ),
-        ([at(0, 7, "step", since=90, beat=99), {"rank": 1}], "ranks 1 have never spoken"),
-        ([{"rank": 0}], "no rank has spoken yet"),
+        ([at(0, 7, "step", since=90, beat=99), {"rank": 1}], "ranks 1 have never reported"),
+        ([{"rank": 0}], "no rank has reported yet"),
     ],
 )
 def test_describe(ranks, text):
-    assert text in describe(ranks, now=100, interval=2)
+    assert text in describe(ranks, now=100)
 
 
 def wait_until(condition):
@@ -64,10 +65,13 @@ def wait_until(condition):
         time.sleep(0.02)
 
 
-def test_a_file_that_cannot_be_written_is_said_once_and_written_again_later(tmp_path, one_rank, caplog):
+def test_a_file_that_cannot_be_written_is_said_once_and_written_again_later(
+    tmp_path, one_rank, caplog, monkeypatch
+):
     """The folder is missing at first, which fails like a full disk: at the write."""
+    monkeypatch.setattr(heartbeat, "_INTERVAL", 0.02)
     folder = tmp_path / "run"
-    heart = Heartbeat(folder, interval=0.02)
+    heart = Heartbeat(folder)
     try:
         wait_until(lambda: heart._unwritten > 3)
         folder.mkdir()
@@ -79,8 +83,9 @@ def test_a_file_that_cannot_be_written_is_said_once_and_written_again_later(tmp_
     assert "is written again" in second and "beats are missing" in second
 
 
-def test_heartbeat_file_follows_the_run_and_a_failed_collective_is_named(tmp_path, one_rank):
-    heart = Heartbeat(tmp_path, interval=0.05)
+def test_heartbeat_file_follows_the_run_and_a_failed_collective_is_named(tmp_path, one_rank, monkeypatch):
+    monkeypatch.setattr(heartbeat, "_INTERVAL", 0.05)
+    heart = Heartbeat(tmp_path)
     try:
         heart.enter("data", 3, "warmup")
         deadline = time.monotonic() + 30
