@@ -60,7 +60,7 @@ def test_repeated_and_lost_samples_are_counted_exactly(one, other, old_seed, new
     end = (new.epoch(position) + 1) * new.num_samples
     coming = {samples(now)[new.index(p)] for p in range(position, end)}
     repeat, lost, unknown = map(
-        int, re.search(r"same, (\d+) shown .* and (\d+) not shown .*; (\d+) samples lie", text).groups()
+        int, re.search(r"shards, (\d+) that .* and (\d+) that .* not .*; (\d+) samples lie", text).groups()
     )
     assert repeat == len(coming & seen)
     assert lost == len((unseen & set(samples(now))) - coming)
