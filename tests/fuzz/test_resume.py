@@ -13,9 +13,9 @@ import pytest
 import torch.distributed as dist
 
 from megatron_evomoe.checkpoint.record import CheckpointError, Record, TrainingData
-from megatron_evomoe.config import SECTIONS, RunConfig
+from megatron_evomoe.config import SECTIONS, STAGE_KINDS, RunConfig
 from megatron_evomoe.config.resume import OnResume, on_resume
-from megatron_evomoe.config.run import FLAT, STAGE_KINDS
+from megatron_evomoe.config.run import FLAT
 from megatron_evomoe.train import compare, resume_check
 from tests.fuzz.conftest import Tally
 from tests.tiny import tiny_config

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_evomoe.config import ConfigError, MoEConfig, check, from_mapping
+from megatron_evomoe.config import ConfigError, MoEConfig, from_mapping
 from megatron_evomoe.model.transformer_config import language_transformer_config
 from megatron_evomoe.moe.dtr import kernel as dtr_kernel
 from megatron_evomoe.moe.dtr.maths import DtrWeights, HyperWeights, dtr_logits, naive_dtr_logits
@@ -298,5 +298,5 @@ def test_triton_is_refused_for_what_it_does_not_compute(triton, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(ConfigError, match=r"computes in fp32, and this router in torch\.float64"):
         dtr_kernel.fused("triton", torch.float64)
-    with pytest.raises(ConfigError, match="is for router dtr, and this router is linear"):
-        check(run_config(dtr_kernel="triton", router="linear"))
+    with pytest.raises(ConfigError, match="computes the router dtr, and this router is linear"):
+        run_config(dtr_kernel="triton", router="linear").check()
