@@ -18,6 +18,7 @@ import torch.distributed as dist
 from megatron_evomoe.config import RunConfig
 from megatron_evomoe.data.feature_cache import image_form
 from megatron_evomoe.parallel import backend
+from megatron_evomoe.parallel.degrees import microbatches
 from megatron_evomoe.parallel.topology import Topology
 
 
@@ -61,7 +62,7 @@ def to_replica(step: Step | None, topology: Topology, config: RunConfig) -> Step
 def _broadcast(step: Step | None, topology: Topology, config: RunConfig, where: torch.device) -> Step:
     group = topology.model_group
     b = config.train.micro_batch_size
-    m = config.train.global_batch_size // (b * topology.data.size)
+    m = microbatches(config, topology.data.size)
     # One message whose length all ranks know: s, the number of images in each microbatch, then tokens, labels
     # and token types. It is int32, which halves the bytes.
     message = torch.zeros(1 + m + 3 * m * b * config.data.seq_length, dtype=torch.int32, device=where)

@@ -48,6 +48,11 @@ def data_parallel_size(config: RunConfig, world_size: int) -> int:
     return world_size // _replica_size(config)
 
 
+def microbatches(config: RunConfig, replicas: int) -> int:
+    """Forward passes of each replica in one optimizer step."""
+    return config.train.global_batch_size // (config.train.micro_batch_size * replicas)
+
+
 def _replica_size(config: RunConfig) -> int:
     p = config.parallel
     return p.tensor_model_parallel_size * p.pipeline_model_parallel_size * p.context_parallel_size
@@ -131,10 +136,10 @@ def _check_batch(config: RunConfig, world_size: int) -> None:
             f"global_batch_size {train.global_batch_size} is not a multiple of micro_batch_size "
             f"{train.micro_batch_size} x data parallel {replicas} = {samples}; change one of them"
         )
-    microbatches = train.global_batch_size // samples
-    if virtual_stages(config) and microbatches % pp:
+    count = microbatches(config, replicas)
+    if virtual_stages(config) and count % pp:
         raise ConfigError(
-            f"the interleaved schedule needs microbatches ({microbatches}) in multiples of PP {pp}; change "
+            f"the interleaved schedule needs microbatches ({count}) in multiples of PP {pp}; change "
             "global_batch_size or micro_batch_size, or do not interleave"
         )
 

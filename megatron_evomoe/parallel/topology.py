@@ -55,16 +55,6 @@ class Topology:
     """Model chunks on this rank; more than 1 with the interleaved schedule."""
 
     @property
-    def data_parallel_size(self) -> int:
-        """Number of replicas."""
-        return self.data.size
-
-    @property
-    def data_parallel_rank(self) -> int:
-        """Index of this rank's replica."""
-        return self.data.rank
-
-    @property
     def first_stage(self) -> bool:
         """Whether this rank holds the vision tower, the projector and the embedding."""
         return self.pipeline.rank == 0

@@ -171,9 +171,7 @@ def expert_data_parallel(config: RunConfig, world_size: int) -> int:
 
 def microbatches(config: RunConfig, world_size: int) -> int:
     """Forward passes per optimizer step and replica."""
-    return config.train.global_batch_size // (
-        config.train.micro_batch_size * degrees.data_parallel_size(config, world_size)
-    )
+    return degrees.microbatches(config, degrees.data_parallel_size(config, world_size))
 
 
 def _divisors(n: int) -> list[int]:

@@ -12,14 +12,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state as ps
 from megatron.core import tensor_parallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_evomoe.config.token_types import TokenType
 from megatron_evomoe.data.conversation import EncodedSample
 from megatron_evomoe.model.precision import without_fp8
-from megatron_evomoe.parallel import backend
+from megatron_evomoe.parallel import backend, topology
 
 
 class inference:
@@ -93,7 +92,7 @@ def _pad(
     sequences: Sequence[tuple[list[int], list[int]]], pad_id: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Right-padded tokens and token types [b, s], s a multiple of TP, and each row's last position [b]."""
-    where, multiple = backend.device(), ps.get_tensor_model_parallel_world_size()
+    where, multiple = backend.device(), topology.current().tensor.size
     longest = max(len(tokens) for tokens, _ in sequences)
     longest += -longest % multiple
     tokens = torch.tensor([t + [pad_id] * (longest - len(t)) for t, _ in sequences], device=where)
@@ -150,10 +149,10 @@ def next_tokens(
         collect_non_loss_data=True,
     )
     choice = found[0] if found else torch.zeros(b, dtype=torch.int64, device=tokens.device)
-    if ps.get_pipeline_model_parallel_world_size() > 1:
-        dist.broadcast(
-            choice, ps.get_pipeline_model_parallel_last_rank(), group=ps.get_pipeline_model_parallel_group()
-        )
+    stages = topology.current().pipeline
+    if stages.size > 1:
+        last = dist.get_global_rank(stages.group, stages.size - 1)
+        dist.broadcast(choice, last, group=stages.group)
     return choice
 
 

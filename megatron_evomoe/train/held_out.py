@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state as ps
 
 from megatron_evomoe.config import RunConfig
 from megatron_evomoe.data.batch import prepare_eval
@@ -20,7 +19,7 @@ from megatron_evomoe.data.errors import SampleError
 from megatron_evomoe.data.image import processor_for
 from megatron_evomoe.data.shards import ShardDataset
 from megatron_evomoe.diagnose import collect
-from megatron_evomoe.parallel import backend
+from megatron_evomoe.parallel import backend, topology
 from megatron_evomoe.train.decoding import greedy, inference
 from megatron_evomoe.train.session import Session
 
@@ -80,7 +79,8 @@ def exact_match(
     """
     kinds = sorted({q.kind for q in questions})
     tally = torch.zeros(2, len(kinds), dtype=torch.int64, device=backend.device())
-    rank, world = ps.get_data_parallel_rank(), ps.get_data_parallel_world_size()
+    replicas = topology.current().data
+    rank, world = replicas.rank, replicas.size
     with inference(chunks):
         for start in range(0, len(questions), batch_size * world):
             batch = questions[
@@ -102,7 +102,7 @@ def exact_match(
                 column = kinds.index(question.kind)
                 tally[1, column] += 1
                 tally[0, column] += int(tokenizer.decode(ids).strip() == question.answer.strip())
-    dist.all_reduce(tally, group=ps.get_data_parallel_group())
+    dist.all_reduce(tally, group=replicas.group)
     correct, total = tally.tolist()
     return Score(correct=dict(zip(kinds, correct, strict=True)), total=dict(zip(kinds, total, strict=True)))
 

@@ -6,13 +6,12 @@ import time
 from dataclasses import replace
 
 import torch
-from megatron.core import parallel_state as ps
 
 from megatron_evomoe.config import RunConfig
 from megatron_evomoe.config.kinds import StageKind
 from megatron_evomoe.diagnose.collect import Watch
 from megatron_evomoe.model import inventory
-from megatron_evomoe.parallel import backend
+from megatron_evomoe.parallel import backend, degrees, topology
 from megatron_evomoe.plan.flops import flops
 from megatron_evomoe.train import stage_report
 from megatron_evomoe.train.held_out import Score
@@ -77,7 +76,5 @@ def flop_per_gpu(config: RunConfig, kind: StageKind, seq_length: int) -> float:
     """
     config = replace(config, train=replace(config.train, recompute_granularity=None))
     stages = config.parallel.pipeline_model_parallel_size
-    microbatches = config.train.global_batch_size // (
-        config.train.micro_batch_size * ps.get_data_parallel_world_size()
-    )
+    microbatches = degrees.microbatches(config, topology.current().data.size)
     return microbatches * sum(sum(flops(config, kind, rank, seq_length)) for rank in range(stages)) / stages

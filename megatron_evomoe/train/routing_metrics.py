@@ -5,22 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from megatron.core import parallel_state as ps
 from megatron.core.transformer.moe import moe_utils
 
 from megatron_evomoe.config import RunConfig
 from megatron_evomoe.diagnose.collect import Watch
 from megatron_evomoe.diagnose.routing import share_metrics
-from megatron_evomoe.parallel import backend
+from megatron_evomoe.parallel import backend, degrees, topology
 
 
 def routing_metrics(watch: Watch, config: RunConfig, *, steps: int) -> dict[str, float]:
     """Shares by modality and auxiliary losses of the last `steps` steps. Resets `watch`. Communicates."""
     counts = watch.total()
     watch.shares.reset()
-    microbatches = config.train.global_batch_size // (
-        config.train.micro_batch_size * ps.get_data_parallel_world_size()
-    )
+    place = topology.current()
+    microbatches = degrees.microbatches(config, place.data.size)
     captured = _Capture()
     names = ["load_balancing_loss"] if config.moe.moe_aux_loss_coeff else []
     names += ["z_loss"] if config.moe.moe_z_loss_coeff else []
@@ -33,7 +31,7 @@ def routing_metrics(watch: Watch, config: RunConfig, *, steps: int) -> dict[str,
                 torch.zeros((), device=backend.device()),
                 1,
                 len(pattern),
-                reduce_group=ps.get_tensor_and_context_parallel_group(),
+                reduce_group=place.tensor_and_context_group,
             )
         moe_utils.track_moe_metrics(
             loss_scale=1 / (microbatches * steps),

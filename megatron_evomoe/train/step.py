@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state as ps
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_evomoe.config.token_types import TokenType
 from megatron_evomoe.data.conversation import IGNORE_INDEX
 from megatron_evomoe.observe.profile import phase
-from megatron_evomoe.parallel import backend
+from megatron_evomoe.parallel import backend, topology
 from megatron_evomoe.parallel.broadcast import Step
 from megatron_evomoe.train.built import Built
 
@@ -81,7 +80,7 @@ def take_step(built: Built, step: Step, number: int) -> StepResult:
 def _count(step: Step) -> list[float]:
     """Supervised tokens of the global batch, and its tokens without padding. Communicates over replicas."""
     counts = torch.stack([(step.labels != IGNORE_INDEX).sum(), (step.token_types != TokenType.PADDING).sum()])
-    dist.all_reduce(counts, group=ps.get_data_parallel_group())
+    dist.all_reduce(counts, group=topology.current().data.group)
     return counts.tolist()
 
 
@@ -91,7 +90,7 @@ def _forward_backward(built: Built, step: Step, supervised: int) -> list[torch.T
         wrapped.zero_grad_buffer()
     built.optimizer.zero_grad()
     m, b, s = step.tokens.shape
-    scale = m * ps.get_data_parallel_world_size() / supervised
+    scale = m * topology.current().data.size / supervised
 
     def forward_step(batches: Iterator[int], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
         i = next(batches)
@@ -122,9 +121,10 @@ def _forward_backward(built: Built, step: Step, supervised: int) -> list[torch.T
 def _reduce_loss(losses: list[torch.Tensor]) -> torch.Tensor:
     """The loss summed over microbatches and replicas, on every pipeline stage. Communicates."""
     total = torch.stack(losses).sum() if losses else torch.zeros((), device=backend.device())
-    dist.all_reduce(total, group=ps.get_data_parallel_group())
-    if ps.get_pipeline_model_parallel_world_size() > 1:
-        dist.all_reduce(total, group=ps.get_pipeline_model_parallel_group())  # the other stages hold zero
+    place = topology.current()
+    dist.all_reduce(total, group=place.data.group)
+    if place.pipeline.size > 1:
+        dist.all_reduce(total, group=place.pipeline.group)  # the other stages hold zero
     return total
 
 

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state as ps
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -26,7 +25,7 @@ from megatron_evomoe.data.image import ImageProcessor, decode_image, processor_f
 from megatron_evomoe.data.loader import fetching
 from megatron_evomoe.data.shards import ShardDataset
 from megatron_evomoe.model.llava import LlavaModel
-from megatron_evomoe.parallel import backend
+from megatron_evomoe.parallel import backend, topology
 from megatron_evomoe.train.session import Session
 from megatron_evomoe.train.stop import StopRequests
 
@@ -69,16 +68,16 @@ def complete(cache: FeatureCache | None, run: StageRun) -> str | None:
 
 def weights_digest(tower: torch.nn.Module) -> str:
     """A digest of the tower's weights, the same under any tensor parallelism. Communicates over TP."""
-    first = ps.get_tensor_model_parallel_rank() == 0
+    tensor_parallel = topology.current().tensor
     mine: dict[str, int] = {}
     for tensor in tower.sharded_state_dict("").values():
         if not isinstance(tensor, ShardedTensor):
             continue  # Transformer Engine's extra state, empty without FP8
         is_whole = tensor.local_shape == tensor.global_shape[tensor.prepend_axis_num :]
-        if first or not is_whole:
+        if tensor_parallel.rank == 0 or not is_whole:
             mine[tensor.key] = (mine.get(tensor.key, 0) + _digest(tensor)) & _MASK
-    everyone: list[dict[str, int]] = [{}] * ps.get_tensor_model_parallel_world_size()
-    dist.all_gather_object(everyone, mine, group=ps.get_tensor_model_parallel_group())
+    everyone: list[dict[str, int]] = [{}] * tensor_parallel.size
+    dist.all_gather_object(everyone, mine, group=tensor_parallel.group)
     total = {key: sum(part.get(key, 0) for part in everyone) & _MASK for key in set().union(*everyone)}
     return hashlib.sha256(json.dumps(sorted(total.items())).encode()).hexdigest()
 
@@ -150,8 +149,9 @@ class _Extraction:
         self.missing, self.cache, self.model, self.session = missing, cache, model, session
         self.side = config.vision.image_size
         place = session.topology
-        self.replica, self.replicas = place.data_parallel_rank, place.data_parallel_size
-        self.computes = place.first_stage and ps.get_context_parallel_rank() == 0
+        self.replica, self.replicas = place.data.rank, place.data.size
+        self.computes = place.first_stage and place.context.rank == 0
+        self.tensor_parallel = place.tensor
         mine = missing[self.replica :: self.replicas]
         self.batches = (
             iter(_pixels(mine, cache, processor_for(config), config)) if cache is not None else None
@@ -200,8 +200,8 @@ class _Extraction:
         if self.batches is not None:
             found, problems = next(self.batches)
             pixels.copy_(found)
-        group = ps.get_tensor_model_parallel_group()
-        if dist.get_world_size(group) > 1:
+        group = self.tensor_parallel.group
+        if self.tensor_parallel.size > 1:
             dist.broadcast(pixels, dist.get_global_rank(group, 0), group=group)
         return pixels, problems
 

@@ -179,7 +179,7 @@ def replica_step(number: int, config: Any) -> Any:
     step = None
     if place.reads_data:
         batch, size = global_batch(number), config.train.micro_batch_size
-        mine = range(place.data_parallel_rank, ROWS // size, place.data_parallel_size)
+        mine = range(place.data.rank, ROWS // size, place.data.size)
         chunks = [slice(c * size, (c + 1) * size) for c in mine]
         step = broadcast.Step(
             tokens=torch.stack([batch["tokens"][c] for c in chunks]),

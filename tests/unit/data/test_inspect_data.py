@@ -132,7 +132,7 @@ def test_a_runs_configuration_shows_what_the_run_sees(run_yaml, tmp_path, capsys
     for name, text in (("align", align), ("warmup", rest)):
         stage = config.for_stage(name)
         session = SimpleNamespace(
-            topology=SimpleNamespace(reads_data=True, data_parallel_rank=0, data_parallel_size=1),
+            topology=SimpleNamespace(reads_data=True, data=SimpleNamespace(rank=0, size=1)),
             tokenizer=build_tokenizer(stage.data.tokenizer),
         )
         steps = take(

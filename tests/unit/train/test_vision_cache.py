@@ -9,6 +9,7 @@ import torch
 
 from megatron_evomoe.data.feature_cache import Part
 from megatron_evomoe.model.vision import build_vision_model
+from megatron_evomoe.parallel import topology
 from megatron_evomoe.train import vision_cache
 from tests.tiny import tiny_config
 
@@ -58,7 +59,7 @@ def test_a_request_to_stop_is_met_between_two_parts(one_rank, monkeypatch):
     monkeypatch.setattr(vision_cache._Extraction, "_compute", lambda self, part: computed.append(part.first))
     computed, answers = [], iter([None, "SIGTERM"])
     session = SimpleNamespace(
-        topology=SimpleNamespace(data_parallel_rank=0, data_parallel_size=1, first_stage=True),
+        topology=topology.current(),
         heartbeat=SimpleNamespace(enter=lambda phase: None),
     )
     parts = [Part(shard=0, first=first, count=256, path="") for first in (0, 256, 512)]
