@@ -1,0 +1,1 @@
+"""How a run is saved, published, found, verified and loaded."""

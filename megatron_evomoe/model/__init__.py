@@ -1,0 +1,1 @@
+"""The LLaVA model, made of megatron-core's layers."""

@@ -1,0 +1,1 @@
+"""Routers, mixture layers, and the evolution of experts."""

@@ -1,0 +1,1 @@
+"""Devices, degrees of parallelism, process groups, and what ranks send each other."""

@@ -97,3 +97,13 @@ def test_the_table_has_the_order_of_the_contract_and_names_files_that_exist():
     for room, where in re.findall(r"^\| `(\w+)/` \|[^|]+\| (.+) \|$", page, re.MULTILINE):
         for name in re.findall(r"`(\w+(?:\.py|/))`", where):
             assert (ROOT / "megatron_evomoe" / room / name).exists(), f"{room}/ has no {name}"
+
+
+def test_only_parallel_asks_megatron_core_for_groups():
+    package = ROOT / "megatron_evomoe"
+    asking = {
+        path.relative_to(package).parts[0]
+        for path in package.rglob("*.py")
+        if "parallel_state" in path.read_text(encoding="utf-8")
+    }
+    assert asking == {"parallel"}
