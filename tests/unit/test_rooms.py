@@ -46,9 +46,14 @@ def test_every_import_keeps_the_contracts():
         ),
         ("config/text.py", "def lazy():\n    import torch", "Configurations are read without torch"),
         ("data/image.py", "import megatron.core", "work without megatron-core"),
+        (
+            "config/check.py",
+            "import megatron_evomoe.config.run",
+            "No circle of imports, not even inside a room",
+        ),
         ("attic.py", "", "attic"),
     ],
-    ids=["upwards", "lazy", "heavy", "no place"],
+    ids=["upwards", "lazy", "heavy", "circle", "no place"],
 )
 def test_a_breach_is_found(tmp_path, file, line, broken):
     shutil.copytree(ROOT / "megatron_evomoe", tmp_path / "megatron_evomoe")
