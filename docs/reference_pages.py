@@ -37,11 +37,14 @@ RESUME = {
 # What a program or an extension calls, and of a module that has more than that, the names.
 API: dict[str, list[str]] = {
     "megatron_evomoe.config": ["load_config", "from_mapping", "RunConfig", "StageConfig", "StageKind"],
-    "megatron_evomoe.moe.router": [],
-    "megatron_evomoe.moe.evolution_rules": [],
+    "megatron_evomoe.train.loop": ["train"],
     "megatron_evomoe.train.hooks": ["StepHook"],
     "megatron_evomoe.train.stage_run": [],
-    "megatron_evomoe.hf": [],
+    "megatron_evomoe.model.inventory": ["Tensor", "Counts", "tensors", "count", "part_of"],
+    "megatron_evomoe.moe.router": [],
+    "megatron_evomoe.moe.routers.base": ["TypedRouter"],
+    "megatron_evomoe.moe.evolution_rules": [],
+    "megatron_evomoe.hf": ["register"],
     "megatron_evomoe.generate.loading": [],
     "megatron_evomoe.evaluation.item": [],
 }
@@ -133,7 +136,8 @@ def described(hint: Any) -> str:
     if origin is Literal:
         return ", ".join(f"`{text.dump(value).splitlines()[0]}`" for value in arguments)
     if origin in (list, tuple):
-        return ("a pair of " if origin is tuple else "list of ") + described(arguments[0])
+        item = described(arguments[0])
+        return f"{'pair' if origin is tuple else 'list'} of {f'({item})' if ',' in item else item}"
     if isinstance(hint, type) and issubclass(hint, enum.Enum):
         return ", ".join(f"`{member.value}`" for member in hint)
     return {bool: "true or false", int: "whole number", float: "number", str: "text", type(None): "none"}.get(
@@ -143,10 +147,13 @@ def described(hint: Any) -> str:
 
 def bounds(limits: list[Any]) -> str:
     """A number's range, in words. The largest number of 32 bits, which bounds every counter, is left out."""
+    found = {type(limit): limit for limit in limits}
+    low, high = found.get(Ge), found.get(Le)
+    if low and high and high.le != 2**31 - 1:
+        return f", {plain(low.ge)} to {plain(high.le)}"
     signs = {Ge: ("≥", "ge"), Gt: (">", "gt"), Le: ("≤", "le"), Lt: ("<", "lt")}
-    named = [(*signs[type(limit)], limit) for limit in limits if type(limit) in signs]
-    found = [(sign, getattr(limit, name)) for sign, name, limit in named]
-    return ",".join(f" {sign} {plain(value)}" for sign, value in found if value != 2**31 - 1)
+    named = [(sign, getattr(found[kind], name)) for kind, (sign, name) in signs.items() if kind in found]
+    return ",".join(f" {sign} {plain(value)}" for sign, value in named if value != 2**31 - 1)
 
 
 def plain(value: float) -> str:

@@ -68,3 +68,24 @@ def test_a_broken_link_is_found(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("[a](other.md#one-heading-code-and-more) [b](other.md#two) [c](gone.md) `[d](x.md)`\n")
     assert broken(page) == ["other.md#two", "gone.md"]
+
+
+def test_readme_is_short_and_the_guide_has_its_configuration():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(readme.splitlines()) <= 120
+    guide = (ROOT / "docs" / "guides" / "your-data.md").read_text(encoding="utf-8")
+    of_readme, of_guide = (re.search(r"```yaml\n(# run.*?)```", text, re.S)[1] for text in (readme, guide))
+    assert of_guide == of_readme.replace(" (docs/models.md)", "")
+
+
+def test_commands_of_the_guides_are_those_of_the_readme():
+    """A test runs those of the README (tests/integration/test_readme.py)."""
+    readme = set(re.findall(r"^    (\S.*)$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M))
+    known = {
+        "python tools/convert_from_hf.py --language-model models/llm --vision-model models/tower "
+        "--output imported",
+        "python -m megatron_evomoe plan --config run.yaml --nnodes 2 --gpus-per-node 8 --gpu-memory 80",
+    }
+    for guide in sorted((ROOT / "docs" / "guides").glob("*.md")):
+        for command in re.findall(r"^    (\S.*)$", guide.read_text(encoding="utf-8"), re.M):
+            assert command in readme | known, f"{guide.name}: {command}"
