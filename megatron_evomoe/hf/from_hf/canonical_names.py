@@ -1,4 +1,4 @@
-"""Renames the tensors of older and newer Hugging Face files to the names of `tensor_map.py` (those of
+"""Renames the tensors of older and newer Hugging Face files to the names of `hf/tensor_map.py` (those of
 transformers 4.x LLaVA files).
 
 | written by | language model | output layer | tower |
@@ -41,16 +41,19 @@ _CLIPS_OTHER_HALF = re.compile(
 
 
 def canonical(names: Iterable[str], where: object) -> dict[str, str]:
-    """Canonical name -> name in the file; a name no rule knows stays as it is.
+    """Canonical name -> name in the file. A name that no rule matches is its own canonical name.
+
+    Args:
+        where: the file or directory, for messages.
 
     Raises:
-        CheckpointError: two names mean the same tensor.
+        CheckpointError: two names stand for the same tensor.
     """
     out: dict[str, str] = {}
     for name in names:
         new = _canonical(name)
         if new in out:
-            raise CheckpointError(f"{where}: {out[new]} and {name} both are {new}")
+            raise CheckpointError(f"{where}: {out[new]} and {name} both stand for {new}; remove one of them")
         out[new] = name
     return out
 
@@ -65,8 +68,10 @@ def _canonical(name: str) -> str:
 
 
 def is_unread(name: str, tower_layers: int) -> bool:
-    """Whether a tensor (canonical name) has no part in what LLaVA computes: buffers that follow from the
-    configuration, a tower's layers from `tower_layers` on and what comes after them, CLIP's text half.
+    """Whether LLaVA does not use the tensor with this canonical name.
+
+    It does not use buffers that follow from the configuration, the tower's layers from `tower_layers` on and
+    everything after them, and CLIP's text model.
     """
     if _COMPUTED.search(name) or _TOWER_UNREAD.match(name) or _CLIPS_OTHER_HALF.match(name):
         return True

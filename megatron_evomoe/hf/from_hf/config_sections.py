@@ -1,7 +1,6 @@
-"""A Hugging Face ``config.json`` in our words, or a refusal that names what megatron-core cannot compute.
+"""Translates a Hugging Face ``config.json`` to sections of this package's configuration.
 
-A config.json leaves out what equals its class's default, so those defaults are part of the format; they are
-transformers', and `tests/unit/hf/test_config_in.py` compares them.
+What megatron-core cannot compute is refused, with the field and its value.
 """
 
 from __future__ import annotations
@@ -12,106 +11,15 @@ from typing import Any, NoReturn
 
 from megatron_evomoe.config import ConfigError
 from megatron_evomoe.hf.from_hf import unsupported
-from megatron_evomoe.hf.from_hf.config_values import Given, refuse
+from megatron_evomoe.hf.from_hf.config_defaults import (
+    LLAVA_TOWER,
+    TEXT_DEFAULTS,
+    VISION_DEFAULTS,
+    WINDOW_DEFAULTS,
+)
+from megatron_evomoe.hf.from_hf.config_values import ConfigValues, refuse
 
 _ROPE_DEFAULT = 10000.0
-_LLAMA_LIKE = {
-    "num_key_value_heads": None,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-    "hidden_act": "silu",
-}
-TEXT_DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": {
-        **_LLAMA_LIKE,
-        "vocab_size": 32000,
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "max_position_embeddings": 2048,
-    },
-    "mistral": {
-        **_LLAMA_LIKE,
-        "vocab_size": 32000,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 131072,
-        "sliding_window": 4096,
-    },
-    "qwen2": {
-        **_LLAMA_LIKE,
-        "vocab_size": 151936,
-        "hidden_size": 4096,
-        "intermediate_size": 22016,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-        "max_position_embeddings": 32768,
-    },
-    "qwen3": {
-        **_LLAMA_LIKE,
-        "vocab_size": 151936,
-        "hidden_size": 4096,
-        "intermediate_size": 22016,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-        "head_dim": 128,
-        "max_position_embeddings": 32768,
-    },
-    "stablelm": {
-        "vocab_size": 50304,
-        "hidden_size": 2560,
-        "intermediate_size": 6912,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-        "max_position_embeddings": 4096,
-        "layer_norm_eps": 1e-5,
-        "tie_word_embeddings": False,
-        "hidden_act": "silu",
-        "partial_rotary_factor": 0.25,
-    },
-    "phi": {
-        "vocab_size": 51200,
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 32,
-        "num_key_value_heads": None,
-        "max_position_embeddings": 2048,
-        "layer_norm_eps": 1e-5,
-        "tie_word_embeddings": False,
-        "hidden_act": "gelu_new",
-        "partial_rotary_factor": 0.5,
-    },
-}
-VISION_DEFAULTS: dict[str, dict[str, Any]] = {
-    "clip_vision_model": {
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "image_size": 224,
-        "patch_size": 32,
-        "hidden_act": "quick_gelu",
-        "layer_norm_eps": 1e-5,
-    },
-    "siglip_vision_model": {
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "image_size": 224,
-        "patch_size": 16,
-        "hidden_act": "gelu_pytorch_tanh",
-        "layer_norm_eps": 1e-6,
-    },
-}
 LLAVA_TYPES = (
     "llava",
     "llava_llama",
@@ -121,23 +29,7 @@ LLAVA_TYPES = (
     "llava_phi",
     "llava_stablelm",
 )
-"""`llava` is transformers'; the others are what LLaVA's own code and its forks wrote."""
-
-_WINDOWED = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
-"""Defaults of Qwen2 and Qwen3, where the windows of the layers from `max_window_layers` on are switched by
-the first of these.
-"""
-_LLAVAS_TOWER = {
-    **VISION_DEFAULTS["clip_vision_model"],
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "image_size": 336,
-    "patch_size": 14,
-    "model_type": "clip_vision_model",
-}
-"""The tower that transformers' LLaVA has where its configuration has none."""
+"""model_type of LLaVA models: `llava` in transformers, the others in LLaVA's own code and its forks."""
 _MOST_LAYERS = 4096
 
 
@@ -145,11 +37,12 @@ def language_section(config: Mapping[str, Any]) -> dict[str, Any]:
     """The `language` section for the configuration of a decoder.
 
     Raises:
-        ConfigError: an architecture or setting that megatron-core cannot express, or a value of another type;
-            the message names it and its value.
+        ConfigError: megatron-core cannot compute the architecture or a setting, or a value has a wrong type.
     """
     kind = _known_kind(config, TEXT_DEFAULTS, "language model")
-    c = Given(kind, config, {**TEXT_DEFAULTS[kind], **(_WINDOWED if kind.startswith("qwen") else {})})
+    c = ConfigValues(
+        kind, config, {**TEXT_DEFAULTS[kind], **(WINDOW_DEFAULTS if kind.startswith("qwen") else {})}
+    )
     _refuse_text(kind, c, config)
     layers, width, heads = (
         c.size("num_hidden_layers", _MOST_LAYERS),
@@ -159,10 +52,10 @@ def language_section(config: Mapping[str, Any]) -> dict[str, Any]:
     groups, head = c.optional_size("num_key_value_heads") or heads, c.optional_size("head_dim")
     if head is None and width % heads:
         c.refuse(
-            "hidden_size", f"it is no multiple of num_attention_heads ({heads}), and head_dim is not given"
+            "hidden_size", f"it must be a multiple of num_attention_heads ({heads}) if head_dim is not given"
         )
     if heads % groups:
-        c.refuse("num_key_value_heads", f"num_attention_heads ({heads}) is no multiple of it")
+        c.refuse("num_key_value_heads", f"num_attention_heads ({heads}) must be a multiple of it")
     head = head or width // heads
     section = {
         "num_layers": layers,
@@ -200,16 +93,16 @@ def language_section(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def vision_section(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The `vision` section for the configuration of a tower, or of the CLIP or SigLIP model it is half of.
+    """The `vision` section for the configuration of a vision tower, or of a whole CLIP or SigLIP model.
 
     Raises:
         ConfigError: as `language_section`.
     """
     if config.get("model_type") in ("clip", "siglip") and "vision_config" in config:
-        half = Given(config["model_type"], config, {}).section("vision_config")
+        half = ConfigValues(config["model_type"], config, {}).section("vision_config")
         config = {"model_type": f"{config['model_type']}_vision_model", **half}
     kind = _known_kind(config, VISION_DEFAULTS, "vision tower")
-    c = Given(kind, config, {**VISION_DEFAULTS[kind], "num_channels": 3})
+    c = ConfigValues(kind, config, {**VISION_DEFAULTS[kind], "num_channels": 3})
     _refuse_quantised(c)
     c.expect("hidden_act", VISION_DEFAULTS[kind]["hidden_act"])
     c.expect("num_channels", 3)
@@ -219,11 +112,10 @@ def vision_section(config: Mapping[str, Any]) -> dict[str, Any]:
     if side % patch:
         c.refuse(
             "image_size",
-            f"megatron-core takes multiples of patch_size ({patch}) only; a published tower cuts the rest "
-            "off",
+            f"megatron-core needs a multiple of patch_size ({patch}); transformers ignores the rest",
         )
     if width % heads:
-        c.refuse("hidden_size", f"it is no multiple of num_attention_heads ({heads})")
+        c.refuse("hidden_size", f"it must be a multiple of num_attention_heads ({heads})")
     return {
         "model_type": kind.split("_")[0],
         "image_size": side,
@@ -237,25 +129,28 @@ def vision_section(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def llava_sections(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(`language`, `vision`) for the configuration of a LLaVA model. The vision section of LLaVA's own format
-    holds no more than what is read from the tower, whose sizes are in the tower's own directory.
+    """The `language` and the `vision` section for the configuration of a LLaVA model.
+
+    In the format of LLaVA's own code the tower has a directory of its own. The vision section then only says
+    which features are used, not the sizes of the tower.
 
     Raises:
-        ConfigError: as `language_section`; or a projector other than mlp2x_gelu, features of several layers.
+        ConfigError: as `language_section`; or the projector is not mlp2x_gelu, or features come from several
+            layers.
     """
     if config["model_type"] == "llava":
         return _transformers_llava(config)
     language = {**config, "model_type": config["model_type"].removeprefix("llava_")}
     if language["model_type"] == "qwen":
         language["model_type"] = "qwen2"
-    c = Given(
+    c = ConfigValues(
         "llava",
         config,
         {"mm_projector_type": "linear", "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch"},
     )
     _refuse_marks("llava", config)
     c.expect("mm_projector_type", "mlp2x_gelu")
-    c.expect("mm_use_im_start_end", False, None, why="tokens of its own stand around each image")
+    c.expect("mm_use_im_start_end", False, None, why="it puts start and end tokens around each image")
     return language_section(language), {
         "feature_layer": _feature_layer(c, "mm_vision_select_layer"),
         "feature_select": c.expect("mm_vision_select_feature", "patch", "cls_patch"),
@@ -263,7 +158,7 @@ def llava_sections(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str,
 
 
 def _transformers_llava(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    c = Given(
+    c = ConfigValues(
         "llava",
         config,
         {
@@ -275,12 +170,12 @@ def _transformers_llava(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict
     )
     _refuse_quantised(c)
     text = {"model_type": "llama", **c.section("text_config")}
-    tied = [given.flag("tie_word_embeddings") for given in (c, Given("llava's text_config", text, {}))]
+    tied = [given.flag("tie_word_embeddings") for given in (c, ConfigValues("llava's text_config", text, {}))]
     text["tie_word_embeddings"] = any(tied)
     tower = (
         {"model_type": "clip_vision_model", **c.section("vision_config")}
         if "vision_config" in c
-        else _LLAVAS_TOWER
+        else LLAVA_TOWER
     )
     c.expect("projector_hidden_act", "gelu")
     c.expect("multimodal_projector_bias", True)
@@ -291,7 +186,8 @@ def _transformers_llava(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict
     vision = vision_section(tower)
     if select == "default" and vision["model_type"] == "siglip":
         c.refuse(
-            "vision_feature_select_strategy", "it would drop SigLIP's first patch, for want of a class token"
+            "vision_feature_select_strategy",
+            "it would drop SigLIP's first patch, as SigLIP has no class token",
         )
     return language_section(text), {
         **vision,
@@ -300,18 +196,18 @@ def _transformers_llava(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict
     }
 
 
-def _feature_layer(c: Given, key: str) -> int:
-    """The one layer whose output is the feature."""
+def _feature_layer(c: ConfigValues, key: str) -> int:
+    """The layer whose output is the feature."""
     layer = c.raw(key)
     if isinstance(layer, list) and len(layer) == 1:
         layer = layer[0]
     if type(layer) is not int:
-        c.refuse(key, "features of one layer are read here, named by a whole number")
+        c.refuse(key, "it must be a whole number, because features of one layer are supported")
     return layer
 
 
-def _refuse_text(kind: str, c: Given, config: Mapping[str, Any]) -> None:
-    """Settings of known architectures that the core cannot compute."""
+def _refuse_text(kind: str, c: ConfigValues, config: Mapping[str, Any]) -> None:
+    """Refuse settings of known architectures that megatron-core cannot compute."""
     _refuse_quantised(c)
     _refuse_marks(kind, config)
     c.expect("hidden_act", *(("gelu_new", "gelu_pytorch_tanh") if kind == "phi" else ("silu", "swish")))
@@ -322,23 +218,22 @@ def _refuse_text(kind: str, c: Given, config: Mapping[str, Any]) -> None:
     if c.flag("qk_layernorm"):
         c.refuse(
             "qk_layernorm",
-            "its norms of queries and keys have weights for each head, or a bias, which the core's have not",
+            "its norms of queries and keys have weights for each head, or biases, which megatron-core's lack",
         )
     if kind == "llama" and c.flag("attention_bias") != c.flag("mlp_bias"):
         refuse(
             kind,
             "attention_bias, mlp_bias",
             (c.raw("attention_bias"), c.raw("mlp_bias")),
-            "megatron-core has biases on all four linear layers or on none (or on QKV alone, which this is "
-            "not)",
+            "megatron-core has biases on all linear layers of a layer, on QKV alone, or on none",
         )
     if kind != "llama":
         c.expect(
-            "attention_bias", False, None, why="a bias on the attention's output alone cannot be expressed"
+            "attention_bias", False, None, why="megatron-core has no bias on the output of attention alone"
         )
 
 
-def _refuse_quantised(c: Given) -> None:
+def _refuse_quantised(c: ConfigValues) -> None:
     for key in ("quantization_config", "compression_config"):
         if found := c.section(key):
             refuse(c.kind, key, found.get("quant_method", "?"), "give the unquantised weights")
@@ -349,15 +244,15 @@ def _refuse_marks(kind: str, config: Mapping[str, Any]) -> None:
         raise ConfigError(f"this {kind} cannot be imported: {'; '.join(found)}")
 
 
-def _layer_types(c: Given) -> list[Any]:
+def _layer_types(c: ConfigValues) -> list[Any]:
     found = c.raw("layer_types")
     if found is not None and not isinstance(found, list):
         c.refuse("layer_types", "it must be a list with a name for each layer")
     return found or []
 
 
-def _window(c: Given, layers: int) -> dict[str, int]:
-    """The window of a Qwen, which must hold for all layers or for none."""
+def _window(c: ConfigValues, layers: int) -> dict[str, int]:
+    """The attention window of a Qwen model, which all layers must have, or none."""
     window = c.optional_size("sliding_window") if c.flag("use_sliding_window") else None
     types = _layer_types(c)
     if not types and window is None:
@@ -366,48 +261,55 @@ def _window(c: Given, layers: int) -> dict[str, int]:
         first = 0 if c.raw("max_window_layers") == 0 else c.size("max_window_layers")
         types = ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
     if len(types) != layers or any(kind not in ("sliding_attention", "full_attention") for kind in types):
-        c.refuse(
-            "layer_types", f"it must say full_attention or sliding_attention for each of {layers} layers"
-        )
+        c.refuse("layer_types", f"it must be full_attention or sliding_attention for each of {layers} layers")
     sliding = types.count("sliding_attention")
     if sliding and window is None:
-        c.refuse("layer_types", "layers slide, and use_sliding_window and sliding_window give them no window")
+        c.refuse(
+            "layer_types", "some layers have a window, but use_sliding_window and sliding_window give none"
+        )
     if 0 < sliding < layers:
         c.refuse(
             "use_sliding_window",
-            f"the window would hold for {sliding} of {layers} layers, and megatron-core has one for all",
+            f"{sliding} of {layers} layers would have the window, but megatron-core has one for all layers",
         )
     return {"window_size": window} if sliding else {}
 
 
-def _rope(kind: str, c: Given, head: int) -> dict[str, Any]:
-    """RoPE's fields, from `rope_parameters` (5.x) or `rope_theta`, `rope_scaling`,
+def _rope(kind: str, c: ConfigValues, head: int) -> dict[str, Any]:
+    """The fields of RoPE.
+
+    transformers 5 writes them in `rope_parameters`; before, they were `rope_theta`, `rope_scaling` and
     `partial_rotary_factor`.
+
+    Args:
+        head: size of a head.
     """
     given, old = c.section("rope_parameters"), c.section("rope_scaling")
     if given and old and given != old:
-        refuse(kind, "rope_scaling", old, f"rope_parameters says something else: {given}")
+        refuse(kind, "rope_scaling", old, f"it contradicts rope_parameters = {given}")
     given = given or old
     if any(isinstance(v, dict) for v in given.values()):
-        refuse(kind, "rope_parameters", given, "all layers must share one RoPE")
+        refuse(kind, "rope_parameters", given, "all layers must have the same RoPE")
     share = {key: c.raw(key) for key in ("rope_theta", "partial_rotary_factor") if key in c}
-    r = Given(kind, {k: v for k, v in given.items() if v is not None}, {"rope_theta": _ROPE_DEFAULT, **share})
+    r = ConfigValues(
+        kind, {k: v for k, v in given.items() if v is not None}, {"rope_theta": _ROPE_DEFAULT, **share}
+    )
     base = r.number("rope_theta", 1, 1e15)
     if base != int(base):
         r.refuse("rope_theta", "the base must be a whole number")
     section: dict[str, Any] = {"rotary_base": int(base)}
     if "partial_rotary_factor" in r and (part := r.number("partial_rotary_factor", 0, 1)) != 1.0:
         if kind not in ("stablelm", "phi"):
-            r.refuse("partial_rotary_factor", "heads of this architecture are turned as a whole")
+            r.refuse("partial_rotary_factor", "this architecture rotates whole heads")
         section["rotary_percent"] = part
     turned = int(head * section.get("rotary_percent", 1.0))
     if turned < 2 or turned % 2:
-        refuse(kind, "RoPE's share of each head", turned, "it must be an even number of channels")
+        refuse(kind, "rotated channels of each head", turned, "the number must be even and at least 2")
     return section | _scaling(kind, r, c)
 
 
-def _scaling(kind: str, r: Given, c: Given) -> dict[str, Any]:
-    """How RoPE is stretched."""
+def _scaling(kind: str, r: ConfigValues, c: ConfigValues) -> dict[str, Any]:
+    """The fields of RoPE scaling."""
     scaling = r.raw("rope_type", r.raw("type", "default"))
     reason = unsupported.rope_reason({"rope_type": scaling, "mrope_section": r.raw("mrope_section")})
     if reason or scaling not in ("default", "linear", "llama3"):
@@ -442,8 +344,9 @@ def _known_kind(config: Mapping[str, Any], known: Mapping[str, Any], what: str) 
 
 
 def refuse_type(config: Mapping[str, Any], known: Mapping[str, Any], what: str) -> NoReturn:
-    """Raises `ConfigError`: why a family cannot be imported as a `what`, as far as that is known, and which
-    can.
+    """Raise a `ConfigError` for a model_type that cannot be imported as a `what`.
+
+    It gives the reason, as far as that is known, and the model types that can be imported.
     """
     found = unsupported.against(config)
     raise ConfigError(

@@ -1,8 +1,7 @@
-"""A Hugging Face directory read raw: ``config.json`` and its tensors, by name, one at a time. No model class,
-no code of theirs.
+"""Reads ``config.json`` and tensors of a Hugging Face directory, without transformers and without running
+code.
 
-transformers may fill what it does not find with random numbers and a warning; here what is not found is an
-error.
+transformers replaces missing tensors by random ones and warns. Here everything that is missing is an error.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from torch import Tensor
 from megatron_evomoe.checkpoint import contents
 from megatron_evomoe.checkpoint.record import CheckpointError
 from megatron_evomoe.config import ConfigError
-from megatron_evomoe.hf.from_hf.safetensors_reader import DTYPE_OF_CODE, Place, Reader, read_header, unique
+from megatron_evomoe.hf.from_hf.safetensors_reader import DTYPE_OF_CODE, Place, Reader, list_tensors, unique
 
 log = logging.getLogger(__name__)
 
@@ -30,27 +29,28 @@ _FORMATS = (("model", "safetensors"), ("pytorch_model", "bin"))
 
 
 class HfDirectory:
-    """The configuration and the tensors of a directory in one of Hugging Face's formats.
+    """The configuration and the tensors of a directory, as safetensors or in torch's own format.
 
     Attributes:
-        config: ``config.json``.
-        tensors: name -> place of every tensor; sizes are checked against the files, contents are read later.
+        config: the contents of ``config.json``.
+        tensors: name -> place of every tensor. Sizes have been checked against the files; contents are read
+            later.
 
     Raises:
-        ConfigError: no directory, no ``config.json``, or a damaged one.
-        CheckpointError: no weights, a damaged file, an index that names a file that is missing or elsewhere,
-            or a tensor that is not in the file it names; a name that occurs twice.
+        ConfigError: there is no directory or no ``config.json``, or that file is damaged.
+        CheckpointError: there are no weights, a file is damaged, a tensor's name occurs twice, or the index
+            names a file that is missing or outside the directory, or does not fit the files.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).expanduser()
         if not self.path.is_dir():
-            raise ConfigError(f"{self.path} is no directory; give a Hugging Face model's directory")
+            raise ConfigError(f"{self.path} is not a directory; give the directory of a Hugging Face model")
         self.config = _read_json(self.path / "config.json")
         self.tensors: dict[str, Place] = {}
         index, files = self._weight_files()
         for file in files:
-            for name, place in read_header(file) if file.suffix == ".safetensors" else _list_pickled(file):
+            for name, place in list_tensors(file) if file.suffix == ".safetensors" else _list_pickled(file):
                 if name in self.tensors:
                     raise CheckpointError(
                         f"{self.path}: {name} is in both {self.tensors[name].file.name} and {file.name}"
@@ -62,9 +62,7 @@ class HfDirectory:
         self._opened: tuple[Path, dict[str, Tensor]] | None = None
 
     def read(self, name: str) -> Tensor:
-        """The tensor of that name. From safetensors it is a view of the file, gone from memory when it is let
-        go.
-        """
+        """Read one tensor. From safetensors it is mapped, and freed when it is no longer referenced."""
         place = self.tensors[name]
         if place.file.suffix == ".safetensors":
             return self._reader.read(name, place)
@@ -73,7 +71,7 @@ class HfDirectory:
         return self._opened[1][name]
 
     def _weight_files(self) -> tuple[Path | None, list[Path]]:
-        """The index if there is one, and the files: safetensors where there are any, else torch's own."""
+        """The index, or None, and the weight files: safetensors if there are any, else torch's own."""
         present = {entry.name for entry in os.scandir(self.path) if entry.is_file()}
         for stem, suffix in _FORMATS:
             index = self.path / f"{stem}.{suffix}.index.json"
@@ -82,50 +80,51 @@ class HfDirectory:
                 for name in names:
                     if not name.endswith(f".{suffix}") or "/" in name:
                         raise CheckpointError(
-                            f"{index} names {name!r} as a file of weights; files are *.{suffix} beside the "
-                            "index"
+                            f"{index} names {name!r} as a weight file; weight files must be *.{suffix} files "
+                            "beside the index"
                         )
                     if name not in present:
                         raise CheckpointError(
-                            f"{index} names {name}, which is not there; fetch the whole model again"
+                            f"{index} names {name}, which does not exist; download the whole model again"
                         )
                 return index, [self.path / name for name in names]
             if f"{stem}.{suffix}" in present:
                 return None, [self.path / f"{stem}.{suffix}"]
         raise CheckpointError(
-            f"{self.path} holds no weights: no model.safetensors or pytorch_model.bin, nor an index of one"
+            f"{self.path} holds no weights: neither model.safetensors nor pytorch_model.bin, nor an index of "
+            "either; give a directory with weights in one of these formats"
         )
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """Tensor -> file, as an index has it."""
+    """Tensor name -> file name, as an index says."""
     try:
         found = _read_json(index, once=True).get("weight_map")
     except ConfigError as error:
-        raise CheckpointError(f"{error}; fetch it again") from None
+        raise CheckpointError(f"{error}; download it again") from None
     if not isinstance(found, dict) or not found or not all(isinstance(name, str) for name in found.values()):
         raise CheckpointError(
-            f"{index} is damaged: weight_map must name the file of each tensor; fetch it again"
+            f"{index} is damaged: weight_map must name the file of each tensor; download it again"
         )
     return found
 
 
 def _check_index(index: Path, tensors: dict[str, Place]) -> None:
-    """Raises `CheckpointError` if the index and its files disagree; says so if only its total does."""
+    """Raise `CheckpointError` if the index contradicts the files; only warn if its total size is wrong."""
     for name, file in _weight_map(index).items():
         if name not in tensors:
             raise CheckpointError(
-                f"{index} places {name} in {file}, which has no such tensor; fetch the whole model again"
+                f"{index} places {name} in {file}, which has no such tensor; download the whole model again"
             )
         if (found := tensors[name].file.name) != file:
             raise CheckpointError(
-                f"{index} places {name} in {file}, and it is in {found}; fetch the whole model again"
+                f"{index} places {name} in {file}, but it is in {found}; download the whole model again"
             )
     metadata = _read_json(index).get("metadata")
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
     if total is not None and total != (size := sum(place.nbytes for place in tensors.values())):
         log.warning(
-            "%s says that its tensors have %r bytes together; they have %d, and each is whole",
+            "%s says that all tensors together have %r bytes, but they have %d; every tensor is complete",
             index,
             total,
             size,
@@ -139,7 +138,7 @@ def _list_pickled(file: Path) -> Iterator[tuple[str, Place]]:
 
 
 def _check_sums(file: Path) -> None:
-    """Raises `CheckpointError` unless an archive is what its checksums say; torch does not look at them."""
+    """Raise `CheckpointError` if an archive does not fit its checksums, which torch does not check."""
     try:
         if not zipfile.is_zipfile(file):
             return
@@ -157,25 +156,25 @@ def _check_sums(file: Path) -> None:
         bad = str(error) or type(error).__name__
     if bad:
         raise CheckpointError(
-            f"{file} is damaged: its checksums disagree with its contents ({bad[:300]}); fetch it again"
+            f"{file} is damaged: its contents do not fit its checksums ({bad[:300]}); download it again"
         )
 
 
 def _load_pickled(file: Path) -> dict[str, Tensor]:
-    """A ``pytorch_model*.bin``, opened without running what it may name."""
+    """Load a ``pytorch_model*.bin`` without running code that the pickle may name."""
     try:
-        # files of before torch 1.6 are no archives, and only an archive can be mapped
+        # Files from before torch 1.6 are not archives, and only an archive can be mapped.
         loaded = contents.load(file, mmap=zipfile.is_zipfile(file))
     except Exception as error:  # a damaged or malicious pickle can raise anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
-            f"{file} is unsafe or damaged ({reason[:300]}); nothing was loaded. Ask its author for "
-            "safetensors"
+            f"{file} is unsafe or damaged ({reason[:300]}); nothing was loaded. Use a version of the model "
+            "in safetensors"
         ) from None
     if not isinstance(loaded, dict) or not all(
         isinstance(k, str) and torch.is_tensor(v) for k, v in loaded.items()
     ):
-        raise CheckpointError(f"{file} holds something else than a dictionary of tensors by name")
+        raise CheckpointError(f"{file} must hold a dictionary of tensors by name, but holds something else")
     for name, tensor in loaded.items():
         if (
             tensor.layout != torch.strided
@@ -183,23 +182,26 @@ def _load_pickled(file: Path) -> dict[str, Tensor]:
             or tensor.dtype not in DTYPE_OF_CODE.values()
         ):
             raise CheckpointError(
-                f"{file}: {name} is a {tensor.layout} tensor of {tensor.dtype} on {tensor.device}, which is "
-                "not "
-                "read here (quantised?)"
+                f"{file}: {name} is a {tensor.layout} tensor of {tensor.dtype} on {tensor.device}, which "
+                "cannot be imported (quantised?); give the unquantised model"
             )
     return {name: tensor.detach() for name, tensor in loaded.items()}
 
 
 def _read_json(file: Path, *, once: bool = False) -> dict[str, Any]:
-    """A file's mapping; with `once` every key may occur once, else the last counts, as for everybody who
-    reads it.
+    """Read a file that holds a JSON object.
+
+    Args:
+        once: refuse a key that occurs twice. Otherwise its last value counts, as in other programs.
     """
     if not file.is_file():
-        raise ConfigError(f"{file} does not exist; {file.parent} is no Hugging Face model directory")
+        raise ConfigError(
+            f"{file} does not exist; {file.parent} is not the directory of a Hugging Face model"
+        )
     try:
         content = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=unique if once else None)
     except (ValueError, RecursionError, OSError) as error:
         raise ConfigError(f"{file} is damaged: {error}") from None
     if not isinstance(content, dict):
-        raise ConfigError(f"{file} holds a {type(content).__name__}, a mapping is expected")
+        raise ConfigError(f"{file} must hold a JSON object, but holds a {type(content).__name__}")
     return content

@@ -1,4 +1,4 @@
-"""Weights as they will be written: of one type for each tensor of the checkpoint, and every number finite."""
+"""Converts weights to the dtype in which they are written, and refuses values that are not finite."""
 
 from __future__ import annotations
 
@@ -9,29 +9,33 @@ from megatron_evomoe.checkpoint.record import CheckpointError
 
 
 def converted(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """`tensor` in `dtype`; the same one if it has it.
+    """Convert `tensor` to `dtype`; a tensor that has it already is returned itself.
+
+    Args:
+        name: of the tensor, for messages.
 
     Raises:
-        CheckpointError: a value is not finite, before or after; the message says how many and what helps.
+        CheckpointError: a value is not finite before or after the conversion.
     """
     new = tensor.to(dtype)
     if is_finite(new):
         return new
     if bad := _count(tensor):
         raise CheckpointError(
-            f"{name}: {bad} of {tensor.numel()} values are not finite (NaN or infinite) in the source; a "
-            "model "
-            "cannot compute with them. Fetch it again, or ask its author for a whole one"
+            f"{name}: {bad} of {tensor.numel()} values are not finite (NaN or infinite) in the source, and "
+            "no model can compute with them. Download it again, or use another version of the model"
         )
     raise CheckpointError(
-        f"{name}: {_count(new)} of {tensor.numel()} values are beyond the largest {_short(dtype)}, "
+        f"{name}: {_count(new)} of {tensor.numel()} values exceed the largest {_short(dtype)}, "
         f"{torch.finfo(dtype).max:g}, and would become infinite; import with --dtype fp32 or bf16"
     )
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether no value is NaN or infinite. Reads each value once and makes no copy: NaN is the smallest and
-    largest of its like.
+    """Whether no value is NaN or infinite.
+
+    Minimum and maximum suffice, because both are NaN as soon as one value is. They are found in one pass and
+    without a copy.
     """
     if tensor.numel() == 0:
         return True

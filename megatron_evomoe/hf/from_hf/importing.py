@@ -93,7 +93,7 @@ def import_model(request: Request) -> Imported:
     output = Path(request.output).expanduser()
     with output_directory(output) as pending:
         source = _open_source(request)
-        tokenizer = tokenizer_copy.bring(source.tokenizer, pending / "tokenizer")
+        tokenizer = tokenizer_copy.copy_tokenizer(source.tokenizer, pending / "tokenizer")
         notes = _fit_vocabulary(source, tokenizer, request)
         config, left_out = _checked(source, request)
         target = _target(source, config, request)
@@ -135,7 +135,9 @@ def _open_source(request: Request) -> sources.Source:
     )
 
 
-def _fit_vocabulary(source: sources.Source, tokenizer: tokenizer_copy.Brought, request: Request) -> list[str]:
+def _fit_vocabulary(
+    source: sources.Source, tokenizer: tokenizer_copy.CopiedTokenizer, request: Request
+) -> list[str]:
     """Add rows to the embedding for token ids that have none, if requested; returns report lines.
 
     Raises:

@@ -1,7 +1,11 @@
-"""Tensors of safetensors files, by safetensors' own reader, one at a time.
+"""Reads tensors of safetensors files one at a time, through the safetensors library.
 
-Its reader checks a header against the file (types, shapes, offsets without holes or overlaps, lengths). What
-it lets pass is that a name occurs twice, where the last one would win; that is refused here.
+The library checks a header against its file: types, shapes, lengths, and offsets without holes or overlaps.
+    It
+does not check that each name occurs once, which the format demands: it keeps the last of two entries
+    silently,
+so a file could show one tensor to a scanner and another one to a loader. `list_tensors` therefore reads the
+header a second time, for that check alone.
 """
 
 from __future__ import annotations
@@ -31,13 +35,13 @@ DTYPE_OF_CODE = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""The codes by which a safetensors header names the types that are read."""
-_MAPPED = 2**26  # bytes read through one opening
+"""safetensors' codes of the dtypes that can be imported. Quantised types are not among them."""
+_BYTES_PER_OPENING = 2**26
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where one tensor lies."""
+    """File, dtype and shape of one tensor."""
 
     file: Path
     dtype: torch.dtype
@@ -45,12 +49,16 @@ class Place:
 
     @property
     def nbytes(self) -> int:
-        """Size of the contents."""
+        """Size of the tensor in the file."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """For json's ``object_pairs_hook``: a mapping, or a `ValueError` that names what occurs twice."""
+    """Make a dict of a JSON object's pairs, as json's ``object_pairs_hook``.
+
+    Raises:
+        ValueError: a key occurs twice.
+    """
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
@@ -58,37 +66,42 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def read_header(file: Path) -> Iterator[tuple[str, Place]]:
-    """Name and place of each tensor of a file; contents are not read.
+def list_tensors(file: Path) -> Iterator[tuple[str, Place]]:
+    """Yield name and place of each tensor of a file. Only the header is read.
 
     Raises:
-        CheckpointError: the header is no header, or says what the file does not hold, or a type that is not
-            read.
+        CheckpointError: the header is damaged, does not fit the file, names a tensor twice, or has a dtype
+            that cannot be imported.
     """
     try:
         with safe_open(file, framework="pt") as opened:
-            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  (it is no mapping)
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  (not a mapping)
             entries = [(name, part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()]
-        with file.open("rb") as stream:
-            json.loads(stream.read(int.from_bytes(stream.read(8), "little")), object_pairs_hook=unique)
+        _refuse_duplicate_names(file)
     except (SafetensorError, OSError, ValueError, OverflowError) as error:
         raise _damaged(file, error) from None
     for name, dtype, shape in entries:
         if dtype not in DTYPE_OF_CODE:
             raise CheckpointError(
-                f"{file}: {name} has dtype {dtype}, which is not read here (quantised?); "
+                f"{file}: {name} has dtype {dtype}, which cannot be imported (quantised?); "
                 f"known: {', '.join(DTYPE_OF_CODE)}"
             )
         yield name, Place(file, DTYPE_OF_CODE[dtype], shape)
 
 
+def _refuse_duplicate_names(file: Path) -> None:
+    """Raise `ValueError` if a header, which the library has found valid, names a tensor twice."""
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        json.loads(stream.read(length), object_pairs_hook=unique)
+
+
 @dataclass
 class Reader:
-    """Reads tensors through as few openings as memory allows.
+    """Reads tensors, and opens a file again after every 64 MiB that were read from it.
 
-    An opening maps the whole file, and what was read stays resident as long as it is open, while opening anew
-    parses the header again (7 ms where it names 12,000 tensors). So a file is opened anew after every 64 MiB
-    that were read.
+    An open file is mapped into memory, and what was read stays there until the file is closed. Opening a file
+    parses its header, which takes 7 ms for 12,000 tensors, so it is not done for every tensor.
     """
 
     _file: Path | None = None
@@ -96,14 +109,16 @@ class Reader:
     _bytes: int = 0
 
     def read(self, name: str, place: Place) -> Tensor:
-        """One tensor, a private view of the file: it may be written to, and its memory is gone when it and
-        those read through the same opening are let go.
+        """Read one tensor.
+
+        It is a private mapping of the file: writing to it does not change the file, and its memory is freed
+        when it and the tensors that were read through the same opening are no longer referenced.
 
         Raises:
-            CheckpointError: the file is no longer what it was.
+            CheckpointError: the file has changed since it was listed.
         """
         try:
-            if self._file != place.file or self._bytes > _MAPPED:
+            if self._file != place.file or self._bytes > _BYTES_PER_OPENING:
                 self._opened, self._file, self._bytes = None, None, 0
                 self._opened, self._file = safe_open(place.file, framework="pt"), place.file
             self._bytes += place.nbytes

@@ -1,4 +1,4 @@
-"""What an import starts from: one directory with everything, or a language model and a tower apart."""
+"""Opens what is to be imported: one directory with a whole model, or a language model and a vision tower."""
 
 from __future__ import annotations
 
@@ -18,16 +18,15 @@ from megatron_evomoe.config.presets import VISION_PRESETS
 from megatron_evomoe.config.recipe import MODULES
 from megatron_evomoe.hf.export_format import EMBEDDING, OUTPUT, OUTPUT_BIAS, OWN_KEY
 from megatron_evomoe.hf.from_hf import canonical_names
+from megatron_evomoe.hf.from_hf.config_defaults import TEXT_DEFAULTS, VISION_DEFAULTS
 from megatron_evomoe.hf.from_hf.config_sections import (
     LLAVA_TYPES,
-    TEXT_DEFAULTS,
-    VISION_DEFAULTS,
     language_section,
     llava_sections,
     refuse_type,
     vision_section,
 )
-from megatron_evomoe.hf.from_hf.config_values import Given
+from megatron_evomoe.hf.from_hf.config_values import ConfigValues
 from megatron_evomoe.hf.from_hf.directory import HfDirectory, Place
 
 log = logging.getLogger(__name__)
@@ -38,38 +37,38 @@ _FETCHED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.bin"]
 
 @dataclass
 class Source:
-    """Sections of our configuration, the stage kind, and the tensors by canonical name."""
+    """A model to import: configuration sections, stage kind, and tensors by canonical name."""
 
     sections: dict[str, dict[str, Any]] = field(default_factory=dict)
     kind: str = PRETRAINED
     parts: list[str] = field(default_factory=list)
     tensors: dict[str, tuple[HfDirectory, str]] = field(default_factory=dict)
     tokenizer: Path | None = None
-    """Directory the tokenizer is in."""
+    """Directory that holds the tokenizer."""
     lineage: list[dict[str, Any]] = field(default_factory=list)
-    """Of an export of ours: the stages it went through."""
+    """If the source is an export of this package: the stages that it went through."""
     rows: dict[str, int] = field(default_factory=dict)
-    """Canonical name -> rows that count, of an embedding which has one more for the image token."""
-
+    """Canonical name -> rows to read of an embedding that has one more row, for the image token."""
     added: int = 0
-    """Rows that the embeddings get behind their own."""
+    """Rows to append to the embeddings."""
 
     @property
     def vocabulary(self) -> int | None:
-        """Rows of the embeddings as the configuration has them."""
+        """Rows of the embeddings according to the configuration; None if it does not say."""
         found = self.sections.get("language", {}).get("vocab_size")
         return found if type(found) is int else None
 
     def grow(self, rows: int) -> None:
-        """Add rows to the embeddings, up to so many. Each is the mean of their own (of an output layer's bias
-        too), which gives a new token the logit that an average one has; nothing is drawn, so the same import
-        gives the same numbers.
+        """Append rows to the embeddings until there are `rows` of them.
+
+        Each new row is the mean of the old ones, in the output layer and its bias too, so that a new token
+        has the logit of an average one. Nothing is random, so an import can be repeated exactly.
         """
         if (before := self.vocabulary) is not None and rows > before:
             self.added, self.sections["language"]["vocab_size"] = rows - before, rows
 
     def place(self, name: str) -> Place:
-        """Where a tensor lies, and its shape once rows were taken away or added."""
+        """Place of a tensor, with its shape after rows were taken away or added."""
         directory, original = self.tensors[name]
         place = directory.tensors[original]
         if not place.shape:
@@ -78,7 +77,7 @@ class Source:
         return replace(place, shape=(rows, *place.shape[1:]))
 
     def read(self, name: str) -> torch.Tensor:
-        """A tensor by its canonical name. With rows added it is a copy."""
+        """Read a tensor by its canonical name."""
         directory, original = self.tensors[name]
         tensor = directory.read(original)
         tensor = tensor[: self.rows[name]] if name in self.rows else tensor
@@ -91,15 +90,15 @@ class Source:
         return self.added if name in (EMBEDDING, OUTPUT, OUTPUT_BIAS) else 0
 
     def describe(self, name: str) -> str:
-        """A tensor as its file calls it, for messages."""
+        """A tensor's name in its file and that file's path, for messages."""
         directory, original = self.tensors[name]
         return f"{original} in {directory.tensors[original].file}"
 
     def add(self, directory: HfDirectory, keep: Callable[[str], bool] = lambda name: True) -> None:
-        """Take the directory's tensors whose canonical names are wanted.
+        """Add the tensors of a directory whose canonical names `keep` accepts.
 
         Raises:
-            CheckpointError: two names mean the same tensor.
+            CheckpointError: two names stand for the same tensor.
         """
         for name, original in canonical_names.canonical(directory.tensors, directory.path).items():
             if keep(name):
@@ -116,18 +115,19 @@ def open_source(
     """Read the configurations and list the tensors.
 
     Args:
-        model: a LLaVA model or an export of ours; with `vision_model` the tower (LLaVA's own format leaves it
-            elsewhere).
-        language_model, vision_model: directories or hub ids, instead of `model`; either may be left out.
-        allow_remote_code: accept a directory that asks for its own code; the code is not run.
+        model: directory or hub id of a LLaVA model or of an export of this package.
+        language_model: directory or hub id of a language model, instead of `model`.
+        vision_model: directory or hub id of a vision tower: with a language model, alone, or with a `model`
+            whose directory lacks its tower, as in the format of LLaVA's own code.
+        allow_remote_code: accept a directory that asks to run its own code. The code is not run.
 
     Raises:
-        ConfigError: nothing or a contradiction given, or an unsupported model.
-        CheckpointError: damaged or unreadable weights.
+        ConfigError: the arguments name nothing or contradict each other, or the model is not supported.
+        CheckpointError: the weights are damaged or cannot be read.
     """
     if model is not None and language_model is not None:
         raise ConfigError(
-            "--model and --language-model are both given; a LLaVA model comes as --model, its parts apart as "
+            "--model and --language-model are both given; give a LLaVA model as --model, or its parts as "
             "--language-model and --vision-model"
         )
     if not (model or language_model or vision_model):
@@ -140,7 +140,7 @@ def open_source(
 
 
 def directory_of(path: str) -> HfDirectory:
-    """A directory, or the model of that hub id. Raises as `HfDirectory` and `local_path`."""
+    """Open a directory or the model of a hub id."""
     return HfDirectory(local_path(path))
 
 
@@ -151,19 +151,20 @@ def _open(path: str, allow_remote_code: bool) -> HfDirectory:
         if not allow_remote_code:
             code = ", ".join(map(str, wanted.values())) if isinstance(wanted, dict) else reprlib.repr(wanted)
             raise ConfigError(
-                f"{path} asks to run its own code ({code[:300]}); none of it is run here. If its tensors are "
-                "those "
-                f"of a {kind}, as its model_type says, confirm that with --allow-remote-code"
+                f"{path} asks to run its own code ({code[:300]}), which is never run here. If its tensors "
+                f"are those of a {kind}, as its model_type says, confirm that with --allow-remote-code"
             )
         log.warning(
-            "%s comes with code of its own; it is not run, and the model is taken for a %s", path, kind
+            "%s comes with code of its own, which is not run; the model is imported as a %s", path, kind
         )
     return directory
 
 
 def local_path(path: str) -> Path:
-    """The directory itself, or that of a model fetched from the hub by its id. Raises `ConfigError` if it
-    cannot be fetched.
+    """`path` itself if it is a directory, else that of the model that is downloaded from the hub.
+
+    Raises:
+        ConfigError: the model cannot be downloaded.
     """
     local = Path(path).expanduser()
     if local.is_dir() or path.count("/") != 1 or path.startswith((".", "/", "~")):
@@ -174,13 +175,13 @@ def local_path(path: str) -> Path:
         return Path(snapshot_download(path, allow_patterns=_FETCHED))
     except Exception as error:  # no network, no such model, no access
         raise ConfigError(
-            f"{path} is no directory here, and fetching it from the hub failed: "
+            f"{path} is not a directory here, and downloading it from the hub failed: "
             f"{type(error).__name__}: {str(error).splitlines()[0]}"
         ) from None
 
 
 def _own_export(directory: HfDirectory) -> Source:
-    whole = Given(f"{directory.path / 'config.json'}", directory.config, {})
+    whole = ConfigValues(f"{directory.path / 'config.json'}", directory.config, {})
     own = whole.section(OWN_KEY)
     kind = own.get("kind")
     if kind not in (*STAGE_KINDS, PRETRAINED) or not all(
@@ -188,7 +189,7 @@ def _own_export(directory: HfDirectory) -> Source:
     ):
         raise ConfigError(
             f"{directory.path / 'config.json'}: {OWN_KEY} must hold {', '.join(MODEL_SECTIONS)} and kind, "
-            f"it holds {', '.join(own)}"
+            f"but holds {', '.join(own)}; export the checkpoint again"
         )
     sections = {
         name: dict(own[name]) for name in (*MODEL_SECTIONS, "data") if isinstance(own.get(name), dict)
@@ -196,18 +197,18 @@ def _own_export(directory: HfDirectory) -> Source:
     source = Source(
         sections, kind if kind in MIXTURE_KINDS else PRETRAINED, list(MODULES), tokenizer=directory.path
     )
-    source.lineage = _lineage(Given(whole.kind, own, {}), directory.path)
+    source.lineage = _lineage(ConfigValues(whole.kind, own, {}), directory.path)
     if (
         directory.config.get("model_type") == "llava"
     ):  # transformers' LLaVA looks the image token up before it overwrites it
-        rows = Given(f"{whole.kind}: {OWN_KEY}'s language", own["language"], {}).size("vocab_size")
+        rows = ConfigValues(f"{whole.kind}: {OWN_KEY}'s language", own["language"], {}).size("vocab_size")
         source.rows = dict.fromkeys((EMBEDDING, OUTPUT), rows)
     source.add(directory)
     return source
 
 
-def _lineage(own: Given, path: Path) -> list[dict[str, Any]]:
-    """The stages that an export of ours went through."""
+def _lineage(own: ConfigValues, path: Path) -> list[dict[str, Any]]:
+    """The stages that the model of an export went through."""
     stage = own.section("stage")
     if not stage:
         return []
@@ -249,21 +250,19 @@ def _llava(directory: HfDirectory, tower: HfDirectory | None) -> Source:
         if tower is None:
             raise ConfigError(
                 f"{directory.path} does not hold its vision tower "
-                f"({config.get('mm_vision_tower', 'unnamed')}); give "
-                "that model's directory as --vision-model"
+                f"({config.get('mm_vision_tower', 'unnamed')}); give that model with --vision-model"
             )
         source.add(tower, lambda name: name.startswith("vision_tower."))
     return source
 
 
 def _refuse_no_llava(directory: HfDirectory) -> NoReturn:
-    """Of a model that comes whole: why it is none that can, or how its parts come."""
+    """Refuse a --model that is not a LLaVA model, and say how it can be imported, if it can."""
     kind = directory.config.get("model_type")
     if isinstance(kind, str) and kind in (*TEXT_DEFAULTS, *VISION_DEFAULTS, "clip", "siglip"):
         raise ConfigError(
-            f"{directory.path} holds a {kind!r}, which is no LLaVA model ({', '.join(LLAVA_TYPES)}); a "
-            "language "
-            "model or a tower comes as --language-model or --vision-model"
+            f"{directory.path} holds a {kind!r}, which is not a LLaVA model ({', '.join(LLAVA_TYPES)}); give "
+            "a language model as --language-model and a vision tower as --vision-model"
         )
     try:
         refuse_type(directory.config, dict.fromkeys(LLAVA_TYPES), "LLaVA model")
@@ -272,16 +271,15 @@ def _refuse_no_llava(directory: HfDirectory) -> NoReturn:
 
 
 def _tower_of(config: dict[str, Any], directory: HfDirectory, tower: HfDirectory | None) -> dict[str, Any]:
-    """The sizes of LLaVA's own models' tower, which their configuration only names."""
+    """The `vision` section for a model in LLaVA's own format, which only names its tower."""
     if tower is not None:
         return vision_section(tower.config)
     name = str(config.get("mm_vision_tower", "")).rstrip("/").split("/")[-1]
     if name in _KNOWN_TOWERS:
         return dict(VISION_PRESETS[_KNOWN_TOWERS[name]])
     raise ConfigError(
-        f"{directory.path} does not say the sizes of its vision tower, {config.get('mm_vision_tower')!r}; "
-        "give that "
-        "model's directory as --vision-model"
+        f"{directory.path} does not give the sizes of its vision tower, {config.get('mm_vision_tower')!r}; "
+        "give that model with --vision-model"
     )
 
 
@@ -300,11 +298,11 @@ def _from_parts(language: HfDirectory | None, tower: HfDirectory | None) -> Sour
 
 
 def drop_unread(source: Source, tower_layers: int) -> list[str]:
-    """Take out the tensors LLaVA does not compute with; their canonical names.
+    """Remove the tensors that LLaVA does not use, and return their canonical names.
 
     Raises:
-        CheckpointError: the configuration ties the output layer to the embedding, and the file has another
-            one.
+        CheckpointError: the configuration ties the output layer to the embedding, but the file has different
+            values for both.
     """
     dropped = [name for name in source.tensors if canonical_names.is_unread(name, tower_layers)]
     if (
@@ -313,8 +311,8 @@ def drop_unread(source: Source, tower_layers: int) -> list[str]:
     ):
         if not torch.equal(source.read(OUTPUT), source.read(EMBEDDING)):
             raise CheckpointError(
-                f"tie_word_embeddings is true, but {OUTPUT} differs from {EMBEDDING}; if it is meant to, set "
-                "tie_word_embeddings to false in config.json"
+                f"tie_word_embeddings is true, but {OUTPUT} differs from {EMBEDDING}; if that is intended, "
+                "set tie_word_embeddings to false in config.json"
             )
         dropped.append(OUTPUT)
     for name in dropped:
@@ -323,15 +321,15 @@ def drop_unread(source: Source, tower_layers: int) -> list[str]:
 
 
 def require_floating(source: Source) -> None:
-    """Raises `CheckpointError` unless every tensor is of a floating type (quantised weights are not)."""
+    """Raise `CheckpointError` unless every tensor is floating-point, as quantised ones are not."""
     for name in source.tensors:
         if not (dtype := source.place(name).dtype).is_floating_point:
             raise CheckpointError(
-                f"{name} is of type {dtype}; weights are of a floating type. Give the unquantised model"
+                f"{name} has dtype {dtype}, but weights must be floating-point; give the unquantised model"
             )
 
 
 def sizes(source: Source) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """(canonical name, shape) of every tensor."""
+    """Yield canonical name and shape of every tensor."""
     for name in source.tensors:
         yield name, source.place(name).shape

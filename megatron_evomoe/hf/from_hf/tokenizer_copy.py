@@ -1,6 +1,4 @@
-"""The source's tokenizer, brought along in a form that `data.tokenizer` reads, or a sentence why there is
-none.
-"""
+"""Copies the tokenizer of an imported model, in a form that `data.tokenizer` reads."""
 
 from __future__ import annotations
 
@@ -30,31 +28,36 @@ _SUMS = "SHA256SUMS"
 
 
 @dataclass(frozen=True)
-class Brought:
-    """What there is of a tokenizer."""
+class CopiedTokenizer:
+    """A tokenizer that was copied, or the reason why there is none."""
 
     path: str | None = None
-    """For ``data.tokenizer``, relative to the folder it was brought to; ``""`` is the folder itself."""
+    """Path for ``data.tokenizer``, relative to the folder; ``""`` is the folder itself. None without a
+    tokenizer.
+    """
     size: int = 0
-    """Largest id + 1."""
+    """Largest token id + 1."""
     note: str = ""
-    """For the report: how it came, or why there is none."""
+    """For the report: how the tokenizer was converted, or why there is none."""
 
 
-def bring(source: Path | None, folder: Path) -> Brought:
-    """Copy the tokenizer of a directory to `folder` (made, unless there is none), and see that it can be
-    read.
+def copy_tokenizer(source: Path | None, folder: Path) -> CopiedTokenizer:
+    """Copy the tokenizer of the directory `source` to `folder`, and check that it can be read.
 
-    A ``tokenizer.json`` counts first, then ``vocab.json`` with ``merges.txt``, which transformers converts,
-    then a sentencepiece ``tokenizer.model``. Code in the directory is not run.
+    ``tokenizer.json`` is used if there is one; else ``vocab.json`` with ``merges.txt``, which transformers
+    converts; else a sentencepiece ``tokenizer.model``. Code in the directory is not run.
+
+    Args:
+        source: None if nothing with a tokenizer is imported.
+        folder: must not exist. It is created if there is a tokenizer.
     """
     if source is None:
-        return Brought()
+        return CopiedTokenizer()
     present = [name for name in _FILES if (source / name).is_file()]
     folder.mkdir(parents=True)
     for name in present:
         shutil.copyfile(source / name, folder / name)
-    if (source / _SUMS).is_file():  # of what was copied; it may speak of weights, too
+    if (source / _SUMS).is_file():  # may list other files too
         lines = (source / _SUMS).read_text(errors="replace").splitlines()
         kept = [line for line in lines if line.strip().partition(" ")[2].strip().removeprefix("*") in present]
         (folder / _SUMS).write_text("".join(f"{line}\n" for line in kept))
@@ -64,34 +67,37 @@ def bring(source: Path | None, folder: Path) -> Brought:
         if name in present and (name != "vocab.json" or "merges.txt" in present):
             try:
                 brought = way(source, folder)
-                return Brought(brought.path, brought.size, "; ".join([brought.note, *problems]).strip("; "))
+                return CopiedTokenizer(
+                    brought.path, brought.size, "; ".join([brought.note, *problems]).strip("; ")
+                )
             except ConfigError as error:
                 for useless in (name, "tokenizer.json"):
                     (folder / useless).unlink(missing_ok=True)
                 problems.append(f"{name} cannot be used ({_without(str(error), folder)})")
     shutil.rmtree(folder)
     looked_for = "it has no tokenizer.json, no vocab.json with merges.txt and no tokenizer.model"
-    return Brought(note="; ".join(problems) or f"{source}: {looked_for}")
+    return CopiedTokenizer(note="; ".join(problems) or f"{source}: {looked_for}")
 
 
-def _as_it_is(source: Path, folder: Path) -> Brought:
+def _as_it_is(source: Path, folder: Path) -> CopiedTokenizer:
     if not _has_transformers():
-        return Brought(
-            "", _size_of(folder / "tokenizer.json"), "to read it, training needs transformers (extra [hf])"
+        return CopiedTokenizer(
+            "",
+            _size_of(folder / "tokenizer.json"),
+            "training needs transformers to read it: pip install 'megatron_evomoe[hf]'",
         )
-    return Brought("", _size(folder))
+    return CopiedTokenizer("", _size(folder))
 
 
-def _sentencepiece(source: Path, folder: Path) -> Brought:
-    return Brought("tokenizer.model", _size(folder / "tokenizer.model"))
+def _sentencepiece(source: Path, folder: Path) -> CopiedTokenizer:
+    return CopiedTokenizer("tokenizer.model", _size(folder / "tokenizer.model"))
 
 
-def _converted(source: Path, folder: Path) -> Brought:
+def _converted(source: Path, folder: Path) -> CopiedTokenizer:
     """Let transformers convert vocab.json and merges.txt; its conversion writes a ``tokenizer.json``."""
     if not _has_transformers():
         raise ConfigError(
-            "transformers makes a tokenizer.json of vocab.json and merges.txt: pip install "
-            "'megatron_evomoe[hf]'"
+            "converting vocab.json and merges.txt needs transformers: pip install 'megatron_evomoe[hf]'"
         )
     from transformers import AutoTokenizer
 
@@ -102,13 +108,15 @@ def _converted(source: Path, folder: Path) -> Brought:
     )
     size = _size(folder)
     if not _guarded(lambda: _same_pieces(source, folder / "tokenizer.json")):
-        raise ConfigError("transformers makes another tokenizer of it; save a tokenizer.json into the source")
-    return Brought("", size, "tokenizer.json was made of vocab.json and merges.txt by transformers")
+        raise ConfigError(
+            "transformers converts it to a different tokenizer; save a tokenizer.json in the source"
+        )
+    return CopiedTokenizer("", size, "transformers converted vocab.json and merges.txt to tokenizer.json")
 
 
 def _same_pieces(source: Path, made: Path) -> bool:
-    """Whether a ``tokenizer.json`` has every piece of a ``vocab.json`` under its id, and as many merges as
-    ``merges.txt``.
+    """Whether the ``tokenizer.json`` at `made` has all pieces of ``vocab.json`` under their ids, and as many
+    merges as ``merges.txt``.
     """
     pieces = json.loads((source / "vocab.json").read_text(encoding="utf-8"))
     merges = (source / "merges.txt").read_text(encoding="utf-8").split("\n")
@@ -123,7 +131,9 @@ def _size(path: Path) -> int:
 
 
 def _size_of(file: Path) -> int:
-    """Of a ``tokenizer.json``, by tokenizers alone; a last ``<image>`` is an export's placeholder."""
+    """Size of a ``tokenizer.json``, found without transformers. A last ``<image>``, which an export adds,
+    does not count.
+    """
     ids = _vocabulary(file)
     size = max(ids.values(), default=-1) + 1
     return size - 1 if ids.get("<image>") == size - 1 else size
@@ -136,8 +146,9 @@ def _vocabulary(file: Path) -> dict[str, int]:
 
 
 def _guarded(call: Any) -> Any:
-    """What `call` gives; whatever it raises is a `ConfigError`. Panics of tokenizers' Rust code are no
-    `Exception`.
+    """Return what `call` returns, and turn any error of it into a `ConfigError`.
+
+    A panic of tokenizers' Rust code is a `BaseException`, but not an `Exception`.
     """
     try:
         return call()
@@ -151,7 +162,7 @@ def _guarded(call: Any) -> Any:
 
 
 def _without(text: str, folder: Path) -> str:
-    """A message without the folder's name, which is gone when it is read."""
+    """Remove the folder from a message, because it no longer exists when the message is read."""
     return text.replace(f"{folder}/", "").replace(str(folder), "it")
 
 

@@ -1,5 +1,7 @@
-"""Why a model cannot be imported: by its family, and by marks in its ``config.json`` that mean something the
-core's model does not compute, whatever the family is called.
+"""Reasons why a model cannot be imported.
+
+Some are known by the model's family (`FAMILIES`), others by fields of its ``config.json`` that stand for
+something that megatron-core's model does not compute, whatever the family is called (`_MARKS`).
 """
 
 from __future__ import annotations
@@ -8,18 +10,18 @@ import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-_LEARNED = "it has learned positions, no RoPE"
-_ALIBI = "its positions are biases of the attention (ALiBi), no RoPE"
-_PAIRS = "its rotary kind turns neighbouring pairs, not halves of a head"
-_POST_NORM = "its norms stand behind attention and FFN (post-norm)"
+_LEARNED = "it has learned positions instead of RoPE"
+_ALIBI = "its positions are biases of the attention (ALiBi) instead of RoPE"
+_PAIRS = "its RoPE rotates neighbouring channels, not halves of a head"
+_POST_NORM = "its norms come after attention and FFN (post-norm)"
 _TILES = "it cuts images into tiles of several resolutions"
-_STATES = "it is not made of attention and FFN layers alone"
-_MIXTURE = "it is a mixture already; give a dense model"
-_Q_FORMER = "a Q-Former stands between tower and language model"
-_GEMMA = "its embedding is multiplied by the root of its width, and its norms multiply by 1 + weight"
+_STATES = "it has layers other than attention and FFN"
+_MIXTURE = "it is a mixture of experts already; give a dense model"
+_Q_FORMER = "it has a Q-Former between vision tower and language model"
+_GEMMA = "its embedding is multiplied by the square root of its width, and its norms multiply by 1 + weight"
 
 FAMILIES: dict[str, str] = {
-    "gpt_neox": "attention and FFN add to the stream in parallel, each behind a norm of its own; QKV is "
+    "gpt_neox": "attention and FFN add to the stream in parallel, each after a norm of its own; QKV is "
     "stored head by head",
     "gptj": f"attention and FFN add to the stream in parallel; {_PAIRS}",
     "codegen": f"parallel residual; {_PAIRS}",
@@ -37,10 +39,10 @@ FAMILIES: dict[str, str] = {
     "layers only",
     "exaone4": f"{_POST_NORM}, and some layers have no RoPE",
     "gemma": f"{_GEMMA}; its gate is a tanh GELU",
-    "gemma2": f"{_GEMMA}; norms stand before and behind each part, logits are soft-capped, every second "
-    "layer has a window",
-    "gemma3_text": f"{_GEMMA}; norms stand before and behind each part; layers alternate windows and RoPE "
-    "bases",
+    "gemma2": f"{_GEMMA}; norms come before and after attention and FFN, logits are soft-capped, every "
+    "second layer has a window",
+    "gemma3_text": f"{_GEMMA}; norms come before and after attention and FFN; layers alternate windows and "
+    "RoPE bases",
     "gemma3": f"{_GEMMA}; layers alternate windows and RoPE bases; its images are pooled to 256 tokens",
     "phi3": "its QKV and its gate and up are stored fused (and the long variants use longrope)",
     "granite": "its embedding, residual branches, attention and logits are multiplied by constants",
@@ -48,15 +50,15 @@ FAMILIES: dict[str, str] = {
     "cohere": f"parallel residual, logits scaled by a constant; {_PAIRS}",
     "cohere2": f"parallel residual, logits scaled by a constant, layers without RoPE; {_PAIRS}",
     "glm": _PAIRS,
-    "glm4": f"norms stand before and behind each part; {_PAIRS}",
+    "glm4": f"norms come before and after attention and FFN; {_PAIRS}",
     "helium": _PAIRS,
     "nemotron": "its norms multiply by 1 + weight, and its activation is a squared ReLU",
-    "starcoder2": "its FFN has no gate behind a LayerNorm and a residual of its own, for which there is no "
-    "map of names",
-    "qwen": "its code is remote; Qwen2 or later is taken",
-    "stablelm_epoch": "its code is remote; use stablelm",
-    "internlm2": "its code is remote, and QKV is stored fused",
-    "baichuan": "its code is remote, and QKV is stored fused",
+    "starcoder2": "its FFN has no gate and follows a LayerNorm of its own; such layers have no entry in the "
+    "tensor map",
+    "qwen": "it needs code from its own repository; use Qwen2 or later",
+    "stablelm_epoch": "it needs code from its own repository; use a model of type stablelm",
+    "internlm2": "it needs code from its own repository, and QKV is stored fused",
+    "baichuan": "it needs code from its own repository, and QKV is stored fused",
     "minicpm": "its embedding, residual branches and logits are multiplied by constants",
     "mamba": _STATES,
     "mamba2": _STATES,
@@ -87,15 +89,15 @@ FAMILIES: dict[str, str] = {
     "idefics3": f"{_TILES} and shuffles their pixels",
     "smolvlm": f"{_TILES} and shuffles their pixels",
     "internvl": f"{_TILES} and shuffles their pixels",
-    "mistral3": "its tower (Pixtral) turns patches by two-dimensional RoPE",
-    "pixtral": "it turns patches by two-dimensional RoPE",
+    "mistral3": "its tower (Pixtral) has a two-dimensional RoPE",
+    "pixtral": "it has a two-dimensional RoPE",
     "blip-2": _Q_FORMER,
     "instructblip": _Q_FORMER,
     # towers alone
     "dinov2": "each residual branch is scaled (layer scale), and its positions are interpolated to each "
     "image",
     "dinov2_with_registers": "each residual branch is scaled (layer scale), and it has register tokens",
-    "dinov3_vit": "it turns patches by RoPE, scales each residual branch and has register tokens",
+    "dinov3_vit": "it has RoPE, scales each residual branch and has register tokens",
     "vit": "it has a class token without CLIP's norm before the layers, and an exact GELU",
     "deit": "it has a distillation token",
     "beit": "its positions are biases of the attention",
@@ -125,7 +127,7 @@ _MARKS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     (
         ("embedding_multiplier", "residual_multiplier", "logits_scaling", "logit_scale", "scale_emb"),
         _not(1),
-        "a constant multiplies what the core's model takes as it is",
+        "it multiplies embedding, residual branches or logits by a constant",
     ),
     (("attention_multiplier",), _is_set, "attention is scaled by a constant of its own"),
     (("query_pre_attn_scalar",), _is_set, "attention is scaled by a constant of its own"),
@@ -142,19 +144,17 @@ _MARKS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     (("layerscale_value",), _is_set, "each residual branch is scaled (layer scale)"),
 )
 _ROPES = {
-    "yarn": "its rotary kind is yarn, which blends frequencies by wave length and scales the attention",
-    "dynamic": "its rotary kind is dynamic, whose base grows with the length of each sequence",
-    "longrope": "its rotary kind is longrope, which has a factor for each frequency and switches them by "
-    "length",
+    "yarn": "its RoPE is scaled by yarn, which blends frequencies by wavelength and scales the attention",
+    "dynamic": "its RoPE is scaled dynamically: the base grows with the length of each sequence",
+    "longrope": "its RoPE is scaled by longrope, which has a factor for each frequency, chosen by the "
+    "sequence's length",
     "mrope": "its RoPE has three axes (M-RoPE)",
 }
 _ROPES |= {"su": _ROPES["longrope"]}
 
 
 def marks(config: Mapping[str, Any]) -> list[str]:
-    """What the fields of a configuration, and of the sections in it, say against an import; each with field
-    and value.
-    """
+    """The reasons that fields of a configuration give, each with field and value."""
     found = []
     for keys, says, reason in _MARKS:
         found += [
@@ -166,7 +166,7 @@ def marks(config: Mapping[str, Any]) -> list[str]:
 
 
 def rope_reason(rope: Mapping[str, Any]) -> str | None:
-    """What is special about a RoPE section that cannot be computed here."""
+    """The reason why the RoPE of a configuration is not supported; None if it is, or if none is known."""
     kind = rope.get("rope_type", rope.get("type"))
     return (
         _ROPES["mrope"] if rope.get("mrope_section") else _ROPES.get(kind) if isinstance(kind, str) else None
@@ -174,8 +174,8 @@ def rope_reason(rope: Mapping[str, Any]) -> str | None:
 
 
 def against(config: Mapping[str, Any]) -> list[str]:
-    """All reasons against a configuration: its family's, and those of its marks and its sections'. Empty for
-    what is unknown.
+    """All known reasons why a configuration cannot be imported: its family's, and those of its fields and of
+    its sections' fields.
     """
     kind = config.get("model_type")
     family = FAMILIES.get(kind) if isinstance(kind, str) else None

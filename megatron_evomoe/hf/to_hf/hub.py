@@ -1,4 +1,4 @@
-"""Upload of an exported directory."""
+"""Uploads an exported directory to the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from megatron_evomoe.config import ConfigError
 
 
 def push(directory: Path, repository: str, *, private: bool = False) -> str:
-    """Upload `directory` to a repository, which is made if it is not there; its address.
+    """Upload `directory` to a repository, which is created if it does not exist, and return its address.
 
     Raises:
-        ConfigError: huggingface_hub is missing, nobody is logged in, or the hub cannot be reached or refuses.
-            The directory stays.
+        ConfigError: huggingface_hub is not installed, there is no login, or the hub cannot be reached or
+            refuses. The directory remains.
     """
     try:
         from huggingface_hub import HfApi
@@ -26,8 +26,7 @@ def push(directory: Path, repository: str, *, private: bool = False) -> str:
         reason = (str(error).strip().splitlines() or [""])[0]
         raise ConfigError(
             f"{directory} is written, but could not be uploaded to {repository}: {type(error).__name__}: "
-            f"{reason[:300]}. Log in with `hf auth login` (or set HF_TOKEN) and check the network, then "
-            "upload it "
-            f"with `hf upload {repository} {directory}`"
+            f"{reason[:300]}. Log in with `hf auth login` (or set HF_TOKEN), check the network, and upload "
+            f"it with `hf upload {repository} {directory}`"
         ) from None
     return f"https://huggingface.co/{repository}"

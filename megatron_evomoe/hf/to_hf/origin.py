@@ -1,4 +1,4 @@
-"""Which checkpoint an export starts from, and the configuration it was trained with."""
+"""Finds the checkpoint to export, and the configuration it was trained with."""
 
 from __future__ import annotations
 
@@ -12,15 +12,14 @@ from megatron_evomoe.config import RunConfig, load_config
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The ``iter_…`` folder that `path` is, or the newest whole one in a stage's folder. Needs no process
-    group.
+    """The newest complete ``iter_…`` folder in a stage's folder, or `path` itself if it is such a folder.
 
     Raises:
-        CheckpointError: there is none, or `path` is a run's directory with several stages.
+        CheckpointError: there is none, or `path` is a run's folder with several stages.
     """
     if not path.is_dir():
         raise CheckpointError(
-            f"{path} is no directory; give a stage's folder of a run, or an iter_… folder in it"
+            f"{path} is not a directory; give the folder of a run's stage, or an iter_… folder in it"
         )
     if path.name.startswith("iter_"):
         return path
@@ -30,14 +29,14 @@ def find_checkpoint(path: Path) -> Path:
         hint = (
             f"it holds the stages {', '.join(stages)}: name one of them"
             if stages
-            else "it has no whole iter_* folder"
+            else "it has no complete iter_* folder"
         )
         raise CheckpointError(f"no checkpoint in {path}: {hint}")
     return found
 
 
 def config_of(folder: Path, record: Record) -> RunConfig:
-    """The run's configuration as the checkpoint's stage saw it, with the true vocabulary size.
+    """The run's configuration resolved for the checkpoint's stage, with the true vocabulary size.
 
     Raises:
         ConfigError: the saved configuration cannot be read.
@@ -49,5 +48,5 @@ def config_of(folder: Path, record: Record) -> RunConfig:
 
 
 def lineage(record: Record) -> list[dict[str, Any]]:
-    """The stages before this one, without the paths, which mean nothing elsewhere."""
+    """The stages before this one, without their paths, which are of no use on another machine."""
     return [{key: ancestor[key] for key in ("stage", "kind", "step")} for ancestor in record.lineage]

@@ -63,7 +63,7 @@ def test_unknown_names_stay_and_become_leftovers():
 
 def test_two_names_for_one_tensor():
     with pytest.raises(
-        CheckpointError, match=r"lm_head\.weight and language_model\.lm_head\.weight both are"
+        CheckpointError, match=r"lm_head\.weight and language_model\.lm_head\.weight both stand for"
     ):
         canonical(["lm_head.weight", "language_model.lm_head.weight"], "here")
 

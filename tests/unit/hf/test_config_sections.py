@@ -6,9 +6,8 @@ import pytest
 
 from megatron_evomoe.config import ConfigError
 from megatron_evomoe.config.presets import LANGUAGE_PRESETS, VISION_PRESETS
+from megatron_evomoe.hf.from_hf.config_defaults import TEXT_DEFAULTS, VISION_DEFAULTS
 from megatron_evomoe.hf.from_hf.config_sections import (
-    TEXT_DEFAULTS,
-    VISION_DEFAULTS,
     language_section,
     llava_sections,
     vision_section,
@@ -159,9 +158,9 @@ LLAMA = {"model_type": "llama"}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 REFUSED = [
     ({"model_type": "gemma2"}, "gemma2.*soft-capped.*llama, mistral"),
-    ({"model_type": "mixtral"}, "mixtral.*mixture already"),
-    ({"model_type": "qwen2_moe"}, "qwen2_moe.*mixture already"),
-    ({"model_type": "qwen"}, "'qwen'.*remote"),
+    ({"model_type": "mixtral"}, "mixtral.*mixture of experts already"),
+    ({"model_type": "qwen2_moe"}, "qwen2_moe.*mixture of experts already"),
+    ({"model_type": "qwen"}, "'qwen'.*its own repository"),
     ({}, "None cannot be imported as a language model"),
     ({**LLAMA, "rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type = 'yarn'.*linear and llama3"),
     ({**LLAMA, "rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rope_type = 'dynamic'"),
@@ -169,7 +168,7 @@ REFUSED = [
         {**LLAMA, "rope_parameters": {**LLAMA3, "original_max_position_embeddings": 4096}},
         "original_max_position_embeddings = 4096.*8192",
     ),
-    ({**LLAMA, "rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "share one RoPE"),
+    ({**LLAMA, "rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "have the same RoPE"),
     ({**LLAMA, "rope_theta": 10000.5}, "rope_theta = 10000.5"),
     ({**LLAMA, "attention_bias": True}, r"attention_bias, mlp_bias = \(True, None\)"),
     ({**LLAMA, "hidden_act": "gelu"}, "hidden_act = 'gelu'"),
@@ -181,7 +180,7 @@ REFUSED = [
             "num_hidden_layers": 2,
             "layer_types": ["full_attention", "sliding_attention"],
         },
-        "no window",
+        "give none",
     ),
     ({"model_type": "stablelm", "use_parallel_residual": True}, "use_parallel_residual = True"),
     ({"model_type": "phi", "qk_layernorm": True}, "qk_layernorm = True"),
@@ -212,7 +211,7 @@ FULL, SLIDING = "full_attention", "sliding_attention"
         ({"max_window_layers": 3}, "1 of 4 layers"),
         ({"layer_types": [FULL, SLIDING] * 2}, "2 of 4 layers"),
         ({"layer_types": [SLIDING] * 3}, "each of 4 layers"),
-        ({"layer_types": [SLIDING] * 4, "use_sliding_window": False}, "no window"),
+        ({"layer_types": [SLIDING] * 4, "use_sliding_window": False}, "give none"),
         ({"layer_types": ["chunked_attention"] * 4}, "each of 4 layers"),
         ({"layer_types": {}}, "must be a list"),
         ({"layer_types": [[]] * 4}, "each of 4 layers"),
@@ -273,11 +272,11 @@ def test_sizes_are_whole_numbers(kind, key, value):
         ("rope_parameters", [1], "a mapping"),
         ("quantization_config", "int8", "a mapping"),
         ("quantization_config", {"bits": 4}, "unquantised"),
-        ("num_attention_heads", 3, "hidden_size = 4096.*no multiple of num_attention_heads"),
-        ("num_key_value_heads", 5, "no multiple"),
+        ("num_attention_heads", 3, "hidden_size = 4096.*must be a multiple of num_attention_heads"),
+        ("num_key_value_heads", 5, "must be a multiple"),
         ("head_dim", 0, "whole number"),
-        ("head_dim", 3, "even number of channels"),
-        ("partial_rotary_factor", 0.5, "turned as a whole"),
+        ("head_dim", 3, "number must be even"),
+        ("partial_rotary_factor", 0.5, "rotates whole heads"),
         ("num_hidden_layers", 10**6, "from 1 to 4096"),
     ],
 )
@@ -296,7 +295,7 @@ def test_both_spellings_of_rope_must_agree():
     linear = {"rope_type": "linear", "factor": 2.0}
     config = {"model_type": "llama", "rope_scaling": linear, "rope_parameters": linear}
     assert language_section(config)["rope_scaling_factor"] == 2.0
-    with pytest.raises(ConfigError, match="something else"):
+    with pytest.raises(ConfigError, match="it contradicts rope_parameters"):
         language_section({**config, "rope_parameters": {"rope_type": "default"}})
 
 

@@ -142,7 +142,7 @@ def test_a_file_is_opened_anew_after_so_many_bytes(tmp_path, monkeypatch):
     from megatron_evomoe.hf.from_hf import safetensors_reader
 
     openings = []
-    monkeypatch.setattr(safetensors_reader, "_MAPPED", 100)
+    monkeypatch.setattr(safetensors_reader, "_BYTES_PER_OPENING", 100)
     monkeypatch.setattr(
         safetensors_reader,
         "safe_open",
@@ -186,13 +186,13 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, monkeypatch):
 
 
 def test_what_is_missing_is_named(tmp_path):
-    with pytest.raises(ConfigError, match="no directory"):
+    with pytest.raises(ConfigError, match="is not a directory"):
         HfDirectory(tmp_path / "nowhere")
     path = directory(
         tmp_path / "m", split("model-1.safetensors", "model-2.safetensors"), "model.safetensors.index.json"
     )
     (path / "model-2.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"names model-2\.safetensors, which is not there"):
+    with pytest.raises(CheckpointError, match=r"names model-2\.safetensors, which does not exist"):
         HfDirectory(path)
     (path / "model.safetensors.index.json").unlink()
     with pytest.raises(CheckpointError, match="holds no weights"):
@@ -206,11 +206,14 @@ def test_what_is_missing_is_named(tmp_path):
 
 
 INDICES = {
-    "out of the directory": ({"a": "../other/model.safetensors"}, "'../other/model.safetensors' as a file"),
-    "absolute": ({"a": "/etc/model.safetensors"}, "'/etc/model.safetensors' as a file"),
-    "a pickle": ({"a": "pytorch_model.bin"}, "'pytorch_model.bin' as a file"),
-    "itself": ({"a": "model.safetensors.index.json"}, "as a file of weights"),
-    "a directory": ({"a": "folder.safetensors"}, "folder.safetensors, which is not there"),
+    "out of the directory": (
+        {"a": "../other/model.safetensors"},
+        "'../other/model.safetensors' as a weight file",
+    ),
+    "absolute": ({"a": "/etc/model.safetensors"}, "'/etc/model.safetensors' as a weight file"),
+    "a pickle": ({"a": "pytorch_model.bin"}, "'pytorch_model.bin' as a weight file"),
+    "itself": ({"a": "model.safetensors.index.json"}, "as a weight file"),
+    "a directory": ({"a": "folder.safetensors"}, "folder.safetensors, which does not exist"),
     "a number": ({"a": 1}, "weight_map must name"),
     "a list": (["model-1.safetensors"], "weight_map must name"),
     "null": (None, "weight_map must name"),
@@ -218,9 +221,9 @@ INDICES = {
     "a stranger": ({"x": "model-1.safetensors"}, "places x in model-1.safetensors, which has no such"),
     "another file": (
         {"a": "model-2.safetensors", "c": "model-1.safetensors"},
-        "places a in model-2.safetensors, and it is in",
+        "places a in model-2.safetensors, but it is in",
     ),
-    "a name as long as none can be": ({"a": "x" * 5000 + ".safetensors"}, "which is not there"),
+    "a name as long as none can be": ({"a": "x" * 5000 + ".safetensors"}, "which does not exist"),
 }
 
 
@@ -272,7 +275,7 @@ def test_a_directory_that_is_to_answer_has_its_files_beside_its_index(tmp_path, 
         ("[" * 10**5, "recursion"),
         ('{"weight_map": {"a": "m.safetensors", "a": "n.safetensors"}}', "'a' occurs twice"),
         ("\udcff", "decode"),
-        ("3", "holds a int"),
+        ("3", "but holds a int"),
     ],
 )
 def test_an_index_that_is_none_is_named(tmp_path, text, message):
@@ -290,7 +293,7 @@ def test_a_total_that_is_wrong_is_said(tmp_path, caplog):
     index = json.loads((path / "model.safetensors.index.json").read_text())
     (path / "model.safetensors.index.json").write_text(json.dumps({**index, "metadata": {"total_size": 7}}))
     assert HfDirectory(path).tensors.keys() == TENSORS.keys()
-    assert "7 bytes together; they have 60" in caplog.text
+    assert "together have 7 bytes, but they have 60" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -315,7 +318,9 @@ def test_a_flipped_bit_in_an_archive_is_named(tmp_path):
     data = path.read_bytes()
     for where in (data.index(b"data.pkl") + 300, data.index(TENSORS["a"].numpy().tobytes()) + 5):
         path.write_bytes(data[:where] + bytes([data[where] ^ 1]) + data[where + 1 :])
-        with pytest.raises(CheckpointError, match=r"pytorch_model\.bin is damaged: its checksums"):
+        with pytest.raises(
+            CheckpointError, match=r"pytorch_model\.bin is damaged: its contents do not fit its checksums"
+        ):
             HfDirectory(path.parent)
 
 

@@ -179,7 +179,7 @@ def test_another_tokenizer_is_refused(saved, tmp_path):
 def test_a_run_without_saying_which_stage_is_refused(saved, tmp_path):
     with pytest.raises(CheckpointError, match="it holds the stages warmup"):
         export_model(Request(checkpoint=str(saved("warmup").folder.parent), output=str(tmp_path / "out")))
-    with pytest.raises(CheckpointError, match="is no directory"):
+    with pytest.raises(CheckpointError, match="is not a directory"):
         export_model(Request(checkpoint=str(tmp_path / "none"), output=str(tmp_path / "out")))
 
 

@@ -38,10 +38,10 @@ def test_what_is_wrong_and_what_helps_is_said():
     with pytest.raises(CheckpointError, match=r"w in f: 2 of 20 values are not finite .* in the source"):
         converted("w in f", bad, torch.float16)
     with pytest.raises(
-        CheckpointError, match=r"w in f: 3 of 6 .* beyond the largest float16, 65504,.*--dtype fp32 or bf16"
+        CheckpointError, match=r"w in f: 3 of 6 .* exceed the largest float16, 65504,.*--dtype fp32 or bf16"
     ):
         converted("w in f", torch.tensor([1.0, 7e4, -7e4, 65504.0, 65519.0, 1e30]), torch.float16)
-    with pytest.raises(CheckpointError, match="1 of 1 values are beyond the largest bfloat16"):
+    with pytest.raises(CheckpointError, match="1 of 1 values exceed the largest bfloat16"):
         converted("w", torch.tensor([3.4e38]), torch.bfloat16)
     kept = torch.ones(3)
     assert converted("w", kept, torch.float32) is kept

@@ -178,13 +178,13 @@ def test_experts_of_parts_of_different_types(tmp_path, expert_init):
             UP,
             7e4,
             "fp16",
-            r"up_proj\.weight in .*: 1 of (1536|3072) values are beyond .*65504.*--dtype fp32 or bf16",
+            r"up_proj\.weight in .*: 1 of (1536|3072) values exceed .*65504.*--dtype fp32 or bf16",
         ),
         (
             UP,
             7e4,
             "float16",
-            r"up_proj\.weight in .*: 1 of (1536|3072) values are beyond the largest float16",
+            r"up_proj\.weight in .*: 1 of (1536|3072) values exceed the largest float16",
         ),
     ],
 )
@@ -447,13 +447,13 @@ BAD = {
         {},
         lambda t: t.update({"language_model.model.norm.weight": torch.ones(32).int()}),
         CheckpointError,
-        r"norm\.weight is of type torch\.int32.*unquantised",
+        r"norm\.weight has dtype torch\.int32.*unquantised",
     ),
     "no LLaVA": (
         {"model_type": "llama"},
         None,
         ConfigError,
-        "'llama', which is no LLaVA model.*--language-model",
+        "'llama', which is not a LLaVA model.*--language-model",
     ),
     "remote code": (
         {"auto_map": {"AutoModel": "modeling_x.X"}},
@@ -527,7 +527,7 @@ def test_no_room_is_said_before_anything_is_written(tmp_path, monkeypatch):
     [
         ({}, "nothing to import"),
         ({"model": "a", "language_model": "b"}, "both given"),
-        ({"model": "nowhere"}, "no directory"),
+        ({"model": "nowhere"}, "is not a directory"),
         ({"dtype": "int8", "model": "hf"}, "dtype 'int8' is unknown"),
         ({"language_model": "hf"}, "'llava' cannot be imported as a language model"),
     ],
@@ -544,7 +544,7 @@ def test_no_network(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(
-        ConfigError, match="someone/model is no directory here, and fetching it from the hub failed"
+        ConfigError, match="someone/model is not a directory here, and downloading it from the hub failed"
     ):
         convert(tmp_path, model="someone/model")
 

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_evomoe.data.tokenizer import build_tokenizer, train_sentencepiece
 from megatron_evomoe.hf.from_hf import tokenizer_copy
-from megatron_evomoe.hf.from_hf.tokenizer_copy import bring
+from megatron_evomoe.hf.from_hf.tokenizer_copy import copy_tokenizer
 from tests.unit.data import helpers
 
 pytest.importorskip("transformers", reason="transformers is not installed (extra [hf])")
@@ -39,14 +39,14 @@ def slow(fast: Path, folder: Path) -> Path:
 @pytest.mark.parametrize("with_transformers", [True, False])
 def test_a_fast_tokenizer(fast, tmp_path, monkeypatch, with_transformers):
     monkeypatch.setattr(tokenizer_copy, "_has_transformers", lambda: with_transformers)
-    brought = bring(fast, tmp_path / "out")
+    brought = copy_tokenizer(fast, tmp_path / "out")
     assert (brought.path, brought.size) == ("", build_tokenizer(fast).vocab_size)
     assert build_tokenizer(tmp_path / "out").fingerprint() == build_tokenizer(fast).fingerprint()
 
 
 def test_vocabulary_and_merges_are_converted(fast, tmp_path):
-    brought = bring(slow(fast, tmp_path / "slow"), tmp_path / "out")
-    assert brought.path == "" and "made of vocab.json and merges.txt" in brought.note
+    brought = copy_tokenizer(slow(fast, tmp_path / "slow"), tmp_path / "out")
+    assert brought.path == "" and "converted vocab.json and merges.txt" in brought.note
     made, known = build_tokenizer(tmp_path / "out"), build_tokenizer(fast)
     for text in (*helpers.LINES, "é — 漢字 🙂"):
         assert made.encode(text) == known.encode(text)
@@ -54,10 +54,10 @@ def test_vocabulary_and_merges_are_converted(fast, tmp_path):
 
 def test_vocabulary_and_merges_without_transformers(fast, tmp_path, monkeypatch):
     monkeypatch.setattr(tokenizer_copy, "_has_transformers", lambda: False)
-    brought = bring(slow(fast, tmp_path / "slow"), tmp_path / "out")
+    brought = copy_tokenizer(slow(fast, tmp_path / "slow"), tmp_path / "out")
     assert (
         brought.path is None
-        and "transformers makes a tokenizer.json of" in brought.note
+        and "converting vocab.json and merges.txt needs transformers" in brought.note
         and "pip install" in brought.note
     )
 
@@ -73,7 +73,7 @@ def test_vocabulary_and_merges_without_transformers(fast, tmp_path, monkeypatch)
 def test_a_conversion_that_is_another_tokenizer_is_refused(fast, tmp_path, spoil):
     folder = slow(fast, tmp_path / "slow")
     spoil(folder)
-    brought = bring(folder, tmp_path / "out")
+    brought = copy_tokenizer(folder, tmp_path / "out")
     assert (
         brought.path is None
         and "vocab.json cannot be used" in brought.note
@@ -90,11 +90,11 @@ def test_a_damaged_tokenizer_is_said(fast, tmp_path, content, monkeypatch):
     (folder / "tokenizer.json").write_text(content)
     for with_transformers in (True, False):
         monkeypatch.setattr(tokenizer_copy, "_has_transformers", lambda known=with_transformers: known)
-        brought = bring(folder, tmp_path / "out")
+        brought = copy_tokenizer(folder, tmp_path / "out")
         assert brought.path is None and brought.note.startswith("tokenizer.json cannot be used (")
         assert str(tmp_path) not in brought.note and not (tmp_path / "out").exists()
     train_sentencepiece(helpers.LINES * 5, folder / "tokenizer.model", 400)
-    brought = bring(folder, tmp_path / "out")
+    brought = copy_tokenizer(folder, tmp_path / "out")
     assert brought.path == "tokenizer.model" and "tokenizer.json cannot be used" in brought.note
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
         "tokenizer.model",
@@ -112,10 +112,10 @@ def test_checksums_come_along_and_must_hold(fast, tmp_path, sums):
     digest = hashlib.sha256((folder / name).read_bytes()).hexdigest()
     others = f"{'0' * 64}  model.safetensors\n" if sums == "SHA256SUMS" else ""
     (folder / sums).write_text(f"{others}{digest}  {name}\n")
-    assert bring(folder, tmp_path / "out").path is not None
+    assert copy_tokenizer(folder, tmp_path / "out").path is not None
     assert (tmp_path / "out" / sums).read_text() == f"{digest}  {name}\n"
     (folder / sums).write_text(f"{'0' * 64}  {name}\n")
-    brought = bring(folder, tmp_path / "bad")
+    brought = copy_tokenizer(folder, tmp_path / "bad")
     assert brought.path is None and "is not the one of" in brought.note
 
 
@@ -123,9 +123,9 @@ def test_nothing_is_said(tmp_path):
     (tmp_path / "hf").mkdir()
     for name in ("vocab.json", "config.json"):  # without merges it is no tokenizer
         (tmp_path / "hf" / name).write_text("{}")
-    note = bring(tmp_path / "hf", tmp_path / "out").note
+    note = copy_tokenizer(tmp_path / "hf", tmp_path / "out").note
     assert note.endswith("it has no tokenizer.json, no vocab.json with merges.txt and no tokenizer.model")
-    assert bring(None, tmp_path / "out") == tokenizer_copy.Brought()
+    assert copy_tokenizer(None, tmp_path / "out") == tokenizer_copy.CopiedTokenizer()
 
 
 def test_code_beside_a_tokenizer_is_not_run(fast, tmp_path):
@@ -133,5 +133,5 @@ def test_code_beside_a_tokenizer_is_not_run(fast, tmp_path):
     asked = {"auto_map": {"AutoTokenizer": ["tok.T", "tok.T"]}, "tokenizer_class": "T"}
     (folder / "tokenizer_config.json").write_text(json.dumps(asked))
     (folder / "tok.py").write_text(f"open({str(tmp_path / 'boom')!r}, 'w')\n")
-    bring(folder, tmp_path / "out")
+    copy_tokenizer(folder, tmp_path / "out")
     assert not (tmp_path / "boom").exists()

@@ -7,9 +7,8 @@ from __future__ import annotations
 import pytest
 
 from megatron_evomoe.config import ConfigError
+from megatron_evomoe.hf.from_hf.config_defaults import TEXT_DEFAULTS, VISION_DEFAULTS
 from megatron_evomoe.hf.from_hf.config_sections import (
-    TEXT_DEFAULTS,
-    VISION_DEFAULTS,
     language_section,
     vision_section,
 )
@@ -20,7 +19,7 @@ from tests.unit.hf.sources import TEXT, write
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra [hf])")
 
 DECODERS = {
-    "gpt_neox": "in parallel, each behind a norm",
+    "gpt_neox": "in parallel, each after a norm",
     "olmo": "no weights",
     "olmo2": "post-norm",
     "gemma": "root of its width.*1 \\+ weight",
@@ -29,17 +28,17 @@ DECODERS = {
     "phi3": "stored fused",
     "granite": "constant",
     "smollm3": "NoPE",
-    "cohere": "neighbouring pairs",
-    "glm": "neighbouring pairs",
+    "cohere": "neighbouring channels",
+    "glm": "neighbouring channels",
     "falcon": "in parallel",
     "bloom": "ALiBi",
     "gpt2": "learned positions",
     "opt": "learned positions",
     "starcoder2": "no gate",
     "nemotron": "squared ReLU",
-    "mixtral": "mixture already",
-    "qwen2_moe": "mixture already",
-    "qwen3_moe": "mixture already",
+    "mixtral": "mixture of experts already",
+    "qwen2_moe": "mixture of experts already",
+    "qwen3_moe": "mixture of experts already",
     "deepseek_v3": "latent.*mixture",
     "mamba": "attention and FFN",
 }
@@ -104,7 +103,7 @@ def test_nothing_is_said_against_what_is_taken(kind):
 
 
 MARKS = [
-    ({"num_local_experts": 8}, "mixture already.*num_local_experts = 8"),
+    ({"num_local_experts": 8}, "mixture of experts already.*num_local_experts = 8"),
     ({"embedding_multiplier": 12.0}, "constant.*= 12.0"),
     ({"logits_scaling": 8}, "constant.*logits_scaling = 8"),
     ({"attention_multiplier": 0.01}, "scaled by a constant of its own"),
@@ -114,7 +113,7 @@ MARKS = [
     ({"parallel_attn": True}, "in parallel"),
     ({"use_parallel_residual": True}, "in parallel"),
     ({"alibi": True}, "ALiBi"),
-    ({"rope_interleaved": True}, "neighbouring pairs"),
+    ({"rope_interleaved": True}, "neighbouring channels"),
     ({"kv_lora_rank": 512}, "latent"),
     ({"rope_scaling": {"rope_type": "longrope"}}, "longrope, which has a factor"),
     ({"rope_parameters": {"rope_type": "yarn"}}, "yarn"),
