@@ -15,12 +15,6 @@ from megatron_evomoe.parallel import backend
 from tests.programs import ROOT
 from tests.runs import four_stages
 
-if not backend.on_gpu():
-    # Triton reads this when it is first imported, which megatron-core does below
-    os.environ["TRITON_INTERPRET"] = "1"
-backend.prepare()
-torch.set_num_threads(1)
-
 
 class MeasuredRows:
     """Shows the rows that tests measured when the run ends; pytest-xdist's workers hand them over."""
@@ -41,6 +35,14 @@ class MeasuredRows:
 
 def pytest_configure(config):
     config.pluginmanager.register(MeasuredRows())
+    is_worker = hasattr(config, "workerinput")
+    if config.getoption("numprocesses", None) and not is_worker:
+        return  # pytest-xdist's workers run the tests, and this process only shows what becomes of them
+    if not backend.on_gpu():
+        # Triton reads this when it is first imported, which megatron-core does below
+        os.environ["TRITON_INTERPRET"] = "1"
+    backend.prepare()
+    torch.set_num_threads(1)
 
 
 @pytest.fixture

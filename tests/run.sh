@@ -1,19 +1,25 @@
 #!/usr/bin/env bash
-# Style check and the test suite, in an environment this script makes.
-#   bash tests/run.sh [--full | --versions] [pytest arguments]
-# --full adds the slow tests: the whole matrix of layouts, the chaos run, Slurm, several nodes.
-# --versions repeats the others on Python 3.12 with megatron-core 0.19.2 where a python3.12 runs, and those of Hugging Face in and
-# out on the newest transformers 4.
+# Style, types and the test suite, in an environment this script makes.
+#   bash tests/run.sh                    everything but the slow tests, in two processes
+#   bash tests/run.sh PATH or options    these tests alone, in one process: pytest's arguments
+#   bash tests/run.sh --full             the slow tests too: the whole matrix of layouts, the chaos run, Slurm, several nodes
+#   bash tests/run.sh --coverage         as without arguments, and the share of lines that the tests run
+#   bash tests/run.sh --versions         the tests on Python 3.12 with megatron-core 0.19.2 where a python3.12 runs, and those of
+#                                        Hugging Face in and out on the newest transformers 4
+# Arguments after a mode go to pytest. The 20 slowest tests are listed at the end.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 MODE=""
-case "${1:-}" in --full | --versions) MODE="$1"; shift ;; esac
+case "${1:-}" in --full | --versions | --coverage) MODE="$1"; shift ;; esac
 export OMP_NUM_THREADS=1
+LISTED=(--durations=20)
+# a file's tests stay together, because they share what they trained; long files come first, in the folders' order
+PARALLEL=(-n 2 --dist loadfile --no-loadscope-reorder)
 
 # repeat INTERPRETER VENV CONSTRAINTS [pytest arguments]: the tests that are not slow, in another environment
 repeat() {
     BASE_PYTHON="$1" VENV="$2" CONSTRAINTS="$PWD/$3" \
-        bash -c 'source examples/setup_venv.sh && "$PYTHON" -m pytest -m "not slow" "$@"' run "${@:4}"
+        bash -c 'source examples/setup_venv.sh && "$PYTHON" -m pytest -m "not slow" "$@"' run "${PARALLEL[@]}" "${LISTED[@]}" "${@:4}"
 }
 
 if [ "$MODE" = "--versions" ]; then
@@ -30,9 +36,14 @@ if [ "$MODE" = "--versions" ]; then
     exit
 fi
 source examples/setup_venv.sh
+if [ -z "$MODE" ] && [ $# -gt 0 ]; then
+    exec "$PYTHON" -m pytest -m "not slow" "${LISTED[@]}" "$@"
+fi
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
-if [ "$MODE" = "--full" ]; then
-    exec "$PYTHON" -m pytest "$@"
-fi
-exec "$PYTHON" -m pytest -m "not slow" "$@"
+"$PYTHON" -m mypy
+case "$MODE" in
+    --full) exec "$PYTHON" -m pytest "${LISTED[@]}" "$@" ;;
+    --coverage) exec "$PYTHON" -m pytest -m "not slow" "${PARALLEL[@]}" "${LISTED[@]}" --cov "$@" ;;
+    *) exec "$PYTHON" -m pytest -m "not slow" "${PARALLEL[@]}" "${LISTED[@]}" ;;
+esac
