@@ -1,11 +1,10 @@
-"""Which tokens an expert may keep under a capacity factor: a function of the microbatch, whatever ranks its
-tokens lie on.
+"""Chooses the tokens that each expert keeps under a capacity factor, from the whole microbatch.
 
-The core decides on each rank from the tokens it holds. Under sequence parallelism that is a part of the
-microbatch, so that TP 2 would drop other tokens than one rank does, and padding takes places that real tokens
-then lack.
+megatron-core chooses on each rank from the tokens which that rank holds. Under sequence parallelism these are
+only a part of the microbatch, so TP 2 would drop other tokens than one rank does; and padding would take
+places of real tokens. Here the choice does not depend on the layout, and padding takes no place.
 
-Shapes: T tokens of this rank · N experts · R ranks that share the microbatch.
+Shape legend: T tokens of this rank · N experts · R ranks that share the microbatch.
 """
 
 from __future__ import annotations
@@ -15,9 +14,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 _STEPS = 1 << 12
-"""Steps of a probability that count. Rows of a microbatch begin alike (system prompt, first token), so equal
-tokens are common, and what one layout computes for them differs from another's in the last bits: finer
-differences decide nothing, the position does.
+"""Number of steps to which probabilities are rounded before they are compared.
+
+Rows of a microbatch begin alike (system prompt, first token), so equal tokens are common, and two layouts
+compute probabilities for them that differ in the last bits. Between probabilities that round to the same step
+the position decides.
 """
 
 
@@ -32,18 +33,18 @@ def within_capacity(
     by_position: bool,
     group: dist.ProcessGroup,
 ) -> Tensor:
-    """bool [T, N]: which choices stay. Communicates over `group`.
+    """Which choices the experts keep, bool [T, N]. Communicates over `group`.
 
-    Each expert keeps ⌈factor x real tokens x K / N⌉ of the microbatch's real tokens that chose it: the most
-    probable, or with `by_position` the first. Among equally probable ones (to 2⁻¹²) the first stay, in the
-    order of positions, then of rows. A padding token keeps no expert.
+    Each expert keeps at most ⌈factor x real tokens x K / N⌉ of the real tokens that chose it: those with the
+    highest probability, or with `by_position` the first. Among equal probabilities (to 2⁻¹²) the first tokens
+    are kept, by position and then by row. No expert keeps a padding token.
 
     Args:
-        probs_TN: probability of the chosen experts, in [0, 1].
-        routing_map_TN: bool, the choices.
-        is_padding_T: bool; none means that all tokens are real.
-        topk: experts K that each token chose.
-        group: ranks that hold the microbatch's tokens, in the order of its positions, equally many each.
+        probs_TN: probabilities of the chosen experts, in [0, 1].
+        routing_map_TN: bool; the experts that each token chose.
+        is_padding_T: bool; None if all tokens are real.
+        topk: K, the experts that each token chose.
+        group: ranks that share the microbatch, in the order of its positions, with equally many tokens each.
     """
     chosen = routing_map_TN if is_padding_T is None else routing_map_TN & ~is_padding_T[:, None]
     score = chosen.int() if by_position else chosen * (1 + (probs_TN * _STEPS).round().int())

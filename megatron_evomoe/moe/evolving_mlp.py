@@ -1,22 +1,21 @@
-"""The FFN of a layer that will become a mixture, in stage II: computes θ_1 and drags the other experts along.
+"""The FFN of a designated layer in stage II: computes with expert 1 (θ_1) and updates experts 2…N from it.
 
-Forward and backward are the dense FFN's. Beside it this module keeps θ_2…θ_N in fp32, outside autograd, DDP,
-the optimizer and ``bfloat16()`` casts. A checkpoint of it holds, per weight (``linear_fc1.weight``,
-``linear_fc2.weight``, biases):
+Forward and backward are those of the dense FFN. Beside its parameters this module keeps θ_2…θ_N in fp32; they
+are outside autograd, DDP, the optimizer and ``bfloat16()`` casts. For each weight (``linear_fc1.weight``,
+``linear_fc2.weight``, biases) a checkpoint holds:
 
-* ``mlp.linear_fc1.weight`` — θ_1, the dense FFN's own entry, on every rank: a resume and the optimizer's
-  shards need it.
-* ``mlp.experts.experts.linear_fc1.weight`` — θ_1…θ_N along an expert axis, under the keys, shapes and dtype a
-  `MoELayer` loads, so that `route` starts from this checkpoint in any layout.
-* ``mlp.evolution.linear_fc1.weight`` — θ_2…θ_N in fp32, for an exact resume; left out where the parameters
-  are fp32 themselves, because the line above then says the same.
+* ``mlp.linear_fc1.weight``: θ_1, the dense FFN's own entry, which a resume and the optimizer's shards need.
+* ``mlp.experts.experts.linear_fc1.weight``: θ_1…θ_N along an expert axis, with the key, shape and dtype that
+  a `MoELayer` loads, so that `route` can start from this checkpoint under any layout.
+* ``mlp.evolution.linear_fc1.weight``: θ_2…θ_N in fp32, for an exact resume. It is left out if the parameters
+  are fp32 themselves, because the entry above then holds the same values.
 
-Who keeps what: the N−1 evolved experts are dealt round robin over the data-parallel (× context-parallel)
-group, one copy in all, as ZeRO does with optimizer state. Expert-parallel rank would be the wrong criterion:
-with TP 2 and expert TP 1 it coincides with the TP rank, and experts on one would lack the other's half of
-θ_1. Nothing here communicates.
+The N−1 evolved experts are dealt round robin over the data-parallel (x context-parallel) ranks, so that
+there is one copy of each, as ZeRO does with optimizer state. They cannot be dealt over the expert-parallel
+ranks: with TP 2 and expert TP 1 the expert-parallel rank equals the TP rank, and an expert on one rank
+would lack the other rank's half of θ_1. Nothing here communicates.
 
-Shape legend: N experts, L evolved experts kept by this rank, P a parameter's local (TP-sharded) shape.
+Shape legend: N experts · L evolved experts kept by this rank · P a parameter's local (TP-sharded) shape.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
@@ -37,20 +36,21 @@ from megatron_evomoe.moe.evolution_rules import draw_beta, rule_named, validate_
 from megatron_evomoe.parallel import topology
 
 BLOCK_CPU = 1 << 17
-"""Elements updated at a time: the temporaries of a block stay in cache (measured: 4 times faster than whole
-tensors).
+"""Elements updated at a time on a CPU: a block's temporaries stay in its cache, which is 4 times faster than
+whole tensors (measured).
 """
 BLOCK_CUDA = 1 << 22
-"""As above with the L2 cache of a GPU, yet large enough to hide kernel launches."""
+"""Elements updated at a time on a GPU: a block's temporaries fit the L2 cache, and launches stay hidden."""
 
 
 def evolving_mlp_spec(dense_mlp_spec: Any, moe: MoEConfig) -> ModuleSpec:
-    """The spec of an evolving FFN made of the same parts as `dense_mlp_spec`.
+    """The spec of an evolving FFN that is made of the same parts as `dense_mlp_spec`.
 
     Args:
-        dense_mlp_spec: what core puts under a dense layer's ``mlp``: a `ModuleSpec` (0.16) or a partial of
-            ``MLP.as_mlp_submodule`` (0.19). It must not fuse the norm into ``linear_fc1``: no MoE layer does,
-            so the norm would be found under another name in stage III.
+        dense_mlp_spec: what megatron-core takes for a dense layer's ``mlp``: a `ModuleSpec` (0.16) or a
+        partial
+            of ``MLP.as_mlp_submodule`` (0.19). It must not fuse the norm into ``linear_fc1``, because no MoE
+            layer does, and the norm would have another name in stage III.
     """
     if isinstance(dense_mlp_spec, functools.partial):
         submodules = dense_mlp_spec.keywords["submodules"]
@@ -60,10 +60,13 @@ def evolving_mlp_spec(dense_mlp_spec: Any, moe: MoEConfig) -> ModuleSpec:
 
 
 class EvolvingMLP(MLP):
-    """megatron-core's dense `MLP` (θ_1) that keeps the experts evolved from it.
+    """megatron-core's dense `MLP`, which is θ_1, with the experts that evolve from it.
 
-    Order of calls: build; load a dense checkpoint and `begin()`, or load an evolve checkpoint (which begins
-    by itself); then `evolve()` after every optimizer step.
+    Build it; load a dense checkpoint and call `begin()`, or load an evolve checkpoint, which needs no
+    `begin()`; then call `evolve()` after every optimizer step.
+
+    Raises:
+        ConfigError: the ranges or the rule do not fit, or the FFN has parameters that an expert lacks.
     """
 
     def __init__(
@@ -74,12 +77,12 @@ class EvolvingMLP(MLP):
         tp_group: Any = None,
         pg_collection: Any = None,
         is_mtp_layer: bool = False,
-        name: Optional[str] = None,
+        name: str | None = None,
     ) -> None:
         validate_ranges(moe.num_experts, moe.evolution_ranges)
         rule_named(moe.evolution_rule)
-        # core 0.16 gives an MLP it does not know by identity no group at all (then MLP takes the default
-        # one); 0.19 gives the whole collection, and a name that 0.16's MLP does not take.
+        # megatron-core 0.16 passes no group to a subclass of MLP, which then takes the default group; 0.19
+        # passes the whole collection, and a name, which 0.16's MLP does not take.
         if tp_group is None and pg_collection is not None:
             tp_group = pg_collection.tp
         super().__init__(
@@ -96,28 +99,27 @@ class EvolvingMLP(MLP):
                 "build it with an unfused norm (pre_mlp_layernorm) as MoE layers do"
             )
         self.moe = moe
-        self.layer_number: Optional[int] = None
+        self.layer_number: int | None = None
         self.begun = False
         self._dp_cp_group = getattr(pg_collection, "dp_cp", None)
-        self._evolved: dict[
-            str, torch.Tensor
-        ] = {}  # name -> [L, *P] fp32; not buffers: Float16Module would cast those
-        self._previous: dict[str, torch.Tensor] = {}  # name -> [*P], the parameters' dtype
+        # Not buffers, because Float16Module would cast those.
+        self._evolved: dict[str, torch.Tensor] = {}  # name -> [L, *P], fp32
+        self._previous: dict[str, torch.Tensor] = {}  # name -> [*P], in the parameters' dtype
         self.register_load_state_dict_post_hook(_after_load)
 
     def set_layer_number(self, layer_number: int) -> None:
-        """Called by `TransformerLayer` with the global number, from 1: draws differ between layers by it."""
+        """Take the layer's global number (from 1), on which draws depend. `TransformerLayer` calls this."""
         self.layer_number = layer_number
 
     @property
     def owned(self) -> list[int]:
-        """Global indices, from 1, of the evolved experts this rank keeps (θ_1 is index 0)."""
+        """Global indices, from 1, of the evolved experts that this rank keeps (θ_1 has index 0)."""
         group = self._dp_cp_group or topology.current().data_and_context_group
         return list(range(1, self.moe.num_experts))[group.rank() :: group.size()]
 
     @torch.no_grad()
     def begin(self) -> None:
-        """θ_n := θ_1 for all n: once, when the stage starts from a dense checkpoint, and not on resume."""
+        """Set every θ_n to θ_1: once, when the stage starts from a dense checkpoint, and not on a resume."""
         for name, evolved in self._state().items():
             evolved.copy_(self.get_parameter(name).expand_as(evolved))
         self._remember()
@@ -128,18 +130,23 @@ class EvolvingMLP(MLP):
         self,
         step: int,
         seed: int,
-        rule: Optional[str] = None,
-        ranges: Optional[Sequence[tuple[float, float]]] = None,
+        rule: str | None = None,
+        ranges: Sequence[tuple[float, float]] | None = None,
     ) -> None:
-        """Update θ_n after optimizer step `step`; `rule` and `ranges` default to the configuration's.
+        """Update every θ_n after optimizer step `step`.
 
-        A rule that needs it gets the gradient as it stands in ``main_grad``: reduced over all replicas,
-        divided by the number of tokens and — because megatron-core clips fp32 gradients in that very memory —
-        clipped, i.e. what Adam was given. (With ``grad_reduce_in_fp32=False`` Adam gets a clipped copy, and
-        this the unclipped bf16 gradient.)
+        A rule that reads the gradient gets ``main_grad``, which is what Adam was given: reduced over all
+        replicas, divided by the number of tokens, and clipped, because megatron-core clips fp32 gradients
+        in place. (With ``grad_reduce_in_fp32=False`` Adam gets a clipped copy, and the rule the unclipped
+        bf16 gradient.)
 
-        Raises `ConfigError` when there is nothing to evolve from: no layer number, neither begun nor loaded,
-        or no gradient.
+        Args:
+            step, seed: of the draws, see `draw_beta`.
+            rule, ranges: default to those of the configuration.
+
+        Raises:
+            ConfigError: the layer has no number, evolution has neither begun nor been loaded, or the rule
+                reads a gradient or a previous θ_1 that this module does not have.
         """
         rule = rule or self.moe.evolution_rule
         chosen = rule_named(rule)
@@ -147,17 +154,17 @@ class EvolvingMLP(MLP):
         validate_ranges(self.moe.num_experts, ranges)
         if self.layer_number is None:
             raise ConfigError(
-                "EvolvingMLP has no layer_number, which its draws depend on; call set_layer_number(n), n "
-                "from 1"
+                "EvolvingMLP has no layer_number, on which its draws depend; call set_layer_number(n), n >= 1"
             )
         if not self.begun:
             raise ConfigError(
-                f"layer {self.layer_number}: evolve() before begin() or loading an evolve checkpoint"
+                f"layer {self.layer_number}: evolve() was called before begin(); call it, or load an evolve "
+                "checkpoint"
             )
         if chosen.needs_previous and self.owned and not self._previous:
             raise ConfigError(
-                f"rule {rule!r} needs last step's expert 1, which a module configured for "
-                f"{self.moe.evolution_rule!r} does not keep; set evolution_rule"
+                f"rule {rule!r} reads last step's expert 1, which a module configured for "
+                f"{self.moe.evolution_rule!r} does not keep; set evolution_rule to {rule!r}"
             )
         betas = [draw_beta(seed, step, self.layer_number, n, *ranges[n - 1]) for n in self.owned]
         for name in self._state():
@@ -188,12 +195,12 @@ class EvolvingMLP(MLP):
         return grad
 
     def local_experts(self) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
-        """(global index, {parameter name: its fp32 tensor}) of every evolved expert kept here."""
+        """(global index, {parameter name: fp32 tensor}) of every evolved expert that this rank keeps."""
         for i, n in enumerate(self.owned):
             yield n, {name: evolved[i] for name, evolved in self._state().items()}
 
     def _state(self) -> dict[str, torch.Tensor]:
-        """The fp32 state, allocated where θ_1 lives by then."""
+        """The fp32 state. It is allocated at the first call, on the device where θ_1 is by then."""
         if not self._evolved and self.owned:
             self._evolved = {
                 name: torch.zeros((len(self.owned), *p.shape), dtype=torch.float32, device=p.device)
@@ -202,24 +209,22 @@ class EvolvingMLP(MLP):
         return self._evolved
 
     def _remember(self) -> None:
-        """θ_1^prev := θ_1. In θ_1's own dtype: it is a copy of those values, so fp32 would only add zeros."""
+        """Set θ_1^prev to θ_1, in θ_1's dtype: a copy of these values gains nothing from fp32."""
         keep = rule_named(self.moe.evolution_rule).needs_previous and bool(self.owned)
         self._previous = {name: p.detach().clone() for name, p in self.named_parameters()} if keep else {}
 
     def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple = (), metadata: Optional[dict] = None
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict[str, Any]:
-        """The entries the module's docstring lists. θ_1^prev is not among them: saved between steps it equals
-        θ_1.
-        """
+        """The entries listed at the top of this file. θ_1^prev is not saved; between steps it equals θ_1."""
         metadata = ensure_metadata_has_dp_cp_group(metadata)
         sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         total, dtype = self.moe.num_experts, self.linear_fc1.weight.dtype
         put = functools.partial(
             expert_entries, self, prefix=prefix, offsets=sharded_offsets, metadata=metadata
         )
-        # detach(): core finds an optimizer shard's entry by the identity of the parameter, and must find the
-        # dense one.
+        # Detached, because megatron-core finds the entry of an optimizer shard by the identity of the
+        # parameter, and that entry must be the dense one.
         trained = {name: p.detach() for name, p in self.named_parameters()}
         sharded.update(put(trained, 0, total, local="experts.0.", key="experts.experts.", only_copy=False))
         for n, tensors in self.local_experts():
@@ -237,9 +242,9 @@ class EvolvingMLP(MLP):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        """Takes its own keys out (they name no parameter), then lets torch go on.
+        """Load the evolved experts and take their keys out, which name no parameter; then load θ_1.
 
-        Runs before θ_1's own load, hence the last act, remembering θ_1, is left to `_after_load`.
+        θ_1 is remembered in `_after_load`, because it is not loaded yet while this runs.
         """
         mine = {
             k: state_dict.pop(k)
@@ -252,7 +257,7 @@ class EvolvingMLP(MLP):
             for n, ts in self.local_experts()
             for name, tensor in ts.items()
         }
-        # A rank that keeps no expert still knows a resume by the copy of θ_1.
+        # A rank that keeps no evolved expert recognises a resume by the copy of θ_1 among the experts.
         found = f"{prefix}experts.0.linear_fc1.weight" in mine and wanted.keys() <= mine.keys()
         if found:
             with torch.no_grad():
@@ -264,7 +269,7 @@ class EvolvingMLP(MLP):
 
 
 def _after_load(module: EvolvingMLP, incompatible: Any) -> None:
-    """Runs when θ_1 is loaded too: on resume θ_1^prev is θ_1, as it was when the checkpoint was written."""
+    """Set θ_1^prev once θ_1 is loaded: on a resume both are equal, as when the checkpoint was written."""
     if module.begun:
         module._remember()
 
@@ -282,19 +287,18 @@ def expert_entries(
     metadata: dict,
     only_copy: bool,
 ) -> dict[str, Any]:
-    """One expert's entries in a sharded state dict, stacked with the others' as
-    `SequentialMLP.sharded_state_dict` does.
+    """One expert's entries in a sharded state dict, stacked as `SequentialMLP` stacks its experts.
 
     Args:
-        mlp: the dense FFN whose sharding `tensors` share.
-        tensors: parameter name -> tensor of that parameter's local shape, any dtype.
-        index, total: place on the expert axis and its length.
-        local, key: what follows `prefix` in the dictionary's keys and in the checkpoint's.
+        mlp: the dense FFN, whose sharding `tensors` have.
+        tensors: parameter name -> tensor of that parameter's local shape, of any dtype.
+        index, total: the expert's place on the expert axis, and the axis's length.
+        local, key: what follows `prefix` in the dictionary's keys, and in the checkpoint's keys.
+        prefix, offsets, metadata: as of ``sharded_state_dict``.
         only_copy: whether no other rank of the data-parallel group holds this expert.
     """
-    singleton = metadata.get(
-        "singleton_local_shards", False
-    )  # newer cores name the expert in the key, not on an axis
+    # With this setting of megatron-core the expert's index stands in the key and not on an axis.
+    singleton = metadata.get("singleton_local_shards", False)
     key = f"{prefix}{key}{index}." if singleton else f"{prefix}{key}"
     stacked = offsets if singleton else (*offsets, (len(offsets), index, total))
     entries = {}

@@ -1,12 +1,12 @@
-"""Experts that start as copies of a dense FFN: `replicate`, and `noise` on top. The baselines beside
-evolution.
+"""Starts experts as copies of a dense FFN (`replicate`), or as copies with noise (`noise`).
 
-Replication happens while loading: every expert's entry of the sharded state dict is pointed at the dense
-FFN's key, so ``dist_checkpointing.load`` fills each expert from ``mlp.linear_fc1.weight`` in whatever layout
-either side has. There is no converter and no second copy on disk. (core's ``upcycling_utils.py`` does the
-same to a model already in memory.)
+These are the baselines for expert evolution. Replication happens while a checkpoint is loaded: every
+expert's entry of the sharded state dict names the dense FFN's key, so ``dist_checkpointing.load`` fills
+each expert from ``mlp.linear_fc1.weight``, whatever the layouts of the checkpoint and of the run. That
+needs neither a converter nor a second copy on disk. (megatron-core's ``upcycling_utils.py`` does the same
+to a model in memory.)
 
-Shape legend: N experts, F width of the FFN (2F rows in a gated first layer), C width of the stream.
+Shape legend: N experts · F width of the FFN (2F rows in a gated first layer) · C width of the stream.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import (
@@ -31,22 +31,25 @@ from megatron_evomoe.moe import initial_draws
 _EXPERT_KEY = re.compile(
     r"^(?P<before>(?:.*\.)?)experts\.experts\.(?:(?P<index>\d+)\.)?(?P<name>linear_fc[12]\..+)$"
 )
-"""Where a checkpoint has an expert: the index is an axis of the tensor, or (core's singleton_local_shards) in
-the key.
+"""A checkpoint's key of an expert. The expert's index is an axis of the tensor, or stands in the key if
+megatron-core's ``singleton_local_shards`` is set.
 """
 
 
 def dense_expert_sharded_state_dict(
-    moe_layer: Any, prefix: str = "", sharded_offsets: tuple = (), metadata: Optional[dict] = None
+    moe_layer: Any, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
 ) -> dict[str, Any]:
-    """The experts of one MoE layer, each to be read from the dense FFN that a checkpoint has at `prefix`.
+    """The sharded state dict of a MoE layer's experts, each to be read from the dense FFN at `prefix`.
 
     Args:
         moe_layer: a `MoELayer` with `SequentialMLP` or `TEGroupedMLP` experts.
         prefix, sharded_offsets, metadata: as for ``moe_layer.sharded_state_dict``.
 
     Returns:
-        The very dictionary keys ``moe_layer.load_state_dict`` expects; for loading only, never for saving.
+        Entries under the keys that ``moe_layer.load_state_dict`` expects. They are for loading only.
+
+    Raises:
+        ConfigError: the layer's experts are of another class.
     """
     experts = moe_layer.experts
     if not isinstance(experts, (SequentialMLP, TEGroupedMLP)):
@@ -58,9 +61,7 @@ def dense_expert_sharded_state_dict(
 
 
 def read_experts_from_dense(sharded_state_dict: dict[str, Any]) -> dict[str, Any]:
-    """A whole model's sharded state dict with every expert's entry pointed at the dense FFN; the rest as it
-    was.
-    """
+    """A model's sharded state dict with every expert's entry naming the dense FFN; the rest is unchanged."""
     return {k: _dense_entry(entry) for k, entry in sharded_state_dict.items()}
 
 
@@ -69,11 +70,11 @@ def _dense_entry(entry: Any) -> Any:
     if not match:
         return entry
     if isinstance(entry, ShardedObject):
-        # A layer's extra state (FP8 scales; None on a CPU): a checkpoint reader gives out one object once,
-        # not N times, and scales are measured anew within a few steps. So each expert keeps what it has.
+        # A layer's extra state holds FP8 scales (None on a CPU). The reader hands out one object once and not
+        # N times, and scales are measured anew within a few steps, so each expert keeps the state it has.
         return LocalNonpersistentObject(entry.data)
     key, index = match["before"] + match["name"], match["index"]
-    if isinstance(entry, ShardedTensorFactory):  # a gated fc1, cut in gate and value only when core builds it
+    if isinstance(entry, ShardedTensorFactory):  # a gated fc1, which core splits when it builds the entry
         build = entry.build_fn
         return replace(
             entry,
@@ -83,14 +84,14 @@ def _dense_entry(entry: Any) -> Any:
     return _without_expert(entry, key, index)
 
 
-def _without_expert(entry: ShardedTensor, key: str, index: Optional[str]) -> ShardedTensor:
-    """`entry` under `key`, without its expert axis, which is the last of the prepended ones (none if `index`
-    is given).
+def _without_expert(entry: ShardedTensor, key: str, index: str | None) -> ShardedTensor:
+    """`entry` under `key` and without its expert axis.
+
+    The expert axis is the last of the prepended axes; where `index` is given there is none.
     """
     at = entry.prepend_axis_num - 1
     expert = entry.global_offset[at] if index is None else int(index)
-    # All experts are replicas of one dense tensor now; core wants exactly one holder of each piece to be the
-    # main one.
+    # All experts are now replicas of one dense tensor, and megatron-core requires exactly one main replica.
     replica = (*entry.replica_id[:2], entry.replica_id[2] + expert * torch.distributed.get_world_size())
     if index is not None:
         return replace(entry, key=key, replica_id=replica)
@@ -111,25 +112,21 @@ def _without_expert(entry: ShardedTensor, key: str, index: Optional[str]) -> Sha
 
 @torch.no_grad()
 def add_noise(experts: Any, seed: int, layer_number: int, std_units: float) -> None:
-    """Add normal noise to every expert's matrices (not biases), `std_units` times each matrix's own standard
-    deviation.
+    """Add normal noise to the matrices of every expert, not to biases. Communicates over expert-TP ranks.
 
-    Communicates over the expert-tensor-parallel group where that has more than one rank. To be called after
-    loading and before the optimizer copies the weights.
-
-    The noise of a matrix is a function of (seed, layer, expert, matrix) and drawn for the whole matrix, of
-    which each rank adds its part: any layout gives the same experts.
+    Call it after loading and before the optimizer copies the weights. The noise of a matrix depends on (seed,
+    layer, expert, matrix) alone and is drawn for the whole matrix, of which each rank adds its part, so every
+    layout gives the same experts.
 
     Args:
         experts: ``moe_layer.experts``, a `SequentialMLP` or `TEGroupedMLP`.
         layer_number: global, from 1.
+        std_units: the noise's standard deviation, in units of the standard deviation of each matrix.
     """
     ranks, rank = experts.tp_group.size(), experts.tp_group.rank()
     for expert, which, weight in _matrices(experts):
         gates = 2 if which == 1 and experts.config.gated_linear_unit else 1
-        axis = (
-            1 if which == 1 else 2
-        )  # of [gates, rows, columns]: fc1 is cut by rows within gate and value, fc2 by columns
+        axis = which  # of [gates, rows, columns]: TP splits fc1 by rows within gate and value, fc2 by columns
         local = (gates, weight.shape[0] // gates, weight.shape[1])
         shape = [n * ranks if i == axis else n for i, n in enumerate(local)]
         whole = initial_draws.expert_noise(seed, layer_number, expert, which, shape)
@@ -139,7 +136,7 @@ def add_noise(experts: Any, seed: int, layer_number: int, std_units: float) -> N
 
 
 def _matrices(experts: Any) -> Iterator[tuple[int, int, torch.nn.Parameter]]:
-    """(global expert index, 1 or 2 for fc1 or fc2, the local shard) of every expert here."""
+    """(global index, 1 or 2 for fc1 or fc2, local shard) of every expert on this rank."""
     first = experts.ep_group.rank() * experts.num_local_experts
     for i in range(experts.num_local_experts):
         for which in (1, 2):
@@ -150,7 +147,7 @@ def _matrices(experts: Any) -> Iterator[tuple[int, int, torch.nn.Parameter]]:
 
 
 def _std(weight: torch.Tensor, group: torch.distributed.ProcessGroup) -> float:
-    """Standard deviation of the whole matrix, of which each rank of the group has a part."""
+    """Standard deviation of a matrix of which each rank of `group` holds a part. Communicates over it."""
     total = initial_draws.moments(weight)
     if group.size() > 1:
         torch.distributed.all_reduce(total, group=group)

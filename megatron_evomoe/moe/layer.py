@@ -1,8 +1,8 @@
-"""megatron-core's MoE layer, told each token's modality, and the spec that plugs it into a transformer layer.
+"""megatron-core's MoE layer with token types, and the spec that puts it into a transformer layer.
 
-Shapes: s sequence · b batch · C width.
+The layer communicates: megatron-core dispatches tokens to the expert-parallel ranks.
 
-The layer may communicate: dispatching tokens to expert-parallel ranks is the core's.
+Shape legend: s sequence · b batch · C width.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from megatron_evomoe.moe.router import router_builder
 
 
 class EvoMoELayer(MoELayer):
-    """A `MoELayer` that reads token types out of the `padding_mask` argument and hands them to its router.
+    """A `MoELayer` that takes token types in the `padding_mask` argument and passes them to its router.
 
-    Types are an argument all the way down, never state: under pipelining and recompute the backward of one
-    microbatch runs while another is current.
+    Token types are always an argument and never state, because under pipelining and recompute the backward of
+    one microbatch runs between the forwards of others.
 
     Raises:
-        ValueError: a setting under which the core would drop the types on their way here.
+        ValueError: with one of the settings megatron-core would drop the types on their way to this layer.
     """
 
     def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
         _check_types_arrive(config)
         super().__init__(config, *args, **kwargs)
         if config.expert_tensor_parallel_size != config.tensor_model_parallel_size:
-            # TP ranks then feed their copies of an expert different tokens. At EP 1 the core (0.16.1) still
-            # reduces the gradients as if they were dense parameters', over data parallelism alone, and the
-            # copies drift apart.
+            # TP ranks then give their copies of an expert different tokens. At EP 1 megatron-core (0.16.1)
+            # would reduce the gradients as those of dense parameters, over data parallelism alone, and the
+            # copies would drift apart.
             for parameter in self.experts.parameters():
                 parameter.allreduce = False
 
@@ -60,9 +60,8 @@ class EvoMoELayer(MoELayer):
                 )
             padding_mask = to_planes(padding_mask)  # [b, s, 2]; the core transposes it to [s, b, 2]
         if self.moe_layer_recompute and self._has_trainable() and not hidden_states.requires_grad:
-            # A re-entrant checkpoint whose inputs need no gradient gives its parameters none either. In the
-            # `route` stage everything below the first router is frozen, and that router would silently never
-            # learn.
+            # A re-entrant checkpoint whose inputs need no gradient gives its parameters none either. In
+            # `route` everything below the first router is frozen, so that router would silently not learn.
             hidden_states = hidden_states.detach().requires_grad_()
         return super().forward(hidden_states, intermediate_tensors, padding_mask)
 
@@ -71,10 +70,9 @@ class EvoMoELayer(MoELayer):
 
 
 def moe_layer_spec(moe: MoEConfig, use_te: bool) -> Any:
-    """megatron-core's MoE spec with our layer and `moe.router` in it: what `TransformerLayerSubmodules.mlp`
-    takes.
+    """What `TransformerLayerSubmodules.mlp` takes: megatron-core's MoE spec with our layer and `moe.router`.
 
-    A `ModuleSpec` on 0.16.1, a builder on newer cores, as the core's own is.
+    It is a `ModuleSpec` with megatron-core 0.16.1 and a builder with newer versions.
     """
     spec = get_moe_module_spec(
         use_te=use_te, num_experts=moe.num_experts, moe_grouped_gemm=moe.moe_grouped_gemm
@@ -89,12 +87,10 @@ def moe_layer_spec(moe: MoEConfig, use_te: bool) -> Any:
 
 
 def _check_types_arrive(config: TransformerConfig) -> None:
-    """Refuse what is known to lose the `padding_mask` on its way: all tokens would count as text, with no
-    error.
-    """
+    """Refuse settings that are known to drop the `padding_mask`: all tokens would silently count as text."""
     losing = {
-        # TransformerBlock calls the layers beyond recompute_num_layers without padding_mask (0.16.1; 0.19.2
-        # mends it).
+        # TransformerBlock calls the layers beyond recompute_num_layers without padding_mask (in 0.16.1; not
+        # in 0.19.2).
         "recompute_method='block' (use 'uniform')": config.recompute_granularity == "full"
         and config.recompute_method == "block",
         # TransformerLayer calls mlp(chunk) without it.

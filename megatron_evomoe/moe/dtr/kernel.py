@@ -1,4 +1,4 @@
-"""Which code computes the DTR: `moe.dtr_kernel`. Imports Triton only where it is asked for and can run."""
+"""Chooses the code that computes the DTR (`moe.dtr_kernel`). Triton is imported only if it is chosen."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from megatron_evomoe.parallel import backend
 
 
 def check(kernel: str) -> None:
-    """Refuse what this machine cannot run.
+    """Check that this machine can run `kernel`.
 
     Raises:
-        ConfigError: `triton` without Triton, or without a GPU (where TRITON_INTERPRET=1 still runs the
-            kernels, very slowly).
+        ConfigError: `triton` without Triton, or without a GPU (unless TRITON_INTERPRET=1 lets the interpreter
+            run the kernels, very slowly).
     """
     if kernel != "triton":
         return
@@ -31,10 +31,10 @@ def check(kernel: str) -> None:
 
 
 def fused(kernel: str, dtype: torch.dtype) -> Callable[..., Tensor] | None:
-    """`dtr_triton.dtr_logits` where `moe.dtr_kernel` asks for it; none means the factored form in PyTorch.
+    """`dtr_logits` on Triton kernels for `triton`; None for `torch`, the factored form in PyTorch.
 
     Raises:
-        ConfigError: see `check`; or `triton`, which sums in fp32, is to compute in another dtype.
+        ConfigError: as `check`; or `triton`, which computes in fp32, is to compute in another dtype.
     """
     check(kernel)
     if kernel != "triton":

@@ -1,7 +1,9 @@
-"""The Dynamic Token-aware Router's maths (EvoMoE, Eq. 4-5): pure functions of tensors, no state, no
-communication.
+"""The maths of the Dynamic Token-aware Router (EvoMoE, Eq. 4-5): pure functions of tensors.
 
-Shapes: T tokens · C width of z · N experts · h hypernetwork's inner width · r rank of the generated router ·
+Nothing here keeps state or communicates.
+
+Shape legend: T tokens · C width of z · N experts · h hypernetwork's inner width · r rank of the generated
+    router ·
 K = h + 1 terms of a generated matrix (h columns of W2 and its bias).
 
 Each modality has a hypernetwork that turns a token z into the weights of a small router for that token:
@@ -9,9 +11,9 @@ Each modality has a hypernetwork that turns a token z into the weights of a smal
     e = W1·z + b1,   Θ(z) = W2·e + b2 = [Θ_down (2r × C), Θ_up (C × r)]                           (Eq. 5)
     E = Θ_up · SwiGLU(Θ_down·z),   logits = φ(E)                                                  (Eq. 4)
 
-Θ is never built. It is linear in ê = [e, 1], so Θ_down·z = Σ_k ê_k (W2_down[k]·z) is one GEMM C → K·2r and a
-weighted sum over k, and φ·Θ_up·s = Σ_k ê_k (φ·W2_up[k])·s, where the K small matrices φ·W2_up[k] (N × r) are
-the same for all tokens. Memory is T·K·2r numbers instead of T·3r·C.
+Θ is never built. It is linear in ê = [e, 1], so Θ_down·z = Σ_k ê_k (W2_down[k]·z) is one GEMM C → K·2r and
+a weighted sum over k, and φ·Θ_up·s = Σ_k ê_k (φ·W2_up[k])·s, in which the K small matrices φ·W2_up[k] (N ×
+r) are the same for all tokens. This takes T·K·2r numbers of memory instead of T·3r·C.
 """
 
 from __future__ import annotations
@@ -28,9 +30,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"none": lambda e: e, "gelu
 
 
 class HyperWeights(NamedTuple):
-    """One modality's hypernetwork. The last slice of the `weight2_*` along k is the bias b2, the others W2's
-    columns.
-    """
+    """One modality's hypernetwork. The last slice of `weight2_*` along k is the bias b2, the others W2."""
 
     weight1_hC: Tensor
     bias1_h: Tensor
@@ -65,14 +65,15 @@ def dtr_logits(
     dtype: torch.dtype = torch.float32,
     gather: bool = True,
 ) -> Tensor:
-    """Router logits [T, N] in `dtype`; sums are in `dtype`, whatever z's and the weights' own types are.
+    """Router logits [T, N] in `dtype`. Sums are in `dtype`, whatever the types of z and of the weights.
 
-    With `gather` each token meets only its own modality's hypernetwork. That needs the number of image tokens
-    on the host, for which a GPU would be waited for. Without it all tokens meet both and the foreign result
-    is thrown away: twice the products, but static shapes, as CUDA graphs demand. There bf16 numbers are
-    multiplied as such where z and the weights both are: exact in fp32 in the forward, while in the backward
-    the projection's gradient is rounded to bf16 first, as any linear layer's is in bf16 training. Both give
-    the other modality's weights gradients of zero.
+    With `gather` each token meets only its own modality's hypernetwork. The host must then know the number
+    of image tokens, which needs a device synchronisation on a GPU. Without `gather` all tokens meet both
+    hypernetworks and `where` picks one result: twice the products, but shapes are static, as CUDA graphs
+    demand. In that form bf16 tokens are multiplied by bf16 weights without a cast. This is exact in fp32 in
+    the forward; in the backward the gradient of the projection is rounded to bf16 first, as that of any
+    linear layer is in bf16 training. Both forms give the weights of a modality without tokens gradients of
+    zero.
     """
     z_TC = z_TC.contiguous()
     if not gather:
@@ -107,9 +108,7 @@ def naive_dtr_logits(
     activation: str = "none",
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Eq. 4-5 word for word, with Θ(z) built for every token (T·3r·C numbers): the reference for tests and
-    benchmark.
-    """
+    """Eq. 4-5 as printed, with Θ(z) built for every token (T·3r·C numbers): the reference for tests."""
     z_TC, phi_NC = z_TC.to(dtype), weights.phi_NC.to(dtype)
     logits_TN = z_TC.new_zeros(z_TC.shape[0], phi_NC.shape[0])
     for hyper, index in ((weights.text, ~is_vision_T), (weights.vision, is_vision_T)):
@@ -127,9 +126,8 @@ def naive_dtr_logits(
 class _ProjectByModality(torch.autograd.Function):
     """(e, u) = (W1·z, W2_down·z) of the text tokens, then of the image tokens; e without its bias.
 
-    By hand because autograd would keep a gathered, up-cast copy of z (T·C numbers in fp32) until the
-    backward, and build ∂z out of two scatters into zeros and their sums. docs/router.md has what that is
-    worth.
+    Written by hand, because autograd would keep a gathered and up-cast copy of z (T·C numbers in fp32)
+    until the backward, and would add up ∂z from two scatters into zeros. docs/router.md has measurements.
     """
 
     @staticmethod
@@ -161,10 +159,10 @@ class _ProjectByModality(torch.autograd.Function):
 
 
 class _ProjectMasked(torch.autograd.Function):
-    """(e, u) = (W1·z, W2_down·z) of each token by its modality, side by side [T, P]; e without its bias. All
-    tokens meet both modalities' weights, [2P, C] with text's first.
+    """(e, u) = (W1·z, W2_down·z) of each token by its modality, side by side [T, P]; e without its bias.
 
-    By hand for the reason that `_ProjectByModality` is: what is kept is z as it came.
+    All tokens meet both modalities' weights, which are [2P, C] with text's first. Written by hand for the
+    reason given in `_ProjectByModality`: the backward keeps z as it came.
     """
 
     @staticmethod
@@ -186,9 +184,7 @@ class _ProjectMasked(torch.autograd.Function):
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b; sums and result of bf16 numbers in fp32, on a GPU by its tensor cores, which lose nothing of
-    such products.
-    """
+    """a @ b. Of bf16 factors the sums and the result are fp32; a GPU's tensor cores compute that exactly."""
     if a.dtype == b.dtype == torch.bfloat16:
         if not a.is_cpu and _HAS_OUT_DTYPE:
             return torch.mm(a, b, out_dtype=torch.float32)
@@ -201,7 +197,7 @@ def _static_logits(
     z_TC: Tensor, is_vision_T1: Tensor, weights: DtrWeights, activation: str, dtype: torch.dtype
 ) -> Tensor:
     """`dtr_logits` without `gather`."""
-    # bf16 weights stay so before bf16 tokens: their products lose nothing
+    # bf16 weights are not cast for bf16 tokens, because the products are exact in fp32
     is_exact = z_TC.dtype == weights.phi_NC.dtype == torch.bfloat16 and dtype == torch.float32
     halves = weights.text, weights.vision
     both_QC = torch.cat([part for w in halves for part in (w.weight1_hC, w.weight2_down_KJC.flatten(0, 1))])
@@ -223,9 +219,7 @@ def _logits(e_Th: Tensor, u_TKJ: Tensor, hyper: HyperWeights, phi_NC: Tensor, ac
 
 
 def _mix(e_Th: Tensor, u_TKJ: Tensor, bias: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    """ê [T, 1, K] and s = SwiGLU(Θ_down·z) [T, r], from the two projections of T tokens (e without its
-    bias).
-    """
+    """ê [T, 1, K] and s = SwiGLU(Θ_down·z) [T, r], from the two projections, e without its bias."""
     e_T1K = F.pad(ACTIVATIONS[activation](e_Th + bias), (0, 1), value=1.0)[:, None]
     return e_T1K, _swiglu(
         torch.bmm(e_T1K, u_TKJ.view(-1, e_T1K.shape[2], u_TKJ.shape[1] // e_T1K.shape[2]))[:, 0]
@@ -233,7 +227,7 @@ def _mix(e_Th: Tensor, u_TKJ: Tensor, bias: Tensor, activation: str) -> tuple[Te
 
 
 def _folded(weight2_up_KrC: Tensor, phi_NC: Tensor) -> Tensor:
-    """φ·Θ_up's K terms side by side, [r, K·N]: before any token is seen."""
+    """The K terms of φ·Θ_up side by side, [r, K·N]. They do not depend on tokens."""
     K, r, C = weight2_up_KrC.shape
     return F.linear(weight2_up_KrC.view(-1, C), phi_NC).view(K, r, -1).transpose(0, 1).reshape(r, -1)
 

@@ -1,11 +1,10 @@
-"""The DTR on Triton kernels: the function of `maths.dtr_logits` with nothing read back by the host, so CUDA
-graphs can hold it.
+"""The DTR on Triton kernels: the function of `maths.dtr_logits` without any device synchronisation.
 
-Importing this imports Triton; `kernel.py` says when that may be done. What each pass reads and writes,
-and why the passes are cut where they are, stands in docs/router.md. None of it has run on a GPU yet: tile
-sizes are guesses.
+A CUDA graph can therefore hold it. Importing this file imports Triton; `kernel.py` decides whether that
+happens. docs/router.md says what each pass reads and writes, and why the work is divided into these passes.
+None of it has run on a GPU yet, and the tile sizes are guesses.
 
-Shapes as in `maths.py` and `triton_kernels.py`.
+Shape legend: as in `maths.py` and `triton_kernels.py`.
 """
 
 from __future__ import annotations
@@ -31,9 +30,9 @@ BLOCK_MIX = 16  # tokens of the small kernels, which hold a matrix [r, N] for ea
 def dtr_logits(z_TC: Tensor, is_vision_T: Tensor, weights: DtrWeights, *, activation: str = "none") -> Tensor:
     """Router logits [T, N] in fp32.
 
-    Sums are fp32. Where z and the weights are both bf16, products are of bf16 numbers on tensor cores: exact
-    in fp32 in the forward, while in the backward the projection's gradient is rounded to bf16, as any linear
-    layer's is in bf16 training. Any other pair is computed in fp32.
+    If z and the weights are both bf16, tensor cores multiply bf16 numbers and sum in fp32, which is exact
+    in the forward; in the backward the projection's gradient is rounded to bf16, as that of any linear
+    layer is in bf16 training. Any other pair of types is computed in fp32.
     """
     order_T = torch.argsort(
         is_vision_T.to(torch.uint8), stable=True
@@ -49,8 +48,10 @@ def dtr_logits(z_TC: Tensor, is_vision_T: Tensor, weights: DtrWeights, *, activa
 
 
 class _FusedDtr(torch.autograd.Function):
-    """Everything with a token axis. Keeps eu (T·P numbers in fp32) beside z: reading it costs less than its
-    products again.
+    """Everything that has a token axis.
+
+    The backward keeps eu (T·P numbers in fp32) beside z, because reading it costs less than computing it
+    again.
     """
 
     @staticmethod
@@ -86,9 +87,7 @@ class _FusedDtr(torch.autograd.Function):
 
 
 def _side_by_side(projections: tuple[Tensor, ...] | list[Tensor]) -> Tensor:
-    """W1 over W2_down, text then vision: [M, P, C]. A copy for as long as a pass lasts; the weights are small
-    beside z.
-    """
+    """W1 over W2_down, text then vision: [M, P, C]. A pass makes this copy, which is small beside z."""
     return torch.cat([weight.flatten(0, -2) for weight in projections]).unflatten(0, (2, -1))
 
 
@@ -97,7 +96,7 @@ def _grouped_product(
 ) -> None:
     """Fill `out` with each token's row of `a` times its modality's matrix."""
     (num_tokens, depth), num_columns = a.shape, b_MND.shape[1]
-    # Column tiles come first: those of the same tokens run together and share these in the L2 cache.
+    # Column tiles are the first axis, so that tiles of the same tokens run together and share the L2 cache.
     grid = (triton.cdiv(num_columns, BLOCK_COLUMNS), triton.cdiv(num_tokens, BLOCK_TOKENS) + 1)
     kernels.grouped_product[grid](
         a, b_MND, out, order_T, num_text, num_tokens, num_columns, depth, *b_MND.stride(),
@@ -127,7 +126,7 @@ def _weight_gradient(
 
 
 def _precision(z: Tensor, weight: Tensor, *, round_a: bool) -> dict[str, Any]:
-    """How a product treats its factors; with `round_a` the first is fp32, the projection's gradient."""
+    """How a product treats its factors. With `round_a` the first one is the projection's gradient in fp32."""
     bf16 = z.dtype == weight.dtype == torch.bfloat16
     # Triton's interpreter computes in numpy, which has no bf16
     return dict(ROUND=bf16 and round_a, OPERAND=tl.bfloat16 if bf16 and not _INTERPRETED else tl.float32)
@@ -160,7 +159,7 @@ def _mix_backward(
 def _mix_launch(
     num_tokens: int, folded_MKrN: Tensor, activation: str
 ) -> tuple[tuple[int], tuple[int, ...], dict[str, Any]]:
-    """Grid, sizes and constants that both small kernels share."""
+    """Grid, sizes and constants of the two small kernels."""
     _, K, r, N = folded_MKrN.shape
     sizes = num_tokens, K - 1 + K * 2 * r, K - 1, r, N
     blocks = dict(BLOCK_T=BLOCK_MIX, BLOCK_R=triton.next_power_of_2(r), BLOCK_N=triton.next_power_of_2(N))

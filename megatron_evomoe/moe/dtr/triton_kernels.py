@@ -1,11 +1,12 @@
 """Triton kernels of the DTR: grouped products around two small element-wise ones; `triton.py` launches them.
 
-Shapes as in `maths.py`, and: M = 2 modalities (text, vision) · P = h + K·2r columns of a token's projection
+Shape legend: as in `maths.py`, and M = 2 modalities (text, vision) · P = h + K·2r columns of a token's
+    projection
 eu = [W1·z, W2_down·z].
 
-Rows are tokens sorted by modality, text first; `order[row]` is the token. Where text ends is read from device
-memory, so no shape depends on the data: a launch covers ⌈T / BLOCK_T⌉ + 1 tiles of rows, enough wherever the
-boundary lies, and a tile holds one modality. Sums are fp32 everywhere.
+Rows are tokens sorted by modality, text first; `order[row]` is the token. The kernels read from device
+memory where text ends, so no shape depends on the data. A launch covers ⌈T / BLOCK_T⌉ + 1 tiles of rows,
+which is enough wherever the boundary lies, and each tile holds one modality. All sums are fp32.
 """
 
 import triton

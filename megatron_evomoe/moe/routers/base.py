@@ -2,9 +2,10 @@
 
 Shape legend: s sequence · b batch · T = s·b tokens · C width · N experts · K experts per token.
 
-The way from a token to its logits, what capacity drops, the z-loss and the scale of an expert's output are
-ours. Top-k and the load-balancing loss are `TopKRouter.routing`, the core's own. Words as in the core:
-*logits* leave the gate; *probs* scale the experts' outputs; *routing_map* says which expert gets which token.
+This package computes the logits, the drops by capacity, the z-loss and the scale of an expert's output;
+top-k and the load-balancing loss are megatron-core's (`TopKRouter.routing`). Words are megatron-core's too:
+the gate puts out *logits*, *probs* scale the experts' outputs, and *routing_map* says which expert gets
+which token.
 """
 
 from __future__ import annotations
@@ -37,12 +38,14 @@ Intervention = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def straight_through(probs_TN: Tensor) -> Tensor:
-    """p / stop_gradient(Σ_selected p): top-1 gives exactly 1, top-K the renormalised weights; the gradient is
-    that of p.
+    """p / stop_gradient(Σ_selected p): 1 for top-1, renormalised weights for top-K, with the gradient of p.
 
-    Unlike weights that are renormalised before the gradient is taken, these let every expert's logit learn,
-    also for K = 1. A token that capacity dropped keeps weight 0, and one that lost some of its experts shares
-    1 among the rest.
+    With weights that are renormalised before the gradient is taken, no logit would learn for K = 1; with
+    these every expert's logit does. A token that capacity dropped keeps weight 0, and the remaining experts
+    of a token that lost some share the weight 1.
+
+    Args:
+        probs_TN: probabilities of the chosen experts, 0 elsewhere.
     """
     mass_T1 = probs_TN.detach().sum(dim=-1, keepdim=True)
     return probs_TN / mass_T1.masked_fill(mass_T1 == 0, 1.0)
@@ -52,7 +55,7 @@ class TypedRouter(TopKRouter):
     """A `TopKRouter` whose gate may read the token types. Subclasses define `logits`.
 
     Raises:
-        ValueError: the two configurations disagree, or `straight_through` is asked of scores that are no
+        ValueError: the two configurations disagree, or `straight_through` is to scale scores that are not a
             softmax over all experts.
     """
 
@@ -67,14 +70,13 @@ class TypedRouter(TopKRouter):
     ) -> None:
         _check(config, moe)
         super().__init__(config=config, pg_collection=pg_collection)
-        self.is_mtp_layer = is_mtp_layer  # an argument of the base class in newer cores, absent in 0.16.1
+        self.is_mtp_layer = is_mtp_layer  # newer versions of the base class take it; 0.16.1 does not
         self.moe = moe
         self.gate_dtype = torch.float64 if config.moe_router_dtype == "fp64" else torch.float32
         self.capacity_factor = config.moe_expert_capacity_factor
         self.config = copy.copy(config)
-        self.config.moe_expert_capacity_factor = (
-            None  # the core would drop by what this rank holds (moe/capacity.py)
-        )
+        # megatron-core would drop by the tokens that this rank holds (moe/capacity.py)
+        self.config.moe_expert_capacity_factor = None
         self.observer: Observer | None = None
         self.intervene: Intervention | None = None
         self.make_parameters()
@@ -120,7 +122,7 @@ class TypedRouter(TopKRouter):
         return self._diagnose(logits, probs, routing_map, token_types.flatten())
 
     def _drop(self, probs: Tensor, routing_map: Tensor, is_padding: Tensor | None) -> tuple[Tensor, Tensor]:
-        """What capacity leaves of the choices. Communicates over the ranks that share the microbatch."""
+        """Take back what exceeds capacity. Communicates over the ranks that share the microbatch."""
         kept = within_capacity(
             probs,
             routing_map,
@@ -133,11 +135,11 @@ class TypedRouter(TopKRouter):
         return probs * kept, kept
 
     def apply_z_loss(self, logits: Tensor, padding_mask: Tensor | None = None) -> Tensor:
-        """Attach the z-loss (ST-MoE, arXiv 2202.08906): coefficient x mean over the microbatch's real tokens
-        of logsumexp².
+        """Attach the z-loss (ST-MoE, arXiv 2202.08906): coefficient x mean of logsumexp² over real tokens.
 
-        The core averages the TP x CP ranks' means, which is another number wherever padding lies unevenly on
-        them, and logs one replica's. Communicates over TP x CP.
+        The mean is over the microbatch. megatron-core averages the means of the TP x CP ranks, which is
+        another number if padding lies unevenly on them, and logs that of one replica. Communicates over TP
+        x CP.
         """
         if self.config.moe_z_loss_coeff is None or not (self.training and torch.is_grad_enabled()):
             return logits
@@ -160,11 +162,11 @@ class TypedRouter(TopKRouter):
     def _diagnose(
         self, logits: Tensor, probs: Tensor, routing_map: Tensor, types_T: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Let the hooks change (evaluation only) and see the decision."""
+        """Let `intervene` change the decision (in evaluation only), and show it to `observer`."""
         if self.observer is None and self.intervene is None:
             return probs, routing_map
         if self.intervene is not None:
-            if self.training:  # recompute would ask twice and could be told two different things
+            if self.training:  # recompute would call it twice and could get two different answers
                 raise ValueError(
                     "router.intervene is for evaluation: call eval() on the model, or set it to None"
                 )
@@ -205,9 +207,8 @@ def _check(config: TransformerConfig, moe: MoEConfig) -> None:
         )
     if config.moe_pad_expert_input_to_capacity:
         raise ValueError(
-            "moe_pad_expert_input_to_capacity fills experts up on each rank, and capacity here is that of "
-            "the "
-            "microbatch; leave it off"
+            "moe_pad_expert_input_to_capacity fills experts up on each rank, but capacity here is the "
+            "microbatch's; leave it off"
         )
     softmax_over_all = config.moe_router_pre_softmax and config.moe_router_score_function == "softmax"
     if moe.router_gate == "straight_through" and not (
@@ -215,8 +216,7 @@ def _check(config: TransformerConfig, moe: MoEConfig) -> None:
     ):
         raise ValueError(
             "router_gate 'straight_through' needs moe_router_pre_softmax=True, "
-            "moe_router_score_function='softmax' and no "
-            f"moe_router_topk_scaling_factor, got {config.moe_router_pre_softmax}, "
-            f"{config.moe_router_score_function!r} and "
-            f"{config.moe_router_topk_scaling_factor}; or use router_gate 'prob'"
+            "moe_router_score_function='softmax' and no moe_router_topk_scaling_factor, got "
+            f"{config.moe_router_pre_softmax}, {config.moe_router_score_function!r} and "
+            f"{config.moe_router_topk_scaling_factor}; set them so, or use router_gate 'prob'"
         )
