@@ -1,7 +1,4 @@
-"""Values of fields that older configurations and checkpoints hold, and what stands in their place now.
-
-A value stays here until the second minor release after the one that replaced it.
-"""
+"""Replaces values of fields that older configurations and checkpoints hold (CONTRIBUTING.md, Deprecation)."""
 
 from __future__ import annotations
 
@@ -9,8 +6,10 @@ import functools
 import logging
 from typing import Any
 
-REPLACED: dict[tuple[str, str], dict[str, str]] = {("moe", "dtr_kernel"): {"auto": "torch"}}
-"""(section, field) -> old value -> new value."""
+REPLACED: dict[tuple[str, str], dict[str, tuple[str, str]]] = {
+    ("moe", "dtr_kernel"): {"auto": ("torch", "0.3.0")},
+}
+"""(section, field) -> old value -> (new value, release that refuses the old one)."""
 
 log = logging.getLogger(__name__)
 
@@ -20,12 +19,13 @@ def current(section: str, name: str, value: Any) -> Any:
     replaced = REPLACED.get((section, name), {})
     if not isinstance(value, str) or value not in replaced:
         return value
-    _report(section, name, value, replaced[value])
-    return replaced[value]
+    new, refused_by = replaced[value]
+    _report(f"{section}.{name}", value, new, refused_by)
+    return new
 
 
 @functools.cache
-def _report(section: str, name: str, old: str, new: str) -> None:
+def _report(field: str, old: str, new: str, refused_by: str) -> None:
     log.warning(
-        "%s.%s = %s is deprecated and is read as %s, which computes the same", section, name, old, new
+        "%s = %s is read as %s; release %s will refuse it, so write %s", field, old, new, refused_by, new
     )

@@ -1,6 +1,6 @@
 """The decoder: megatron-core's `GPTModel` with our layer specs.
 
-b rows, s positions, C width, V vocabulary. Activations are [s, b, C].
+Shape legend: b rows · s positions · C width · V padded vocabulary. Activations are [s, b, C].
 """
 
 from __future__ import annotations
@@ -39,9 +39,7 @@ from megatron_evomoe.parallel import rng, topology
 
 
 class DecoderLayer(TransformerLayer):
-    """A layer whose fresh weights depend on the run's seed and its place in the decoder, not on the rank it
-    lies on.
-    """
+    """A layer whose initial weights depend on the seed and on its place in the decoder, not on the rank."""
 
     def __init__(
         self,
@@ -57,9 +55,9 @@ class DecoderLayer(TransformerLayer):
 
 
 class ParallelResidualLayer(DecoderLayer):
-    """Phi-2's layer, x + attention(norm(x)) + FFN(norm(x)): one norm, one sum. megatron-core has none."""
+    """Phi-2's layer, x + attention(norm(x)) + FFN(norm(x)), which megatron-core does not have."""
 
-    # what of a block's arguments the attention takes; which exist varies by version
+    # Those of a block's arguments that the attention takes; they vary with megatron-core's version.
     _ATTENTION_ARGUMENTS = (
         "rotary_pos_emb",
         "rotary_pos_cos",
@@ -85,8 +83,8 @@ class ParallelResidualLayer(DecoderLayer):
         passed = {k: v for k, v in kwargs.items() if k in self._ATTENTION_ARGUMENTS}
         attended = _with_bias(self.self_attention(normed, attention_mask=attention_mask, **passed))
         if self.recompute_mlp:
-            # The bias is added inside: a parameter that leaves a checkpointed function becomes its own
-            # ancestor.
+            # The bias is added inside, because autograd would recurse through a parameter that leaves a
+            # checkpointed function.
             fed = tensor_parallel.checkpoint(
                 lambda x: _with_bias(self.mlp(x, padding_mask=padding_mask)), False, normed
             )
@@ -111,13 +109,15 @@ def build_language_model(
 ) -> GPTModel:
     """This pipeline stage's part of the decoder.
 
-    Layers designated by ``config.moe`` hold a dense FFN for the kinds align, warmup and dense, the evolving
-    one for `evolve` and the mixture for `route`. Everything else has the same parameter names in all kinds.
+    Layers that ``config.moe`` designates hold a dense FFN in the kinds align, warmup and dense, the
+    evolving FFN in `evolve` and the mixture in `route`. All other parameters have the same names in all
+    kinds.
 
-    The model takes `decoder_input` already scattered for sequence parallelism: images are spliced in before.
+    The model expects `decoder_input` scattered for sequence parallelism, because images are spliced in
+    before.
 
     Raises:
-        ConfigError: see `language_transformer_config` and `padded_vocab_size`.
+        ConfigError: as `language_transformer_config` and `padded_vocab_size`.
     """
     lm = config.language
     logging.getLogger("megatron.core.transformer.transformer_layer").addFilter(_is_news)
@@ -149,8 +149,10 @@ def build_language_model(
 
 
 def _draw_output_layer(model: GPTModel) -> None:
-    """Draw the output matrix again, the whole of it, and keep this rank's rows: its first draws came after
-    the embedding's where one stage holds both, and before any where not.
+    """Draw the whole output matrix again and keep this rank's rows.
+
+    megatron-core draws it after the embedding if one stage holds both, and first if not, so its values would
+    depend on the layout.
     """
     weight = model.output_layer.weight
     with rng.derived("language_model.output_layer"), torch.no_grad():
@@ -160,9 +162,7 @@ def _draw_output_layer(model: GPTModel) -> None:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Whether to log it. The core warns of each layer whose FFN is a subclass of its own; ours ask for their
-    groups.
-    """
+    """Whether to log a record: not megatron-core's warning of each FFN that is a subclass, as ours is."""
     return not record.getMessage().startswith("Unknown MLP type")
 
 
@@ -172,7 +172,7 @@ def language_block_spec(
     stage_kind: StageKind,
     vp_stage: int | None = None,
 ) -> TransformerBlockSubmodules:
-    """The specs of the layers that this pipeline rank and chunk build, and of the norm after the last."""
+    """The specs of the layers of this pipeline rank and chunk, and of the norm behind the last layer."""
     pattern = config.moe.layer_pattern(config.language.num_layers)
     specs = {bool(moe): _layer_spec(config, stage_kind, bool(moe)) for moe in set(pattern)}
     first = get_transformer_layer_offset(transformer_config, vp_stage=vp_stage)
@@ -184,11 +184,14 @@ def language_block_spec(
 
 
 def _layer_spec(config: RunConfig, stage_kind: StageKind, designated: bool) -> ModuleSpec:
-    """One layer. `designated`: a layer that is, or will become, a mixture.
+    """The spec of one layer.
 
-    Transformer Engine can fuse a norm into the linear layer behind it and then renames the norm's weights.
-    Designated layers keep the norm before the FFN apart, in every kind, because a mixture has no linear layer
-    to fuse it into; a norm that attention and FFN share cannot be fused either.
+    Transformer Engine can fuse a norm into the linear layer behind it, and then renames the norm's weights.
+    Designated layers keep the norm before the FFN unfused in every stage kind, because a mixture has no
+    linear layer behind it; a norm that attention and FFN share is not fused either.
+
+    Args:
+        designated: whether the layer is, or will become, a mixture.
     """
     lm = config.language
     use_te = resolve_transformer_impl(config) == "transformer_engine"
@@ -197,7 +200,7 @@ def _layer_spec(config: RunConfig, stage_kind: StageKind, designated: bool) -> M
     fuse_ffn_norm = fuse_attention_norm and not designated
     fused, unfused = backend.column_parallel_layer_norm_linear(), backend.column_parallel_linear()
     qk_norm = norm if lm.qk_layernorm else IdentityOp
-    renamed = {}  # to Transformer Engine's names, so that checkpoints move between both implementations
+    renamed = {}  # to Transformer Engine's names, so that both implementations read the same checkpoints
     if not use_te and not lm.parallel_residual:
         renamed["input_layernorm."] = "self_attention.linear_qkv.layer_norm_"
         if not designated:
@@ -232,7 +235,7 @@ def _layer_spec(config: RunConfig, stage_kind: StageKind, designated: bool) -> M
 
 
 def _ffn_spec(config: RunConfig, stage_kind: StageKind, use_te: bool, linear_fc1: type) -> Any:
-    """The FFN of a layer; anything but `evolve` and `route` is dense."""
+    """The spec of a layer's FFN, which is dense in every kind but `evolve` and `route`."""
     if stage_kind == StageKind.ROUTE:
         spec = moe_layer_spec(config.moe, use_te)
         return allow_expert_biases(spec) if config.language.add_bias_linear and not use_te else spec
@@ -255,10 +258,8 @@ def _norm(use_te: bool) -> type:
 
 
 def _add_output_bias(model: GPTModel) -> None:
-    """Give the output layer the bias (Phi-2's) that `GPTModel` has no argument for: [V / TP], zero at the
-    start.
-    """
+    """Give the output layer a bias [V / TP] of zeros, as Phi-2 has; `GPTModel` has no argument for it."""
     layer = model.output_layer
     layer.bias = torch.nn.Parameter(torch.zeros_like(layer.weight[:, 0]))
     set_tensor_model_parallel_attributes(layer.bias, True, 0, 1)
-    layer.bias.allreduce = True  # reduced over all data-parallel ranks, as the weight is
+    layer.bias.allreduce = True  # its gradient is reduced over all data-parallel ranks, as the weight's is

@@ -1,6 +1,8 @@
-"""Encode, project, splice, decode: the vision-language model composed of megatron-core parts.
+"""The vision-language model, composed of megatron-core parts: encode, project, splice, decode.
 
-b rows, s positions, C width, n images of t positions each. Activations inside the decoder are [s, b, C].
+Shape legend: b rows · s positions · C width · V vocabulary · n images of t positions each · S side of an
+    image in
+pixels. Activations inside the decoder are [s, b, C].
 """
 
 from __future__ import annotations
@@ -23,10 +25,10 @@ from megatron_evomoe.parallel import rng, topology
 
 
 class LlavaModel(MegatronModule):
-    """Vision tower and projector (first pipeline stage only) before a `GPTModel`.
+    """A vision tower and a projector, which the first pipeline stage holds, before a `GPTModel`.
 
-    `forward` gives the loss per position where labels are given and this is the last stage, logits without
-    labels, and hidden states on earlier stages.
+    On the last pipeline stage `forward` returns the loss of each position, or logits without labels; on
+    earlier stages it returns hidden states.
     """
 
     def __init__(
@@ -60,15 +62,15 @@ class LlavaModel(MegatronModule):
         self._normalize = processor_for(config).normalize
 
     def set_input_tensor(self, input_tensor: torch.Tensor) -> None:
-        """Hidden states from the stage before; called by the schedule."""
+        """Take the hidden states of the stage before. megatron-core's schedule calls this."""
         self.language_model.set_input_tensor(input_tensor)
 
     def shared_embedding_or_output_weight(self) -> torch.Tensor:
-        """The tied matrix; gradient finalisation sums it over first and last stage."""
+        """The tied matrix, whose gradient megatron-core sums over the first and the last stage."""
         return self.language_model.shared_embedding_or_output_weight()
 
     def vision_features(self, pixels: torch.Tensor) -> torch.Tensor:
-        """uint8 [n, 3, S, S] to the tower's features [n, t, C]. A frozen tower runs without autograd."""
+        """Features [n, t, C of the tower] of uint8 pixels [n, 3, S, S]; a frozen tower has no autograd."""
         assert self.vision_model is not None
         normalized = self._normalize(pixels, self.config.params_dtype)
         trains_tower = any(p.requires_grad for p in self.vision_model.parameters())
@@ -76,21 +78,24 @@ class LlavaModel(MegatronModule):
             return self.vision_model(normalized)
 
     def encode_images(self, images: torch.Tensor) -> torch.Tensor:
-        """uint8 pixels [n, 3, S, S], or features [n, t, C] that a frozen tower made of them before, to [n, t,
-        C of the decoder].
+        """Images in the decoder's space, [n, t, C].
+
+        Args:
+            images: uint8 pixels [n, 3, S, S], or features [n, t, C of the tower] that were kept of them.
         """
         assert self.vision_projection is not None
         return self.vision_projection(images if images.dim() == 3 else self.vision_features(images))
 
     def embed(self, tokens: torch.Tensor, token_types: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-        """Word embeddings with image features at the vision positions, [s, b, C] (this rank's part of s under
-        SP).
+        """Word embeddings with image features at the vision positions, [s, b, C].
+
+        Under sequence parallelism s is this rank's part of the positions. Arguments are those of `forward`.
         """
         words = self.language_model.embedding(input_ids=tokens, position_ids=_positions(tokens))
         is_vision = token_types == TokenType.VISION
         features = self.encode_images(images).to(words.dtype)
-        # With no image at all `features` is [0, t, C]: the scatter moves nothing, and its backward still
-        # hands every projector parameter a zero gradient, so ranks with and without images stay in step.
+        # Without any image `features` is [0, t, C]. The scatter then moves nothing, but its backward still
+        # gives every parameter of the projector a zero gradient, which other data-parallel ranks wait for.
         spliced = words.transpose(0, 1).masked_scatter(is_vision.unsqueeze(-1), features)
         hidden = spliced.transpose(0, 1).contiguous()
         if self.config.sequence_parallel:
@@ -99,8 +104,8 @@ class LlavaModel(MegatronModule):
             self.config.recompute_modules or ()
         )
         if self.training and recomputes:
-            # Re-entrant recompute drops the gradients inside a block none of whose inputs wants one, as below
-            # the first trained FFN of `evolve`.
+            # Re-entrant recompute gives no gradients inside a block if none of its inputs needs one, as
+            # below the first trained FFN of `evolve`.
             hidden = hidden if hidden.requires_grad else hidden.detach().requires_grad_()
         return hidden
 
@@ -131,7 +136,7 @@ class LlavaModel(MegatronModule):
         if self.config.sequence_parallel:
             tp = self.config.tensor_model_parallel_size
             token_types = token_types.chunk(tp, dim=1)[topology.current().tensor.rank].contiguous()
-        # ignored positions get some valid id; the caller masks their loss
+        # Ignored positions get a valid id, because the caller masks their loss.
         targets = labels.masked_fill(labels == IGNORE_INDEX, 0) if labels is not None else None
         return self.language_model(
             input_ids=tokens,
@@ -145,7 +150,7 @@ class LlavaModel(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict:
-        """Parts under `vision_model.`, `vision_projection.` and `language_model.`."""
+        """The parts' entries under `vision_model.`, `vision_projection.` and `language_model.`."""
         out = {}
         for name in MODULES:
             module = getattr(self, name)

@@ -1,4 +1,7 @@
-"""FFN parts as a `TransformerLayer` wants them, whichever megatron-core is installed."""
+"""Specs of the FFN for megatron-core's `TransformerLayer`, for the versions 0.16 and 0.19.
+
+Shape legend: C width · tokens are the rows of an expert's input.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,9 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 
 
 def dense_mlp_spec(linear_fc1: type, linear_fc2: type) -> Any:
-    """What `TransformerLayerSubmodules.mlp` takes: a `ModuleSpec` on 0.16.1, a builder on newer cores (seen:
-    0.19.2), which turn a `ModuleSpec` into that builder themselves, with a warning for each layer.
+    """What `TransformerLayerSubmodules.mlp` takes: a `ModuleSpec` with 0.16.1, a builder with 0.19.2.
+
+    Newer versions turn a `ModuleSpec` into that builder themselves, with a warning for each layer.
     """
     submodules = MLPSubmodules(linear_fc1=linear_fc1, linear_fc2=linear_fc2)
     if hasattr(MLP, "as_mlp_submodule"):
@@ -24,9 +28,9 @@ def dense_mlp_spec(linear_fc1: type, linear_fc2: type) -> Any:
 class BiasedExpertOutput(RowParallelLinear):
     """`RowParallelLinear` for experts that have biases (Phi-2's).
 
-    The core's `MLP` adds an expert's output bias in place (0.16.1 and 0.19.2). Without expert parallelism the
-    output it writes to is a view made by an autograd function, which autograd refuses: "is a view and is
-    being modified inplace".
+    megatron-core's `MLP` adds an expert's output bias in place (0.16.1 and 0.19.2). Without expert
+    parallelism that output is a view which an autograd function made, and autograd refuses to change it
+    ("is a view and is being modified inplace").
     """
 
     def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -36,7 +40,7 @@ class BiasedExpertOutput(RowParallelLinear):
 
 
 def allow_expert_biases(moe_spec: Any) -> Any:
-    """Make the spec of a local MoE layer (a fresh one) train with ``add_bias_linear``."""
+    """Change the spec of a local MoE layer, in place, so that it trains with ``add_bias_linear``."""
     experts = _submodules(_submodules(moe_spec).experts)
     assert experts.linear_fc2 is RowParallelLinear, "only the local experts need this"
     experts.linear_fc2 = BiasedExpertOutput

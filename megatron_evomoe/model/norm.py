@@ -1,4 +1,4 @@
-"""The norm of the local (no Transformer Engine) layers."""
+"""The norm of the local layers, those without Transformer Engine."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _NORMS: dict[str, type[torch.nn.Module]] = {"LayerNorm": torch.nn.LayerNorm, "RM
 class TorchNorm:
     """PyTorch's LayerNorm or RMSNorm, by ``config.normalization``, over the last dimension.
 
-    It stands where megatron-core would put ``WrappedTorchNorm``, which refuses sequence parallelism, while
-    `MoELayer` refuses to train with TP > 1 without it. Under sequence parallelism each TP rank normalises its
-    own positions, so the weights see partial gradients; marking them ``sequence_parallel`` makes
-    `finalize_model_grads` add those up.
+    megatron-core's ``WrappedTorchNorm`` refuses sequence parallelism, without which `MoELayer` refuses to
+    train with TP > 1. Under sequence parallelism each TP rank normalises its own positions, so its
+    gradients of the weights are partial; the mark ``sequence_parallel`` makes `finalize_model_grads` sum
+    them.
     """
 
     def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> torch.nn.Module:  # type: ignore[misc]

@@ -1,10 +1,10 @@
-"""What only a GPU with Transformer Engine can do, in megatron-core's words: FP8 and fused kernels.
+"""Settings that need a GPU with Transformer Engine: FP8 and fused kernels, as fields of megatron-core.
 
-FP8 is the language decoder's alone. megatron-core enters it around the layers of a block whose configuration
-says so, and there only Transformer Engine's linear layers take it up. So routers and hypernetworks (plain
-matrix products, in fp32), norms, softmax, embedding, output layer and the state of evolution stay out by
-construction; the vision tower and the projector because their configurations never say so: CLIP-L/336's 577
-positions per image are no multiple of what an FP8 product needs.
+Only the language decoder computes in FP8. megatron-core enables FP8 around the layers of a block whose
+configuration asks for it, and there only Transformer Engine's linear layers use it. Routers and hypernetworks
+(plain matrix products in fp32), norms, softmax, embedding, output layer and the state of evolution therefore
+never do. The configurations of the vision tower and of the projector do not ask for FP8, because the 577
+positions per image of CLIP-L/336 are not a multiple of what an FP8 product needs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megatron_evomoe.config import ConfigError, RunConfig
 
 Capability = tuple[int, int]
 
-# Transformer Engine's own limits (2.11); 12.x lacks some transposed forms of mxfp8
+# Transformer Engine's limits (2.11); it lacks some transposed forms of mxfp8 for compute capability 12.x
 _LOWEST: dict[str, Capability] = {
     "delayed": (8, 9),
     "tensorwise": (8, 9),
@@ -29,31 +29,36 @@ _LOWEST: dict[str, Capability] = {
 }
 _MXFP8_BELOW: Capability = (12, 0)
 
-# Rows of an FP8 product come in multiples of this: 16 for the weight gradient's, else the recipe's block
+# The number of rows of an FP8 product is a multiple of this: 16 for the weight's gradient, or the recipe's
+# block
 _ROWS = {"delayed": 16, "tensorwise": 16, "blockwise": 128, "mxfp8": 32}
 
 
 def language_settings(config: RunConfig, *, use_te: bool, capability: Capability | None) -> dict[str, Any]:
     """Fields of the decoder's `TransformerConfig`. With the local layers everything is off.
 
-    capability: the GPU's compute capability, (9, 0) for Hopper; none without a GPU.
+    Args:
+        use_te: whether the layers are Transformer Engine's.
+        capability: the GPU's compute capability, such as (9, 0) for Hopper; None without a GPU.
 
     Raises:
-        ConfigError: FP8 is asked for and the GPU has no such recipe, or there is none.
+        ConfigError: FP8 is asked for, and there is no GPU or it does not support the recipe.
     """
     return {**_fusions(config, use_te), **_fp8(config, use_te, capability)}
 
 
 def sequence_multiple(config: RunConfig) -> int:
-    """What sequence lengths are padded to: each tensor-parallel rank's part must hold whole rows of an FP8
-    product.
-    """
+    """The multiple to which sequence lengths are padded, so that each TP rank's part fits an FP8 product."""
     rows = _ROWS[config.gpu.fp8_recipe] if config.gpu.fp8_format else 1
     return config.parallel.tensor_model_parallel_size * rows
 
 
 def check_sequence(config: RunConfig) -> None:
-    """Raise `ConfigError` where the longest sequence could not be padded."""
+    """Check that the longest sequence can be padded.
+
+    Raises:
+        ConfigError: `seq_length` is not a multiple of `sequence_multiple`.
+    """
     multiple = sequence_multiple(config)
     if config.data.seq_length % multiple:
         raise ConfigError(
@@ -64,7 +69,7 @@ def check_sequence(config: RunConfig) -> None:
 
 @contextlib.contextmanager
 def without_fp8(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
-    """Run the decoder in its own dtype inside: answers grow by one token at a time, to any length."""
+    """Inside, the decoder computes in its own dtype, since an answer grows by one token to any length."""
     configs = {id(c): c for c in map(get_model_config, chunks)}.values()
     formats = [c.fp8 for c in configs]
     for core in configs:
@@ -85,7 +90,7 @@ def _fusions(config: RunConfig, use_te: bool) -> dict[str, Any]:
     return {
         "apply_rope_fusion": chosen(gpu.apply_rope_fusion),
         "moe_permute_fusion": chosen(gpu.moe_permute_fusion),
-        # the core rounds its gradient to bf16, whatever the parameters are (0.16.1 and 0.19.2)
+        # megatron-core rounds its gradient to bf16, whatever the parameters' type (0.16.1 and 0.19.2)
         "cross_entropy_loss_fusion": chosen(gpu.cross_entropy_loss_fusion, by_default=config.train.bf16),
     }
 
@@ -108,7 +113,7 @@ def _fp8(config: RunConfig, use_te: bool, capability: Capability | None) -> dict
         "first_last_layers_bf16": gpu.first_last_layers_bf16,
         "num_layers_at_start_in_bf16": gpu.num_layers_at_start_in_bf16,
         "num_layers_at_end_in_bf16": gpu.num_layers_at_end_in_bf16,
-        # its name today; moe_router_padding_for_fp8 is the old one, with a warning
+        # moe_router_padding_for_fp8 is megatron-core's old name of it, and gives a warning
         "moe_router_padding_for_quantization": gpu.moe_router_padding_for_fp8,
     }
 
@@ -120,10 +125,9 @@ def _check_capability(recipe: str, capability: Capability) -> None:
         remedy = f"choose {' or '.join(fits)}" if fits else "leave fp8_format out"
         raise ConfigError(
             f"fp8_recipe {recipe} needs compute capability {'{}.{}'.format(*_LOWEST[recipe])}, this GPU has "
-            f"{has}; "
-            f"{remedy}"
+            f"{has}; {remedy}"
         )
     if recipe == "mxfp8" and capability >= _MXFP8_BELOW:
         raise ConfigError(
-            f"fp8_recipe mxfp8 is not there yet for compute capability {has}; choose tensorwise"
+            f"Transformer Engine has no fp8_recipe mxfp8 for compute capability {has}; choose tensorwise"
         )

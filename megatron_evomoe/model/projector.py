@@ -1,6 +1,6 @@
-"""Vision features into the language model's space.
+"""The projector, which maps vision features into the language model's space.
 
-n images, t positions each, Cv the tower's width, C the language model's.
+Shape legend: n images · t positions of each · Cv width of the tower · C width of the language model.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from megatron_evomoe.model.transformer_config import projector_transformer_confi
 def build_projector(config: RunConfig) -> MultimodalProjector:
     """LLaVA's ``mlp2x_gelu``, [n, t, Cv] -> [n, t, C].
 
-    With n = 0 it returns [0, t, C], through which every weight still gets a (zero) gradient. The core's own
-    parallel linears serve with Transformer Engine too: the layers are small and must take zero rows.
+    With n = 0 it returns [0, t, C], through which every weight still gets a (zero) gradient.
+    megatron-core's parallel linear layers are used with Transformer Engine too, because these layers are
+    small and must accept zero rows.
     """
     return MultimodalProjector(
         projector_transformer_config(config),

@@ -1,9 +1,9 @@
-"""Our configuration in megatron-core's words: one `TransformerConfig` for each part of the model.
+"""Translates our configuration into megatron-core's: one `TransformerConfig` for each part of the model.
 
-Whatever changes the maths of a pretrained model is decided here, explicitly: a core default that changes
-between versions must not change ours. Traps (each pinned by ``tests/parity/test_dense_hf.py``): the core's
-fused bias+GELU is the tanh GELU, whatever was asked for; masked-softmax fusion needs kernels that no wheel
-ships.
+Every field that changes the maths of a pretrained model is set here explicitly, so that a default which
+changes between versions of megatron-core does not change the model. Two traps, each pinned by
+``tests/parity/test_dense_hf.py``: megatron-core's fused bias+GELU is the tanh GELU, whatever was asked for,
+and masked-softmax fusion needs kernels that no wheel contains.
 """
 
 from __future__ import annotations
@@ -35,9 +35,7 @@ def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
 
 
 def quick_gelu(x: torch.Tensor) -> torch.Tensor:
-    """CLIP's GELU, x·σ(1.702·x). The core's own is wrapped in ``torch.compile``, which needs a C++ compiler
-    on CPU.
-    """
+    """CLIP's GELU, x·σ(1.702·x). megatron-core's is compiled, which needs a C++ compiler on a CPU."""
     return x * torch.sigmoid(1.702 * x)
 
 
@@ -52,10 +50,10 @@ _shapes_only: contextvars.ContextVar[bool] = contextvars.ContextVar("shapes_only
 
 
 class _OnMeta(TorchFunctionMode):
-    """Everything that is created has a shape and no memory, also where a device is asked for.
+    """Creates every tensor on the meta device: with a shape and without memory.
 
-    ``torch.device("meta")`` would leave alone explicit devices, which the core gives on GPUs, and factories
-    that `parallel.cpu` has wrapped.
+    ``torch.device("meta")`` does not cover calls that name a device, as megatron-core's do on GPUs, nor the
+    factories that `parallel.cpu` has wrapped.
     """
 
     _FACTORIES = frozenset(
@@ -74,9 +72,7 @@ class _OnMeta(TorchFunctionMode):
 
 @contextlib.contextmanager
 def shapes_only() -> Iterator[None]:
-    """Inside, the builders of ``model/`` make models of any size on the meta device: shapes and counts, no
-    weights.
-    """
+    """Inside, the builders of ``model/`` make models of any size without weights, for names and shapes."""
     token = _shapes_only.set(True)
     try:
         with _OnMeta():
@@ -88,11 +84,11 @@ def shapes_only() -> Iterator[None]:
 def resolve_transformer_impl(config: RunConfig) -> str:
     """``local`` or ``transformer_engine``.
 
-    ``auto`` takes Transformer Engine where CUDA is there and it imports. Without CUDA nothing here imports
-    it.
+    ``auto`` means Transformer Engine if there is a CUDA device and it imports. Without CUDA it is not
+    imported.
 
     Raises:
-        ConfigError: Transformer Engine was asked for, or is needed by another setting, and cannot be had.
+        ConfigError: Transformer Engine is asked for, or needed by another setting, and cannot be used.
     """
     wanted = config.train.transformer_impl
     available = backend.on_gpu() and _have_transformer_engine()
@@ -127,10 +123,10 @@ def _have_transformer_engine() -> bool:
 
 
 def language_transformer_config(config: RunConfig) -> TransformerConfig:
-    """The decoder's configuration; the same for every stage kind, so that checkpoints of all stages agree.
+    """The decoder's configuration, the same for every stage kind, so that checkpoints of all stages agree.
 
     Raises:
-        ConfigError: megatron-core refuses the combination, or would run it wrongly.
+        ConfigError: megatron-core refuses the combination of settings, or would compute something else.
     """
     lm, moe, train, parallel = config.language, config.moe, config.train, config.parallel
     full, selective = train.recompute_granularity == "full", train.recompute_granularity == "selective"
@@ -148,14 +144,14 @@ def language_transformer_config(config: RunConfig) -> TransformerConfig:
         layernorm_epsilon=lm.norm_epsilon,
         activation_func=ACTIVATIONS[lm.activation],
         gated_linear_unit=lm.gated_linear_unit,
-        # only this pair's fused kernel computes the same function
+        # megatron-core's fused kernels compute the same function for this pair alone
         bias_activation_fusion=backend.on_gpu() and lm.activation == "silu" and lm.gated_linear_unit,
         bias_dropout_fusion=backend.on_gpu() and not lm.add_bias_linear,
         add_bias_linear=lm.add_bias_linear,
         add_qkv_bias=lm.add_qkv_bias,
         qk_layernorm=lm.qk_layernorm,
         rotary_interleaved=False,
-        # Hugging Face counts the query's own position, megatron-core only those before it
+        # Hugging Face counts the query's own position, megatron-core only the positions before it
         window_size=(lm.window_size - 1, 0) if lm.window_size else None,
         recompute_granularity=train.recompute_granularity,
         recompute_method="uniform" if full else None,
@@ -163,9 +159,9 @@ def language_transformer_config(config: RunConfig) -> TransformerConfig:
         recompute_modules=list(train.recompute_modules) if selective else None,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=virtual_stages(config),
-        # With two stages of several chunks each rank sends forward and backward to the same peer; batched,
-        # the messages carry nothing to tell them apart and gradients arrive as activations. Overlapped ones
-        # go through a group each.
+        # With two stages of several chunks a rank sends activations and gradients to the same peer. Nothing
+        # tells them apart in batched messages, and gradients would arrive as activations. Overlapped messages
+        # use a group for each direction.
         overlap_p2p_comm=virtual_stages(config) is not None,
         batch_p2p_comm=virtual_stages(config) is None,
         context_parallel_size=parallel.context_parallel_size,
@@ -176,8 +172,9 @@ def language_transformer_config(config: RunConfig) -> TransformerConfig:
         moe_layer_freq=moe.layer_pattern(lm.num_layers),
         moe_ffn_hidden_size=lm.ffn_hidden_size,
         moe_router_topk=moe.moe_router_topk,
-        # probabilities over all experts, then the choice: a softmax over one chosen logit is 1 and teaches
-        # nothing, and `router_gate` is defined on these for any K
+        # The softmax is over all experts, before the choice: over a single chosen logit it would be the
+        # constant 1, from which nothing learns, and `router_gate` is defined on these probabilities for
+        # every K.
         moe_router_pre_softmax=True,
         moe_router_dtype="fp32",
         moe_router_load_balancing_type="aux_loss",
@@ -195,7 +192,7 @@ def language_transformer_config(config: RunConfig) -> TransformerConfig:
 
 
 def _check_language(config: RunConfig) -> None:
-    """What megatron-core accepts and then fails at later, obscurely (seen with 0.16.1)."""
+    """Refuse what megatron-core accepts and then fails at later with an obscure error (seen with 0.16.1)."""
     lm, train, tp = config.language, config.train, config.parallel.tensor_model_parallel_size
     local = resolve_transformer_impl(config) == "local"
     dtr_kernel.check(config.moe.dtr_kernel)  # in the first stage, not when one with a mixture begins
@@ -209,8 +206,7 @@ def _check_language(config: RunConfig) -> None:
     if local and recomputed & {"layernorm", "moe_act"}:
         raise ConfigError(
             "recompute_modules layernorm and moe_act need Transformer Engine, and this run uses the local "
-            "layers; "
-            "take them out"
+            "layers; take them out"
         )
     if lm.parallel_residual and "layernorm" in recomputed:
         raise ConfigError(
@@ -218,27 +214,23 @@ def _check_language(config: RunConfig) -> None:
             "FFN and is kept; take layernorm out"
         )
     if lm.parallel_residual and "mlp" in recomputed and config.gpu.fp8_format:
-        # recomputed outside of what FP8's second forward needs to be told (the core has `te_checkpoint` for
-        # its own layer)
+        # It would be recomputed outside of the context that FP8's second forward needs; megatron-core has
+        # `te_checkpoint` for this in its own layer.
         raise ConfigError(
             "recompute_modules names mlp, which a parallel_residual layer cannot recompute in FP8; take mlp "
-            "out, or "
-            "set recompute_granularity to full"
+            "out, or set recompute_granularity to full"
         )
     if lm.add_bias_linear and not lm.parallel_residual and "mlp" in recomputed:
-        # the core's layer lets the bias leave the checkpointed function, and the backward recurses until
-        # memory is gone
+        # In megatron-core's layer the bias leaves the checkpointed function, and the backward recurses until
+        # memory is exhausted.
         raise ConfigError(
             "recompute_modules names mlp, which megatron-core cannot recompute with add_bias_linear; take "
-            "mlp "
-            "out, or set recompute_granularity to full"
+            "mlp out, or set recompute_granularity to full"
         )
 
 
 def vision_transformer_config(config: RunConfig) -> TransformerConfig:
-    """The image encoder's: tensor parallel at most, on one pipeline stage, its sequence never split, nothing
-    recomputed.
-    """
+    """The vision tower's configuration: TP alone divides it, and nothing in it is recomputed."""
     vision = config.vision
     return _build(
         config,
@@ -258,10 +250,9 @@ def vision_transformer_config(config: RunConfig) -> TransformerConfig:
 
 
 def projector_transformer_config(config: RunConfig) -> TransformerConfig:
-    """LLaVA's mlp2x_gelu: Linear, exact GELU, Linear, with biases.
+    """The projector's configuration, LLaVA's mlp2x_gelu: linear, exact GELU, linear, with biases.
 
-    Weights start with the spread of ``torch.nn.Linear``'s own initialisation, as in LLaVA, rather than a
-    fixed 0.02.
+    Weights start with the spread of ``torch.nn.Linear``'s initialisation, as in LLaVA, and not with 0.02.
     """
     lm, vision = config.language, config.vision
     return _build(
@@ -280,7 +271,7 @@ def projector_transformer_config(config: RunConfig) -> TransformerConfig:
 
 
 def _build(config: RunConfig, **values: Any) -> TransformerConfig:
-    """What all parts share, with `values` over it."""
+    """A `TransformerConfig` of what all parts share and of `values`, which override that."""
     dtype = torch.bfloat16 if config.train.bf16 else torch.float32
     weightless = _shapes_only.get()
     shared = {
@@ -298,7 +289,8 @@ def _build(config: RunConfig, **values: Any) -> TransformerConfig:
         "gradient_accumulation_fusion": backend.on_gpu() and _have_fused_weight_gradient(),
         "calculate_per_token_loss": False,
         "deterministic_mode": config.train.deterministic_mode and backend.on_gpu(),
-        # each layer under its own key, since layers differ; the same key in every stage and layout
+        # Each layer has a key of its own in checkpoints, because layers differ; it is the same in every
+        # layout.
         "hetereogenous_dist_checkpoint": True,
     }
     try:

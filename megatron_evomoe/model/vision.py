@@ -1,6 +1,6 @@
-"""The image encoder: megatron-core's ViT in CLIP's or SigLIP's shape, cut off at the feature layer.
+"""The vision tower: megatron-core's ViT in CLIP's or SigLIP's shape, up to the feature layer.
 
-n images of S×S pixels, p patches and t output positions each, C the tower's width.
+Shape legend: n images of S×S pixels · t output positions of each · C width of the tower.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from megatron_evomoe.model.transformer_config import resolve_transformer_impl, v
 
 
 class VisionTower(CLIPViTModel):
-    """`CLIPViTModel` that ends at the feature layer, selects positions and takes batches without images.
+    """A `CLIPViTModel` that ends at the feature layer, selects positions and accepts batches without images.
 
-    The tower's own final norm is absent: LLaVA reads hidden states from before it, at whatever layer.
+    It lacks the tower's final norm, because LLaVA reads the hidden states of a layer from before that norm.
     """
 
     def __init__(self, config: RunConfig, pg_collection: ProcessGroupCollection | None = None) -> None:
@@ -50,7 +50,7 @@ class VisionTower(CLIPViTModel):
         self.conv1.to(transformer_config.params_dtype)
         self.num_skipped = int(has_class_token and vision.feature_select == "patch")
         if transformer_config.perform_initialization:
-            # the core leaves these at N(0, 1), where CLIP and SigLIP start near 0.02
+            # megatron-core leaves these at N(0, 1); CLIP and SigLIP start with a deviation near 0.02
             with torch.no_grad():
                 transformer_config.init_method(self.position_embeddings.weight)
                 if has_class_token:
@@ -61,11 +61,11 @@ class VisionTower(CLIPViTModel):
 
         Args:
             pixels: float [n, 3, S, S], normalised; n may be 0, and must be the same on all TP ranks.
-            attention_mask: None; every patch sees every other.
+            attention_mask: None, because every patch attends to every other.
 
         Returns:
-            [n, t, C]. Where n is 0 and the tower trains, one blank image is run and cut away, so that every
-            parameter still gets a (zero) gradient and no data-parallel rank waits for it.
+            [n, t, C]. If n is 0 and the tower trains, one blank image is run and its output dropped, so
+            that every parameter still gets a (zero) gradient, which other data-parallel ranks wait for.
         """
         pixels = pixels.to(self.conv1.weight.dtype)
         if pixels.shape[0] == 0:
@@ -76,12 +76,12 @@ class VisionTower(CLIPViTModel):
 
 
 def build_vision_model(config: RunConfig, pg_collection: ProcessGroupCollection | None = None) -> VisionTower:
-    """The tower of ``config.vision``: pixels [n, 3, S, S] to features [n, ``tokens_per_image``, C]."""
+    """The tower of ``config.vision``, which maps pixels [n, 3, S, S] to features [n, t, C]."""
     return VisionTower(config, pg_collection)
 
 
 def _local_layer_spec() -> ModuleSpec:
-    # not the core's get_vit_layer_with_local_spec(): in 0.16.1 that one is causal
+    # megatron-core's get_vit_layer_with_local_spec() is not used, because in 0.16.1 its attention is causal
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -99,7 +99,7 @@ def _local_layer_spec() -> ModuleSpec:
             pre_mlp_layernorm=TorchNorm,
             mlp=dense_mlp_spec(ColumnParallelLinear, RowParallelLinear),
             mlp_bda=get_bias_dropout_add,
-            # Transformer Engine's names, so that checkpoints move between both implementations
+            # Transformer Engine's names, so that both implementations read the same checkpoints
             sharded_state_dict_keys_map={
                 "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
                 "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",

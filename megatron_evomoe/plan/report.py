@@ -39,10 +39,9 @@ def _stage(plan: StagePlan, machine: Machine, top: int) -> Iterator[str]:
     yield ""
     yield (
         f"stage {plan.name} ({plan.kind}): {len(plan.fits)} layouts fit, {too_big} are too big, {refused} "
-        "cannot run "
-        f"(micro_batch_size {train.micro_batch_size}, global_batch_size {train.global_batch_size}, "
-        f"seq_length {plan.config.data.seq_length}, {precision}, distributed optimizer "
-        f"{'on' if plan.config.parallel.use_distributed_optimizer else 'off'})"
+        f"cannot run (micro_batch_size {train.micro_batch_size}, global_batch_size "
+        f"{train.global_batch_size}, seq_length {plan.config.data.seq_length}, {precision}, distributed "
+        f"optimizer {'on' if plan.config.parallel.use_distributed_optimizer else 'off'})"
     )
     for i, e in enumerate(shown[:top]):
         yield from _row(i + 1, e, plan.kind, _why(e, shown[0]))
@@ -165,8 +164,7 @@ def _whole(plans: Sequence[StagePlan], top: int) -> Iterator[str]:
         recompute = ", ".join(f"{p.name} {e.layout.recompute}" for p, e in zip(plans, estimates, strict=True))
         yield (
             f"  {i + 1}. TP {layout.tp}, PP {layout.pp}, EP {layout.ep}, expert-TP {layout.etp}{chunk}: "
-            f"{seconds / 3600:.1f} h; "
-            f"recompute: {recompute}"
+            f"{seconds / 3600:.1f} h; recompute: {recompute}"
         )
 
 

@@ -161,5 +161,5 @@ def test_a_replaced_value_still_loads(caplog):
         config = config.for_stage("route") if config.stages else config
         assert config.moe.dtr_kernel == "torch"
     assert [r.message for r in caplog.records] == [
-        "moe.dtr_kernel = auto is deprecated and is read as torch, which computes the same"
+        "moe.dtr_kernel = auto is read as torch; release 0.3.0 will refuse it, so write torch"
     ]
