@@ -65,8 +65,8 @@ def run(args: argparse.Namespace) -> int:
     warnings.filterwarnings("ignore", module=r"megatron\.core.*")
     backend.prepare()  # importing megatron-core, whose refusals are asked for, needs it on a CPU
     from megatron_evomoe.plan import report, search
-    from megatron_evomoe.plan.cost import Machine
     from megatron_evomoe.plan.layout import LAYOUT_FLAGS
+    from megatron_evomoe.plan.step_time import Machine
 
     flags = flags_from(args)
     config = _with_vocabulary(load_config(args.config, flags))

@@ -23,8 +23,8 @@ from megatron_evomoe.data.feature_cache import image_form
 from megatron_evomoe.model.inventory import padded_vocab_size
 from megatron_evomoe.moe.router import router_tensors
 from megatron_evomoe.plan import fp8, layout
-from megatron_evomoe.plan.counts import chunks, is_first, is_last
-from megatron_evomoe.plan.flow import LayerFlow, chunk_flow, recomputed_modules
+from megatron_evomoe.plan.gradient_flow import LayerFlow, chunk_flow, recomputed_modules
+from megatron_evomoe.plan.rank_tensors import chunks, is_first, is_last
 from megatron_evomoe.plan.states import element_bytes
 
 

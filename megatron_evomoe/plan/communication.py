@@ -17,8 +17,8 @@ from megatron_evomoe.config.recipe import trained_parts
 from megatron_evomoe.parallel.degrees import data_parallel_size
 from megatron_evomoe.plan import layout
 from megatron_evomoe.plan.activations import Sizes, sizes_of
-from megatron_evomoe.plan.counts import chunks, is_first, is_last
-from megatron_evomoe.plan.flow import LayerFlow, chunk_flow, recomputed_modules
+from megatron_evomoe.plan.gradient_flow import LayerFlow, chunk_flow, recomputed_modules
+from megatron_evomoe.plan.rank_tensors import chunks, is_first, is_last
 from megatron_evomoe.plan.states import GRADIENT_BYTES, States
 
 

@@ -15,8 +15,15 @@ from megatron_evomoe.config.recipe import trained_parts
 from megatron_evomoe.model import inventory
 from megatron_evomoe.moe.router import router_tensors
 from megatron_evomoe.plan.activations import sizes_of
-from megatron_evomoe.plan.counts import chunk_layers, chunks, is_first, is_last, layer_tensors, local_numel
-from megatron_evomoe.plan.flow import LayerFlow, chunk_flow, recomputed_modules
+from megatron_evomoe.plan.gradient_flow import LayerFlow, chunk_flow, recomputed_modules
+from megatron_evomoe.plan.rank_tensors import (
+    chunk_layers,
+    chunks,
+    is_first,
+    is_last,
+    layer_tensors,
+    local_numel,
+)
 
 
 def flops(

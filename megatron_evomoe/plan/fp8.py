@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from megatron_evomoe.config import RunConfig
 from megatron_evomoe.config.kinds import StageKind
-from megatron_evomoe.plan.counts import chunk_layers, chunks, layer_tensors, local_numel
-from megatron_evomoe.plan.flow import LayerFlow, chunk_flow, recomputed_modules
+from megatron_evomoe.plan.gradient_flow import LayerFlow, chunk_flow, recomputed_modules
+from megatron_evomoe.plan.rank_tensors import chunk_layers, chunks, layer_tensors, local_numel
 
 _INPUT_PER_SCALE_BYTE = {"blockwise": 32, "mxfp8": 32}
 """Elements: an fp32 scale for 128 of a row, or a byte for 32. The other recipes have one scale per tensor."""

@@ -7,9 +7,9 @@ from dataclasses import asdict
 from typing import Any
 
 from megatron_evomoe.config.kinds import StageKind
-from megatron_evomoe.plan.cost import Machine, StepTime
 from megatron_evomoe.plan.layout import Layout, of_config
 from megatron_evomoe.plan.search import Estimate, StagePlan, whole_run
+from megatron_evomoe.plan.step_time import Machine, StepTime
 
 GIB, GB = 2**30, 1e9
 

@@ -16,9 +16,9 @@ from megatron_evomoe.plan import fp8
 from megatron_evomoe.plan import layout as layouts
 from megatron_evomoe.plan.activations import activation_bytes
 from megatron_evomoe.plan.communication import Volume, volume_of
-from megatron_evomoe.plan.cost import Machine, StepTime, step_time
 from megatron_evomoe.plan.layout import Layout
 from megatron_evomoe.plan.states import States, states_of
+from megatron_evomoe.plan.step_time import Machine, StepTime, step_time
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,9 +17,9 @@ from megatron_evomoe.config import RunConfig
 from megatron_evomoe.config.kinds import StageKind
 from megatron_evomoe.moe.evolution_rules import rule_named
 from megatron_evomoe.parallel.degrees import data_parallel_size
-from megatron_evomoe.plan.buffers import Buffer, buffer_of
-from megatron_evomoe.plan.counts import Tensor, chunk_tensors, chunks
+from megatron_evomoe.plan.gradient_buffers import Buffer, buffer_of
 from megatron_evomoe.plan.layout import expert_data_parallel
+from megatron_evomoe.plan.rank_tensors import RankTensor, chunk_tensors, chunks
 
 GRADIENT_BYTES = 4
 MOMENT_BYTES = 8
@@ -97,7 +97,13 @@ def states_of(
 
 
 def _buffer(
-    config: RunConfig, tensors: Sequence[Tensor], world_size: int, pp_rank: int, chunk: int, *, expert: bool
+    config: RunConfig,
+    tensors: Sequence[RankTensor],
+    world_size: int,
+    pp_rank: int,
+    chunk: int,
+    *,
+    expert: bool,
 ) -> Buffer:
     """Buckets are cut only where reduction overlaps the backward, and then on the first stage's first chunk
     only.
@@ -119,7 +125,7 @@ def _buffer(
 
 
 def _evolution_bytes(
-    config: RunConfig, kind: StageKind, tensors: Sequence[Tensor], replicas: int, dp_rank: int | None
+    config: RunConfig, kind: StageKind, tensors: Sequence[RankTensor], replicas: int, dp_rank: int | None
 ) -> int:
     """Experts 2…N are dealt round robin over the replicas (× CP), so the first replica keeps the most."""
     if kind != StageKind.EVOLVE:

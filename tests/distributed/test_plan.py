@@ -14,7 +14,7 @@ import pytest
 
 from megatron_evomoe.model import inventory
 from megatron_evomoe.moe.router import ROUTERS
-from megatron_evomoe.plan import counts
+from megatron_evomoe.plan import rank_tensors
 from megatron_evomoe.plan.states import states_of
 from tests import programs
 from tests.distributed.plan_worker import case_config
@@ -74,9 +74,12 @@ def stated(config, kind: str, answer: dict) -> list[list]:
     here = range(config.moe.num_experts // config.parallel.expert_model_parallel_size)
     first_expert = answer["ep_rank"] * len(here)
     chunks = []
-    for chunk in range(counts.chunks(config)):
-        layers = counts.chunk_layers(config, pp_rank, chunk)
-        ends = {"first": counts.is_first(pp_rank, chunk), "last": counts.is_last(config, pp_rank, chunk)}
+    for chunk in range(rank_tensors.chunks(config)):
+        layers = rank_tensors.chunk_layers(config, pp_rank, chunk)
+        ends = {
+            "first": rank_tensors.is_first(pp_rank, chunk),
+            "last": rank_tensors.is_last(config, pp_rank, chunk),
+        }
         chunks.append(
             [
                 [

@@ -384,7 +384,7 @@ def test_configurations_built(tally):
 def test_configurations_planned(tally):
     """Whatever the checks accept, of any size, can be planned."""
     from megatron_evomoe.plan import report, search
-    from megatron_evomoe.plan.cost import Machine
+    from megatron_evomoe.plan.step_time import Machine
 
     sizes = ("hidden_size", "ffn_hidden_size", "num_layers", "vocab_size")
     for draw in tally.draws(quick=60):

@@ -14,7 +14,7 @@ import torch
 from megatron_evomoe.config import from_mapping
 from megatron_evomoe.parallel import backend
 from megatron_evomoe.plan import activations
-from megatron_evomoe.plan.flow import LayerFlow, chunk_flow
+from megatron_evomoe.plan.gradient_flow import LayerFlow, chunk_flow
 from megatron_evomoe.train.built import build_stage
 from tests.tiny import rows, tiny_config
 from tests.unit.moe.router_models import build_router

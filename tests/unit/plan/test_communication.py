@@ -11,10 +11,10 @@ import pytest
 from megatron_evomoe.config import from_mapping
 from megatron_evomoe.model import inventory
 from megatron_evomoe.plan.communication import volume_of
-from megatron_evomoe.plan.cost import Machine, step_time
-from megatron_evomoe.plan.counts import local_numel
 from megatron_evomoe.plan.flops import flops
+from megatron_evomoe.plan.rank_tensors import local_numel
 from megatron_evomoe.plan.states import states_of
+from megatron_evomoe.plan.step_time import Machine, step_time
 
 C, SEQ, LAYERS = 64, 128, 4
 TP, PP, EP, ETP = (

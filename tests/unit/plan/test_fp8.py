@@ -11,8 +11,8 @@ from megatron.core.fp8_utils import is_first_last_bf16_layer
 
 from megatron_evomoe.config import from_mapping
 from megatron_evomoe.plan import activations, fp8, search
-from megatron_evomoe.plan.cost import Machine
-from megatron_evomoe.plan.flow import LayerFlow, chunk_flow
+from megatron_evomoe.plan.gradient_flow import LayerFlow, chunk_flow
+from megatron_evomoe.plan.step_time import Machine
 
 C, F, LAYERS, T, EXPERTS = 128, 384, 4, 256, 4
 ATTENTION = {"qkv": 3 * C * C, "proj": C * C}

@@ -9,8 +9,8 @@ import pytest
 from megatron_evomoe.config import ConfigError, from_mapping
 from megatron_evomoe.plan import layout as layouts
 from megatron_evomoe.plan import report, search
-from megatron_evomoe.plan.cost import Machine, bubble_ratio
 from megatron_evomoe.plan.layout import Layout
+from megatron_evomoe.plan.step_time import Machine, bubble_ratio
 
 QWEN = {"preset": "qwen-1.8b", "train": {"bf16": True, "micro_batch_size": 4, "global_batch_size": 256}}
 

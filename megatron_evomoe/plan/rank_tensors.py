@@ -17,7 +17,7 @@ from megatron_evomoe.model import inventory
 from megatron_evomoe.parallel.degrees import virtual_stages
 
 
-class Tensor(NamedTuple):
+class RankTensor(NamedTuple):
     """One parameter as this rank holds it."""
 
     name: str
@@ -58,7 +58,7 @@ def is_last(config: RunConfig, pp_rank: int, chunk: int) -> bool:
     return pp_rank == config.parallel.pipeline_model_parallel_size - 1 and chunk == chunks(config) - 1
 
 
-def chunk_tensors(config: RunConfig, kind: StageKind, pp_rank: int, chunk: int = 0) -> list[Tensor]:
+def chunk_tensors(config: RunConfig, kind: StageKind, pp_rank: int, chunk: int = 0) -> list[RankTensor]:
     """The parameters of one chunk, in the model's order; `config` has the layout and the stage's overrides
     applied.
     """
@@ -68,7 +68,7 @@ def chunk_tensors(config: RunConfig, kind: StageKind, pp_rank: int, chunk: int =
     tied_apart = config.language.tie_word_embeddings and config.parallel.pipeline_model_parallel_size > 1
     first, last = is_first(pp_rank, chunk), is_last(config, pp_rank, chunk)
     return [
-        Tensor(
+        RankTensor(
             t.local_name(layers.start),
             local_numel(config, t),
             t.part,

@@ -11,13 +11,13 @@ from megatron_evomoe.config.presets import PRESETS
 from megatron_evomoe.model.llava import LlavaModel
 from megatron_evomoe.model.transformer_config import shapes_only
 from megatron_evomoe.moe.router import ROUTERS
-from megatron_evomoe.plan import counts
+from megatron_evomoe.plan import rank_tensors
 
 TINY = {"vocab_size": 100, "num_layers": 4}
 
 
 def planned(config, kind, pp_rank=0, chunk=0):
-    return {t.name: t.numel for t in counts.chunk_tensors(config, kind, pp_rank, chunk)}
+    return {t.name: t.numel for t in rank_tensors.chunk_tensors(config, kind, pp_rank, chunk)}
 
 
 @pytest.mark.parametrize("kind", ["warmup", "evolve", "route"])
@@ -97,9 +97,9 @@ def test_expert_tensor_parallelism_splits_experts_alone():
 
 def test_tied_embedding_exists_twice_under_pipelining():
     config = from_mapping({"preset": "qwen2-0.5b", "parallel": {"pipeline_model_parallel_size": 2}})
-    first, last = (counts.chunk_tensors(config, "warmup", rank) for rank in (0, 1))
+    first, last = (rank_tensors.chunk_tensors(config, "warmup", rank) for rank in (0, 1))
     assert [t.numel for t in first + last if t.own_bucket] == [151936 * 896] * 2
-    together = counts.chunk_tensors(from_mapping({"preset": "qwen2-0.5b"}), "warmup", 0)
+    together = rank_tensors.chunk_tensors(from_mapping({"preset": "qwen2-0.5b"}), "warmup", 0)
     assert not any(t.own_bucket or "output_layer" in t.name for t in together)
 
 
@@ -110,7 +110,7 @@ def test_interleaved_chunks_go_round_robin():
             "parallel": {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 2},
         }
     )
-    assert [list(counts.chunk_layers(config, rank, chunk)) for chunk in (0, 1) for rank in (0, 1)] == [
+    assert [list(rank_tensors.chunk_layers(config, rank, chunk)) for chunk in (0, 1) for rank in (0, 1)] == [
         [0, 1],
         [2, 3],
         [4, 5],
@@ -130,6 +130,6 @@ def test_interleaved_chunks_go_round_robin():
     ],
 )
 def test_what_trains_is_the_stage_s(kind, trains):
-    tensors = counts.chunk_tensors(from_mapping({"language": TINY}), kind, 0)
+    tensors = rank_tensors.chunk_tensors(from_mapping({"language": TINY}), kind, 0)
     assert {t.part for t in tensors if t.trains} == trains
     assert {t.layer for t in tensors if t.part in ("first_expert", "router")} <= {1, 3}

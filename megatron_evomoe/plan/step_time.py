@@ -13,8 +13,8 @@ from megatron_evomoe.config import RunConfig
 from megatron_evomoe.config.kinds import StageKind
 from megatron_evomoe.plan import layout
 from megatron_evomoe.plan.communication import Volume
-from megatron_evomoe.plan.counts import chunks
 from megatron_evomoe.plan.flops import flops
+from megatron_evomoe.plan.rank_tensors import chunks
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from megatron_evomoe.plan.buffers import buffer_of
-from megatron_evomoe.plan.counts import Tensor
+from megatron_evomoe.plan.gradient_buffers import buffer_of
+from megatron_evomoe.plan.rank_tensors import RankTensor
 
 
-def tensors(*sizes: int, own: int | None = None) -> list[Tensor]:
-    return [Tensor(f"t{i}", n, "language", True, 0, own_bucket=i == own) for i, n in enumerate(sizes)]
+def tensors(*sizes: int, own: int | None = None) -> list[RankTensor]:
+    return [RankTensor(f"t{i}", n, "language", True, 0, own_bucket=i == own) for i, n in enumerate(sizes)]
 
 
 def test_without_the_distributed_optimizer_nothing_is_padded():

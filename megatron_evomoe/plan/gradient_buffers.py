@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_evomoe.plan.counts import Tensor
+from megatron_evomoe.plan.rank_tensors import RankTensor
 
 PARAMETER_ALIGNMENT = 64
 """Elements; with the distributed optimizer a parameter starts at a multiple of it."""
@@ -48,7 +48,7 @@ class Buffer:
 
 
 def buffer_of(
-    tensors: Sequence[Tensor], group: int, distributed: bool, bucket_size: int | None = None
+    tensors: Sequence[RankTensor], group: int, distributed: bool, bucket_size: int | None = None
 ) -> Buffer:
     """Place `tensors`, last one first, as the core does.
 

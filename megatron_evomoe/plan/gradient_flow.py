@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from megatron_evomoe.config import RunConfig
 from megatron_evomoe.config.kinds import StageKind
 from megatron_evomoe.config.recipe import trained_parts
-from megatron_evomoe.plan.counts import chunk_layers, is_first
+from megatron_evomoe.plan.rank_tensors import chunk_layers, is_first
 
 
 @dataclass(frozen=True)
