@@ -1,14 +1,16 @@
-"""Bytes kept for the backward: an estimate, after Korthikanti et al. 2022 (arXiv 2205.05198).
+"""Bytes of activations kept for the backward: an estimate after Korthikanti et al. 2022 (arXiv 2205.05198).
 
-Their layer keeps s·b·h·(34 + 5·a·s/h) bytes: dropout masks, stored s × s scores, a GELU FFN of 4h, everything
-trained. Here the same inventory is taken anew: no dropout; with Transformer Engine a flash attention that
-keeps its inputs, its output and a log-sum-exp instead of scores (without, an fp32 softmax and its copy in the
-parameters' type); FFNs gated or not, of any width; mixtures whose experts share the tokens evenly; a frozen
-linear layer keeps no input, and one in FP8 an FP8 input. What exists for a moment only, the allocator's
-fragmentation and communication buffers are not in it.
+Their layer keeps s·b·h·(34 + 5·a·s/h) bytes, with dropout masks, stored s × s scores, a GELU FFN of width
+4h, and everything trained. Here the same is counted for our layers: no dropout; with Transformer Engine a
+flash attention that keeps its inputs, its output and a log-sum-exp instead of scores (without it an fp32
+softmax and its copy in the parameters' type); FFNs with or without a gate, of any width; mixtures whose
+experts share the tokens evenly; linear layers that keep no input if they are frozen, and an FP8 input if
+they compute in FP8. Temporary tensors, the allocator's fragmentation and communication buffers are not
+counted.
 
-T tokens of a microbatch (all TP ranks' together) · C width · F FFN width · e bytes of an activation · t the
-TP size. Under sequence parallelism what lies between the TP regions is split too.
+Shape legend: T tokens of a microbatch, of all TP ranks together · C width · F width of the FFN · e bytes of
+    an
+activation · t TP size. Under sequence parallelism activations between the TP regions are split too.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from megatron_evomoe.plan.states import element_bytes
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the formulas are made of."""
+    """The quantities of the formulas."""
 
     e: int
     C: int
@@ -41,13 +43,13 @@ class Sizes:
     t: int
     seq: int
     fused: bool
-    """Transformer Engine's attention and the fused SwiGLU."""
+    """Whether attention is Transformer Engine's and SwiGLU is fused."""
     on_gpu: bool
-    """The DTR in PyTorch has another form on a CPU (moe/routers/dynamic.py)."""
+    """Whether a GPU runs it; the DTR in PyTorch has another form on a CPU (moe/routers/dynamic.py)."""
 
 
 def sizes_of(config: RunConfig, seq_length: int | None = None, *, on_gpu: bool = True) -> Sizes:
-    """Of the longest sequence the stage allows, unless `seq_length` says otherwise."""
+    """Sizes for sequences of `seq_length`, or of the longest that the stage allows."""
     p = config.parallel
     seq, t = seq_length or config.data.seq_length, p.tensor_model_parallel_size
     T = seq * config.train.micro_batch_size // p.context_parallel_size
@@ -67,11 +69,11 @@ def sizes_of(config: RunConfig, seq_length: int | None = None, *, on_gpu: bool =
 def activation_bytes(
     config: RunConfig, kind: StageKind, pp_rank: int, microbatches: int, *, on_gpu: bool = True
 ) -> int:
-    """The most one rank of pipeline stage `pp_rank` keeps at a time, the step's images included.
+    """The most that one rank of pipeline stage `pp_rank` keeps at a time, with the step's images.
 
     Args:
         config: has layout and overrides applied.
-        on_gpu: plan what runs on a GPU; off, what a CPU runs, for comparisons on one.
+        on_gpu: whether to plan what a GPU runs, or what a CPU runs, for comparisons on a CPU.
     """
     z = sizes_of(config, on_gpu=on_gpu)
     total = images(config, microbatches) if is_first(pp_rank, 0) else 0
@@ -86,8 +88,9 @@ def activation_bytes(
 
 
 def in_flight(config: RunConfig, pp_rank: int, microbatches: int) -> list[int]:
-    """For each chunk of the rank, the microbatches whose backward is still to come when most are (1F1B, or
-    interleaved).
+    """For each chunk of the rank, the largest number of microbatches that wait for their backward.
+
+    The schedule is 1F1B, or interleaved if there are several chunks.
     """
     pp, v = config.parallel.pipeline_model_parallel_size, chunks(config)
     if v == 1:
@@ -107,7 +110,7 @@ def _layers(config: RunConfig, z: Sizes, flows: list[LayerFlow]) -> int:
 
 
 def recomputed_block(config: RunConfig, z: Sizes, kind: StageKind, pp_rank: int) -> int:
-    """Under full recompute one block at a time is whole again during its backward."""
+    """Under full recompute, the activations of the block whose backward runs."""
     if config.train.recompute_granularity != "full":
         return 0
     n = config.train.recompute_num_layers
@@ -120,7 +123,7 @@ def recomputed_block(config: RunConfig, z: Sizes, kind: StageKind, pp_rank: int)
 
 
 def layer(config: RunConfig, z: Sizes, flow: LayerFlow) -> int:
-    """One decoder layer and microbatch, selective recompute taken into account."""
+    """Activations of one decoder layer and microbatch under the configured selective recompute."""
     fed = _mixture(config, z, flow) if flow.mixture else _dense_ffn(config, z, flow)
     return _attention(config, z, flow) + fed
 
@@ -159,16 +162,12 @@ def _inputs(config: RunConfig, z: Sizes, flow: LayerFlow, elements: int) -> int:
 
 
 def _normalized(config: RunConfig, z: Sizes) -> int:
-    """PyTorch's RMSNorm on a CPU is made of parts: the gradient of a trained weight needs the values before
-    scaling.
-    """
+    """What PyTorch's unfused RMSNorm keeps for a trained weight's gradient: the values before scaling."""
     return z.R * z.C if not z.fused and config.language.normalization == "RMSNorm" else 0
 
 
 def score_bytes(z: Sizes) -> int:
-    """Per score of an attention that stores them: the fp32 softmax, and its copy where parameters are not
-    fp32.
-    """
+    """Bytes per stored score: the fp32 softmax, and its copy in the parameters' type if that is not fp32."""
     return 4 if z.e == 4 else 4 + z.e
 
 
@@ -229,8 +228,9 @@ def _mixture(config: RunConfig, z: Sizes, flow: LayerFlow) -> int:
 
 
 def dtr_bytes(config: RunConfig, z: Sizes) -> int:
-    """What the hypernetworks keep beside the tokens and their own parameters, by the form that computes them;
-    all of it fp32.
+    """What the hypernetworks keep beside the tokens and their own parameters, all of it in fp32.
+
+    This depends on the form that computes them.
     """
     moe = config.moe
     N, h, r = moe.num_experts, moe.dtr_hidden_size, moe.dtr_rank
@@ -250,16 +250,18 @@ def dtr_bytes(config: RunConfig, z: Sizes) -> int:
 
 
 def images(config: RunConfig, microbatches: int) -> int:
-    """A step's, which the first stage holds as long as it lasts: uint8 pixels, or features in place of them.
-    One per sample is assumed.
+    """A step's images, uint8 pixels or cached features, which the first stage holds during the whole step.
+
+    One image per sample is assumed.
     """
     shape, dtype = image_form(config)
     return microbatches * config.train.micro_batch_size * math.prod(shape) * dtype.itemsize
 
 
 def projector(config: RunConfig, z: Sizes, kind: StageKind) -> int:
-    """Tower and projector; a frozen tower runs without autograd, and not at all where its features are
-    cached.
+    """Activations of tower and projector.
+
+    A frozen tower runs without autograd, and not at all if its features are cached.
     """
     parts = trained_parts(config, kind)
     v, images = config.vision, config.train.micro_batch_size
@@ -291,9 +293,7 @@ def projector(config: RunConfig, z: Sizes, kind: StageKind) -> int:
 
 
 def head(config: RunConfig, z: Sizes, kind: StageKind) -> int:
-    """Last norm, logits and loss: fp32 logits that become their softmax, and under bf16 the gradient's bf16
-    copy beside them.
-    """
+    """Last norm, logits and loss: fp32 logits that become their softmax, and in bf16 their gradient."""
     logits = z.T * padded_vocab_size(config) // z.t * (4 if z.e == 4 else 4 + z.e)
     trains = "language" in trained_parts(config, kind)
     return logits + (z.R * z.C * (2 if trains else 1) + (_normalized(config, z) if trains else 0)) * z.e

@@ -1,10 +1,8 @@
-"""Bytes that one rank sends per optimizer step, by kind. Counted from the collectives the core makes; an
-estimate of their sizes.
+"""Bytes that one rank sends per optimizer step, by kind: an estimate from megatron-core's collectives.
 
-A ring over n ranks sends (n−1)/n of the whole tensor per rank for an all-gather or a reduce-scatter, twice
-that for an all-reduce. Left out, being small: scalars, loss reductions, the step's tokens and pixels (or
-features), gradients of norms and routers over TP, and the resynchronisation of what evolution keeps (it never
-communicates).
+For an all-gather or a reduce-scatter each of n ranks in a ring sends (n−1)/n of the whole tensor, for an
+all-reduce twice that. Small messages are left out: scalars, reductions of the loss, the step's tokens and
+pixels (or features), and gradients of norms and routers over TP. Evolution does not communicate.
 """
 
 from __future__ import annotations
@@ -29,17 +27,17 @@ class Volume:
     tp: int = 0
     """Tensor parallel: activations between the ranks of a layer."""
     pp: int = 0
-    """Pipeline: hidden states to the next stage, their gradients to the one before."""
+    """Pipeline: hidden states to the next stage, and their gradients to the stage before."""
     ep: int = 0
     """Tokens to their experts and back (all-to-all), and to the experts' TP ranks."""
     gradients: int = 0
-    """Gradient reduction over replicas; of the tied matrix, between first and last stage too."""
+    """Gradient reduction over replicas; that of the tied matrix also between first and last stage."""
     parameters: int = 0
     """Updated parameters gathered from their shards (distributed optimizer)."""
 
     @property
     def total(self) -> int:
-        """All kinds."""
+        """The sum of all kinds."""
         return sum(asdict(self).values())
 
 
@@ -52,7 +50,7 @@ def volume_of(
     pp_rank: int,
     seq_length: int | None = None,
 ) -> Volume:
-    """Of a rank in pipeline stage `pp_rank`; `config` has layout and overrides applied."""
+    """What a rank in pipeline stage `pp_rank` sends; `config` has layout and overrides applied."""
     z, m = sizes_of(config, seq_length), layout.microbatches(config, world_size)
     tp = ep = 0
     for chunk in range(chunks(config)):
@@ -67,11 +65,10 @@ def volume_of(
 
 
 def _tensor_parallel(config: RunConfig, z: Sizes, flow: LayerFlow) -> int:
-    """Gather and scatter around attention and a dense FFN; a mixture exchanges through its dispatcher
-    instead.
+    """TP traffic around attention and a dense FFN; a mixture exchanges tokens through its dispatcher instead.
 
-    One gather and one scatter (or one all-reduce, which is as much) per forward; as much per backward, and
-    with sequence parallelism once more the gather of an input that a trained weight needs.
+    A forward makes one gather and one scatter (or one all-reduce, which sends as much), and so does a
+    backward. With sequence parallelism the backward gathers the input of a trained weight once more.
     """
     if z.t == 1:
         return 0
@@ -87,7 +84,7 @@ def _tensor_parallel(config: RunConfig, z: Sizes, flow: LayerFlow) -> int:
 
 
 def _expert_parallel(config: RunConfig, z: Sizes, flow: LayerFlow) -> int:
-    """Dispatch and combine, in forward, backward, and recomputed forward; evenly spread tokens."""
+    """Dispatch and combine in forward, backward and recomputed forward, with evenly spread tokens."""
     if not flow.mixture:
         return 0
     p = config.parallel
@@ -124,9 +121,7 @@ def _ends(config: RunConfig, z: Sizes, kind: StageKind, pp_rank: int, chunk: int
 
 
 def _pipeline(config: RunConfig, z: Sizes, pp_rank: int) -> int:
-    """Per microbatch: a send forward from every chunk but the model's last, a send backward from every chunk
-    but its first.
-    """
+    """Per microbatch, every chunk but the last sends hidden states, every chunk but the first gradients."""
     if config.parallel.pipeline_model_parallel_size == 1:
         return 0
     hidden = z.R * z.C * z.e

@@ -1,11 +1,10 @@
-"""What FP8 (`gpu.fp8_format`) adds and saves: copies of weights, and inputs kept for weights' gradients. An
-estimate.
+"""Memory that FP8 (`gpu.fp8_format`) adds for copies of weights and saves for inputs. An estimate.
 
-Read in Transformer Engine 2.11 (``pytorch/module/``, ``pytorch/tensor/``) and megatron-core 0.16.1, for
-Hopper; not measured. A weight stays in bf16, and each linear layer caches an FP8 copy of it from step to
-step. FP8 products of that chip want both factors with the summed dimension last, so where the input's
-gradient is computed the copy is kept transposed too. What a layer keeps of its input is FP8 in one of the two
-orders. Padding of rows and scales is not counted.
+It follows the code of Transformer Engine 2.11 (``pytorch/module/``, ``pytorch/tensor/``) and megatron-core
+0.16.1 for Hopper, and is not measured. A weight stays in bf16, and each linear layer keeps an FP8 copy of
+it from step to step. FP8 products on Hopper need both factors with the summed dimension last, so a layer
+that computes its input's gradient keeps a transposed copy too. Of its input a layer keeps one FP8 copy in
+one of the two orders. Padding of rows and scales is not counted.
 """
 
 from __future__ import annotations
@@ -16,21 +15,20 @@ from megatron_evomoe.plan.gradient_flow import LayerFlow, chunk_flow, recomputed
 from megatron_evomoe.plan.rank_tensors import chunk_layers, chunks, layer_tensors, local_numel
 
 _INPUT_PER_SCALE_BYTE = {"blockwise": 32, "mxfp8": 32}
-"""Elements: an fp32 scale for 128 of a row, or a byte for 32. The other recipes have one scale per tensor."""
+"""Elements per byte of scales: 4 bytes for 128 of a row, or 1 for 32. Others have a scale per tensor."""
 _WEIGHT_PER_SCALE_BYTE = {"blockwise": 128 * 128 // 4, "mxfp8": 32}
-"""Elements: an fp32 scale for 128 x 128, or a byte for 32."""
+"""Elements per byte of scales: 4 bytes for 128 x 128, or 1 for 32."""
 
 
 def input_bytes(config: RunConfig, elements: int) -> int:
-    """Of an FP8 linear layer's input of so many elements, kept for the weight's gradient."""
+    """Bytes that an FP8 linear layer keeps of an input of `elements` for its weight's gradient."""
     return _bytes(elements, _INPUT_PER_SCALE_BYTE.get(config.gpu.fp8_recipe))
 
 
 def projection_keeps_copy(config: RunConfig) -> bool:
-    """Whether the attention's output projection keeps an FP8 copy of what flash attention keeps in bf16
-    anyway.
+    """Whether the attention's output projection keeps an FP8 copy of its input, beside attention's in bf16.
 
-    megatron-core has it keep that original instead, which Transformer Engine does not support with `delayed`.
+    megatron-core lets it share the bf16 tensor, which Transformer Engine does not support with `delayed`.
     """
     return config.gpu.fp8_recipe == "delayed"
 
@@ -60,14 +58,13 @@ def _layer_bytes(config: RunConfig, kind: StageKind, layer: int, flow: LayerFlow
 
 
 def _transposed(config: RunConfig, layer: int, flow: LayerFlow) -> dict[str, bool]:
-    """Linear layer -> whether its copy is kept transposed too.
+    """Linear layer -> whether it keeps a transposed copy too.
 
-    That follows from its input needing a gradient; but with a norm fused into it (model/language.py) it
-    always is.
+    It does if its input needs a gradient, and always if a norm is fused into it (model/language.py).
     """
     fuses = not config.language.parallel_residual
-    # the mixture's recompute makes its input need a gradient, so that what is trained in it learns
-    # (moe/layer.py)
+    # Recompute of a mixture makes its input need a gradient, so that its trained parameters get one
+    # (moe/layer.py).
     mixture_input = (
         flow.mixture and (flow.trains_router or flow.trains_ffn) and "moe" in recomputed_modules(config)
     )

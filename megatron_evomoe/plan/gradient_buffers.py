@@ -1,8 +1,7 @@
-"""The gradient buffer of megatron-core's `DistributedDataParallel` in numbers: where a parameter lies, and
-who keeps which part.
+"""The gradient buffer of megatron-core's `DistributedDataParallel`: offsets, padding, and each rank's shard.
 
-Source: ``megatron/core/distributed/param_and_grad_buffer.py`` of 0.16.1; in 0.19.2
-``optimizer/param_layout.py`` pads.
+Source: ``megatron/core/distributed/param_and_grad_buffer.py`` of 0.16.1; in 0.19.2 the padding is in
+``optimizer/param_layout.py``.
 """
 
 from __future__ import annotations
@@ -14,9 +13,9 @@ from dataclasses import dataclass
 from megatron_evomoe.plan.rank_tensors import RankTensor
 
 PARAMETER_ALIGNMENT = 64
-"""Elements; with the distributed optimizer a parameter starts at a multiple of it."""
+"""With the distributed optimizer a parameter starts at a multiple of this number of elements."""
 BUCKET_ALIGNMENT = 128
-"""Elements; with the distributed optimizer a bucket's length is a multiple of it and of the group's size."""
+"""With the distributed optimizer a bucket's elements are a multiple of this and of the group's size."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +31,10 @@ class Buffer:
     """Ranks among which it is reduced and, with the distributed optimizer, split."""
 
     def shard(self, rank: int | None) -> int:
-        """Elements that rank `rank` of the group optimizes under the distributed optimizer, who gets one
-        slice of every bucket.
+        """Elements that rank `rank` of the group optimizes with the distributed optimizer.
 
-        Padding is nobody's. With no rank, an upper bound: a slice full of parameters.
+        The rank gets one slice of every bucket. Padding is not counted. Without a rank this is an upper
+        bound, the size of slices that hold no padding.
         """
         if rank is None:
             return self.numel // self.group
@@ -50,12 +49,12 @@ class Buffer:
 def buffer_of(
     tensors: Sequence[RankTensor], group: int, distributed: bool, bucket_size: int | None = None
 ) -> Buffer:
-    """Place `tensors`, last one first, as the core does.
+    """Place `tensors` from the last to the first, as megatron-core does.
 
     Args:
-        group: ranks that reduce it together.
-        distributed: the distributed optimizer pads parameters and buckets; without it there is no padding.
-        bucket_size: elements after which a bucket is closed; none makes one bucket.
+        group: number of ranks that reduce the buffer together.
+        distributed: whether the distributed optimizer pads parameters and buckets; there is no other padding.
+        bucket_size: elements after which a bucket is closed; None makes one bucket.
     """
     buckets: list[tuple[int, int]] = []
     spans: list[tuple[int, int]] = []

@@ -1,10 +1,9 @@
-"""Where gradients flow through a chunk, which decides what is kept for the backward and what is computed
-there. Exact.
+"""Which layers of a chunk need gradients, and so keep activations and compute in the backward. Exact.
 
 A layer keeps activations if its input needs a gradient or something in it trains. The first chunk's input
-needs one if something below the decoder trains; what arrives from another chunk always does, because the
-core's schedules receive it that way. Re-entrant recompute needs an input that does, so `LlavaModel.embed`
-then makes it so.
+needs one if something before the decoder trains; hidden states from another chunk always do, because
+megatron-core's schedules receive them so. Re-entrant recompute needs an input with a gradient, so
+`LlavaModel.embed` then makes one.
 """
 
 from __future__ import annotations
@@ -22,15 +21,15 @@ class LayerFlow:
     """One decoder layer in one stage kind."""
 
     mixture: bool
-    """It has a router and experts now (`route`), not only later."""
+    """Whether the layer has a router and experts in this stage kind (`route`)."""
     input_grad: bool
     trains_attention: bool
-    """And the norms."""
+    """Whether the attention and the norms train."""
     trains_ffn: bool
-    """The FFN, or the experts."""
+    """Whether the FFN trains, or the experts of a mixture."""
     trains_router: bool
     fp8: bool = False
-    """Its linear layers compute in FP8."""
+    """Whether its linear layers compute in FP8."""
 
     @property
     def ffn_input_grad(self) -> bool:
@@ -44,7 +43,7 @@ class LayerFlow:
 
 
 def chunk_flow(config: RunConfig, kind: StageKind, pp_rank: int, chunk: int) -> list[LayerFlow]:
-    """The chunk's layers, in order; `config` has layout and overrides applied."""
+    """Flows of the chunk's layers, in order; `config` has layout and overrides applied."""
     parts = trained_parts(config, kind)
     language = "language" in parts
     grad = (

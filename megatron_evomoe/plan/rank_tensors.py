@@ -30,13 +30,13 @@ class RankTensor(NamedTuple):
     expert_parallel: bool = False
     """Reduced over the ranks that hold the same experts, rather than over all replicas."""
     own_bucket: bool = False
-    """The tied matrix under PP: the core gives it a gradient bucket of its own, so that both copies shard
-    alike.
+    """Whether it is the tied matrix under PP, which megatron-core gives a gradient bucket of its own, so that
+    both copies are sharded alike.
     """
 
 
 def chunk_layers(config: RunConfig, pp_rank: int, chunk: int) -> range:
-    """Decoder layers of a chunk, global, from 0: chunks go round robin over the pipeline ranks."""
+    """Decoder layers of a chunk, global, from 0. Chunks are dealt round robin over the pipeline ranks."""
     pp = config.parallel.pipeline_model_parallel_size
     count = config.language.num_layers // (pp * chunks(config))
     first = (chunk * pp + pp_rank) * count
@@ -59,9 +59,7 @@ def is_last(config: RunConfig, pp_rank: int, chunk: int) -> bool:
 
 
 def chunk_tensors(config: RunConfig, kind: StageKind, pp_rank: int, chunk: int = 0) -> list[RankTensor]:
-    """The parameters of one chunk, in the model's order; `config` has the layout and the stage's overrides
-    applied.
-    """
+    """The parameters of one chunk in the model's order; `config` has layout and overrides applied."""
     parts = trained_parts(config, kind)
     layers = chunk_layers(config, pp_rank, chunk)
     expert_parallel = experts_reduced_apart(config)
@@ -98,8 +96,6 @@ def local_numel(config: RunConfig, tensor: inventory.Tensor) -> int:
 
 
 def experts_reduced_apart(config: RunConfig) -> bool:
-    """Whether experts are reduced over the ranks that hold the same ones, rather than like everything else
-    (moe/layer.py).
-    """
+    """Whether experts' gradients are reduced apart, over the ranks that hold the same ones (moe/layer.py)."""
     p = config.parallel
     return p.expert_model_parallel_size > 1 or p.expert_tensor_parallel_size != p.tensor_model_parallel_size

@@ -1,4 +1,4 @@
-"""The plan in words and columns, and as plain data for `--json`."""
+"""The plan as text, and as plain data for `--json`."""
 
 from __future__ import annotations
 
@@ -61,8 +61,9 @@ def _stage(plan: StagePlan, machine: Machine, top: int) -> Iterator[str]:
 
 
 def distinct(plan: StagePlan) -> list[Estimate]:
-    """What fits, fastest first: the best recompute of each set of degrees, which without experts leave their
-    split out.
+    """The layouts that fit, fastest first, each set of degrees with its best recompute.
+
+    In a stage without experts their degrees are left out of the comparison.
     """
     seen: dict[tuple, Estimate] = {}
     for e in plan.fits:
@@ -71,7 +72,7 @@ def distinct(plan: StagePlan) -> list[Estimate]:
 
 
 def _as_configured(plan: StagePlan, shown: list[Estimate]) -> Iterator[str]:
-    """Where the configuration's own layout stands."""
+    """A line on the layout that the configuration asks for."""
     own = of_config(plan.config)
     for e in plan.fits:
         if e.layout == own:
@@ -91,7 +92,7 @@ def _as_configured(plan: StagePlan, shown: list[Estimate]) -> Iterator[str]:
 
 
 def label(layout: Layout, kind: StageKind = StageKind.ROUTE) -> str:
-    """A layout in a few words; EP and expert-TP only where there are experts."""
+    """A layout in a few words; EP and expert-TP are named only if there are experts."""
     words = [f"TP {layout.tp}", f"PP {layout.pp}"]
     if kind == StageKind.ROUTE:
         words += [f"EP {layout.ep}", f"expert-TP {layout.etp}"]
@@ -137,7 +138,7 @@ def _count(n: int) -> str:
 
 
 def _why(e: Estimate, best: Estimate) -> str:
-    """What the step's time goes into, or what makes it longer than the best's."""
+    """What takes most of the step's time, or what makes it longer than the best layout's."""
     if e.time == best.time:
         biggest = sorted(_parts(e.time).items(), key=lambda kv: -kv[1])[:3]
         return "time: " + ", ".join(
@@ -169,7 +170,7 @@ def _whole(plans: Sequence[StagePlan], top: int) -> Iterator[str]:
 
 
 def as_data(plans: Sequence[StagePlan], machine: Machine) -> dict[str, Any]:
-    """Everything, as JSON takes it: bytes, seconds, counts."""
+    """Everything as values of JSON: bytes, seconds, counts."""
     return {
         "machine": {**asdict(machine), "usable_bytes": int(machine.usable_bytes)},
         "stages": [
@@ -199,7 +200,7 @@ def as_data(plans: Sequence[StagePlan], machine: Machine) -> dict[str, Any]:
 
 
 def estimate_data(e: Estimate) -> dict[str, Any]:
-    """One layout."""
+    """One layout's estimate as values of JSON."""
     return {
         "layout": asdict(e.layout),
         "data_parallel": e.data_parallel,

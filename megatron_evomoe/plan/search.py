@@ -1,5 +1,6 @@
-"""Every layout of every stage: does it run, does it fit, how long would a step take. Pure arithmetic; nothing
-is built.
+"""Searches the layouts of every stage: whether each runs and fits, and how long a step would take.
+
+This is arithmetic; no model is built.
 """
 
 from __future__ import annotations
@@ -23,9 +24,7 @@ from megatron_evomoe.plan.step_time import Machine, StepTime, step_time
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """One layout of one stage. Memory is the fullest rank's, time and traffic the slowest pipeline
-    stage's.
-    """
+    """One layout of one stage: memory of the fullest rank, time and traffic of the slowest pipeline stage."""
 
     layout: Layout
     data_parallel: int
@@ -47,7 +46,7 @@ class Estimate:
 
 @dataclass(kw_only=True)
 class Refusal:
-    """Layouts that cannot run, for one reason."""
+    """Layouts that cannot run, all for one reason."""
 
     example: str
     """The trainer's own message for the first of them."""
@@ -56,9 +55,7 @@ class Refusal:
 
 @dataclass(kw_only=True)
 class TooBig:
-    """Layouts whose fullest rank needs more than there is, with the same largest part and the same way
-    out.
-    """
+    """Layouts whose fullest rank needs too much memory, with the same largest part and the same remedy."""
 
     largest: str
     remedy: str
@@ -68,21 +65,23 @@ class TooBig:
 
 @dataclass(kw_only=True)
 class StagePlan:
-    """All that is known of one stage."""
+    """The layouts of one stage: those that fit, that are too big, and that cannot run."""
 
     name: str
     kind: StageKind
     config: RunConfig
     """With the stage's overrides."""
     fits: list[Estimate]
-    """Fastest first; of equally fast ones the smaller."""
+    """Fastest first, and among equally fast ones the smallest first."""
     too_big: list[TooBig]
     refused: list[Refusal]
 
 
 def stages_of(config: RunConfig, names: Sequence[str] | None = None) -> list[StageConfig]:
-    """The run's stages (all five kinds where it lists none), or those named. Raises `ConfigError` for an
-    unknown name.
+    """The run's stages (one of each kind if it lists none), or those of the given names.
+
+    Raises:
+        ConfigError: there is no stage of a given name.
     """
     stages = config.stages or [StageConfig(name=kind.value, kind=kind) for kind in StageKind]
     known = {s.name: s for s in stages}
@@ -243,7 +242,7 @@ def _group_too_big(estimates: Iterable[Estimate], fits: list[Estimate], search: 
 
 
 def _remedy(e: Estimate, fitting: set[Layout], search: _Search) -> str:
-    """The mildest change that makes this layout fit."""
+    """The smallest change that makes this layout fit."""
     for recompute in layouts.RECOMPUTE[layouts.RECOMPUTE.index(e.layout.recompute) + 1 :]:
         if replace(e.layout, recompute=recompute) in fitting:
             return f"recompute_granularity: {recompute}"
@@ -265,11 +264,10 @@ def _remedy(e: Estimate, fitting: set[Layout], search: _Search) -> str:
 
 
 def whole_run(plans: Sequence[StagePlan]) -> list[tuple[Layout, list[Estimate], float]]:
-    """Degrees under which every stage fits, fastest first: (layout, each stage's estimate with its best
-    recompute, seconds).
+    """Degrees with which every stage fits, fastest first: (layout, each stage's best estimate, seconds).
 
-    A run has one set of degrees; recompute may be each stage's own. Seconds are step times times
-    ``train_iters``.
+    A run has one set of degrees, but each stage may have its own recompute. Seconds are the step times of all
+    stages times their ``train_iters``.
     """
     by_degrees: dict[tuple, list[Estimate]] = {}
     for i, plan in enumerate(plans):

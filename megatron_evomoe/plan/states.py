@@ -1,11 +1,10 @@
-"""Parameters, gradients, optimizer state and evolution state of one rank. Exact
-(`tests/distributed/test_plan.py`).
+"""Parameters, gradients, optimizer state and evolution state of one rank, in bytes. Exact.
 
-What is counted: each parameter; the fp32 gradient buffer of what trains, with its padding; Adam's two fp32
-moments and, under bf16, the fp32 master copy, of the rank's shard under the distributed optimizer and of all
-its parameters otherwise; the fp32 experts 2…N of `evolve` that this rank keeps, and its copy of the last
-step's expert 1. What is not: one step counter per tensor (torch's Adam), and whatever an optimizer step needs
-for a moment.
+Counted are each parameter; the fp32 gradient buffer of what trains, with its padding; Adam's two fp32
+moments and, under bf16, the fp32 master copy, of the rank's shard with the distributed optimizer and of all
+its trained parameters without; the fp32 experts 2…N of `evolve` that this rank keeps, and its copy of the
+last step's expert 1. Not counted are one step counter per tensor (torch's Adam) and temporary memory of an
+optimizer step. `tests/distributed/test_plan.py` compares with real runs.
 """
 
 from __future__ import annotations
@@ -28,9 +27,7 @@ MASTER_BYTES = 4
 
 @dataclass(frozen=True, kw_only=True)
 class States:
-    """One rank's resident memory, and what it reduces. `parameters` and `trainable` count elements, the rest
-    bytes.
-    """
+    """One rank's resident memory, and what it reduces; ``…_bytes`` are bytes, the others elements."""
 
     parameters: int
     trainable: int
@@ -47,12 +44,12 @@ class States:
 
     @property
     def total_bytes(self) -> int:
-        """All of it."""
+        """The sum of all kinds of state."""
         return self.parameter_bytes + self.gradient_bytes + self.optimizer_bytes + self.evolution_bytes
 
 
 def element_bytes(config: RunConfig) -> int:
-    """Of a parameter and an activation."""
+    """Bytes of one element of a parameter or an activation."""
     return 2 if config.train.bf16 else 4
 
 
@@ -68,9 +65,9 @@ def states_of(
     """What one rank of pipeline stage `pp_rank` holds; `config` has layout and overrides applied.
 
     Args:
-        dp_rank, expert_dp_rank: its place among the replicas, and among the ranks with the same experts; it
-        decides which
-            shard and which evolved experts it keeps. None takes an upper bound over all places.
+        dp_rank, expert_dp_rank: the rank's place among the replicas, and among the ranks with the same
+            experts, which decides the shard and the evolved experts that it keeps. None takes an upper
+            bound.
     """
     tensors = [chunk_tensors(config, kind, pp_rank, chunk) for chunk in range(chunks(config))]
     every = [t for chunk in tensors for t in chunk]
@@ -105,8 +102,10 @@ def _buffer(
     *,
     expert: bool,
 ) -> Buffer:
-    """Buckets are cut only where reduction overlaps the backward, and then on the first stage's first chunk
-    only.
+    """A chunk's gradient buffer.
+
+    megatron-core divides it into buckets only if reduction overlaps the backward, and then only the buffer
+    of the first stage's first chunk.
     """
     replicas = data_parallel_size(config, world_size)
     cut = config.parallel.overlap_grad_reduce and pp_rank == 0 and chunk == 0
@@ -127,7 +126,7 @@ def _buffer(
 def _evolution_bytes(
     config: RunConfig, kind: StageKind, tensors: Sequence[RankTensor], replicas: int, dp_rank: int | None
 ) -> int:
-    """Experts 2…N are dealt round robin over the replicas (× CP), so the first replica keeps the most."""
+    """Experts 2…N are dealt round robin over the replicas (x CP), so the first replica keeps the most."""
     if kind != StageKind.EVOLVE:
         return 0
     group = replicas * config.parallel.context_parallel_size

@@ -1,8 +1,9 @@
-"""An estimated step time, to rank layouts by. The machine's speeds are assumptions the report prints.
+"""Estimates the time of an optimizer step, by which layouts are ranked.
 
-Arithmetic is counted by `plan/flops.py` and traffic is `communication.Volume`. Traffic is assumed to overlap
-with arithmetic only where ``overlap_grad_reduce`` and ``overlap_param_gather`` say so. Kernels are assumed to
-be equally efficient in all layouts, which favours large TP a little.
+`plan/flops.py` counts arithmetic, and traffic is a `communication.Volume`. The machine's speeds are
+assumptions, which the report prints. Traffic overlaps with arithmetic only under ``overlap_grad_reduce``
+and ``overlap_param_gather``. Kernels are taken to be equally efficient in all layouts, which favours large
+TP a little.
 """
 
 from __future__ import annotations
@@ -26,24 +27,22 @@ class Machine:
     gpu_memory: float = 80.0
     """GiB."""
     headroom: float = 0.1
-    """Share of the memory left to the CUDA context, NCCL, the allocator and what is only needed for a
-    moment.
-    """
+    """Share of the memory that is left to the CUDA context, NCCL, the allocator and temporary tensors."""
     tflops: float = 400.0
     """Sustained TFLOP/s of one GPU in the model's matrix products."""
     intra_bandwidth: float = 400.0
-    """GB/s a GPU sends inside its node."""
+    """GB/s that a GPU sends inside its node."""
     inter_bandwidth: float = 40.0
-    """GB/s a GPU sends to other nodes."""
+    """GB/s that a GPU sends to other nodes."""
 
     @property
     def world_size(self) -> int:
-        """GPUs."""
+        """Number of GPUs."""
         return self.nnodes * self.gpus_per_node
 
     @property
     def usable_bytes(self) -> float:
-        """Memory a plan may fill, per GPU."""
+        """Bytes of each GPU that a plan may fill."""
         return self.gpu_memory * 2**30 * (1 - self.headroom)
 
 
@@ -57,16 +56,16 @@ class StepTime:
     pp: float
     dp: float
     bubble: float
-    """Waiting for the pipeline to fill and to drain."""
+    """Time in which the pipeline fills and drains."""
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """The sum."""
         return self.compute + self.tp + self.ep + self.pp + self.dp + self.bubble
 
 
 def bubble_ratio(pp: int, chunks_per_rank: int, microbatches: int) -> float:
-    """Waiting time over working time: (PP − 1) / (m·v) (Narayanan et al. 2021, arXiv 2104.04473)."""
+    """Idle time over working time, (PP − 1) / (m·v) (Narayanan et al. 2021, arXiv 2104.04473)."""
     return (pp - 1) / (microbatches * chunks_per_rank)
 
 
@@ -78,7 +77,7 @@ def step_time(
     pp_rank: int,
     seq_length: int | None = None,
 ) -> StepTime:
-    """As if pipeline stage `pp_rank` set the pace; `config` has layout and overrides applied."""
+    """The step time if `pp_rank` is the slowest pipeline stage; `config` has layout and overrides applied."""
     p, world = config.parallel, machine.world_size
     m = layout.microbatches(config, world)
     forward, backward = flops(config, kind, pp_rank, seq_length)
@@ -99,18 +98,20 @@ def step_time(
 
 @dataclass(frozen=True)
 class _Speeds:
-    """Bytes/s by who talks. megatron-core numbers ranks TP first, then replicas (experts: expert-TP, EP,
-    replicas), then stages.
+    """Bytes per second between ranks.
+
+    megatron-core numbers ranks by TP first, then by replicas, then by stages; for experts by expert-TP, EP,
+    replicas, stages.
     """
 
     machine: Machine
 
     def among(self, consecutive: int) -> float:
-        """Ranks that lie within `consecutive` neighbouring numbers."""
+        """Between ranks that lie within `consecutive` neighbouring numbers."""
         inside = consecutive <= self.machine.gpus_per_node
         return 1e9 * (self.machine.intra_bandwidth if inside else self.machine.inter_bandwidth)
 
     def strided(self, distance: int) -> float:
-        """Two ranks `distance` numbers apart."""
+        """Between two ranks `distance` numbers apart."""
         inside = self.machine.nnodes == 1 or distance < self.machine.gpus_per_node
         return 1e9 * (self.machine.intra_bandwidth if inside else self.machine.inter_bandwidth)
