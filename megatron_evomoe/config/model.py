@@ -162,9 +162,9 @@ class MoEConfig:
     """
     moe_router_topk: Fixed[Few] = 1
     """K: the experts to which each token is sent."""
-    router: Fixed[Literal["linear", "modality-linear", "dtr"]] = "dtr"
+    router: Fixed[Literal["linear", "modality-linear", "dtr", "cosine"]] = "dtr"
     """The router: `linear` is one linear map, `modality-linear` one for each modality, `dtr` the paper's
-    hypernetworks.
+    hypernetworks, `cosine` the cosine between a token and each expert's centroid.
     """
     dtr_hidden_size: Fixed[Size] = 16
     """h: the inner width of the hypernetworks of `dtr`. The paper does not state it; with h·r near 10³ the

@@ -12,6 +12,7 @@ Shape legend: C width · N experts · h, r inner width and rank of the dynamic r
 from __future__ import annotations
 
 import functools
+import math
 import pkgutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -134,9 +135,17 @@ def _dtr(moe: MoEConfig, decoder: Decoder) -> Iterator[RouterTensor]:
             yield RouterTensor(name, shape, name, draw, share=0.5)
 
 
+def _cosine(moe: MoEConfig, decoder: Decoder) -> Iterator[RouterTensor]:
+    draw = _normal(decoder.init_method_std)  # the direction alone counts; Adam turns shorter rows faster
+    yield RouterTensor("centroids", (moe.num_experts, decoder.hidden_size), "centroids", draw)
+    at_half = math.log(1 / 0.5)  # a temperature of 0.5
+    yield RouterTensor("log_scale", (1,), "log_scale", lambda tensor: tensor.fill_(at_half))
+
+
 ROUTERS = {
     "linear": RouterKind("linear:LinearRouter", _linear),
     "modality-linear": RouterKind("linear:ModalityLinearRouter", _modality_linear),
     "dtr": RouterKind("dynamic:DynamicTokenRouter", _dtr),
+    "cosine": RouterKind("cosine:CosineRouter", _cosine),
 }
 """Value of `moe.router` -> the router."""

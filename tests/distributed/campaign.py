@@ -26,6 +26,7 @@ STAGES = {
     "evolve": Stage(kind="evolve"),
     "route, linear": Stage(kind="route", sections={"moe": {"router": "linear"}}),
     "route, dtr": Stage(kind="route"),
+    "route, cosine": Stage(kind="route", sections={"moe": {"router": "cosine"}}),
     "route, experts too": Stage(
         kind="route",
         sections={

@@ -88,6 +88,7 @@ def test_routed_models_of_every_language(make, name):
     [
         {"router": "linear"},
         {"router": "modality-linear", "moe_router_topk": 2},
+        {"router": "cosine", "moe_router_topk": 2},
         {"router_gate": "prob"},
         {"dtr_activation": "gelu", "moe_router_topk": 3},
     ],

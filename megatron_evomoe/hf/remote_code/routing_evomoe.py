@@ -6,6 +6,8 @@ router.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -142,10 +144,30 @@ class EvoMoeModalityLinearRouter(nn.Module):
         return torch.where(is_vision[:, None], of_vision, of_text)
 
 
+class EvoMoeCosineRouter(nn.Module):
+    """The cosine between a token and each expert's centroid, divided by a learned temperature."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.centroids = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+        self.log_scale = nn.Parameter(torch.empty(1))
+
+    def draw_weights(self, std):
+        """Random weights for a model that is not loaded."""
+        nn.init.normal_(self.centroids, std=std)
+        nn.init.constant_(self.log_scale, math.log(2))
+
+    def forward(self, tokens, is_vision):
+        """Logits [T, N] in float32."""
+        tokens, centroids = (F.normalize(v.float(), dim=-1, eps=1e-6) for v in (tokens, self.centroids))
+        return tokens @ centroids.t() * self.log_scale.float().clamp(max=math.log(100)).exp()
+
+
 ROUTERS = {
     "linear": EvoMoeLinearRouter,
     "modality-linear": EvoMoeModalityLinearRouter,
     "dtr": EvoMoeDynamicRouter,
+    "cosine": EvoMoeCosineRouter,
 }
 
 

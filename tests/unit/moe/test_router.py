@@ -257,7 +257,8 @@ def test_intervention_replaces_the_decision_in_evaluation_only():
 
 
 @pytest.mark.parametrize("name, count", [("linear", 4 * 32), ("modality-linear", 2 * 4 * 32),
-                                         ("dtr", 4 * 32 + 2 * (16 * 32 + 16 + 17 * 48 * 32))])  # fmt: skip
+                                         ("dtr", 4 * 32 + 2 * (16 * 32 + 16 + 17 * 48 * 32)),
+                                         ("cosine", 4 * 32 + 1)])  # fmt: skip
 def test_parameters_are_marked_used_and_saved_once(name, count):
     router = build_router(MoEConfig(router=name))
     parameters = dict(router.named_parameters())
