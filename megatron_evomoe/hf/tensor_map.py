@@ -1,15 +1,16 @@
-"""The one map between a checkpoint's tensors and a Hugging Face directory's, for both directions.
+"""Maps a checkpoint's tensors to those of a Hugging Face directory, for exports and imports.
 
-An `Entry` pairs one tensor of a `torch_dist` checkpoint (or one expert of a tensor that stacks them) with the
-HF tensors that hold the same numbers, and knows how the numbers are arranged in both. A `NameMap` is the list
-of all entries of one model; it says what either side must hold, so that a missing, surplus or misshapen
-tensor is named before anything is written.
+An `Entry` pairs one tensor of a `torch_dist` checkpoint (or one expert of a tensor that stacks experts)
+with the HF tensors that hold the same numbers, and knows how the numbers are arranged on both sides. A
+`NameMap` has all entries of one model. It states what either side must hold, so that a missing, surplus or
+misshapen tensor is named before anything is written. The checkpoint's keys and shapes come from the
+inventory (`model/inventory.py`).
 
-HF names are those of transformers 4.x LLaVA files (``language_model.model.…``,
-``vision_tower.vision_model.…``, ``multi_modal_projector.…``); `hf/from_hf/canonical_names.py` brings other
-names to them. Dtypes do not matter here.
+HF names are those of LLaVA files of transformers 4.x (``language_model.model.…``,
+``vision_tower.vision_model.…``, ``multi_modal_projector.…``); `hf/from_hf/canonical_names.py` renames
+others to these. Dtypes do not matter here.
 
-Shape legend: C width, F FFN width, V vocabulary, H heads, G key/value groups, D head size, N experts.
+Shape legend: H heads · G key/value groups · D head size · N experts.
 """
 
 from __future__ import annotations
@@ -32,27 +33,24 @@ from megatron_evomoe.moe.router import router_tensors
 Shape = tuple[int, ...]
 _NO_WEIGHT = re.compile(r"^(optimizer|rng)\.|\._extra_state(/|$)")
 EVOLVING = re.compile(r"\.mlp\.(experts|evolution)\.")
-"""Keys that an evolving model holds beside the dense one it computes with."""
-_EVOLVING_STATE = re.compile(
-    r"\.mlp\.(linear_fc[12]\.(weight|bias)$|evolution\.)"
-)  # the first expert is there twice
+"""Keys that an evolving model holds beside those of the dense model with which it computes."""
+_EVOLVING_STATE = re.compile(r"\.mlp\.(linear_fc[12]\.(weight|bias)$|evolution\.)")
+"""Keys of an evolving model to leave aside if all its experts are mapped; its first expert is there twice."""
 
 
 class Arrangement(Protocol):
     """How the numbers of one core tensor are arranged in HF's tensors."""
 
     def split(self, core: Tensor) -> list[Tensor]:
-        """Core tensor to HF tensors, in the entry's order; views where possible."""
+        """HF tensors of a core tensor, in the entry's order; views if possible."""
 
     def join(self, hf: list[Tensor]) -> list[Tensor]:
-        """HF tensors to pieces that, one after the other along axis 0, are the core tensor; views where
-        possible.
-        """
+        """Pieces of the core tensor, to be joined along axis 0, from HF tensors; views if possible."""
 
 
 @dataclass(frozen=True)
 class Same:
-    """One tensor each, of the same shape but for axes of size 1."""
+    """One tensor on either side; their shapes differ at most in axes of size 1."""
 
     core_shape: Shape
     hf_shape: Shape
@@ -66,7 +64,7 @@ class Same:
 
 @dataclass(frozen=True)
 class Rows:
-    """HF's tensors below each other (gate above up)."""
+    """HF's two tensors one above the other, gate above up."""
 
     def split(self, core: Tensor) -> list[Tensor]:
         return list(core.chunk(2))
@@ -77,7 +75,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Qkv:
-    """HF's q, k, v; the core's rows go by key/value group: its queries, its key, its value."""
+    """HF's q, k and v; the core's rows are ordered by key/value group: its queries, its key, its value."""
 
     groups: int
     queries: int
@@ -96,9 +94,7 @@ class Qkv:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """HF holds the true vocabulary; the core's rows are padded with zeros, how far depends on the layout that
-    saved.
-    """
+    """HF holds the true vocabulary; the core's rows are padded with zeros, as the saving layout needed."""
 
     rows: int
     padded: int
@@ -118,15 +114,19 @@ class Entry:
     core: str
     """Key in the checkpoint."""
     shape: Shape
-    """Of the core tensor, without the expert axis; for `Vocabulary` as padded on one rank."""
+    """Shape of the core tensor without the expert axis; a vocabulary is padded as for one rank."""
     hf: dict[str, Shape]
     """HF key -> shape, in the order of `arrangement`."""
     arrangement: Arrangement
     expert: int | None = None
-    """Place on the core tensor's leading axis; none where it has no expert axis."""
+    """Place on the core tensor's first axis; None if it has no expert axis."""
 
     def to_hf(self, core: Tensor) -> dict[str, Tensor]:
-        """The HF tensors of a core tensor of `shape` (a vocabulary may have any number of padding rows)."""
+        """The HF tensors of a core tensor of `shape`; a vocabulary may have any number of padding rows.
+
+        Raises:
+            CheckpointError: the tensor has another shape.
+        """
         if core.shape[1:] != self.shape[1:] or (
             len(core) != self.shape[0] and not isinstance(self.arrangement, Vocabulary)
         ):
@@ -134,7 +134,11 @@ class Entry:
         return dict(zip(self.hf, self.arrangement.split(core), strict=True))
 
     def to_core(self, hf: Mapping[str, Tensor]) -> list[Tensor]:
-        """Pieces that, one after the other along axis 0, are the core tensor."""
+        """Pieces of the core tensor, to be joined along axis 0.
+
+        Raises:
+            CheckpointError: an HF tensor has another shape.
+        """
         for name, shape in self.hf.items():
             if tuple(hf[name].shape) != shape:
                 raise CheckpointError(f"{name} has shape {tuple(hf[name].shape)}, {shape} is expected")
@@ -142,16 +146,15 @@ class Entry:
 
 
 class NameMap:
-    """All tensors of one model, in the order in which they are read and written.
+    """All entries of one model, in the order in which they are read and written.
 
     Args:
         config: resolved for its stage; the sections `language`, `vision` and `moe` are read.
-        kind: stage kind, or `pretrained`: designated layers are mixtures for `route` and dense FFNs for
-            everything else (an `evolve` checkpoint's experts are left aside; it computes with its first one,
-            the dense FFN).
-        parts: of `MODULES`, those the checkpoint has.
-        all_experts: of an `evolve` checkpoint map all experts rather than the dense FFN, which is the first
-            of them.
+        kind: stage kind, or `pretrained`. Designated layers are mixtures in `route` and dense FFNs in all
+            other kinds; of an `evolve` checkpoint the dense FFN is its first expert, with which it
+            computes.
+        parts: those of `MODULES` that the checkpoint has.
+        all_experts: whether to map all experts of an `evolve` checkpoint, and not the dense FFN.
 
     Raises:
         ConfigError: no vocabulary size is set.
@@ -185,8 +188,9 @@ class NameMap:
         return {name: shape for e in self.entries for name, shape in e.hf.items()}
 
     def is_weight(self, key: str) -> bool:
-        """Whether a checkpoint's key belongs to the model an export shows, rather than to training
-        (optimizer, generators, FP8 history, experts still evolving) or to a part that was not asked for.
+        """Whether a checkpoint's key belongs to the mapped model.
+
+        Others belong to training (optimizer, generators, FP8 history, evolving experts) or to other parts.
         """
         if _NO_WEIGHT.search(key) or (self._aside and self._aside.search(key) and key not in self._dense):
             return False
@@ -197,17 +201,17 @@ class NameMap:
         """Compare a checkpoint's keys and global shapes with the map.
 
         Raises:
-            CheckpointError: something is missing, surplus or of another shape; the message names all of it.
+            CheckpointError: tensors are missing, surplus or of another shape; the message names them.
         """
         weights = {k: tuple(s) for k, s in found.items() if self.is_weight(k)}
         wanted = self.core_shapes()
-        for key, rows in self._flexible.items():  # any padding will do
+        for key, rows in self._flexible.items():  # any padding is accepted
             if key in weights and weights[key][:1] >= (rows,):
                 wanted[key] = (weights[key][0], *wanted[key][1:])
         _compare(weights, wanted, f"checkpoint {where}")
 
     def check_hf(self, found: Mapping[str, Sequence[int]], where: object) -> None:
-        """As `check_core`, for HF keys by their canonical names."""
+        """Compare HF keys, by their canonical names, and shapes with the map; raises as `check_core`."""
         _compare({k: tuple(s) for k, s in found.items()}, self.hf_shapes(), str(where))
 
 
