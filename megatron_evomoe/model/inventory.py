@@ -35,23 +35,23 @@ class Tensor(NamedTuple):
     """One tensor of the whole model."""
 
     name: str
-    """With the layer's and the expert's global number, both from 0."""
+    """Name in `named_parameters()`, with the global numbers of layer and expert, both from 0."""
     shape: Shape
-    """Of the whole tensor; the vocabulary is padded."""
+    """Shape of the whole tensor; the vocabulary is padded."""
     split: int | None
-    """Dimension that is divided over the TP ranks, or for an expert over the expert-TP ranks; none if a rank
-    holds all of the tensor.
+    """The dimension that is divided over the TP ranks, or for an expert over the expert-TP ranks; None if each
+    rank holds the whole tensor.
     """
     part: str
-    """As in `config.recipe.PARTS`."""
+    """What trains or freezes it, one of `config.recipe.PARTS`."""
     place: Place
-    """Who holds it in the pipeline: the first stage, the stage of its layer, or the last stage."""
+    """Which pipeline stage holds it: the first, that of its layer, or the last."""
     key: str
-    """In a checkpoint. A mixture's experts share one key, under which they are stacked along a first axis."""
+    """Name in a checkpoint. A mixture's experts share a key, under which they are stacked along a first axis."""
     layer: int | None = None
-    """Decoder layer."""
+    """The decoder layer; None for tensors outside of the layers."""
     expert: int | None = None
-    """Expert of that layer; experts are divided over the EP ranks."""
+    """The expert of that layer, if it belongs to one; experts are divided over the EP ranks."""
 
     @property
     def numel(self) -> int:

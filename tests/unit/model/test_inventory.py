@@ -120,3 +120,16 @@ def test_counts_of_a_mixture():
     assert counts.parameters - counts.active == 3 * expert
     router = 4 * 32 + 2 * (4 * 32 + 4 + 5 * 8 * 32 + 5 * 4 * 32)
     assert counts.trainable == router
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_places_are_those_of_pipeline_chunks(tied):
+    """Under pipelining the last stage holds a copy of the tied matrix, which a model on one rank does not."""
+    config = tiny_config("route", language={"tie_word_embeddings": tied})
+    ends = ({"first": True, "last": False}, {"first": False, "last": True}, {"first": False, "last": False})
+    first, last, middle = (list(inventory.tensors(config, StageKind.ROUTE, [1], **end)) for end in ends)
+    assert {t.place for t in middle} == {"layer"} and {t.layer for t in middle} == {1}
+    assert {t.place for t in first} == {"first", "layer"} and {t.place for t in last} == {"last", "layer"}
+    assert any(t.name == "language_model.output_layer.weight" for t in last)
+    whole = [t.name for t in inventory.tensors(config, StageKind.ROUTE)]
+    assert ("language_model.output_layer.weight" in whole) is not tied
