@@ -39,15 +39,13 @@ class Tensor(NamedTuple):
     shape: Shape
     """Shape of the whole tensor; the vocabulary is padded."""
     split: int | None
-    """The dimension that is divided over the TP ranks, or for an expert over the expert-TP ranks; None if each
-    rank holds the whole tensor.
-    """
+    """The dimension that is divided over TP ranks, for an expert over expert-TP ranks; None if none is."""
     part: str
     """What trains or freezes it, one of `config.recipe.PARTS`."""
     place: Place
     """Which pipeline stage holds it: the first, that of its layer, or the last."""
     key: str
-    """Name in a checkpoint. A mixture's experts share a key, under which they are stacked along a first axis."""
+    """Name in a checkpoint. A mixture's experts share one key and are stacked along a first axis."""
     layer: int | None = None
     """The decoder layer; None for tensors outside of the layers."""
     expert: int | None = None
