@@ -138,7 +138,7 @@ def test_local_layers_get_none_of_it():
             HOPPER,
             "needs compute capability 10.0, this GPU has 9.0; choose delayed or tensorwise or blockwise",
         ),
-        ("mxfp8", (12, 0), "not there yet for compute capability 12.0"),
+        ("mxfp8", (12, 0), "no fp8_recipe mxfp8 for compute capability 12.0"),
         ("delayed", None, "needs Transformer Engine on a GPU"),
     ],
 )
