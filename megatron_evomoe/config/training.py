@@ -279,8 +279,7 @@ class CheckpointConfig:
     keep: Free[Count] = 2
     """How many checkpoints of each stage are kept, the newest ones. 0 keeps all."""
     keep_every: Free[Count] = 0
-    """Checkpoints of steps that are a multiple of this are kept in addition and never removed. 0 means none.
-    """
+    """Checkpoints of steps that are a multiple of this are kept as well, for good. 0 means none."""
     pretrained_checkpoint: Logged[Optional[Text]] = None
     """The checkpoint from which the first stage takes its weights. Modules that it lacks start with new
     weights, and the log names them. None means new weights,
@@ -321,8 +320,7 @@ class LogConfig:
     wandb_exp_name: Free[Optional[ShortText]] = None
     """The name of the wandb run. None lets wandb choose one."""
     log_params_norm: Free[Bool] = False
-    """Log the L2 norm of all weights with every log line. This reads all weights and reduces over the ranks.
-    """
+    """Log the L2 norm of all weights with every log line; this reads them all and reduces over ranks."""
     moe_metrics_interval: Free[PositiveCount] = 10
     """Optimizer steps between two measurements of routing: the shares of each expert by modality, and the
     auxiliary loss of each layer.

@@ -18,8 +18,7 @@ from typing import Any
 from megatron_evomoe.config import ConfigError
 
 MAX_BYTES = 256 * 2**20
-"""The largest file that is read. The largest published ones are Gemma's (33 MB of JSON) and XLM-V's (15 MB).
-"""
+"""The largest file that is read. The largest published ones are of 33 MB (Gemma) and 15 MB (XLM-V)."""
 _JSON_NEEDED = ("added_tokens", "normalizer", "pre_tokenizer", "post_processor", "decoder", "model")
 _JSON_KEYS = ("version", "truncation", "padding", *_JSON_NEEDED)
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
