@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -95,10 +96,10 @@ def test_examples_are_clean(copy):
 def test_examples_do_what_they_say(copy):
     """The tests that the examples add pass, in one pytest for all of them."""
     added = [path for title in EXAMPLES for path in new_files(section(title)) if "/test_" in path]
-    environment = programs.environment()
-    environment["PYTHONPATH"] = str(copy)
+    path = os.pathsep.join(filter(None, [str(copy), os.environ.get("PYTHONPATH")]))
+    environment = programs.environment() | {"PYTHONPATH": path}
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-v", *added],
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-vv", *added],
         cwd=copy,
         capture_output=True,
         text=True,
