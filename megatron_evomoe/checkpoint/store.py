@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,7 @@ class Saver:
         self,
         directory: Path,
         *,
-        modules: list[torch.nn.Module],
+        modules: Sequence[torch.nn.Module],
         optimizer: Any,
         scheduler: Any,
         record: Record,
@@ -172,7 +172,7 @@ class Saver:
 def load_training_state(
     path: Path,
     *,
-    modules: list[torch.nn.Module],
+    modules: Sequence[torch.nn.Module],
     optimizer: Any,
     scheduler: Any,
     record: Record,
@@ -337,7 +337,7 @@ def _chunk_key(index: int, count: int) -> str:
 
 
 def _state(
-    modules: list[torch.nn.Module], optimizer: Any, scheduler: Any, *, is_loading: bool
+    modules: Sequence[torch.nn.Module], optimizer: Any, scheduler: Any, *, is_loading: bool
 ) -> dict[str, Any]:
     state: dict[str, Any] = {
         _chunk_key(i, len(modules)): m.sharded_state_dict(metadata=metadata()) for i, m in enumerate(modules)

@@ -43,8 +43,9 @@ class Heartbeat:
     def __init__(self, run_dir: Path) -> None:
         self._path = run_dir / "heartbeat.json"
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
-        self._store = dist.distributed_c10d._get_default_store().clone()
-        self._place = {
+        store: Any = dist.distributed_c10d._get_default_store()
+        self._store = store.clone()
+        self._place: dict[str, Any] = {
             "rank": self._rank,
             "host": socket.gethostname(),
             "pid": os.getpid(),

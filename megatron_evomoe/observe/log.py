@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ class RunLogger:
         if not self.is_main:
             return
         for sink in self._sinks:
-            self._guarded(sink, lambda sink=sink: sink.start_stage(name, start_step))
+            self._guarded(sink, partial(sink.start_stage, name, start_step))
         self._console.start_stage(name, total_steps, start_step)
 
     def rewind(self, stage: str, step: int) -> None:
@@ -116,7 +117,7 @@ class RunLogger:
         record = {"step": step, "stage": self._stage, "time": time.time(), **numbers}
         self._metrics.write(record if samples is None else {**record, "samples": samples})
         for sink in self._sinks:
-            self._guarded(sink, lambda sink=sink: sink.log(step, numbers))
+            self._guarded(sink, partial(sink.log, step, numbers))
         self._console.step(step, numbers)
 
     def _guarded(self, sink: TensorBoardSink | WandbSink, work: Callable[[], None]) -> None:

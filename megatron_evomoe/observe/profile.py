@@ -43,9 +43,7 @@ def begin_step(step: int) -> None:
 
 
 @contextlib.contextmanager
-def profiling(
-    config: TrainConfig, modules: Sequence[torch.nn.Module], folder: Path, stage: str
-) -> Iterator[None]:
+def profiling(config: TrainConfig, modules: Sequence[Any], folder: Path, stage: str) -> Iterator[None]:
     """Context that traces the steps from `profile_step_start` to `profile_step_end` - 1 on `profile_ranks`.
 
     Args:

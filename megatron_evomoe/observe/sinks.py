@@ -18,7 +18,8 @@ class TensorBoardSink:
                 f"tensorboard_dir is set but TensorBoard does not import ({error}); "
                 "pip install tensorboard, or unset --tensorboard-dir"
             ) from error
-        self._make, self._directory, self._writer = SummaryWriter, Path(directory), None
+        self._make, self._directory = SummaryWriter, Path(directory)
+        self._writer: SummaryWriter | None = None
 
     def start_stage(self, name: str, start_step: int) -> None:
         """Open a writer for the stage. TensorBoard hides what an interrupted run wrote after `start_step`."""

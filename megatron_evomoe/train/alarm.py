@@ -19,6 +19,7 @@ import traceback
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch.distributed as dist
 
@@ -120,7 +121,7 @@ class Alarm:
 
     def __enter__(self) -> Alarm:
         if self._world > 1:
-            store = dist.distributed_c10d._get_default_store()
+            store: Any = dist.distributed_c10d._get_default_store()
             self._store = store.clone()  # the thread gets a connection of its own: one may block the other
             self._thread = threading.Thread(
                 target=self._watch, args=(store.clone(),), name="alarm", daemon=True
@@ -160,6 +161,7 @@ class Alarm:
         another error of its own.
         """
         first, mine = self._heard, self._sounded
+        assert mine is not None, "settled after `sound`"
         if first is None or (first.text != mine.text and mine.status != 3):
             return tell(mine, error)
         self._say(first)
@@ -169,6 +171,7 @@ class Alarm:
         """Wait until the others have read the message: torchrun kills them once this rank ends, and this rank
         may host the store.
         """
+        assert self._sounded is not None, "waited for after `sound`"
         deadline = time.monotonic() + (_PATIENCE if self._sounded.status != 3 else 4 * _POLL)
         try:
             while self._store.add("alarm/heard", 0) < self._world and time.monotonic() < deadline:

@@ -37,15 +37,15 @@ def open_stage(session: Session, stage: StageConfig, stop: StopRequests) -> Stag
     samples = None
     if found is None or _has_steps_left(found, config):
         samples = training_set(config, session.topology)
-    data = samples and samples.data
-    comparison = resume_check.compare(session, found, stage, config, data) if found else None
+    data = samples.data if samples else None
+    resumed = (found, resume_check.compare(session, found, stage, config, data)) if found else None
     topology.seed_everything(config.train.seed)
     built = build_stage(config, stage)
-    if found is not None:
-        record = _resume(session, found, built, stage, comparison)
+    if resumed is not None:
+        record = _resume(session, built, stage, *resumed)
     else:
         record = _begin(session, built, stage, config)
-    record.data = samples.data if samples else record.data
+    record.data = data or record.data
     session.logger.say(f"stage {stage.name}: {course(built.scheduler, config.train.train_iters)}")
     session.logger.start_stage(stage.name, config.train.train_iters, record.step)
     session.heartbeat.enter("setup", record.step)
@@ -75,11 +75,7 @@ def _has_steps_left(found: Path, config: RunConfig) -> bool:
 
 
 def _resume(
-    session: Session,
-    found: Path,
-    built: Built,
-    stage: StageConfig,
-    comparison: resume_check.Comparison,
+    session: Session, built: Built, stage: StageConfig, found: Path, comparison: resume_check.Comparison
 ) -> Record:
     """Load the training state of the stage's own checkpoint; returns its record. Communicates."""
     record = find.record_of(found)

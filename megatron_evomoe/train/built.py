@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from megatron.core.distributed import finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.utils import get_model_config
 
 from megatron_evomoe.config import RunConfig, StageConfig
@@ -23,7 +22,7 @@ class Built:
     """A stage's model and what trains it. Lists hold one entry per pipeline chunk of this rank."""
 
     modules: list[LlavaModel]
-    wrapped: list[torch.nn.Module]
+    wrapped: list[DistributedDataParallel]
     """The same chunks in megatron-core's data-parallel wrapper."""
     optimizer: Any
     scheduler: Any
@@ -35,7 +34,7 @@ class Built:
         """This rank's layers whose experts 2…N are updated from expert 1, in order."""
         return [m for chunk in self.modules for m in chunk.modules() if isinstance(m, EvolvingMLP)]
 
-    def mixtures(self) -> list[torch.nn.Module]:
+    def mixtures(self) -> list[EvoMoELayer]:
         """The mixture layers of this rank, in order."""
         return [m for chunk in self.modules for m in chunk.modules() if isinstance(m, EvoMoELayer)]
 
@@ -64,7 +63,8 @@ def build_stage(config: RunConfig, stage: StageConfig) -> Built:
     """Build model, optimizer and schedule of `stage`, whose values `config` already has."""
     modules = build_modules(config, stage.kind)
     for module in modules:
-        layers = module.language_model.decoder.layers
+        decoder: Any = module.language_model.decoder
+        layers = decoder.layers
         freeze(module, config, stage.kind, first_layer=layers[0].layer_number - 1 if layers else 0)
     wrapped = optim.wrap(modules, config)
     optimizer = optim.build_optimizer(wrapped, config)

@@ -198,7 +198,7 @@ def _is_used(section: str, field: str, config: RunConfig, kind: StageKind) -> bo
     return not evolves and (field != "expert_init_noise" or config.moe.expert_init == "noise")
 
 
-_Meaning = Callable[[RunConfig, str], Any]
+_Meaning = Callable[[RunConfig, StageKind], Any]
 _MEANINGS: dict[tuple[str, str], _Meaning] = {
     ("language", "num_query_groups"): lambda c, _: c.language.query_groups,
     ("language", "kv_channels"): lambda c, _: c.language.head_size,

@@ -156,7 +156,7 @@ def next_tokens(
     return choice
 
 
-def _unwrap(module: torch.nn.Module) -> Any:
+def _unwrap(module: Any) -> Any:
     while not hasattr(module, "run_config"):
         module = module.module
     return module

@@ -144,10 +144,12 @@ def measure(run: StageRun) -> dict[str, Score]:
 
 def questions(session: Session, config: RunConfig) -> list[Question]:
     """The held-out questions, the same list on every rank. Unusable samples are left out and logged."""
+    if not config.data.eval_data:
+        return []
     found: list[Question] = []
     limit = config.train.eval_samples
     skipped: Counter[str] = Counter()
-    dataset = ShardDataset(config.data.eval_data) if config.data.eval_data else []
+    dataset = ShardDataset(config.data.eval_data)
     processor = processor_for(config)
     for i in range(len(dataset)):
         try:

@@ -17,8 +17,11 @@ def only_follow_parent() -> None:
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "a helper has the rank as its parent"
+
     def follow() -> None:
-        multiprocessing.parent_process().join()
+        parent.join()
         os._exit(0)
 
     threading.Thread(target=follow, daemon=True).start()

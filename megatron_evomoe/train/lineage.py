@@ -15,7 +15,7 @@ from megatron_evomoe.train.session import Session, earlier_stage, stage_dir
 
 def finished_checkpoint(session: Session, stage: StageConfig) -> Path | None:
     """The stage's newest checkpoint if it is that of its last step. Communicates."""
-    found = [None]
+    found: list[Path | None] = [None]
     if session.topology.rank == 0:
         path = find.latest(stage_dir(session.run_dir, stage), session.owner(stage))
         found = [path if path and records.read(path).finished else None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from megatron_evomoe.checkpoint.record import CheckpointError
 from megatron_evomoe.config import RunConfig
 
 
-def wrap(chunks: list[torch.nn.Module], config: RunConfig) -> list[DistributedDataParallel]:
+def wrap(chunks: Sequence[torch.nn.Module], config: RunConfig) -> list[DistributedDataParallel]:
     """Each model chunk in megatron-core's data-parallel wrapper; frozen parameters get no gradient buffer."""
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -135,7 +136,7 @@ def build_scheduler(optimizer: MegatronOptimizer, config: RunConfig) -> Schedule
 def course(scheduler: OptimizerParamScheduler, last: int) -> str:
     """A stage's learning rates in words: at its first step, at the peak, and at its last step."""
     schedule = copy.copy(scheduler)
-    group = next(iter(scheduler.optimizer.param_groups), {})
+    group: dict[str, Any] = next(iter(scheduler.optimizer.param_groups), {})
 
     def rate(step: int) -> str:
         schedule.num_steps = step - 1

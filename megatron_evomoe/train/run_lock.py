@@ -37,6 +37,7 @@ _STILL = 20.0
 """Seconds without a change after which the file's holder counts as dead."""
 _POLL = 0.2
 _SIZE = 1024  # bytes of the file
+_CLOSED = -1  # no file descriptor
 _HELD = (errno.EACCES, errno.EAGAIN)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
 
@@ -56,7 +57,7 @@ class RunLock:
 
     def __init__(self, folder: Path, patience: float) -> None:
         self._folder, self._path, self._patience = folder, folder / NAME, patience
-        self._descriptor: int | None = None
+        self._descriptor = _CLOSED
         self._identity = (0, 0)
         self._me = {
             "host": socket.gethostname(),
@@ -76,12 +77,12 @@ class RunLock:
         self._ended.set()
         if self._lease is not None:
             self._lease.join(_BEAT)
-        if self._descriptor is not None:
+        if self._descriptor != _CLOSED:
             with contextlib.suppress(OSError):  # a folder that is gone needs no message
                 if self._read().get("token") == self._me["token"]:
                     self._write({**self._me, "ended": True})
             os.close(self._descriptor)
-            self._descriptor = None
+            self._descriptor = _CLOSED
 
     def verify(self) -> None:
         """Raise on every rank what `check` raises. Communicates."""

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.transformer.module import MegatronModule
 from torch.utils.data import DataLoader, Dataset
 
 from megatron_evomoe.config import ConfigError, RunConfig
@@ -41,11 +42,13 @@ def open_cache(run: StageRun) -> FeatureCache | None:
     """The cache from which this rank reads vision features; none if it reads none. Communicates over TP."""
     if not run.config.data.cache_vision_features or not run.session.topology.first_stage:
         return None
-    tower = weights_digest(run.built.modules[0].vision_model)
+    tower = run.built.modules[0].vision_model
+    assert tower is not None, "the first pipeline stage has the tower"
+    digest = weights_digest(tower)
     if run.samples is None or run.samples.dataset is None:
         return None
     folder = Path(run.config.data.feature_cache_dir or run.session.run_dir / "vision_features")
-    return FeatureCache(run.samples.dataset, run.config, folder, tower)
+    return FeatureCache(run.samples.dataset, run.config, folder, digest)
 
 
 def complete(cache: FeatureCache | None, run: StageRun) -> str | None:
@@ -66,7 +69,7 @@ def complete(cache: FeatureCache | None, run: StageRun) -> str | None:
     return _Extraction(missing, cache, run.built.modules[0], run.session, run.config).run(run.stop)
 
 
-def weights_digest(tower: torch.nn.Module) -> str:
+def weights_digest(tower: MegatronModule) -> str:
     """A digest of the tower's weights, the same under any tensor parallelism. Communicates over TP."""
     tensor_parallel = topology.current().tensor
     mine: dict[str, int] = {}
@@ -180,7 +183,8 @@ class _Extraction:
         """Compute one part on the first pipeline stage's ranks of a replica; the rank that reads the images
         writes the features. Communicates over TP.
         """
-        features, problems = [], {}
+        features: list[torch.Tensor] = []
+        problems: dict[int, SampleError] = {}
         for first in range(0, part.count, BATCH):
             pixels, bad = self._next_batch(min(BATCH, part.count - first))
             problems |= {first + row: error for row, error in bad.items()}
