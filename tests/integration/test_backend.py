@@ -76,3 +76,25 @@ for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
         print(c.laddr.ip)
 """
     assert set(python(code).split()) == {"127.0.0.1"}
+
+
+def test_a_child_does_not_inherit_the_loopback_of_a_single_process():
+    """A program that trains alone may start torchrun on several nodes afterwards; the user's choice stays."""
+    child = """
+import os, sys
+from megatron_evomoe.parallel import backend
+backend.prepare()
+backend.init_process_group(1)
+print(os.environ.get("GLOO_SOCKET_IFNAME"), os.environ.get("NCCL_SOCKET_IFNAME"))
+"""
+    code = f"""
+import os, subprocess, sys
+from megatron_evomoe.parallel import backend
+os.environ["NCCL_SOCKET_IFNAME"] = "chosen"
+backend.prepare()
+backend.init_process_group(1)
+rank = dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+for extra in (rank, {{}}):
+    subprocess.run([sys.executable, "-c", {child!r}], env=dict(os.environ, **extra), check=True)
+"""
+    assert python(code) == "None chosen\nlo chosen\n"
