@@ -1,8 +1,7 @@
-"""Configuration of EvoMoE models: a vision tower, a projector, and a decoder some of whose layers are
-mixtures of experts.
+"""Configuration of EvoMoE models: a vision tower, a projector, and a decoder with mixtures of experts.
 
-Runs on transformers 4.56 and later. Names differ from transformers' own (`rope_base`, `norm_eps`) where a
-version would rewrite its own on loading.
+Needs transformers 4.56 or later. Some names differ from transformers' (`rope_base`, `norm_eps`), because some
+of its versions change fields of those names on loading.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from transformers import PretrainedConfig
 
 
 class EvoMoeVisionConfig(PretrainedConfig):
-    """The image encoder, cut off at the layer whose output is the feature."""
+    """The image encoder up to the layer whose output is the image feature."""
 
     model_type = "evomoe_vision"
     base_config_key = "vision_config"
@@ -34,8 +33,8 @@ class EvoMoeVisionConfig(PretrainedConfig):
         """
         Args:
             tower: "clip" (class token, norm before the layers, quick GELU) or "siglip" (neither; tanh GELU).
-            num_hidden_layers: layers that are run; the last one's output is the feature.
-            keep_class_token: whether CLIP's class token is a feature too.
+            num_hidden_layers: number of layers; the output of the last one is the feature.
+            keep_class_token: whether the output at CLIP's class token is a feature too.
         """
         self.tower = tower
         self.hidden_size = hidden_size
@@ -50,7 +49,7 @@ class EvoMoeVisionConfig(PretrainedConfig):
 
 
 class EvoMoeTextConfig(PretrainedConfig):
-    """The decoder and its mixtures."""
+    """The decoder with its mixtures of experts."""
 
     model_type = "evomoe_text"
     base_config_key = "text_config"
@@ -96,14 +95,15 @@ class EvoMoeTextConfig(PretrainedConfig):
         """
         Args:
             norm_type: "RMSNorm" or "LayerNorm".
-            linear_bias: biases on every linear layer but the output layer, experts included; `qkv_bias` on
-                the attention's inputs alone.
+            qkv_bias: whether the projections to queries, keys and values have biases.
+            linear_bias: whether all linear layers but the output layer have biases, those of experts
+                included.
             rope_adjustment: None, {"type": "linear", "factor": …}, or {"type": "llama3", "factor": …,
                 "low_freq_factor": …, "high_freq_factor": …, "original_max_position_embeddings": …}.
-            moe_layers: indices, from 0, of the layers that are mixtures.
-            router: a key of `ROUTERS` in routing_evomoe.py, or "none": expert 0 for every token.
-            router_gate: "straight_through" (selected experts' weights sum to 1) or "prob" (their
-                probabilities).
+            moe_layers: indices, from 0, of the layers with a mixture of experts.
+            router: a key of `ROUTERS` in routing_evomoe.py, or "none", which sends every token to expert 0.
+            router_gate: "straight_through" (the weights of a token's experts sum to 1) or "prob" (they are
+                the experts' probabilities).
         """
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
@@ -135,7 +135,7 @@ class EvoMoeTextConfig(PretrainedConfig):
         self.dtr_rank = dtr_rank
         self.dtr_activation = dtr_activation
         self.initializer_range = initializer_range
-        # 4.x and 5.x have different defaults for these
+        # transformers 4 and 5 have different defaults for these
         super().__init__(
             pad_token_id=pad_token_id,
             bos_token_id=bos_token_id,
@@ -166,12 +166,12 @@ class EvoMoeConfig(PretrainedConfig):
     ):
         """
         Args:
-            image_token_id: stands at every image position. It may lie beyond the vocabulary: it has no
-                embedding.
-            image_seq_length: positions one image takes.
-            evomoe_config: megatron_evomoe's own configuration, carried along so that an import loses nothing.
+            image_token_id: token id at every image position. It has no embedding and may lie beyond the
+                vocabulary.
+            image_seq_length: number of positions of one image.
+            evomoe_config: the configuration in megatron_evomoe, from which it can import the model again.
         """
-        # sub-configurations first: the base class hands settings on to them
+        # before the base class, which passes settings on to them
         self.vision_config = _sub_config(EvoMoeVisionConfig, vision_config)
         self.text_config = _sub_config(EvoMoeTextConfig, text_config)
         self.image_token_id = image_token_id
@@ -181,7 +181,7 @@ class EvoMoeConfig(PretrainedConfig):
 
     @property
     def image_token_index(self):
-        """LLaVA's older name, which some programs read."""
+        """The older name in LLaVA, which some programs read."""
         return self.image_token_id
 
 

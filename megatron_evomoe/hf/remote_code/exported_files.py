@@ -1,5 +1,6 @@
-"""What a custom-code export copies from this folder, and how transformers finds its classes there. Not copied
-itself.
+"""Lists the files that an export with custom code copies from this folder, and the classes in them.
+
+This file itself is not copied.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from megatron_evomoe.data import picture
 _MODEL = "modeling_evomoe.EvoMoeForConditionalGeneration"
 AUTO_MAP = {
     "AutoConfig": "configuration_evomoe.EvoMoeConfig",
-    "AutoModel": _MODEL,  # evaluation programs look here for something that generates
+    "AutoModel": _MODEL,  # which evaluation programs load to generate
     "AutoModelForImageTextToText": _MODEL,
     "AutoModelForCausalLM": _MODEL,
 }
@@ -19,8 +20,6 @@ IMAGE_AUTO_MAP = {"AutoImageProcessor": "image_processing_evomoe.EvoMoeImageProc
 
 
 def source_files() -> dict[str, Path]:
-    """Name in an export -> Python file: the model, its image processor, and the rule by which a picture
-    becomes RGB.
-    """
+    """Name in an export -> Python file to copy."""
     files = {file.name: file for file in sorted(Path(__file__).parent.glob("*_evomoe.py"))}
     return {**files, "picture_evomoe.py": Path(picture.__file__)}

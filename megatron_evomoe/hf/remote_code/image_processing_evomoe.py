@@ -1,7 +1,7 @@
-"""LLaVA's image processor, given pictures as training sees them.
+"""LLaVA's image processor for pictures of any mode, which it converts to RGB as training does.
 
-transformers' own drops transparency before 5.x, clips 16-bit grey at 255 and never turns a picture as its
-EXIF says.
+transformers' own processor drops transparency before version 5, clips 16-bit grey at 255, and ignores the
+orientation in EXIF data.
 """
 
 from __future__ import annotations
@@ -22,19 +22,24 @@ except ImportError:
 
 
 class EvoMoeImageProcessor(_Base):
-    """Pads to a square (`do_pad`) or crops, resizes and normalises, after `as_rgb`. Arrays and tensors are
-    taken as they are.
+    """Applies `as_rgb`, then pads to a square (`do_pad`) or crops, resizes and normalises.
+
+    `as_rgb` is applied to Pillow images, not to arrays and tensors.
     """
 
     def preprocess(self, images: Any, *args: Any, **kwargs: Any) -> Any:
-        """LLaVA's preprocessing, of pictures that `as_rgb` has made RGB."""
+        """Convert the pictures to RGB, and preprocess them as LLaVA does."""
         return super().preprocess(self.fetch_images(images), *args, **kwargs)
 
     def fetch_images(self, images: Any) -> Any:
-        """Opened pictures, paths or base64, one or nested lists of them, as RGB pictures.
+        """Open pictures and convert them to RGB.
+
+        Args:
+            images: a Pillow image, a path or base64 text, or a (nested) list of these.
 
         Raises:
-            ValueError: an address. transformers would drop the transparency of what it loads from there.
+            ValueError: a text is a URL, or neither a file nor a picture in base64. transformers would drop
+                the transparency of a picture at a URL.
         """
         if isinstance(images, (list, tuple)):
             return [self.fetch_images(image) for image in images]
@@ -48,7 +53,7 @@ def _open(source: str) -> Image.Image:
         return Image.open(source)
     if source.startswith(("http://", "https://")):
         raise ValueError(
-            f"{source[:200]} is an address; load it, and give the picture that Image.open makes of it"
+            f"{source[:200]} is a URL; download the picture and give its path or the opened image"
         )
     data = source.split(",", 1)[1] if source.startswith("data:image/") else source
     try:

@@ -1,7 +1,6 @@
-"""EvoMoE: a LLaVA-style vision-language model whose decoder mixes experts, routed by modality and token.
+"""EvoMoE: a LLaVA-style vision-language model with mixtures of experts, routed by modality and token.
 
-Self-contained: needs torch and transformers (4.56 or later) alone. Tensors are named as in LLaVA files of
-transformers 4.x.
+Needs only torch and transformers 4.56 or later. Tensors are named as in LLaVA files of transformers 4.x.
 
 Shapes: b rows · s positions · n images of p positions · C width · D size of a head · V vocabulary.
 """
@@ -27,13 +26,12 @@ from .routing_evomoe import EvoMoeMixture, build_ffn
 from .vision_evomoe import EvoMoeProjector, EvoMoeVisionEmbeddings, EvoMoeVisionTower
 
 _MASK_ARGUMENTS = frozenset(inspect.signature(create_causal_mask).parameters)
-# 4.x caches of fixed size write where they are told to, and at 0 if they are not; 5.x ones count for
-# themselves
+# Caches of fixed size in transformers 4 must be told where to write; in transformers 5 they count themselves.
 _CACHE_WANTS_POSITIONS = "cache_kwargs" in inspect.signature(Cache.update).parameters
 
 
 class EvoMoeRMSNorm(nn.Module):
-    """x / rms(x) · weight."""
+    """Root mean square normalisation: x / rms(x) · weight."""
 
     def __init__(self, width, eps):
         super().__init__()
@@ -41,12 +39,12 @@ class EvoMoeRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, hidden):
-        """Any shape, normalised over its last axis."""
+        """Normalise a tensor of any shape over its last axis."""
         return F.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
 
 
 def build_norm(config, width):
-    """The decoder's kind of norm."""
+    """A norm of the decoder's kind (`norm_type`)."""
     return (
         EvoMoeRMSNorm(width, config.norm_eps)
         if config.norm_type == "RMSNorm"
@@ -55,8 +53,9 @@ def build_norm(config, width):
 
 
 def rotary_tables(config, position_ids, dtype):
-    """cos and sin [b, 1, s, R] for the R rotated channels of each head. No buffer: loading would leave it
-    empty.
+    """The rotary tables: cos and sin [b, 1, s, R] for the R rotated channels of each head.
+
+    They are computed anew and not stored as buffers, which loading would leave uninitialised.
     """
     rotated = int(config.head_dim * config.rotary_percent)
     exponents = torch.arange(0, rotated, 2, dtype=torch.float32, device=position_ids.device) / rotated
@@ -71,7 +70,7 @@ def rotary_tables(config, position_ids, dtype):
 
 
 def _llama3_frequencies(frequencies, adjustment):
-    """Llama 3.1's: long waves are stretched by `factor`, short ones kept, those between blended."""
+    """RoPE scaling of Llama 3.1: divides low frequencies by `factor`, keeps high ones, and blends between."""
     low, high = adjustment["low_freq_factor"], adjustment["high_freq_factor"]
     turns = adjustment["original_max_position_embeddings"] * frequencies / (2 * math.pi)
     kept = ((turns - low) / (high - low)).clamp(0, 1)
@@ -79,14 +78,14 @@ def _llama3_frequencies(frequencies, adjustment):
 
 
 def rotate(states, cos, sin):
-    """Turn the first R channels of [b, heads, s, D] by their position; the others pass."""
+    """Rotate the first R channels of [b, heads, s, D] by their position; the others are unchanged."""
     rotated, passed = states[..., : cos.shape[-1]], states[..., cos.shape[-1] :]
     first, second = rotated.chunk(2, dim=-1)
     return torch.cat([rotated * cos + torch.cat([-second, first], dim=-1) * sin, passed], dim=-1)
 
 
 def eager_attention(module, query, key, value, attention_mask, scaling, **ignored):
-    """Attention spelled out; softmax in float32. Called as transformers' own attention functions are."""
+    """Attention in plain torch, softmax in float32. The signature is that of transformers' functions."""
     key = key.repeat_interleave(module.num_key_value_groups, dim=1)
     value = value.repeat_interleave(module.num_key_value_groups, dim=1)
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling
@@ -115,7 +114,7 @@ class EvoMoeAttention(nn.Module):
         self.k_norm = build_norm(config, self.head_dim) if config.qk_norm else nn.Identity()
 
     def forward(self, hidden, cos, sin, mask, cache, cache_arguments):
-        """[b, s, C] to [b, s, C]; keys and values go through the cache if there is one."""
+        """[b, s, C] to [b, s, C]; keys and values pass through the cache, if there is one."""
         query, key, value = (
             p(hidden).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj)
         )
@@ -140,8 +139,9 @@ class EvoMoeAttention(nn.Module):
 
 
 class EvoMoeDecoderLayer(nn.Module):
-    """Attention, then a dense FFN or a mixture. With a parallel residual both read one norm and add to the
-    stream together.
+    """Attention, then a dense FFN or a mixture of experts.
+
+    With a parallel residual both read the same norm, and their outputs are added together.
     """
 
     def __init__(self, config, layer):
@@ -154,7 +154,7 @@ class EvoMoeDecoderLayer(nn.Module):
         self.mlp = EvoMoeMixture(config) if layer in config.moe_layers else build_ffn(config)
 
     def forward(self, hidden, is_vision, *attention_arguments):
-        """[b, s, C] to [b, s, C], and the router's logits [b·s, N] where there is one."""
+        """[b, s, C] to [b, s, C] and the router's logits [b·s, N], None without a router."""
         normed = self.input_layernorm(hidden)
         attended = self.self_attn(normed, *attention_arguments)
         if self.post_attention_layernorm is None:
@@ -171,7 +171,7 @@ class EvoMoeDecoderLayer(nn.Module):
 
 
 class EvoMoeDecoder(nn.Module):
-    """Embeddings, layers, and the norm after the last."""
+    """Word embeddings, decoder layers, and the final norm."""
 
     def __init__(self, config):
         super().__init__()
@@ -182,8 +182,8 @@ class EvoMoeDecoder(nn.Module):
         setattr(self, self.norm_name, build_norm(config, config.hidden_size))
 
     def forward(self, inputs_embeds, is_vision, attention_mask, position_ids, cache):
-        """Embeddings [b, s, C] and whether each is an image's [b, s], to hidden states [b, s, C] and each
-        mixture's logits.
+        """Embeddings [b, s, C], and bool [b, s] that marks image positions, to hidden states [b, s, C] and
+        the router logits of each mixture.
         """
         seen = cache.get_seq_length() if cache is not None else 0
         positions = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen
@@ -201,16 +201,14 @@ class EvoMoeDecoder(nn.Module):
 
 
 def _positions(attention_mask, positions, inputs_embeds):
-    """Position ids [b, s]; those of padded rows count their real tokens."""
+    """Position ids [b, s]. In padded rows they count the tokens that are not padding."""
     if attention_mask is None or attention_mask.ndim != 2:
         return positions.expand(inputs_embeds.shape[:2])
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1] :]
 
 
 def _mask(config, inputs_embeds, attention_mask, cache, positions):
-    """transformers' causal mask in the form that the attention function wants; its arguments differ by
-    version.
-    """
+    """transformers' causal mask for the attention function. Its arguments depend on the version."""
     embeds = "inputs_embeds" if "inputs_embeds" in _MASK_ARGUMENTS else "input_embeds"
     arguments = {
         "config": config,
@@ -224,7 +222,7 @@ def _mask(config, inputs_embeds, attention_mask, cache, positions):
 
 
 class EvoMoeLanguageModel(nn.Module):
-    """Decoder and output layer, under the names that LLaVA files have them by."""
+    """Decoder and output layer, with the names that they have in LLaVA files."""
 
     def __init__(self, config):
         super().__init__()
@@ -234,10 +232,13 @@ class EvoMoeLanguageModel(nn.Module):
 
 @dataclass
 class EvoMoeOutput(ModelOutput):
-    """What a forward gives.
+    """Output of the model.
 
-    `loss`: mean cross entropy of `labels`, where given. `logits` [b, s, V]. `past_key_values`: the cache,
-    where used. `router_logits`: where asked for, one float32 tensor [b·s, N] per mixture, in layer order.
+    Attributes:
+        loss: mean cross entropy of `labels`, if they are given.
+        logits: [b, s, V].
+        past_key_values: the cache, if it is used.
+        router_logits: one float32 tensor [b·s, N] for each mixture, in layer order, if requested.
     """
 
     loss: Optional[torch.FloatTensor] = None
@@ -247,7 +248,7 @@ class EvoMoeOutput(ModelOutput):
 
 
 class EvoMoePreTrainedModel(PreTrainedModel):
-    """What transformers asks of a model class."""
+    """Settings and initial weights, as transformers expects them of a model class."""
 
     config_class = EvoMoeConfig
     base_model_prefix = ""
@@ -257,12 +258,11 @@ class EvoMoePreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = False
     _supports_sdpa = True
     _supports_flash_attn = True
-    # Servers that feed embeddings alone would send image tokens through the text router without a word; so
-    # they must refuse.
+    # Servers that pass embeddings alone would silently route image tokens as text, so they must refuse.
     _supports_attention_backend = False
 
     def _init_weights(self, module):
-        """Fresh weights; through torch.nn.init alone, which 5.x guards so that loaded ones stay."""
+        """Set initial weights, by torch.nn.init only, which transformers 5 disables for loaded weights."""
         std = self.config.text_config.initializer_range
         if isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding)):
             nn.init.normal_(module.weight, std=std)
@@ -279,7 +279,7 @@ class EvoMoePreTrainedModel(PreTrainedModel):
 
 
 class EvoMoeForConditionalGeneration(EvoMoePreTrainedModel, GenerationMixin):
-    """Images and text to text."""
+    """The whole model, which answers to images and text with text."""
 
     _tied_weights_keys: ClassVar[dict[str, str]] = {
         "language_model.lm_head.weight": "language_model.model.embed_tokens.weight"
@@ -289,7 +289,7 @@ class EvoMoeForConditionalGeneration(EvoMoePreTrainedModel, GenerationMixin):
         super().__init__(config)
         if (
             config.text_config._attn_implementation is None
-        ):  # set for parts that are PreTrainedModels, or where asked for
+        ):  # transformers sets it only for parts that are PreTrainedModels
             config.text_config._attn_implementation = config._attn_implementation
         self.vision_tower = EvoMoeVisionTower(config.vision_config)
         self.multi_modal_projector = EvoMoeProjector(config)
@@ -297,7 +297,7 @@ class EvoMoeForConditionalGeneration(EvoMoePreTrainedModel, GenerationMixin):
         self.post_init()
 
     def get_input_embeddings(self):
-        """Word embeddings."""
+        """The word embeddings."""
         return self.language_model.model.embed_tokens
 
     def set_input_embeddings(self, value):
@@ -305,7 +305,7 @@ class EvoMoeForConditionalGeneration(EvoMoePreTrainedModel, GenerationMixin):
         self.language_model.model.embed_tokens = value
 
     def get_output_embeddings(self):
-        """Output layer."""
+        """The output layer."""
         return self.language_model.lm_head
 
     def set_output_embeddings(self, value):
@@ -317,23 +317,30 @@ class EvoMoeForConditionalGeneration(EvoMoePreTrainedModel, GenerationMixin):
         return self.multi_modal_projector(self.vision_tower(pixel_values))
 
     def embed(self, input_ids, pixel_values=None):
-        """Ids [b, s] and the images of all rows, in order, to embeddings [b, s, C] and whether each is an
-        image's [b, s].
+        """Embed text and images.
+
+        Args:
+            input_ids: int64 [b, s].
+            pixel_values: the images of all rows in order, [n, 3, S, S].
+
+        Returns:
+            Embeddings [b, s, C], and bool [b, s] that marks image positions.
 
         Raises:
-            ValueError: the images' positions are not as many as the ids have.
+            ValueError: the number of image positions does not fit the number of images.
         """
         is_vision = input_ids == self.config.image_token_id
         embeds = self.get_input_embeddings()(
-            input_ids.masked_fill(is_vision, 0)
-        )  # the image token may have no embedding
+            input_ids.masked_fill(is_vision, 0)  # the image token may have no embedding
+        )
         if pixel_values is None:
             return embeds, is_vision
         features = self.get_image_features(pixel_values).flatten(0, 1).to(embeds)
         if int(is_vision.sum()) != len(features):
             raise ValueError(
-                f"{int(is_vision.sum())} image tokens in input_ids, {len(features)} image features: "
-                f"each image takes {self.config.image_seq_length} tokens of id {self.config.image_token_id}"
+                f"input_ids has {int(is_vision.sum())} image tokens, but pixel_values gives {len(features)} "
+                f"image features; each image takes {self.config.image_seq_length} tokens of id "
+                f"{self.config.image_token_id}"
             )
         return embeds.masked_scatter(is_vision[..., None], features), is_vision
 
@@ -353,29 +360,35 @@ class EvoMoeForConditionalGeneration(EvoMoePreTrainedModel, GenerationMixin):
         return_dict=None,
         **ignored,
     ):
-        """Next-token logits.
+        """Compute next-token logits.
 
         Args:
-            input_ids: int64 [b, s]; `config.image_token_id` at every image position.
-            attention_mask: [b, tokens seen + s], 0 at padding, which may be on either side.
-            inputs_embeds: [b, s, C] instead of `input_ids`; `image_mask` [b, s] then says which are an
-                image's (none if not given), because the routers must know.
-            pixel_values: [n, 3, S, S], with `input_ids`.
-            labels: int64 [b, s], -100 where nothing is learned; not shifted. The loss has no load-balancing
-                term.
-            logits_to_keep: last positions to compute logits of, 0 all; or an index tensor.
+            input_ids: int64 [b, s], with `config.image_token_id` at every image position.
+            attention_mask: [b, cached tokens + s], 0 at padding, which may be on either side.
+            inputs_embeds: [b, s, C], instead of `input_ids`.
+            image_mask: bool [b, s], with `inputs_embeds`: marks image positions for the routers. Without it
+                all positions are text.
+            pixel_values: normalised pixels [n, 3, S, S], with `input_ids`.
+            labels: int64 [b, s], not shifted; -100 at positions without a label. The loss has no
+                load-balancing term.
+            logits_to_keep: compute the logits of this many last positions, 0 for all; or a tensor of
+                positions.
+            output_router_logits: return the router logits of each mixture.
+
+        Returns:
+            An `EvoMoeOutput`.
 
         Raises:
-            ValueError: neither or both of `input_ids` and `inputs_embeds`, pixels with embeddings, or as
-                `embed`.
+            ValueError: neither or both of `input_ids` and `inputs_embeds` are given, `pixel_values` is given
+                with `inputs_embeds`, or the number of image positions does not fit.
         """
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either input_ids or inputs_embeds")
+            raise ValueError("give either input_ids or inputs_embeds, not both")
         if input_ids is not None:
             inputs_embeds, is_vision = self.embed(input_ids, pixel_values)
         elif pixel_values is not None:
             raise ValueError(
-                "pixel_values need input_ids; with inputs_embeds put the image features in and give "
+                "pixel_values needs input_ids; with inputs_embeds, put the image features into it and give "
                 "image_mask"
             )
         else:
@@ -403,8 +416,8 @@ class EvoMoeForConditionalGeneration(EvoMoePreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self, input_ids, *args, inputs_embeds=None, pixel_values=None, **kwargs
     ):
-        """One step's arguments; images go in with the first tokens only, since the cache holds them after
-        that.
+        """Arguments of one generation step. Images are given in the first step only; later the cache has
+        them.
         """
         inputs = super().prepare_inputs_for_generation(
             input_ids, *args, inputs_embeds=inputs_embeds, **kwargs
@@ -417,8 +430,9 @@ class EvoMoeForConditionalGeneration(EvoMoePreTrainedModel, GenerationMixin):
     def _expand_inputs_for_generation(
         self, expand_size=1, is_encoder_decoder=False, input_ids=None, pixel_values=None, **kwargs
     ):
-        """Repeat rows for beams and several answers. A row's images are repeated as one, where transformers
-        repeats each.
+        """Repeat rows for beams and for several answers.
+
+        The images of a row are repeated together; transformers would repeat each by itself, in a wrong order.
         """
         if pixel_values is not None and input_ids is not None:
             counts = (input_ids == self.config.image_token_id).sum(-1) // self.config.image_seq_length

@@ -1,6 +1,4 @@
-"""The name under which an export carries `megatron_evomoe/data/picture.py` itself; `files.source_files` puts
-that in its place.
-"""
+"""Stands for `megatron_evomoe/data/picture.py`, which an export carries under this name."""
 
 from megatron_evomoe.data.picture import as_rgb
 

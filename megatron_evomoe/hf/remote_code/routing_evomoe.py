@@ -15,7 +15,7 @@ from transformers.activations import ACT2FN
 
 
 class EvoMoeFFN(nn.Module):
-    """A feed-forward network without a gate, dense or one expert."""
+    """A feed-forward network without a gate: a dense one, or one expert."""
 
     def __init__(self, config):
         super().__init__()
@@ -29,7 +29,7 @@ class EvoMoeFFN(nn.Module):
 
 
 class EvoMoeGatedFFN(nn.Module):
-    """A feed-forward network with a gate, dense or one expert."""
+    """A feed-forward network with a gate: a dense one, or one expert."""
 
     def __init__(self, config):
         super().__init__()
@@ -44,8 +44,8 @@ class EvoMoeGatedFFN(nn.Module):
 
 
 def scaled_linear(linear, inner, scale):
-    """`linear`'s output times `scale`, multiplied in where training does: before the matrix, and on the
-    bias.
+    """The output of `linear` times `scale`, which is applied where training applies it: to the input and to
+    the bias.
     """
     if scale is None:
         return linear(inner)
@@ -54,13 +54,12 @@ def scaled_linear(linear, inner, scale):
 
 
 def build_ffn(config):
-    """The decoder's kind of feed-forward network."""
+    """A feed-forward network of the decoder's kind (`gated_ffn`)."""
     return EvoMoeGatedFFN(config) if config.gated_ffn else EvoMoeFFN(config)
 
 
 class EvoMoeHyperNetwork(nn.Module):
-    """Writes, for each token z of one modality, the weights Θ(z) = W2·(W1·z + b1) + b2 of that token's own
-    small router.
+    """Computes the weights of a small router for each token z of one modality: Θ(z) = W2·(W1·z + b1) + b2.
 
     The last slice of `weight2_*` along the first axis is the bias b2. `weight2_up` is stored transposed.
     """
@@ -82,8 +81,8 @@ class EvoMoeHyperNetwork(nn.Module):
     def forward(self, tokens, phi):
         """Logits [T, N] of tokens [T, C]: φ·Θ_up·SwiGLU(Θ_down·z), all in float32.
 
-        Θ is never built. It is linear in ê = [e, 1], so Θ_down·z is one matrix product and a sum weighted by
-        ê, and φ is multiplied into W2_up before any token is seen.
+        Θ is never stored. With e = W1·z + b1, after the activation, it is linear in ê = [e, 1], so Θ_down·z
+        is one matrix product and a sum weighted by ê, and φ is multiplied into W2_up once for all tokens.
         """
         down, up = self.weight2_down.float(), self.weight2_up.float()
         terms, rank, width = up.shape
@@ -101,7 +100,7 @@ class EvoMoeHyperNetwork(nn.Module):
 
 
 class EvoMoeDynamicRouter(nn.Module):
-    """EvoMoE's token-aware router: one hypernetwork per modality, one map φ from its output to logits."""
+    """EvoMoE's dynamic token-aware router: a hypernetwork for each modality, one map φ to logits."""
 
     def __init__(self, config):
         super().__init__()
@@ -109,7 +108,7 @@ class EvoMoeDynamicRouter(nn.Module):
         self.phi = nn.Linear(config.hidden_size, config.num_experts, bias=False)
 
     def forward(self, tokens, is_vision):
-        """Logits [T, N] in float32. Each token meets its own modality's hypernetwork alone."""
+        """Logits [T, N] in float32. Each token passes through the hypernetwork of its modality."""
         tokens, phi = tokens.float(), self.phi.weight.float()
         logits = tokens.new_empty(len(tokens), len(phi))
         for network, mask in ((self.text, ~is_vision), (self.vision, is_vision)):
@@ -119,7 +118,7 @@ class EvoMoeDynamicRouter(nn.Module):
 
 
 class EvoMoeLinearRouter(nn.Linear):
-    """One linear map for all tokens; it has a bias where all linear layers have one."""
+    """One linear map for all tokens, with a bias if all linear layers have one."""
 
     def __init__(self, config):
         super().__init__(config.hidden_size, config.num_experts, bias=config.linear_bias)
@@ -130,7 +129,7 @@ class EvoMoeLinearRouter(nn.Linear):
 
 
 class EvoMoeModalityLinearRouter(nn.Module):
-    """One linear map per modality."""
+    """One linear map for each modality."""
 
     def __init__(self, config):
         super().__init__()
@@ -172,7 +171,7 @@ ROUTERS = {
 
 
 class EvoMoeMixture(nn.Module):
-    """A router and its experts. With router "none" every token goes to expert 0."""
+    """A router and its experts. With the router "none" every token goes to expert 0."""
 
     def __init__(self, config):
         super().__init__()
@@ -181,8 +180,8 @@ class EvoMoeMixture(nn.Module):
         self.top_k, self.gate = config.num_experts_per_tok, config.router_gate
 
     def forward(self, hidden, is_vision):
-        """[b, s, C] and whether each is an image position [b, s], to the output [b, s, C] and the router's
-        logits [b·s, N].
+        """Hidden states [b, s, C], and bool [b, s] that marks image positions, to the output [b, s, C] and
+        the router's logits [b·s, N], None without a router.
         """
         if self.router is None:
             return self.experts[0](hidden), None
@@ -196,9 +195,7 @@ class EvoMoeMixture(nn.Module):
         return output.view_as(hidden), logits
 
     def choose(self, logits):
-        """Logits [T, N] to weights, float32, and expert numbers, both [T, K]. Nothing is dropped, whatever
-        the load.
-        """
+        """Logits [T, N] to weights in float32 and expert indices, both [T, K]. No token is dropped."""
         weights, chosen = torch.softmax(logits, dim=-1).topk(self.top_k, dim=-1)
         if self.gate == "straight_through":
             weights = weights / weights.detach().sum(dim=-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""The image encoder (CLIP's or SigLIP's) and the projector into the decoder's space.
+"""The image encoder (CLIP's or SigLIP's), and the projector to the decoder's width.
 
 Shapes: n images · p positions · V width of the tower · C width of the decoder.
 """
@@ -12,7 +12,7 @@ from transformers.activations import ACT2FN
 
 
 class EvoMoeVisionEmbeddings(nn.Module):
-    """Patches to vectors; CLIP's class token before them; a vector added for each place."""
+    """Patch embeddings, after CLIP's class token, plus position embeddings."""
 
     def __init__(self, config):
         super().__init__()
@@ -37,7 +37,7 @@ class EvoMoeVisionEmbeddings(nn.Module):
 
 
 class EvoMoeVisionAttention(nn.Module):
-    """Every position sees every other."""
+    """Attention of every position to all positions."""
 
     def __init__(self, config):
         super().__init__()
@@ -55,7 +55,7 @@ class EvoMoeVisionAttention(nn.Module):
 
 
 class EvoMoeVisionMLP(nn.Module):
-    """Two linear layers."""
+    """Linear, GELU, linear."""
 
     def __init__(self, config):
         super().__init__()
@@ -69,7 +69,7 @@ class EvoMoeVisionMLP(nn.Module):
 
 
 class EvoMoeVisionLayer(nn.Module):
-    """Attention and MLP, each behind a norm and added to the stream."""
+    """Attention and MLP, each after a norm and with a residual."""
 
     def __init__(self, config):
         super().__init__()
@@ -85,7 +85,7 @@ class EvoMoeVisionLayer(nn.Module):
 
 
 class EvoMoeVisionEncoder(nn.Module):
-    """The layers."""
+    """The layers of the tower."""
 
     def __init__(self, config):
         super().__init__()
@@ -99,13 +99,13 @@ class EvoMoeVisionEncoder(nn.Module):
 
 
 class EvoMoeVisionTransformer(nn.Module):
-    """The tower up to its feature layer; it has no norm behind that."""
+    """The tower up to its feature layer, without a norm after it."""
 
     def __init__(self, config):
         super().__init__()
         is_clip = config.tower == "clip"
         self.embeddings = EvoMoeVisionEmbeddings(config)
-        # the name is CLIP's own, misspelling included
+        # misspelled as in CLIP's files
         self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if is_clip else None
         self.encoder = EvoMoeVisionEncoder(config)
         self.num_skipped = int(is_clip and not config.keep_class_token)
@@ -119,7 +119,7 @@ class EvoMoeVisionTransformer(nn.Module):
 
 
 class EvoMoeVisionTower(nn.Module):
-    """Holds the tower under the name that LLaVA files have it by."""
+    """Holds the tower under the name that it has in LLaVA files."""
 
     def __init__(self, config):
         super().__init__()

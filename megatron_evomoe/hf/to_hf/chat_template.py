@@ -1,7 +1,7 @@
-"""Chat templates (Jinja) that write a conversation as `data/conversation.py` lays it out for training.
+"""Chat templates in Jinja that write a conversation as `data/conversation.py` does for training.
 
-The first token of a sequence is the tokenizer's to add. Where a prompt holds earlier answers, training
-encodes each by itself and transformers encodes it with the text around it; the text is the same.
+The tokenizer adds the first token of a sequence, not the template. Training encodes each earlier answer of a
+conversation by itself, and transformers encodes it together with the text around it; the text is the same.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import json
 
 from megatron_evomoe.data.conversation import TEMPLATES
 
-# A message's text: its parts in order, trimmed; one image at either end goes to the front, on a line of its
-# own.
+# The text of a message: its parts in order, without outer whitespace. A single image at either end moves to
+# the front, on a line of its own.
 _TEXT_OF = """\
 {%- macro text_of(message) -%}
   {%- set parts = namespace(text='') -%}
@@ -30,7 +30,7 @@ _TEXT_OF = """\
   {{- text -}}
 {%- endmacro -%}
 """
-# The turns: `system` is the first message's text or the default; the rest alternate.
+# `system` is the text of a system message or the default; the other messages must alternate.
 _TURNS = """\
 {%- set system = SYSTEM -%}
 {%- set turns = messages -%}
@@ -84,11 +84,12 @@ _STYLES = {"roles": _ROLES, "chatml": _CHATML, "plain": _PLAIN}
 
 
 def chat_template(template: str, end: str, prefix: str = "") -> str:
-    """The Jinja source for the conversation template of that name.
+    """The Jinja source of a conversation template.
 
     Args:
-        end: text of the end-of-turn token.
-        prefix: what stands before the first word and the tokenizer does not put there.
+        template: a name in `data.conversation.TEMPLATES`.
+        end: text of the token that ends a turn.
+        prefix: text before the first word, if the tokenizer does not add it.
     """
     known = TEMPLATES[template]
     source = _TEXT_OF + _TURNS + _STYLES[known.style]

@@ -1,5 +1,6 @@
-"""Our configuration in Hugging Face's words: the JSON files of an export besides tensors and tokenizer, in
-transformers 4.x's form, which 5.x reads too.
+"""Translates this package's configuration to the JSON files of an export, without those of the tokenizer.
+
+They have the form of transformers 4.x, which 5.x reads too.
 """
 
 from __future__ import annotations
@@ -18,31 +19,32 @@ _LLAMA3 = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
-}  # the core's own numbers
+}
+"""Numbers that are built into megatron-core."""
 Json = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """Ids that configurations name."""
+    """Token ids in the configuration files."""
 
     bos: int | None
     eos: int
     pad: int
     image: int
     stop: tuple[int, ...]
-    """Ids that end an answer."""
+    """Ids of tokens that end an answer."""
 
     def roles(self) -> Json:
-        """As configurations spell them."""
+        """The ids under the keys of configuration files."""
         return {"bos_token_id": self.bos, "eos_token_id": self.eos, "pad_token_id": self.pad}
 
 
 def own_sections(config: RunConfig, kind: str, stage: Json) -> Json:
-    """What an import needs to lose nothing, and a reader to know what this is.
+    """This package's configuration as an export carries it, so that an import loses nothing.
 
     Args:
-        kind: of the exported model: `dense` for the first expert of an evolving one.
+        kind: stage kind of the exported model; `dense` for the first expert of an evolving one.
         stage: the checkpoint's stage, step and lineage.
     """
     whole = config.to_dict()
@@ -56,7 +58,7 @@ def own_sections(config: RunConfig, kind: str, stage: Json) -> Json:
 
 
 def evomoe_config(config: RunConfig, kind: str, tokens: Tokens, own: Json, dtype: str) -> Json:
-    """``config.json`` of a custom-code export."""
+    """The ``config.json`` of an export with custom code."""
     lm, vision, moe = config.language, config.vision, config.moe
     mixtures = (
         [i for i, is_moe in enumerate(moe.layer_pattern(lm.num_layers)) if is_moe]
@@ -112,12 +114,12 @@ def evomoe_config(config: RunConfig, kind: str, tokens: Tokens, own: Json, dtype
 
 
 def llava_config(config: RunConfig, tokens: Tokens, own: Json, dtype: str, rows: int) -> Json:
-    """``config.json`` of a plain LLaVA export.
+    """The ``config.json`` of an export for transformers' own LLaVA.
 
-    The tower ends at the feature layer, so the feature is its last layer's output.
+    The exported tower ends at the feature layer, so the feature is the output of its last layer.
 
     Args:
-        rows: of the embedding, one for the image token included.
+        rows: rows of the embedding, with one for the image token.
 
     Raises:
         ConfigError: as `stock_text_config`.
@@ -150,10 +152,10 @@ def llava_config(config: RunConfig, tokens: Tokens, own: Json, dtype: str, rows:
 
 
 def stock_text_config(lm: LanguageConfig) -> Json:
-    """The decoder as one of transformers' own: llama, mistral, qwen2, qwen3 or stablelm.
+    """The configuration of the decoder as a llama, mistral, qwen2, qwen3 or stablelm of transformers.
 
     Raises:
-        ConfigError: none of them computes it; says why.
+        ConfigError: none of them computes this decoder.
     """
     kind = _stock_type(lm)
     base = {
@@ -188,11 +190,12 @@ def _stock_type(lm: LanguageConfig) -> str:
     def need(ok: bool, why: str) -> None:
         if not ok:
             raise ConfigError(
-                f"no language model of transformers' LLaVA computes this one: {why}; use --format evomoe"
+                f"no language model that transformers' LLaVA can have computes this one: {why}; use "
+                "--format evomoe"
             )
 
-    need(lm.activation == "silu" and lm.gated_linear_unit, "its FFN is no SwiGLU")
-    need(not lm.parallel_residual, "attention and FFN share a norm")
+    need(lm.activation == "silu" and lm.gated_linear_unit, "its FFN is not a SwiGLU")
+    need(not lm.parallel_residual, "its attention and FFN share a norm")
     need(not lm.lm_head_bias, "its output layer has a bias")
     biased, plain_heads = (
         lm.add_qkv_bias or lm.add_bias_linear,
@@ -201,10 +204,14 @@ def _stock_type(lm: LanguageConfig) -> str:
     if lm.normalization == "LayerNorm":
         need(
             not lm.qk_layernorm and not lm.add_bias_linear and lm.window_size is None and plain_heads,
-            "StableLM has no norm on queries, no biases but QKV's, no window and heads of width / number",
+            "StableLM has no norm on queries and keys, no biases but QKV's, no window, and heads of size "
+            "width / number",
         )
         return "stablelm"
-    need(lm.rotary_percent == 1.0, f"it rotates a share of {lm.rotary_percent} of each head beside RMSNorm")
+    need(
+        lm.rotary_percent == 1.0,
+        f"it has RMSNorm and rotates only a share of {lm.rotary_percent} of each head",
+    )
     if lm.qk_layernorm:
         need(not biased and lm.window_size is None, "Qwen3 has neither biases nor a window")
         return "qwen3"
@@ -212,14 +219,15 @@ def _stock_type(lm: LanguageConfig) -> str:
         need(not biased, "Mistral has no biases")
         return "mistral"
     if lm.add_qkv_bias and not lm.add_bias_linear:
-        need(plain_heads, "Qwen2's heads are width / number wide")
+        need(plain_heads, "Qwen2's heads have the size width / number")
         return "qwen2"
     return "llama"
 
 
 def generation_config(tokens: Tokens, rows: int) -> Json:
-    """``generation_config.json``: greedy; ends at any stop id; never writes the image token, which has no
-    meaning as output.
+    """The ``generation_config.json``: greedy decoding that ends at any stop token.
+
+    The image token is suppressed, because it has no meaning as output.
     """
     suppressed = {"suppress_tokens": [tokens.image]} if tokens.image < rows else {}
     return {
@@ -232,11 +240,10 @@ def generation_config(tokens: Tokens, rows: int) -> Json:
 
 
 def processor_configs(config: RunConfig, form: str) -> dict[str, Json]:
-    """File name -> contents, for LLaVA's processor and the image processor that does what `data/image.py`
-    does.
+    """File name -> contents of the files for the processor and the image processor.
 
     Args:
-        form: `evomoe` names the image processor of the export's own code, `llava` one of transformers'.
+        form: `evomoe` names the image processor in the export's own code, `llava` one of transformers'.
     """
     vision, ours = config.vision, processor_for(config)
     image = {

@@ -1,4 +1,4 @@
-"""The model card of an export: where it comes from and how it is loaded."""
+"""Writes the model card of an export: its origin, and how to load it."""
 
 from __future__ import annotations
 
@@ -27,12 +27,13 @@ print(processor.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_to
 
 
 def model_card(own: dict[str, Any], form: str, dtype: str, size: int) -> str:
-    """README.md.
+    """The contents of ``README.md``.
 
     Args:
-        own: `config_files.own_sections`.
-        form: evomoe or llava.
-        size: bytes of weights.
+        own: from `config_files.own_sections`.
+        form: `evomoe` or `llava`.
+        dtype: of the weights.
+        size: bytes of the weights.
     """
     lm, vision, moe, kind = own["language"], own["vision"], own["moe"], own["kind"]
     mixtures = kind in MIXTURE_KINDS

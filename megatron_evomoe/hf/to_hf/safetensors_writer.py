@@ -1,5 +1,7 @@
-"""Safetensors files written one tensor at a time: sizes are known beforehand, so nothing is held back for a
-header.
+"""Writes safetensors files one tensor at a time.
+
+The safetensors library writes a file from tensors that are all in memory. Here the shapes are known in
+advance, so the header is written first and each tensor follows as soon as it is there.
 """
 
 from __future__ import annotations
@@ -23,14 +25,16 @@ INDEX = "model.safetensors.index.json"
 
 
 def parse_size(text: str) -> int:
-    """Bytes of "5GB", "800MiB" or "123456".
+    """The number of bytes in a text such as "5GB", "800MiB" or "123456".
 
     Raises:
-        ConfigError: it is no such thing.
+        ConfigError: the text is not a size.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?B)?\s*", text, flags=re.IGNORECASE)
     if match is None or not float(match[1]):
-        raise ConfigError(f"--max-shard-size {text!r} is no size; write 5GB, 800MB or a number of bytes")
+        raise ConfigError(
+            f"--max-shard-size {text!r} is not a size; give one such as 5GB, 800MB or a number of bytes"
+        )
     return int(float(match[1]) * _UNITS[(match[2] or "").upper()])
 
 
@@ -42,12 +46,13 @@ class _File:
 
 
 class ShardedWriter:
-    """Writes tensors in a fixed order to files of a limited size, and an index where there are several.
+    """Writes tensors in a fixed order to files of a limited size, and an index if there are several files.
 
     Args:
-        directory: exists; gets the files.
-        shapes: name -> shape, in the order in which they will come.
-        max_bytes: a file holds more only if one tensor does.
+        directory: an existing directory for the files.
+        shapes: name -> shape, in the order of `put`.
+        dtype: of all tensors in the files.
+        max_bytes: largest size of a file; only a single tensor that is larger exceeds it.
     """
 
     def __init__(

@@ -1,6 +1,4 @@
-"""A sentencepiece model in the words of the `tokenizers` library: the contents of a ``tokenizer.json``,
-without any prefix.
-"""
+"""Translates a sentencepiece model to the contents of a ``tokenizer.json``, without a prefix."""
 
 from __future__ import annotations
 
@@ -16,8 +14,7 @@ _UNIGRAM, _BPE = 1, 2
 
 
 def read_sentencepiece(path: Path) -> dict[str, Any]:
-    """The specification of the ``.model`` file at `path`; whitespace as in `data/tokenizer.py`, that is
-    verbatim.
+    """The ``tokenizer.json`` contents for the ``.model`` file at `path`. Whitespace is kept, as in training.
 
     Raises:
         ConfigError: the file holds a word or character model, or protobuf, which reads it, is not installed.
@@ -83,7 +80,7 @@ def read_sentencepiece(path: Path) -> dict[str, Any]:
 
 
 def _added(pieces: Sequence[Any]) -> Iterator[dict[str, Any]]:
-    """Control pieces and those the user defined: they are found in text before anything else is."""
+    """Control and user-defined pieces, which are found in a text before any other piece."""
     from megatron_evomoe.data.tokenizer import is_markup
 
     for i, piece in enumerate(pieces):
@@ -101,9 +98,7 @@ def _added(pieces: Sequence[Any]) -> Iterator[dict[str, Any]]:
 
 
 def _merges(pieces: Sequence[Any]) -> Iterator[list[str]]:
-    """Every way to put a piece together from two others, pieces in the order in which sentencepiece prefers
-    them.
-    """
+    """All pairs of pieces that form another piece, ordered by sentencepiece's preference for it."""
     ids = {p.piece: i for i, p in enumerate(pieces) if p.type == _NORMAL}
     for piece in sorted(ids, key=lambda name: -pieces[ids[name]].score):
         pairs = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]

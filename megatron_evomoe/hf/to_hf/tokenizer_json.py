@@ -1,9 +1,9 @@
-"""The tokenizer a run was trained with, as a Hugging Face tokenizer that gives the same ids.
+"""Translates the tokenizer of a run to a Hugging Face tokenizer that gives the same ids.
 
-Training encodes segments, of which the first alone gets the space that some tokenizers put before every text
-(`data/tokenizer.py`). Here that becomes a Metaspace that prepends to the first section only, and the sections
-are cut by special tokens, as the segments are. What can't be equal: text that *spells* a special token is
-characters in training and that token here.
+Training encodes a conversation in segments. Only the first one gets the space that some tokenizers put before
+a text (`data/tokenizer.py`). Here a Metaspace does so for the first section only, and special tokens separate
+sections as they separate segments. One difference remains: a text that *spells* a special token is plain
+characters in training, and that token here.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ Spec = dict[str, Any]
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """What an export writes of a tokenizer, and what others must know of it."""
+    """The tokenizer's files in an export, and facts that other files depend on."""
 
     files: dict[str, Any]
     """File name -> JSON contents."""
     image_token_id: int
     template_prefix: str
-    """What a chat template must put before the first word, because the tokenizer does not."""
+    """Text that the chat template must put before the first word, because the tokenizer does not."""
     pieces: dict[int, str]
     """Id -> text of every special token."""
 
@@ -38,15 +38,15 @@ class TokenizerFiles:
 def tokenizer_files(
     tokenizer: SentencePieceTokenizer | HuggingFaceTokenizer, path: Path, max_length: int
 ) -> TokenizerFiles:
-    """Everything but the chat template.
+    """Make all files of the tokenizer but the chat template.
 
     Args:
-        tokenizer: as training has it.
-        path: where it was read from.
-        max_length: positions of the model.
+        tokenizer: the tokenizer as training uses it.
+        path: the file or directory it was read from.
+        max_length: number of positions of the model.
 
     Raises:
-        ConfigError: the sentencepiece model is of a kind that has no equal there.
+        ConfigError: the sentencepiece model is of a kind that Hugging Face tokenizers do not have.
     """
     spec = (
         read_sentencepiece(path)
@@ -89,13 +89,15 @@ def tokenizer_files(
 
 
 def _prepend_to_first(spec: Spec) -> bool:
-    """Make a specification without any prefix put one before the first word of a text; whether that could be
-    said.
+    """Change a specification without prefix so that it puts a space before the first word of a text.
+
+    Returns:
+        False if the specification cannot express it.
     """
     normalizer, splitter = spec.get("normalizer"), spec.get("pre_tokenizer")
     if (
         splitter is None and (rest := _without_space_marker(normalizer)) != normalizer
-    ):  # Llama's older way to say it
+    ):  # as in older Llama files
         spec["normalizer"] = rest
         spec["pre_tokenizer"] = {
             "type": "Metaspace",
@@ -109,7 +111,7 @@ def _prepend_to_first(spec: Spec) -> bool:
         return False
     steps = spec["decoder"]["decoders"] if spec["decoder"].get("type") == "Sequence" else [spec["decoder"]]
     for step in steps:
-        if step["type"] == "Metaspace":  # it takes the first space away itself
+        if step["type"] == "Metaspace":  # removes the first space itself
             step["prepend_scheme"] = "first"
             return True
     spec["decoder"] = {
@@ -120,7 +122,7 @@ def _prepend_to_first(spec: Spec) -> bool:
 
 
 def _without_space_marker(normalizer: Spec | None) -> Spec | None:
-    """The normalizer less its ``Replace " " → "▁"``."""
+    """The normalizer without its ``Replace " " → "▁"``."""
     if normalizer is None:
         return None
     if normalizer["type"] == "Sequence":
@@ -152,7 +154,7 @@ def _unigram_unknown(model: Spec) -> str | None:
 
 
 def _add_image_token(spec: Spec, vocab: dict[str, int]) -> int:
-    """The id of ``<image>``: its own where there is one, else the first beyond the vocabulary."""
+    """Add ``<image>`` with its own id, or the first one after the vocabulary, and return the id."""
     spec["added_tokens"] = [t for t in spec["added_tokens"] if t["content"] != IMAGE_TOKEN]
     found = vocab.setdefault(IMAGE_TOKEN, max(vocab.values()) + 1)
     spec["added_tokens"].append(
@@ -184,15 +186,16 @@ def _begin_with(piece: str, piece_id: int) -> Spec:
 def check_ids(
     written: Spec, tokenizer: SentencePieceTokenizer | HuggingFaceTokenizer, prefix: str, texts: list[str]
 ) -> None:
-    """Encode `texts` with both tokenizers, at the beginning of a sequence and behind an image.
+    """Check that both tokenizers encode `texts` alike, at the start of a sequence and after an image.
 
     Args:
-        written: the ``tokenizer.json``.
+        written: contents of the exported ``tokenizer.json``.
+        tokenizer: the tokenizer as training uses it.
         prefix: `TokenizerFiles.template_prefix`.
-        texts: none begins with a space, as no prompt of ours does.
+        texts: must not begin with a space; prompts in training do not.
 
     Raises:
-        ConfigError: some ids differ; names the text.
+        ConfigError: the ids of a text differ.
     """
     from tokenizers import Tokenizer
 
@@ -206,7 +209,7 @@ def check_ids(
         ):
             if got != wanted:
                 raise ConfigError(
-                    f"the tokenizer cannot be exported: {text!r} is {wanted[:12]} in training and would be "
-                    f"{got[:12]} in transformers; give a Hugging Face directory of the same one with "
+                    f"the tokenizer cannot be exported: {text!r} is {wanted[:12]} in training but would be "
+                    f"{got[:12]} in transformers; give a Hugging Face directory of the same tokenizer with "
                     "--tokenizer"
                 )
