@@ -214,7 +214,7 @@ def test_the_cards_function_is_the_rule(exports):
 
 
 def test_addresses_are_refused(exports):
-    with pytest.raises(ValueError, match="is an address; load it"):
+    with pytest.raises(ValueError, match="is a URL; download the picture"):
         exports("evomoe", "pad")[0].image_processor("https://example.org/picture.png")
     with pytest.raises(ValueError, match="neither a file nor a picture"):
         exports("evomoe", "pad")[0].image_processor("no/such/file.png")

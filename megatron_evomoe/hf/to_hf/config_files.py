@@ -190,8 +190,7 @@ def _stock_type(lm: LanguageConfig) -> str:
     def need(ok: bool, why: str) -> None:
         if not ok:
             raise ConfigError(
-                f"no language model that transformers' LLaVA can have computes this one: {why}; use "
-                "--format evomoe"
+                f"no language model of transformers' LLaVA can compute this one: {why}; use --format evomoe"
             )
 
     need(lm.activation == "silu" and lm.gated_linear_unit, "its FFN is not a SwiGLU")

@@ -67,5 +67,5 @@ def test_sizes(text, size):
 
 @pytest.mark.parametrize("text", ["", "5 apples", "-1GB", "0"])
 def test_no_sizes(text):
-    with pytest.raises(ConfigError, match="is no size"):
+    with pytest.raises(ConfigError, match="is not a size"):
         parse_size(text)
