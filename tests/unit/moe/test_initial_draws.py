@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megatron_evomoe.config import LanguageConfig, MoEConfig
 from megatron_evomoe.moe import initial_draws
-from megatron_evomoe.moe.router import ROUTERS
+from megatron_evomoe.moe.router import ROUTERS, draw_router, router_tensors
 from tests.tiny import tiny_config
 
 
@@ -48,3 +49,15 @@ def test_drawing_leaves_the_generator_alone():
     torch.manual_seed(4)
     initial_draws.router_weights(tiny_config("route"), 1)
     assert torch.equal(torch.rand(1), wanted)
+
+
+def test_submodules_are_drawn_before_the_router_itself():
+    """The order decides which numbers an import writes: `text`, `vision`, then φ."""
+    tensors = router_tensors(MoEConfig(router="dtr"), LanguageConfig(hidden_size=32))
+    values = {tensor.name: torch.empty(tensor.shape) for tensor in tensors}
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        draw_router(tensors, values)
+        torch.manual_seed(1)
+        first = torch.empty_like(values["text.weight1"]).normal_(std=32**-0.5)
+    assert torch.equal(values["text.weight1"], first) and next(iter(values)) == "phi"
