@@ -41,7 +41,7 @@ PLACES = {
 BY_NAME = {("cli", "commands")}
 """`cli` imports the module of the command that was asked for, by its name (importlib)."""
 
-WIDTH, HEIGHT, ACROSS, UP, MARGIN = 232, 50, 256, 88, 16
+WIDTH, HEIGHT, ACROSS, UP, MARGIN = 230, 62, 246, 96, 8
 
 
 def table() -> dict[str, str]:
@@ -93,8 +93,8 @@ def draw(questions: dict[str, str], edges: set[tuple[str, str]]) -> str:
         "<title>The rooms of megatron_evomoe and their imports</title>",
         '<marker id="tip" viewBox="0 0 8 8" refX="8" refY="4" markerWidth="6" markerHeight="6" orient="auto">'
         '<path d="M0 0L8 4L0 8z" fill="#5c6bc0"/></marker>',
-        "<style>text{text-anchor:middle} .name{font-size:14px;font-weight:600;fill:#1a237e}"
-        ".question{font-size:10.5px;fill:#37474f} .room{fill:#e8eaf6;stroke:#5c6bc0}"
+        "<style>text{text-anchor:middle} .name{font-size:17px;font-weight:600;fill:#1a237e}"
+        ".question{font-size:13px;fill:#37474f} .room{fill:#e8eaf6;stroke:#5c6bc0}"
         "line{stroke:#5c6bc0;stroke-width:1.5}</style>",
         f'<rect width="{width:g}" height="{height:g}" rx="8" fill="#ffffff"/>',
     ]
@@ -111,14 +111,14 @@ def draw(questions: dict[str, str], edges: set[tuple[str, str]]) -> str:
 
 
 def _box(room: str, question: str, x: float, y: float) -> list[str]:
-    text = textwrap.wrap(question.replace("`", ""), 38)
-    top = y + (21 if len(text) == 1 else 17)
+    text = textwrap.wrap(question.replace("`", ""), 29)
+    top = y + (26 if len(text) == 1 else 20)
     lines = [
         f'<rect x="{x:g}" y="{y:g}" width="{WIDTH}" height="{HEIGHT}" rx="6" class="room"/>',
         f'<text x="{x + WIDTH / 2:g}" y="{top:g}" class="name">{escape(room)}</text>',
     ]
     for i, line in enumerate(text):
-        place = f'x="{x + WIDTH / 2:g}" y="{top + 15 + 12 * i:g}"'
+        place = f'x="{x + WIDTH / 2:g}" y="{top + 18 + 15 * i:g}"'
         lines.append(f'<text {place} class="question">{escape(line)}</text>')
     return lines
 
