@@ -20,13 +20,13 @@ from megatron_evomoe.train.transition import start_from
 
 
 def open_stage(session: Session, stage: StageConfig, stop: StopRequests) -> StageRun | None:
-    """Build a stage's model and load what it goes on or begins from. Communicates.
+    """Build a stage's model and load the checkpoint that it resumes or begins from. Communicates.
 
     Returns:
-        None where the stage has taken its last step and has been measured.
+        None if the stage has taken its last step and has been measured.
 
     Raises:
-        CheckpointError: on every rank: the checkpoint does not belong to this run, model or data.
+        CheckpointError: on every rank: no checkpoint is good, or it does not fit this run, model or data.
         ConfigError: on every rank: there are no samples, or they cannot be read.
     """
     config = session.config.for_stage(stage.name)
@@ -62,7 +62,7 @@ def open_stage(session: Session, stage: StageConfig, stop: StopRequests) -> Stag
 
 
 def _is_complete(session: Session, stage: StageConfig, config: RunConfig) -> bool:
-    """Whether nothing of the stage is left to do; what changed since is logged. Communicates."""
+    """Whether the stage has been trained and measured; changes since then are logged. Communicates."""
     if not stage_report.is_measured(session, stage.name):
         return False
     found = lineage.finished_checkpoint(session, stage)
@@ -96,7 +96,7 @@ def _resume(
     )
     session.logger.say(f"stage {stage.name}: resumed at step {record.step} from {found}")
     if line := comparison.line():
-        session.logger.say(f"stage {stage.name}: other than in the checkpoint: {line}")
+        session.logger.say(f"stage {stage.name}: changed since the checkpoint: {line}")
     record.layout, record.run_id = rng.layout(), session.run_id
     return record
 
@@ -128,7 +128,7 @@ def _begin(session: Session, built: Built, stage: StageConfig, config: RunConfig
         + (f"; starts fresh: {', '.join(fresh)}" if path and fresh else "")
     )
     if line := comparison.line():
-        session.logger.say(f"stage {stage.name}: other than in {path}: {line}")
+        session.logger.say(f"stage {stage.name}: changed since {path}: {line}")
     return Record(
         stage=stage.name,
         kind=stage.kind.value,

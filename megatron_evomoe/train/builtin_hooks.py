@@ -31,7 +31,7 @@ class ProfilerHook(StepHook):
         self._profiling = contextlib.ExitStack()
 
     def begin_stage(self, run: StageRun) -> None:
-        """Prepare the trace where steps are left."""
+        """Prepare the trace if steps are left."""
         if run.has_steps_left:
             folder = run.session.run_dir / "profile"
             self._profiling.enter_context(
@@ -60,7 +60,7 @@ class StragglerHook(StepHook):
         run.built.clock.start()
 
     def after_step(self, run: StageRun, result: StepResult) -> None:
-        """Stop the clock. Communicates where the slowest rank is due."""
+        """Stop the clock. Communicates if the slowest rank is to be logged."""
         run.built.clock.stop()
         if run.step % run.config.log.log_interval == 0 and dist.get_world_size() > 1:
             run.add_metrics(run.built.clock.report())
@@ -70,15 +70,15 @@ class HeartbeatHook(StepHook):
     """Tells the heartbeat which phase of a step this rank is in."""
 
     def begin_step(self, run: StageRun, step: int) -> None:
-        """The rank waits for samples."""
+        """Report that the rank waits for samples."""
         run.session.heartbeat.enter("data", step)
 
     def after_data(self, run: StageRun, batch: Step) -> None:
-        """The rank computes."""
+        """Report that the rank computes."""
         run.session.heartbeat.enter("step")
 
     def before_save(self, run: StageRun) -> None:
-        """The rank writes its part of a checkpoint."""
+        """Report that the rank writes its part of a checkpoint."""
         run.session.heartbeat.enter("save")
 
 
@@ -86,6 +86,6 @@ class EvolutionHook(StepHook):
     """Updates experts 2…N from expert 1 after each optimizer step of an `evolve` stage."""
 
     def after_step(self, run: StageRun, result: StepResult) -> None:
-        """Communicates as `Built.gather_weights` does."""
+        """Update the experts. Communicates, as `Built.gather_weights`."""
         with profile.phase("evolution"):
             run.built.evolve(run.step, run.config.train.seed)

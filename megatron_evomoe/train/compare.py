@@ -159,7 +159,7 @@ def model_changes(
         and c.kind is OnResume.MUST_EQUAL
         and (c.section, c.field) not in _BEGINNING_ONLY
     ]
-    if "vision_projection" not in parts:  # nothing has been trained on the tower's features yet
+    if "vision_projection" not in parts:  # nothing has been trained on the tower's features
         found = [
             c
             for c in found
@@ -168,9 +168,8 @@ def model_changes(
         ]
     if source_kind == StageKind.EVOLVE:  # it has no router
         found = [c for c in found if c.section != "moe" or c.field in ("num_experts", "moe_layer_freq")]
-    if (
-        source_kind == StageKind.ROUTE and before.moe.router != now.moe.router
-    ):  # another router starts fresh, and is named
+    # another router starts fresh, which is logged
+    if source_kind == StageKind.ROUTE and before.moe.router != now.moe.router:
         found = [c for c in found if c.field != "router" and not c.field.startswith("dtr_")]
     return found
 
@@ -184,9 +183,8 @@ def plain(value: Any) -> Any:
 
 def _is_used(section: str, field: str, config: RunConfig, kind: StageKind) -> bool:
     """Whether a stage of `kind` uses a field in computing or drawing anything."""
-    if (
-        section != "moe" or field == "moe_layer_freq"
-    ):  # where mixtures will be decides about names in dense stages too
+    # the places of MoE layers also decide the names of tensors in dense stages
+    if section != "moe" or field == "moe_layer_freq":
         return True
     if kind in DENSE:
         return False
@@ -235,10 +233,5 @@ def _meaning(section: str, field: str, config: RunConfig, kind: StageKind) -> An
     raw = plain(getattr(getattr(config, section), field))
     try:
         return plain(_MEANINGS.get((section, field), lambda *_: raw)(config, kind))
-    except (
-        TypeError,
-        ValueError,
-        IndexError,
-        ZeroDivisionError,
-    ):  # a value that no version of today would accept
+    except (TypeError, ValueError, IndexError, ZeroDivisionError):  # a value that would be refused today
         return raw

@@ -1,4 +1,4 @@
-"""Which checkpoint a stage goes on from or begins from, and whether it is the right run's."""
+"""Which checkpoint a stage resumes or begins from, and whether it belongs to the right run."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def finished_checkpoint(session: Session, stage: StageConfig) -> Path | None:
 
 
 def own_checkpoint(session: Session, stage: StageConfig, config: RunConfig) -> Path | None:
-    """Where the stage goes on from: its newest good checkpoint under `save`, else under `load`.
-    Communicates.
+    """The checkpoint that the stage resumes from: its newest good one under `save`, else under `load`; none
+    if it begins. Communicates.
     """
     step, load = config.checkpoint.ckpt_step, config.checkpoint.load
     own = stage_dir(session.run_dir, stage)
@@ -37,7 +37,7 @@ def own_checkpoint(session: Session, stage: StageConfig, config: RunConfig) -> P
 
 
 def source_checkpoint(session: Session, stage: StageConfig, config: RunConfig) -> Path | None:
-    """Where a beginning stage takes its weights; none for fresh weights alone. Communicates.
+    """The good checkpoint whose weights a beginning stage takes; none if all weights are fresh. Communicates.
 
     Raises:
         CheckpointError: the stage of this run that it starts from has no good checkpoint of its last step.
@@ -63,13 +63,13 @@ def source_checkpoint(session: Session, stage: StageConfig, config: RunConfig) -
 
 
 def check_lineage(session: Session, stage: StageConfig, path: Path, record: Record) -> None:
-    """A checkpoint of this run must have come from the stage that the configuration puts before it.
+    """Check that a checkpoint of this run began from the stage that the configuration puts before it.
 
     Raises:
-        CheckpointError: it came from another.
+        CheckpointError: it began from another stage.
     """
     parent = _parent(session, stage)
-    if parent is None or not record.run_id:  # from outside the run; or a record that names no run
+    if parent is None or not record.run_id:  # weights from outside, or an old record without a run
         return
     last = record.lineage[-1] if record.lineage else None
     if last is not None and last.get("run_id") == record.run_id and last["stage"] != parent.name:
@@ -81,7 +81,7 @@ def check_lineage(session: Session, stage: StageConfig, path: Path, record: Reco
 
 
 def lineage_after(source: Record, path: Path) -> list[Ancestor]:
-    """The stages that a stage's weights have gone through when it begins from `source`, oldest first."""
+    """The lineage of a stage that begins from `source`: the stages its weights went through, oldest first."""
     return [
         *source.lineage,
         {

@@ -42,7 +42,7 @@ class MeterHook(StepHook):
         self._step_began = time.perf_counter()
 
     def after_step(self, run: StageRun, result: StepResult) -> None:
-        """Add the step's numbers. Communicates where routing metrics or the parameters' norm are due."""
+        """Add the step's numbers. Communicates if routing metrics or the norm of the parameters are due."""
         seconds, log = time.perf_counter() - self._step_began, run.config.log
         flop = flop_per_gpu(run.config, run.stage.kind, result.seq_length)
         metrics = {

@@ -92,7 +92,7 @@ def test_what_may_change_is_said_and_takes_effect(copy):
         "--allow-changed",
         "seed",
     )
-    (line,) = [x for x in text.splitlines() if "other than in the checkpoint" in x]
+    (line,) = [x for x in text.splitlines() if "changed since the checkpoint" in x]
     for what in (
         "lr 0.001 → 0.002",
         "adam_beta1 0.9 → 0.5",
@@ -112,7 +112,7 @@ def test_what_may_change_is_said_and_takes_effect(copy):
 
 
 def test_a_resume_of_the_same_says_nothing(copy):
-    assert "other than in the checkpoint" not in resume(copy)
+    assert "changed since the checkpoint" not in resume(copy)
     (event,) = events(copy, "resume")
     assert event["changed"] == {} and "notes" not in event
 
