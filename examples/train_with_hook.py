@@ -48,5 +48,5 @@ def main() -> int:
         return 2
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # needed: the helper processes of a run import this file again
     sys.exit(main())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from dataclasses import replace
 
@@ -30,8 +31,9 @@ class MeterHook(StepHook):
     """
 
     def begin_stage(self, run: StageRun) -> None:
-        """Watch the routers of a mixture."""
+        """Prepare the counts of a step's FLOP, and watch the routers of a mixture."""
         self._stage_began = time.perf_counter()
+        self._flop = functools.cache(functools.partial(flop_per_gpu, run.config, run.stage.kind))
         self._watch = Watch(run.config, with_logits=False) if run.stage.kind.has_router else None
         for layer in run.built.mixtures():
             layer.router.observer = self._watch
@@ -44,7 +46,6 @@ class MeterHook(StepHook):
     def after_step(self, run: StageRun, result: StepResult) -> None:
         """Add the step's numbers. Communicates if routing metrics or the norm of the parameters are due."""
         seconds, log = time.perf_counter() - self._step_began, run.config.log
-        flop = flop_per_gpu(run.config, run.stage.kind, result.seq_length)
         metrics = {
             "lm loss": result.loss,
             "learning-rate": result.learning_rate,
@@ -52,7 +53,7 @@ class MeterHook(StepHook):
             "batch-size": run.config.train.global_batch_size,
             "iteration-time": seconds,
             "tokens/s": result.tokens / seconds,
-            "throughput": flop / seconds / 1e12,
+            "throughput": self._flop(result.seq_length) / seconds / 1e12,
             "supervised-tokens": result.supervised_tokens,
         }
         if backend.on_gpu():
