@@ -9,7 +9,7 @@ import contextlib
 import io
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, cast
 
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -71,10 +71,12 @@ def no_more_than_torchs() -> Iterator[None]:
         torch.serialization.add_safe_globals(added)
 
 
-def load(file: BinaryIO | Path, map_location: str = "cpu", *, mmap: bool = False) -> Any:
+def load(file: IO[bytes] | io.RawIOBase | Path, map_location: str = "cpu", *, mmap: bool = False) -> Any:
     """torch.load that runs nothing. Raises whatever torch raises for damaged bytes."""
     with no_more_than_torchs():
-        return torch.load(file, map_location=map_location, weights_only=True, mmap=mmap)
+        return torch.load(
+            cast("IO[bytes] | Path", file), map_location=map_location, weights_only=True, mmap=mmap
+        )
 
 
 def require_safe(directory: Path) -> None:

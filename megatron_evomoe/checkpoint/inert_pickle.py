@@ -48,7 +48,7 @@ class Instance:
     has_state: bool = False
 
 
-class Pairs(list):  # type: ignore[type-arg]
+class Pairs(list[tuple[Any, Any]]):
     """The keys and values of a dictionary in the order of the file; no key is hashed."""
 
 

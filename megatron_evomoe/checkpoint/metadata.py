@@ -109,10 +109,8 @@ def _member(call: Call) -> enum.Enum | None:
     """The member of an enumeration that a call stands for; None if it stands for none."""
     what, args = call.what, call.args
     if what == _GETATTR and len(args) == 2 and type(args[0]) is Name and type(args[1]) is str:
-        found, members = _class_of(args[0]), {}
-        if found is not None and issubclass(found, enum.Enum):
-            members = found.__members__
-        return members.get(args[1])
+        found = _class_of(args[0])
+        return found.__members__.get(args[1]) if found and issubclass(found, enum.Enum) else None
     found = _class_of(what)
     if found is None or not issubclass(found, enum.Enum) or len(args) != 1 or type(args[0]) is not int:
         return None

@@ -52,7 +52,7 @@ class CheckpointError(UserError, RuntimeError):
 class Ancestor(TypedDict):
     """A stage through which the weights have gone."""
 
-    __pydantic_config__ = pydantic.ConfigDict(strict=True, extra="forbid")
+    __pydantic_config__ = pydantic.ConfigDict(strict=True, extra="forbid")  # type: ignore[misc]
 
     stage: str
     kind: str
@@ -64,7 +64,7 @@ class Ancestor(TypedDict):
 class TrainingData(TypedDict):
     """The samples on which a stage was trained, and their order."""
 
-    __pydantic_config__ = pydantic.ConfigDict(strict=True, extra="forbid")
+    __pydantic_config__ = pydantic.ConfigDict(strict=True, extra="forbid")  # type: ignore[misc]
 
     order: str
     """The name of the rule that makes an order of `seed` (`data.order.NAME`)."""

@@ -23,6 +23,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.transformer.module import MegatronModule
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
@@ -75,7 +76,7 @@ class Saver:
         self,
         directory: Path,
         *,
-        modules: Sequence[torch.nn.Module],
+        modules: Sequence[MegatronModule],
         optimizer: Any,
         scheduler: Any,
         record: Record,
@@ -97,7 +98,7 @@ class Saver:
         return self._start(directory, state, record, config_yaml)
 
     def save_weights(
-        self, directory: Path, parts: dict[str, torch.nn.Module], record: Record, config_yaml: str
+        self, directory: Path, parts: dict[str, MegatronModule], record: Record, config_yaml: str
     ) -> Path | None:
         """Write a checkpoint of weights alone, for `pretrained_checkpoint`. Communicates.
 
@@ -140,7 +141,7 @@ class Saver:
         except Exception as failure:
             raise self._publication.failed(failure) from failure
         publication, self._publication = self._publication, None
-        publication.conclude(error or self._background.failure)
+        publication.conclude(error or (self._background and self._background.failure))
         return publication.final
 
     def _start(self, directory: Path, state: dict[str, Any], record: Record, config_yaml: str) -> Path | None:
@@ -172,7 +173,7 @@ class Saver:
 def load_training_state(
     path: Path,
     *,
-    modules: Sequence[torch.nn.Module],
+    modules: Sequence[MegatronModule],
     optimizer: Any,
     scheduler: Any,
     record: Record,
@@ -337,7 +338,7 @@ def _chunk_key(index: int, count: int) -> str:
 
 
 def _state(
-    modules: Sequence[torch.nn.Module], optimizer: Any, scheduler: Any, *, is_loading: bool
+    modules: Sequence[MegatronModule], optimizer: Any, scheduler: Any, *, is_loading: bool
 ) -> dict[str, Any]:
     state: dict[str, Any] = {
         _chunk_key(i, len(modules)): m.sharded_state_dict(metadata=metadata()) for i, m in enumerate(modules)

@@ -85,7 +85,7 @@ class _Writer(FileSystemWriter):
     def __init__(self, path: Path) -> None:
         # one thread on CUDA, because torch copies from the device ahead of writing only then
         super().__init__(path, thread_count=1 if backend.on_gpu() else 2)
-        self.fs = _SummingFileSystem()
+        self.fs: _SummingFileSystem = _SummingFileSystem()
 
     def storage_meta(self) -> None:
         """Nothing; torch would note the path of the directory, which is going to change."""

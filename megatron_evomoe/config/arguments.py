@@ -6,6 +6,9 @@ import argparse
 import math
 import re
 from collections.abc import Callable
+from typing import TypeVar
+
+_Number = TypeVar("_Number", int, float)
 
 
 def whole(low: int, high: int = 2**31 - 1) -> Callable[[str], int]:
@@ -36,7 +39,7 @@ def number(low: float, high: float = 1e12, *, above: bool = False) -> Callable[[
     return read
 
 
-def _within(value, low, high):  # type: ignore[no-untyped-def]
+def _within(value: _Number, low: float, high: float) -> _Number:
     if value < low:
         raise argparse.ArgumentTypeError(f"must be at least {low:g}, got {value:g}")
     if value > high:

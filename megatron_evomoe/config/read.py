@@ -121,12 +121,13 @@ def _build(section: str, values: dict[str, Any]) -> Any:
 def _stages(entries: Any) -> list[StageConfig]:
     if entries is not None and not isinstance(entries, list):
         raise ConfigError(f"stages must be a list, [{{name: align, …}}, …], got {shown(entries)}")
-    if len(entries or []) > _MOST_STAGES:
+    entries = entries or []
+    if len(entries) > _MOST_STAGES:
         raise ConfigError(
             f"stages lists {len(entries)} stages, and at most {_MOST_STAGES} are read; divide them into "
             "several runs"
         )
-    stages = [_build_stage(entry) for entry in entries or []]
+    stages = [_build_stage(entry) for entry in entries]
     # in lower case, because some file systems do not distinguish Align from align
     for name, times in Counter(stage.name.lower() for stage in stages).items():
         if times > 1:

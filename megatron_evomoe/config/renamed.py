@@ -47,9 +47,12 @@ def present_sections(raw: dict[str, Any], *, is_silent: bool = False) -> dict[st
     Raises:
         ConfigError: a field is given under both of its names.
     """
-    found = {name: dict(values) if isinstance(values, dict) else values for name, values in raw.items()}
+    found: dict[str, Any] = {
+        name: dict(values) if isinstance(values, dict) else values for name, values in raw.items()
+    }
     for section in SECTIONS:
-        for name in list(values) if isinstance(values := found.get(section), dict) else ():
+        values: Any = found.get(section)
+        for name in list(values) if isinstance(values, dict) else ():
             old = flat_name(section, name)
             if old in FLAT or old not in RENAMED:
                 continue

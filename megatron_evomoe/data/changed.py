@@ -88,7 +88,7 @@ def meaning(
 
 def _numbers(before: Sequence[Shard], now: Sequence[Shard]) -> np.ndarray:
     """The new number of each old sample, int64 [n]; −1 where its shard has changed or is gone."""
-    places = collections.defaultdict(collections.deque)
+    places: dict[str, collections.deque[int]] = collections.defaultdict(collections.deque)
     start = 0
     for _, count, digest in now:
         places[digest].append(start)

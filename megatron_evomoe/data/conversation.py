@@ -62,12 +62,12 @@ class EncodedSample:
         tokens: the input ids; pad_id at the positions of images.
         labels: the id to predict at each position i: tokens[i + 1] where that is part of an answer, else
             -100.
-        token_types: TEXT or VISION of `TokenType`.
+        token_types: TEXT or VISION.
     """
 
     tokens: list[int]
     labels: list[int]
-    token_types: list[int]
+    token_types: list[TokenType]
 
     @property
     def num_supervised(self) -> int:

@@ -84,7 +84,7 @@ def fetching(dataset: Dataset, batches: Iterable[list[Any]], data: DataConfig) -
     workers = data.num_workers
     return DataLoader(
         dataset,
-        batch_sampler=batches,  # type: ignore[arg-type]
+        batch_sampler=batches,
         num_workers=workers,
         prefetch_factor=data.prefetch_factor if workers else None,
         collate_fn=_as_is,

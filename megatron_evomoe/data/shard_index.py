@@ -82,18 +82,23 @@ class ShardIndex:
 
     def text_range(self, i: int) -> Range:
         """The place of the KEY.json, or of the KEY.txt, of sample i."""
-        return Range(*map(int, self.text[i]), int(self.text_lead[i]))
+        return _range(self.text[i], self.text_lead[i])
 
     def image_range(self, image: int) -> Range:
         """The place of an image, by its number in the shard."""
-        return Range(*map(int, self.images[image]), int(self.image_lead[image]))
+        return _range(self.images[image], self.image_lead[image])
 
     def caption_range(self, i: int) -> Range | None:
         """The place of the KEY.txt beside the KEY.json of sample i; None if there is none."""
         at = int(np.searchsorted(self.captioned, i))
         if at == len(self.captioned) or self.captioned[at] != i:
             return None
-        return Range(*map(int, self.captions[at]), int(self.caption_lead[at]))
+        return _range(self.captions[at], self.caption_lead[at])
+
+
+def _range(at: np.ndarray, lead: np.integer) -> Range:
+    """A row of byte ranges as a `Range`."""
+    return Range(int(at[0]), int(at[1]), int(lead))
 
 
 _ARRAYS = tuple(f.name for f in fields(ShardIndex) if f.name != "problems")
@@ -239,7 +244,7 @@ def _read(path: Path, stamp: np.ndarray) -> ShardIndex | None:
             return None
         index = ShardIndex(
             saved["keys"].reshape(-1).view(f"S{saved['keys'].shape[1]}"),
-            *(saved[name] for name in _ARRAYS[1:]),
+            **{name: saved[name] for name in _ARRAYS[1:]},
             problems=json.loads(saved["problems"].tobytes()),
         )
         return index if _holds_together(index, size) else None

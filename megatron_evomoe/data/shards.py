@@ -93,7 +93,7 @@ def _braces(pattern: str) -> list[str]:
         raise ConfigError(f"shard path {pattern!r} names more than {_MAX_SHARDS} files")
     try:
         return list(braceexpand.braceexpand(os.path.expanduser(pattern)))
-    except braceexpand.UnbalancedBracesError as error:
+    except braceexpand.UnbalancedBracesError as error:  # type: ignore[attr-defined]
         raise ConfigError(f"shard path {pattern!r}: {error}") from None
 
 
@@ -346,7 +346,8 @@ def write_shards(
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.glob("*.tar")):
         raise ConfigError(f"{folder} already holds shards; remove them or choose another directory")
-    written, stream = [], enumerate(samples)
+    written: list[Path] = []
+    stream = enumerate(samples)
     while chunk := list(itertools.islice(stream, samples_per_shard)):
         path = folder / f"shard-{len(written):06d}.tar"
         write_atomically(path, tar_bytes((f"{i:09d}", record, images) for i, (record, images) in chunk))

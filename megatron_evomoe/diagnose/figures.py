@@ -119,10 +119,11 @@ def _mark_stages(axes: Any, stages: list[dict[str, Any]]) -> None:
 def _accuracy_points(ax: Axes, evaluations: list[dict[str, Any]]) -> None:
     """Accuracy as solid lines; dashed and hollow is the accuracy on the same questions with blank images."""
     kinds = list(dict.fromkeys(k for e in evaluations for k in e["accuracy"]))
-    for field, look in (
-        ("blind", {"linestyle": "--", "markerfacecolor": "white"}),
-        ("accuracy", {"linestyle": "-"}),
-    ):
+    looks: dict[str, dict[str, Any]] = {
+        "blind": {"linestyle": "--", "markerfacecolor": "white"},
+        "accuracy": {"linestyle": "-"},
+    }
+    for field, look in looks.items():
         for i, kind in enumerate(kinds):
             points = sorted((e["x"], 100 * float(e[field][kind])) for e in evaluations if kind in e[field])
             if points:

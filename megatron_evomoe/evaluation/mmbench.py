@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron_evomoe.data.shards import write_atomically
 from megatron_evomoe.evaluation.item import Answers, Benchmark, BenchmarkError, Item, Metrics, Source
@@ -139,7 +140,7 @@ def score(items: Sequence[Item], answers: Answers) -> Metrics:
     right = {i.id: _is_right(i, answers[i.id]) for members in groups.values() for i in members}
     unrotated = [min(members, key=lambda item: int(item.id)) for members in groups.values()]
     circular = [(i.metadata, float(all(right[j.id] for j in groups[i.group]))) for i in unrotated]
-    metrics = {
+    metrics: dict[str, Any] = {
         "accuracy": mean_percent([s for _, s in circular]),
         "vanilla": mean_percent([right[i.id] for i in unrotated]),
     }

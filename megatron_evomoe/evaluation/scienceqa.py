@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from megatron_evomoe.evaluation.item import Answers, Benchmark, BenchmarkError, Item, Metrics, Source
 from megatron_evomoe.evaluation.normalize import scienceqa_letter
@@ -68,8 +70,8 @@ def score(items: Sequence[Item], answers: Answers) -> Metrics:
     lupantech/ScienceQA.
     """
     right = [(i.metadata, float(_is_right(i, answers[i.id]))) for i in items]
-    columns = {
-        **{name: (lambda m, subject=subject: m["subject"] == subject) for name, subject in _SUBJECTS.items()},
+    columns: dict[str, Callable[[dict[str, Any]], bool]] = {
+        **{name: functools.partial(_has_subject, subject) for name, subject in _SUBJECTS.items()},
         "text": lambda m: m["has_text"],
         "image": lambda m: m["has_image"],
         "no_context": lambda m: not m["has_text"] and not m["has_image"],
@@ -81,6 +83,10 @@ def score(items: Sequence[Item], answers: Answers) -> Metrics:
         "accuracy": mean_percent([s for _, s in right]),
         **{name: mean_percent(s) for name, s in picked.items() if s},
     }
+
+
+def _has_subject(subject: str, metadata: dict[str, Any]) -> bool:
+    return metadata["subject"] == subject
 
 
 def _is_right(item: Item, answer: str) -> bool:

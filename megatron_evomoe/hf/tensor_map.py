@@ -231,6 +231,7 @@ def _compare(found: Mapping[str, Shape], wanted: Mapping[str, Shape], where: str
 def _vocabulary(config: RunConfig, tensor: inventory.Tensor, name: str) -> Entry:
     """HF's tensor has no padding rows."""
     rows, padded = config.language.vocab_size, tensor.shape[0]
+    assert rows is not None, "the vocabulary's size is known once a model is described"
     return Entry(tensor.key, tensor.shape, {name: (rows, *tensor.shape[1:])}, Vocabulary(rows, padded))
 
 

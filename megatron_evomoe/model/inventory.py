@@ -91,7 +91,7 @@ class Counts(NamedTuple):
     """What one token meets: of each mixture's experts only the chosen K."""
 
 
-def count(config: RunConfig, kind: str) -> Counts:
+def count(config: RunConfig, kind: StageKind) -> Counts:
     """Count the model of stage `kind`, padding of the vocabulary included."""
     parts, experts, topk = trained_parts(config, kind), config.moe.num_experts, config.moe.moe_router_topk
     every = list(tensors(config, kind))

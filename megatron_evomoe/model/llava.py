@@ -40,7 +40,6 @@ class LlavaModel(MegatronModule):
         post_process: bool = True,
         vp_stage: int | None = None,
     ) -> None:
-        self.language_model: torch.nn.Module
         language = build_language_model(
             config,
             stage_kind=stage_kind,

@@ -46,9 +46,9 @@ class _Immediate:
 
 
 def _answer_cuda_calls() -> None:
-    cuda = torch.cuda
+    cuda: Any = torch.cuda
     cuda.current_device = lambda: "cpu"  # used as a `device=` argument everywhere
-    cuda.Stream = cuda.Event = _Immediate  # type: ignore[misc, assignment]
+    cuda.Stream = cuda.Event = _Immediate
     cuda.current_stream = cuda.default_stream = lambda *args: _Immediate()
     cuda.stream = lambda stream: contextlib.nullcontext()
     cuda.synchronize = lambda *args, **kwargs: None
@@ -96,7 +96,7 @@ def _redirect_cuda_device() -> None:
         "full_like",
     ):
         setattr(torch, name, on_cpu(getattr(torch, name)))
-    to = torch.Tensor.to
+    to: Any = torch.Tensor.to
 
     def to_cpu(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if _is_cuda(kwargs.get("device")):

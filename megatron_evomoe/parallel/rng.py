@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,7 +52,8 @@ def layout() -> dict[str, int]:
 
 def _states() -> dict[str, torch.Tensor]:
     version, words, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()
+    numpy_state: Any = np.random.get_state()
+    name, keys, position, has_gauss, cached = numpy_state
     assert version == 3 and name == "MT19937"
     states = {
         "python": torch.tensor(words, dtype=torch.int64),

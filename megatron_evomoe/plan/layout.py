@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from megatron_evomoe.config import ConfigError, GpuConfig, RunConfig
 from megatron_evomoe.config.kinds import StageKind
@@ -73,7 +74,7 @@ def applied(config: RunConfig, layout: Layout) -> RunConfig:
         num_layers_per_virtual_pipeline_stage=layout.layers_per_chunk,
         sequence_parallel=sequence_parallel,
     )
-    recompute = None if layout.recompute == "none" else layout.recompute
+    recompute: Any = None if layout.recompute == "none" else layout.recompute
     return replace(config, parallel=parallel, train=replace(config.train, recompute_granularity=recompute))
 
 

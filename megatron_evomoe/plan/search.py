@@ -111,7 +111,8 @@ def plan_stage(
     """
     config = config.for_stage(stage.name) if stage in config.stages else config
     check_feature_cache(config, stage)
-    estimates, refused = [], {}
+    estimates: list[Estimate] = []
+    refused: dict[str, Refusal] = {}
     search = _Search(config, stage.kind, machine, seq_length)
     for layout in layouts.candidates(
         config, world_size=machine.world_size, gpus_per_node=machine.gpus_per_node, held=held

@@ -272,7 +272,7 @@ def _window(c: ConfigValues, layers: int) -> dict[str, int]:
             "use_sliding_window",
             f"{sliding} of {layers} layers would have the window, but megatron-core has one for all layers",
         )
-    return {"window_size": window} if sliding else {}
+    return {"window_size": window} if sliding and window is not None else {}
 
 
 def _rope(kind: str, c: ConfigValues, head: int) -> dict[str, Any]:

@@ -252,7 +252,7 @@ def model_yaml(config: RunConfig, kind: str, parts: list[str]) -> str:
     if (
         not described["moe"]
         and described["language"]
-        and config.language.num_layers < MoEConfig().moe_layer_freq
+        and not any(MoEConfig().layer_pattern(config.language.num_layers))
     ):
         described["moe"], sections["moe"] = True, {"moe_layer_freq": config.moe.moe_layer_freq}
     return yaml.safe_dump(
@@ -324,9 +324,16 @@ def _is_fresh(entry: Entry, request: Request) -> bool:
     return request.expert_init != "none" and ".mlp.router." in entry.core
 
 
+def _layer_of(entry: Entry) -> int:
+    """The number of the layer that an entry belongs to, from 0."""
+    found = _LAYER.search(entry.core)
+    assert found is not None, entry.core
+    return int(found[1])
+
+
 def _router_like(entry: Entry) -> str:
     """The source's tensor whose dtype a new router takes."""
-    return f"language_model.model.layers.{_LAYER.search(entry.core)[1]}.input_layernorm.weight"
+    return f"language_model.model.layers.{_layer_of(entry)}.input_layernorm.weight"
 
 
 def _pieces(
@@ -334,7 +341,7 @@ def _pieces(
 ) -> list[Tensor]:
     """The core tensor of an entry in `dtype`, as pieces along its first axis. All values are finite."""
     if _is_fresh(entry, request):
-        layer, name = int(_LAYER.search(entry.core)[1]), entry.core.split(".mlp.router.")[1]
+        layer, name = _layer_of(entry), entry.core.split(".mlp.router.")[1]
         return [converted(entry.core, initial_draws.router_weights(config, layer + 1)[name], dtype)]
     origins = {name: Target.origin(name, source) for name in entry.hf}
     if not is_drawn(entry, request):
@@ -351,7 +358,8 @@ def _pieces(
 
 def _with_noise(weight: Tensor, entry: Entry, gates: int, config: RunConfig) -> Tensor:
     """Add to `weight` the same noise that `expert_init.add_noise` adds to a model in memory."""
-    layer, which = int(_LAYER.search(entry.core)[1]) + 1, 1 if ".linear_fc1." in entry.core else 2
+    layer, which = _layer_of(entry) + 1, 1 if ".linear_fc1." in entry.core else 2
+    assert entry.expert is not None, "noise is for experts"
     noise = initial_draws.expert_noise(
         config.train.seed, layer, entry.expert, which, (gates, len(weight) // gates, weight.shape[1])
     )

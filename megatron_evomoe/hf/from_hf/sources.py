@@ -7,11 +7,11 @@ import reprlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 
-from megatron_evomoe.checkpoint.record import CheckpointError
+from megatron_evomoe.checkpoint.record import Ancestor, CheckpointError
 from megatron_evomoe.config import MODEL_SECTIONS, STAGE_KINDS, ConfigError
 from megatron_evomoe.config.kinds import MIXTURE_KINDS, PRETRAINED
 from megatron_evomoe.config.presets import VISION_PRESETS
@@ -45,7 +45,7 @@ class Source:
     tensors: dict[str, tuple[HfDirectory, str]] = field(default_factory=dict)
     tokenizer: Path | None = None
     """Directory that holds the tokenizer."""
-    lineage: list[dict[str, Any]] = field(default_factory=list)
+    lineage: list[Ancestor] = field(default_factory=list)
     """If the source is an export of this package: the stages that it went through."""
     rows: dict[str, int] = field(default_factory=dict)
     """Canonical name -> rows to read of an embedding that has one more row, for the image token."""
@@ -207,7 +207,7 @@ def _own_export(directory: HfDirectory) -> Source:
     return source
 
 
-def _lineage(own: ConfigValues, path: Path) -> list[dict[str, Any]]:
+def _lineage(own: ConfigValues, path: Path) -> list[Ancestor]:
     """The stages that the model of an export went through."""
     stage = own.section("stage")
     if not stage:
@@ -224,8 +224,9 @@ def _lineage(own: ConfigValues, path: Path) -> list[dict[str, Any]]:
         type(entry.get(key)) is t for entry in named for key, t in types.items()
     ):
         own.refuse("stage", "it must hold name, kind and step, and a lineage of such entries")
+    kept = (*types, "path")
     return [
-        {key: entry[key] for key in (*types, "path") if isinstance(entry.get(key), (str, int))}
+        cast("Ancestor", {key: entry[key] for key in kept if isinstance(entry.get(key), (str, int))})
         for entry in named
     ]
 

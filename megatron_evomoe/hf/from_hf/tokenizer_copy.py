@@ -62,7 +62,7 @@ def copy_tokenizer(source: Path | None, folder: Path) -> CopiedTokenizer:
         kept = [line for line in lines if line.strip().partition(" ")[2].strip().removeprefix("*") in present]
         (folder / _SUMS).write_text("".join(f"{line}\n" for line in kept))
     ways = {"tokenizer.json": _as_it_is, "vocab.json": _converted, "tokenizer.model": _sentencepiece}
-    problems = []
+    problems: list[str] = []
     for name, way in ways.items():
         if name in present and (name != "vocab.json" or "merges.txt" in present):
             try:

@@ -182,7 +182,7 @@ def _prompt(
         rows: rows of the source's embedding; no id is larger.
         image_token: id at the positions of one image; None for text alone.
     """
-    rows = min(rows, config.language.vocab_size)
+    rows = min(rows, config.language.vocab_size or rows)
     tokens = torch.randint(0, rows, (1, length), generator=torch.Generator().manual_seed(2))
     if image_token is None:
         return tokens, torch.full_like(tokens, TokenType.TEXT)

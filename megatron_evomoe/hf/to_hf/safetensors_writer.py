@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -62,7 +62,7 @@ class ShardedWriter:
         self._files = self._plan(max_bytes)
         self._expected = [(name, file) for file in self._files for name in file.tensors]
         self._next = 0
-        self._open: BinaryIO | None = None
+        self._open: IO[bytes] | None = None
 
     @property
     def total_size(self) -> int:
@@ -102,7 +102,7 @@ class ShardedWriter:
             self._begin(file)
         assert self._open is not None
         raw = tensor.to(self._dtype).contiguous().view(-1).view(torch.uint8)
-        self._open.write(memoryview(raw.numpy()))
+        self._open.write(raw.numpy().data)
         self._next += 1
 
     def finish(self) -> None:

@@ -45,7 +45,7 @@ def compare(exported: Exported) -> list[Row]:
     """
     theirs, processor = _load_export(exported)
     pictures = [_picture(i) for i in range(max(_IMAGES))]
-    rows = []
+    rows: list[Row] = []
     with core_model(exported) as ours, torch.no_grad():
         for count in _IMAGES:
             rows += _compare_prompt(exported, ours, theirs, processor, pictures[:count])

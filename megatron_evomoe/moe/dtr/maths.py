@@ -199,15 +199,16 @@ def _static_logits(
     """`dtr_logits` without `gather`."""
     # bf16 weights are not cast for bf16 tokens, because the products are exact in fp32
     is_exact = z_TC.dtype == weights.phi_NC.dtype == torch.bfloat16 and dtype == torch.float32
-    halves = weights.text, weights.vision
-    both_QC = torch.cat([part for w in halves for part in (w.weight1_hC, w.weight2_down_KJC.flatten(0, 1))])
+    text, vision = weights.text, weights.vision
+    both_QC = torch.cat(
+        [part for w in (text, vision) for part in (w.weight1_hC, w.weight2_down_KJC.flatten(0, 1))]
+    )
     eu_TP = _ProjectMasked.apply(z_TC, is_vision_T1, both_QC if is_exact else both_QC.to(dtype))
     h, phi_NC = weights.text.bias1_h.shape[0], weights.phi_NC.to(dtype)
-    bias_Th = torch.where(is_vision_T1, *(w.bias1_h.to(dtype) for w in halves[::-1]))
+    bias_Th = torch.where(is_vision_T1, vision.bias1_h.to(dtype), text.bias1_h.to(dtype))
     e_T1K, s_Tr = _mix(eu_TP[:, :h], eu_TP[:, h:], bias_Th, activation)
-    v_TX = torch.where(
-        is_vision_T1, *(s_Tr @ _folded(w.weight2_up_KrC.to(dtype), phi_NC) for w in halves[::-1])
-    )
+    of_vision, of_text = (s_Tr @ _folded(w.weight2_up_KrC.to(dtype), phi_NC) for w in (vision, text))
+    v_TX = torch.where(is_vision_T1, of_vision, of_text)
     return torch.bmm(e_T1K, v_TX.view(-1, h + 1, phi_NC.shape[0]))[:, 0]
 
 

@@ -76,7 +76,8 @@ class _FusedDtr(torch.autograd.Function):
         deu_TP, dbias_Mh, dfolded_MKrN = _mix_backward(
             dlogits_TN.contiguous(), eu_TP, bias_Mh, folded_MKrN, order_T, num_text, ctx.activation
         )
-        dz_TC, dprojections = None, (None,) * 4
+        dz_TC: Tensor | None = None
+        dprojections: tuple[Tensor | None, ...] = (None,) * 4
         weight_MPC = _side_by_side(projections)
         if ctx.needs_input_grad[0]:
             dz_TC = torch.empty_like(z_TC)

@@ -18,6 +18,11 @@ from megatron_evomoe.parallel import backend
 class HyperNetwork(nn.Module):
     """The parameters of one modality's hypernetwork (Eq. 5); `maths.HyperWeights` names their shapes."""
 
+    weight1: Tensor
+    bias1: Tensor
+    weight2_down: Tensor
+    weight2_up: Tensor
+
     def forward(self) -> maths.HyperWeights:
         """The parameters. Call the module for them: only a call makes `overlap_param_gather` wait for their
         last update.
