@@ -74,9 +74,8 @@ def no_more_than_torchs() -> Iterator[None]:
 def load(file: IO[bytes] | io.RawIOBase | Path, map_location: str = "cpu", *, mmap: bool = False) -> Any:
     """torch.load that runs nothing. Raises whatever torch raises for damaged bytes."""
     with no_more_than_torchs():
-        return torch.load(
-            cast("IO[bytes] | Path", file), map_location=map_location, weights_only=True, mmap=mmap
-        )
+        readable = cast("IO[bytes] | Path", file)  # as torch's annotation calls them
+        return torch.load(readable, map_location, weights_only=True, mmap=mmap)
 
 
 def require_safe(directory: Path) -> None:

@@ -49,10 +49,9 @@ class CheckpointError(UserError, RuntimeError):
     is_shared = False
 
 
+@pydantic.with_config(pydantic.ConfigDict(strict=True, extra="forbid"))
 class Ancestor(TypedDict):
     """A stage through which the weights have gone."""
-
-    __pydantic_config__ = pydantic.ConfigDict(strict=True, extra="forbid")  # type: ignore[misc]
 
     stage: str
     kind: str
@@ -61,10 +60,9 @@ class Ancestor(TypedDict):
     run_id: NotRequired[str]
 
 
+@pydantic.with_config(pydantic.ConfigDict(strict=True, extra="forbid"))
 class TrainingData(TypedDict):
     """The samples on which a stage was trained, and their order."""
-
-    __pydantic_config__ = pydantic.ConfigDict(strict=True, extra="forbid")  # type: ignore[misc]
 
     order: str
     """The name of the rule that makes an order of `seed` (`data.order.NAME`)."""

@@ -61,7 +61,7 @@ def greedy(
     """
     counts = _images_per_prompt(prompts, len(images), _unwrap(chunks[0]).run_config.vision.tokens_per_image)
     images_of_prompt = images.to(backend.device()).split(counts)
-    sequences = [(list(p.tokens), list(p.token_types)) for p in prompts]
+    sequences: list[tuple[list[int], list[int]]] = [([*p.tokens], [*p.token_types]) for p in prompts]
     answers: list[list[int]] = [[] for _ in prompts]
     open_rows = list(range(len(prompts)))
     for _ in range(max_new_tokens):
