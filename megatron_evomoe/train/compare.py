@@ -20,7 +20,7 @@ from megatron_evomoe.config.renamed import present_names, present_sections
 from megatron_evomoe.config.resume import OnResume, on_resume
 from megatron_evomoe.config.run import FLAT, flat_name
 
-DENSE = (StageKind.ALIGN, StageKind.WARMUP, StageKind.DENSE)
+DENSE = tuple(kind for kind in StageKind if not kind.has_mixture)
 _BEGINNING_ONLY = {
     ("language", "init_method_std"),
     ("vision", "init_method_std"),
