@@ -9,73 +9,75 @@ from megatron_evomoe.hf.from_hf.importing import CONVERSIONS, Request, describe,
 from megatron_evomoe.moe.router import ROUTERS
 
 _FIELDS = {
-    "num-experts": "experts per mixture layer",
-    "moe-layer-freq": "every k-th layer is a mixture, or a list of 0/1",
-    "moe-router-topk": "experts per token",
+    "num-experts": "experts of a mixture",
+    "moe-layer-freq": "k for a mixture in every k-th layer, or a list of 0 and 1",
+    "moe-router-topk": "experts of each token",
     "router": " or ".join(ROUTERS),
-    "dtr-hidden-size": "h of the DTR",
-    "dtr-rank": "r of the DTR",
-    "expert-init-noise": "for noise: standard deviation in units of each matrix's own",
-    "seed": "of the noise and the fresh routers",
-    "vision-feature-layer": "which hidden state of the tower is the feature",
-    "vision-feature-select": "patch or cls_patch",
-    "make-vocab-size-divisible-by": "padding of the embedding",
+    "dtr-hidden-size": "width h of the hypernetworks of the dtr router",
+    "dtr-rank": "rank r of the routers that the dtr hypernetworks generate",
+    "expert-init-noise": "standard deviation of the noise, relative to that of each matrix",
+    "seed": "seed of the noise and of new routers",
+    "vision-feature-layer": "hidden state of the vision tower that is the image feature",
+    "vision-feature-select": "patch or cls_patch, which keeps the class token",
+    "make-vocab-size-divisible-by": "the embedding is padded to a multiple of this",
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments."""
-    parser.add_argument("model", nargs="?", help="a LLaVA model, or an export of ours: directory or hub id")
-    parser.add_argument("--model", dest="model_flag", help="the same, as a flag")
+    """Add the command's flags."""
     parser.add_argument(
-        "--language-model", help="instead: a language model's directory or hub id; the projector starts fresh"
+        "model", nargs="?", help="LLaVA model, or a directory written by convert-to-hf: directory or hub id"
+    )
+    parser.add_argument("--model", dest="model_flag", help="the same as the positional argument")
+    parser.add_argument(
+        "--language-model",
+        help="instead of a LLaVA model: language model, directory or hub id; the projector gets new weights",
     )
     parser.add_argument(
         "--vision-model",
-        help="a CLIP or SigLIP directory or hub id; also for a LLaVA model that lacks its tower",
+        help="CLIP or SigLIP model, directory or hub id; also with a LLaVA model that lacks its tower",
     )
-    parser.add_argument("--output", required=True, help="directory to make; must not hold anything")
+    parser.add_argument("--output", required=True, help="directory to create; must not exist, or be empty")
     parser.add_argument(
         "--expert-init",
         choices=["none", "replicate", "noise"],
         default="none",
-        help="make a mixture of the dense model: each expert a copy, or a copy with noise (default: stay "
-        "dense)",
+        help="make a mixture of experts: each expert is a copy of the dense FFN, or a copy with noise "
+        "(default: none, stay dense)",
     )
     parser.add_argument(
         "--dtype",
         choices=list(CONVERSIONS),
         default="keep",
-        help="type of the weights written (default: as they are)",
+        help="dtype of the weights (default: keep, as in the source)",
     )
     parser.add_argument(
         "--resize-embeddings",
         action="store_true",
-        help="add rows for ids of the tokenizer that the embedding lacks, each the mean of the rows there "
-        "are",
+        help="add rows to the embedding for token ids that have none, each the mean of the other rows",
     )
     parser.add_argument(
         "--verify",
         action="store_true",
-        help="compare with the source: every tensor, and logits where they fit",
+        help="compare every tensor with the source's, and the logits if both models fit in memory",
     )
     parser.add_argument(
         "--allow-remote-code",
         action="store_true",
-        help="take a directory that asks for its own code for what its model_type says; no code is run",
+        help="import a model that asks to run its own code as its model_type says; no code is run",
     )
     for name, what in _FIELDS.items():
         parser.add_argument(f"--{name}", dest=f"cfg_{name.replace('-', '_')}", metavar="VALUE", help=what)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Convert, say what was done, and verify if asked; 1 if the verification fails.
+    """Convert, report, and verify if requested; returns 1 if the verification fails.
 
     Raises:
         ConfigError, CheckpointError: as `import_model`.
     """
     if args.model and args.model_flag:
-        raise ConfigError(f"two models are given: {args.model} and {args.model_flag}")
+        raise ConfigError(f"two models are given, {args.model} and --model {args.model_flag}; give one")
     request = Request(
         output=args.output,
         model=args.model or args.model_flag,

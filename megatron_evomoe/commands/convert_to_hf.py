@@ -11,41 +11,48 @@ from megatron_evomoe.hf.to_hf.safetensors_writer import parse_size
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """All of them."""
+    """Add the command's flags."""
     parser.add_argument(
-        "checkpoint", help="a stage's folder of a run (its newest checkpoint), or an iter_… folder"
+        "checkpoint", help="folder of a run's stage, whose newest checkpoint is taken, or an iter_… folder"
     )
-    parser.add_argument("--output", required=True, help="directory to make; must not exist, or be empty")
+    parser.add_argument("--output", required=True, help="directory to create; must not exist, or be empty")
     parser.add_argument(
         "--format",
         choices=("auto", "evomoe", "llava"),
         default="auto",
-        help="custom code, or transformers' own LLaVA (dense stages); auto: the latter where it can be",
+        help="evomoe: custom code; llava: transformers' own class, for dense models; auto: llava if it can "
+        "compute the model (default)",
     )
     parser.add_argument(
-        "--dense", action="store_true", help="of an evolve stage, the first expert alone, as a dense model"
+        "--dense",
+        action="store_true",
+        help="export only the first expert of an evolve stage, as a dense model",
+    )
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (default: that of training)")
+    parser.add_argument(
+        "--max-shard-size", default="5GB", help="size limit of a weight file (default %(default)s)"
+    )
+    parser.add_argument("--tokenizer", help="the run's tokenizer, if its path has changed since training")
+    parser.add_argument(
+        "--verify", action="store_true", help="run both models on the same inputs and print the differences"
     )
     parser.add_argument(
-        "--dtype", choices=DTYPES, help="type of the weights; default: what the run trained in"
-    )
-    parser.add_argument("--max-shard-size", default="5GB", help="largest weights file (5GB)")
-    parser.add_argument("--tokenizer", help="the run's tokenizer, if it is no longer where it was")
-    parser.add_argument(
-        "--verify", action="store_true", help="run both models on the same inputs and print how they differ"
+        "--push-to-hub",
+        metavar="REPO_ID",
+        help="upload the directory to this repository, which is created if it does not exist",
     )
     parser.add_argument(
-        "--push-to-hub", metavar="REPO_ID", help="upload the directory to this repository, made if need be"
-    )
-    parser.add_argument(
-        "--private", action="store_true", help="with --push-to-hub: make a private repository"
+        "--private", action="store_true", help="with --push-to-hub: create a private repository"
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Export, then verify and upload where asked; 1 if the models differ (nothing is uploaded then).
+    """Export, report, and verify and upload if requested.
+
+    Returns 1 if the verification fails; then nothing is uploaded.
 
     Raises:
-        ConfigError, CheckpointError: see `export_model`, `verify_export.compare` and `hub.push`.
+        ConfigError, CheckpointError: as `export_model`, `verify_export.compare` and `hub.push`.
     """
     exported = export_model(
         Request(
@@ -76,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def describe(exported: Exported) -> str:
-    """What was written and how it is loaded."""
+    """A report of what was written and how it is loaded."""
     path = Path(exported.output)
     how = (
         "LlavaForConditionalGeneration, no custom code"

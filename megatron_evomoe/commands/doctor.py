@@ -29,13 +29,11 @@ SUPPORTED_CORE = ((0, 16, 1), (0, 20))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the command: none."""
+    """Add nothing: the command has no flags."""
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the report; 1 when something required is missing or broken, so that it can serve as a health
-    check.
-    """
+    """Print the report; returns 1 if something required is missing or broken, for use as a health check."""
     problems: list[str] = []
     rows = [("Python", platform.python_version()), ("system", f"{platform.system()} {platform.machine()}")]
     for package, module in REQUIRED.items():
@@ -63,7 +61,7 @@ def _version(package: str, module: str, problems: list[str]) -> str:
             problems.append(
                 f"megatron-core {version} is not supported; remedy: pip install 'megatron-core>=0.16.1,<0.20'"
             )
-        return version  # importing it here would need the CPU adaptations first
+        return version  # not imported, because that needs the adaptations of `parallel.cpu` first
     try:
         importlib.import_module(module)
     except Exception as error:
@@ -88,8 +86,8 @@ def _devices(problems: list[str]) -> list[tuple[str, str]]:
     te = _optional("transformer_engine", "pip install 'megatron_evomoe[gpu]'; local layers run until then")
     apex = _optional(
         "apex",
-        "NVIDIA's, built from source (PyPI's apex is another package); weight gradients are not fused until "
-        "then",
+        "build NVIDIA's apex from source (PyPI's apex is another package); weight gradients are not fused "
+        "until then",
     )
     return [*rows, ("Transformer Engine", te), ("apex", apex)]
 

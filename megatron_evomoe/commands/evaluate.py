@@ -15,9 +15,9 @@ from megatron_evomoe.generate.loading import DTYPE_CHOICES
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's flags."""
     parser.add_argument(
-        "--model", required=True, type=Path, help="directory that convert_to_hf wrote, or a plain LLaVA one"
+        "--model", required=True, type=Path, help="directory written by convert-to-hf, or a LLaVA model's"
     )
-    parser.add_argument("--benchmark", required=True, choices=list(BENCHMARKS))
+    parser.add_argument("--benchmark", required=True, choices=list(BENCHMARKS), help="name of the benchmark")
     parser.add_argument(
         "--questions",
         required=True,
@@ -25,11 +25,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the benchmark's own file or folder (docs/evaluation.md)",
     )
     parser.add_argument(
-        "--images", type=Path, help="folder of the images, where the benchmark keeps them apart"
+        "--images", type=Path, help="folder of the images, if the benchmark's file does not hold them"
     )
-    parser.add_argument("--annotations", type=Path, help="VQAv2: the answers, where they are public")
     parser.add_argument(
-        "--ocr-tokens", type=Path, help="TextVQA: Rosetta OCR tokens to show under each question"
+        "--annotations", type=Path, help="VQAv2: file with the answers, which are public for some splits"
+    )
+    parser.add_argument(
+        "--ocr-tokens", type=Path, help="TextVQA: file of Rosetta OCR tokens, to add to each question"
     )
     parser.add_argument(
         "--split", default="test", help="ScienceQA: which split of pid_splits.json (default %(default)s)"
@@ -50,15 +52,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-new-tokens",
         type=whole(1, 2**20),
         default=128,
-        help="longest answer (default %(default)s, LLaVA's)",
+        help="longest answer in tokens (default %(default)s, as for LLaVA)",
     )
     parser.add_argument(
-        "--limit", type=whole(1), help="only the first questions, for a trial; a later run may raise it"
+        "--limit", type=whole(1), help="answer only the first questions; a later run may raise the limit"
     )
     parser.add_argument(
-        "--dtype", default="auto", choices=DTYPE_CHOICES, help="of the weights (default: the directory's)"
+        "--dtype",
+        default="auto",
+        choices=DTYPE_CHOICES,
+        help="dtype of the weights (default: the directory's)",
     )
-    parser.add_argument("--device", help="cuda:0, cpu, …; default: this rank's GPU where there is one")
+    parser.add_argument("--device", help="cuda:0, cpu, … (default: this rank's GPU, or the CPU without one)")
 
 
 def run(args: argparse.Namespace) -> int:

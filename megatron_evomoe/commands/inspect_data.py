@@ -50,18 +50,21 @@ _SEEN = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of ``inspect-data``."""
-    parser.add_argument("--config", help="a run's YAML file: show what this run would see")
+    """Add the command's flags."""
+    parser.add_argument("--config", help="a run's YAML file: show samples as this run would see them")
     parser.add_argument(
-        "--stage", action="append", help="with --config: this stage alone (may be given several times)"
+        "--stage", action="append", help="with --config: only this stage (may be given several times)"
     )
     parser.add_argument(
         "--eval",
         action="store_true",
-        help="the held-out questions (eval_data), in place of the training samples",
+        help="show the held-out questions (eval_data) instead of the training samples",
     )
     parser.add_argument(
-        "--data", nargs="+", metavar="SHARDS", help="paths, brace ranges, globs or folders of tars"
+        "--data",
+        nargs="+",
+        metavar="SHARDS",
+        help="shards: paths, brace ranges, globs or folders of tar files",
     )
     parser.add_argument("--template", choices=sorted(TEMPLATES), help="conversation template (default v1)")
     parser.add_argument("--num", type=int, default=4, help="samples to show (default %(default)s)")
@@ -69,22 +72,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--stored-order",
         action="store_true",
-        help="as stored; otherwise in the training order of the run or of --seed, if one of them is given",
+        help="show samples in stored order, not in the training order of the run or of --seed",
     )
-    parser.add_argument("--image-size", type=int, help="side of the model's input, pixels (default 336)")
-    parser.add_argument("--patch-size", type=int, help="side of a patch, pixels (default 14)")
+    parser.add_argument("--image-size", type=int, help="side of the model's input in pixels (default 336)")
+    parser.add_argument("--patch-size", type=int, help="side of a patch in pixels (default 14)")
     parser.add_argument(
-        "--vision-model", choices=["clip", "siglip"], help="for the padding colour (default clip)"
+        "--vision-model",
+        choices=["clip", "siglip"],
+        help="vision tower, which decides the padding colour (default clip)",
     )
-    parser.add_argument("--output", type=Path, help="folder for the images as the model sees them, as PNG")
+    parser.add_argument(
+        "--output", type=Path, help="folder for PNG files of the images as the model sees them"
+    )
     parser.add_argument(
         "--preset", dest="cfg_preset", help="named model shape, or the model.yaml of an import"
     )
-    add_flags(parser.add_argument_group("the run's fields, as `train` takes them; flags win over the file"))
+    add_flags(
+        parser.add_argument_group("configuration fields as for `train`; flags take precedence over the file")
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the samples; 1 when none of them is usable.
+    """Print the samples; returns 1 if none of them is usable.
 
     Raises:
         ConfigError: the configuration, shards, tokenizer or template do not exist or fit.
@@ -117,8 +126,9 @@ def _config(args: argparse.Namespace) -> tuple[RunConfig, dict[str, Any]]:
 
 
 def _views(config: RunConfig, wanted: list[str] | None) -> list[tuple[list[str], RunConfig]]:
-    """Names of stages that see the same, and the configuration by which they do; the run's own where it has
-    no stages.
+    """Group the stages that prepare samples alike: the names of a group and its configuration.
+
+    A run without stages is one group without names.
     """
     if not config.stages and not wanted:
         return [([], config)]
@@ -134,7 +144,7 @@ def _views(config: RunConfig, wanted: list[str] | None) -> list[tuple[list[str],
 
 
 def _seen(config: RunConfig) -> tuple:
-    """All that decides what is seen."""
+    """All fields that samples depend on."""
     data = asdict(config.data)
     return *(data[name] for name in _SEEN), asdict(config.vision), config.train.seed
 
@@ -154,11 +164,11 @@ def _header(names: list[str], config: RunConfig, in_order: bool) -> str:
 def _show(
     config: RunConfig, args: argparse.Namespace, console: Console, output: Path | None, in_order: bool
 ) -> int:
-    """Print some samples as `config` makes them; returns how many are usable."""
+    """Print samples as `config` prepares them, and return the number of usable ones."""
     paths = config.data.eval_data if args.eval else config.data.train_data
     if not paths:
         raise ConfigError(
-            f"no shards to show: set {'eval_data' if args.eval else 'train_data'} in the run's file, or give "
+            f"no shards to show; set {'eval_data' if args.eval else 'train_data'} in the run's file, or give "
             "--data"
         )
     tokenizer = build_tokenizer(config.data.tokenizer)
@@ -196,9 +206,7 @@ def _training_rows(
 def _questions(
     dataset: ShardDataset, tokenizer: Tokenizer, config: RunConfig
 ) -> Callable[[int], list[tuple[Row, str | None]]]:
-    """Of a held-out sample: each question up to where the answer begins, and the answer it is compared
-    with.
-    """
+    """A function from a sample's index to its held-out questions and their expected answers."""
     processor = processor_for(config)
 
     def found(i: int) -> list[tuple[Row, str | None]]:
@@ -223,7 +231,7 @@ def _questions(
 
 
 def describe(row: Row, tokenizer: Tokenizer, tokens_per_image: int, *, colour: bool = False) -> Text:
-    """Key, counts and the text with supervised spans green, or in ⟦ ⟧ where there is no colour."""
+    """A sample's key, counts and text. Supervised spans are green, or in ⟦ ⟧ without colour."""
     out = Text(f"{row.key} of {row.shard}\n", style="bold" if colour else "")
     if row.sample is None:
         reason, message = row.problem or ("unknown", "")
@@ -243,8 +251,9 @@ def describe(row: Row, tokenizer: Tokenizer, tokens_per_image: int, *, colour: b
 
 
 def spans(sample: EncodedSample, tokenizer: Tokenizer, tokens_per_image: int) -> list[tuple[str, bool]]:
-    """(text, whether it is supervised) in order. A token is supervised when the label one position before it
-    is its id.
+    """The text of a sample in spans, each with whether it is supervised.
+
+    A token is supervised if the label at the position before it is its id.
     """
     supervised = [False, *(label != IGNORE_INDEX for label in sample.labels[:-1])]
     kinds = zip(sample.token_types, supervised, sample.tokens, strict=True)
@@ -259,7 +268,7 @@ def spans(sample: EncodedSample, tokenizer: Tokenizer, tokens_per_image: int) ->
 
 
 def _decode_visibly(ids: list[int], tokenizer: Tokenizer) -> str:
-    """Text with the special tokens spelled out, which `decode` drops."""
+    """Decode tokens, and write out the special tokens that `decode` would drop."""
     names = {tokenizer.bos_id: "<bos>", tokenizer.eos_id: "<eos>"}
     known = {
         piece: tokenizer.special_id(piece)
@@ -274,7 +283,7 @@ def _decode_visibly(ids: list[int], tokenizer: Tokenizer) -> str:
 
 
 def save_images(row: Row, folder: Path) -> list[Path]:
-    """The processed images, uint8 [3, S, S] each, as PNG files named by key."""
+    """Write the processed images, uint8 [3, S, S] each, as PNG files named by the sample's key."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for i, image in enumerate(row.images):

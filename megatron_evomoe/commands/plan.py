@@ -13,8 +13,11 @@ from megatron_evomoe.config.arguments import number, whole
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the command, besides one for every configuration field."""
-    parser.add_argument("--config", help="YAML file; flags win over it, and a degree given as a flag is held")
+    """Add the command's flags."""
+    parser.add_argument(
+        "--config",
+        help="YAML file; flags take precedence, and a degree given as a flag is kept in all layouts",
+    )
     parser.add_argument("--preset", dest="cfg_preset", help="named model shape")
     parser.add_argument("--stage", action="append", help="plan only this stage (may be given several times)")
     parser.add_argument("--nnodes", type=whole(1, 65536), required=True, help="nodes")
@@ -26,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--headroom",
         type=number(0, 0.99),
         default=0.1,
-        help="share of the memory not to plan with (default 0.1)",
+        help="share of the memory to leave free (default 0.1)",
     )
     parser.add_argument(
         "--tflops", type=number(0, above=True), default=400, help="sustained TFLOP/s of one GPU (default 400)"
@@ -46,24 +49,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mean-tokens",
         type=whole(1, 2**24),
-        help="tokens per sample to reckon time and traffic with (default: "
-        "seq_length, which memory is always reckoned with)",
+        help="tokens per sample for the estimates of time and traffic (default: "
+        "seq_length, which memory estimates always use)",
     )
     parser.add_argument("--top", type=whole(0), default=5, help="layouts printed per stage (default 5)")
-    parser.add_argument("--json", help="write everything here")
+    parser.add_argument("--json", help="file for the whole result as JSON")
     add_flags(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the plan; 1 when a stage fits nowhere.
+    """Print the plan; returns 1 if a stage fits under no layout.
 
     Raises:
-        ConfigError: the configuration is wrong, or no vocabulary size can be known.
+        ConfigError: the configuration is inconsistent, or neither a vocabulary size nor a tokenizer is given.
     """
     from megatron_evomoe.parallel import backend
 
     warnings.filterwarnings("ignore", module=r"megatron\.core.*")
-    backend.prepare()  # importing megatron-core, whose refusals are asked for, needs it on a CPU
+    backend.prepare()  # before megatron-core is imported, whose own checks are part of the plan
     from megatron_evomoe.plan import report, search
     from megatron_evomoe.plan.layout import LAYOUT_FLAGS
     from megatron_evomoe.plan.step_time import Machine
@@ -94,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _with_vocabulary(config: RunConfig) -> RunConfig:
-    """The vocabulary follows the tokenizer where the configuration leaves it open, as in training."""
+    """Take the vocabulary size from the tokenizer if the configuration does not give it, as training does."""
     if config.language.vocab_size is not None or not config.data.tokenizer:
         return config
     from megatron_evomoe.data.tokenizer import build_tokenizer

@@ -1,3 +1,1 @@
-"""Published benchmarks: their own files in, an exported model's answers, their official metrics out
-(docs/evaluation.md).
-"""
+"""Published benchmarks: an exported model answers their questions and gets their official metrics."""

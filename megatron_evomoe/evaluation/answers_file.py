@@ -1,7 +1,7 @@
-"""Answers on disk as they come, so that a killed evaluation goes on where it was, with any number of ranks.
+"""Keeps answers on disk, so that an evaluation that was killed continues, with any number of ranks.
 
-OUTPUT/run.json                 what the answers belong to
-OUTPUT/answers/rank-00000.jsonl one line per answer, appended
+OUTPUT/run.json                   the job that the answers belong to
+OUTPUT/answers/rank-00000.jsonl   one line for each answer, appended
 """
 
 from __future__ import annotations
@@ -23,10 +23,13 @@ class AnswersFile:
         self._run, self._folder = output / "run.json", output / "answers"
 
     def open(self, job: Mapping[str, Any]) -> None:
-        """Begin a folder, or see that it was begun with the same job. One rank calls it.
+        """Start a folder, or check that it was started with the same job. Only one rank calls this.
+
+        Args:
+            job: everything that the answers depend on.
 
         Raises:
-            BenchmarkError: the folder holds another job's answers, or cannot be written.
+            BenchmarkError: the folder holds the answers of another job, or cannot be written.
         """
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -44,12 +47,12 @@ class AnswersFile:
             )
 
     def read(self) -> dict[str, str]:
-        """Item id -> answer from every rank's file.
+        """Read the answers from the files of all ranks: item id -> answer.
 
-        A last line without an end is one that a kill tore, and is left out.
+        A last line without a line end was being written when the process was killed, and is ignored.
 
         Raises:
-            BenchmarkError: another line is no answer.
+            BenchmarkError: any other line is not an answer.
         """
         found = {}
         for path in sorted(self._folder.glob("rank-*.jsonl")):
@@ -64,12 +67,12 @@ class AnswersFile:
         return found
 
     def writer(self, rank: int) -> AnswerWriter:
-        """Where this rank appends."""
+        """The writer for the answers of this rank."""
         return AnswerWriter(self._folder / f"rank-{rank:05d}.jsonl")
 
 
 class AnswerWriter:
-    """Context: appends answers, one batch in one write."""
+    """A context in which answers are appended, each batch in one write."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -77,14 +80,14 @@ class AnswerWriter:
     def __enter__(self) -> AnswerWriter:
         self._file = open(self._path, "ab")
         data = self._path.read_bytes()
-        self._file.truncate(data.rfind(b"\n") + 1)  # a torn line would swallow the next one
+        self._file.truncate(data.rfind(b"\n") + 1)  # an incomplete line would run into the next one
         return self
 
     def __exit__(self, *args: Any) -> None:
         self._file.close()
 
     def add(self, answers: Mapping[str, str]) -> None:
-        """Append and hand over to the system, which keeps it if this process is killed."""
+        """Append answers and flush them, so that they remain if this process is killed."""
         lines = [
             json.dumps({"id": name, "answer": answer}, ensure_ascii=False) + "\n"
             for name, answer in answers.items()

@@ -1,4 +1,4 @@
-"""GQA: compositional questions made from scene graphs, one answer each."""
+"""GQA: compositional questions generated from scene graphs, with one answer each."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ from megatron_evomoe.evaluation.scores import grouped, mean_by, mean_percent
 
 
 def read(source: Source) -> list[Item]:
-    """``testdev_balanced_questions.json``: question id -> question, imageId, isBalanced, answer, types,
-    groups (no answer in the test and challenge splits).
+    """Read ``testdev_balanced_questions.json``.
+
+    It maps a question id to question, imageId, isBalanced, answer, types and groups. The test and challenge
+    splits have no answer.
     """
     questions = read_json(source.questions)
     if not isinstance(questions, dict):
@@ -50,11 +52,12 @@ def _item(question_id: str, record: dict, source: Source) -> Item:
 
 
 def score(items: Sequence[Item], answers: Answers) -> Metrics:
-    """Exact accuracy in percent over the balanced questions: all, binary, open, by type; and the
-    distribution's distance.
+    """Exact accuracy in percent over the balanced questions: all, binary, open, and by type.
 
-    Source: GQA's eval.py. Its consistency, validity, plausibility and grounding need files beside the
-    questions and are left out.
+    `distribution` is the distance of the answers' distribution from the true one.
+
+    Source: GQA's eval.py. Its consistency, validity, plausibility and grounding need more files and are left
+    out.
     """
     known = [item for item in items if item.metadata["answer"] is not None and item.metadata["balanced"]]
     if not known:
@@ -70,9 +73,7 @@ def score(items: Sequence[Item], answers: Answers) -> Metrics:
 
 
 def _distribution(items: Sequence[Item], answers: Answers) -> Metrics:
-    """Chi-square between true and given answers in each global group, averaged by group size; lower is
-    better, 0 is equal.
-    """
+    """Chi-square distance of given from true answers, a mean over groups weighted by size; 0 is best."""
     groups = grouped((i.metadata["global_group"], i) for i in items if i.metadata["global_group"] is not None)
     if not groups:
         return {}
@@ -85,9 +86,7 @@ def _distribution(items: Sequence[Item], answers: Answers) -> Metrics:
 
 
 def submission(items: Sequence[Item], answers: Answers, folder: Path) -> list[Path]:
-    """``submission.json``, which eval.py takes as ``--predictions`` and the server takes: questionId and
-    prediction.
-    """
+    """Write ``submission.json`` with questionId and prediction, for the server and for eval.py."""
     path = folder / "submission.json"
     rows = [{"questionId": item.id, "prediction": gqa_answer(answers[item.id])} for item in items]
     write_atomically(path, json.dumps(rows).encode())

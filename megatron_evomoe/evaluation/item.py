@@ -10,36 +10,34 @@ from typing import Any
 from megatron_evomoe.errors import UserError
 
 Metrics = dict[str, Any]
-"""Name -> number, or a mapping of the same kind (by category). Empty where the ground truth is not public."""
+"""Name -> number, or a mapping of the same form for categories. Empty if the true answers are not public."""
 Answers = Mapping[str, str]
-"""Item id -> what the model said."""
+"""Item id -> answer of the model."""
 
 
 class BenchmarkError(UserError):
-    """Files, flags or answers that an evaluation cannot go on with; the message names the file and the line
-    or field.
-    """
+    """A problem with the files, flags or answers of an evaluation; the message names its place."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """One question as the model gets it."""
+    """One question for the model."""
 
     id: str
-    """Unique within a benchmark; under it the answer is stored."""
+    """Unique within a benchmark; the answer is stored under it."""
     prompt: str
     """The user's message without the image."""
     images: tuple[Path | bytes, ...] = ()
-    """Files, or encoded images where the benchmark carries them itself."""
+    """Image files, or encoded images if the benchmark's file holds them."""
     metadata: dict[str, Any] = field(default_factory=dict)
-    """What scoring needs; plain data. ``answer`` is None where the ground truth is not public."""
+    """Plain data for scoring. ``answer`` is None if the true answer is not public."""
     group: str | None = None
-    """Questions that are only scored together (MME's two per image, MMBench's rotations) share this."""
+    """Common to questions that are scored together: MME's two of an image, MMBench's rotations."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a benchmark's published files lie."""
+    """Paths of a benchmark's published files."""
 
     questions: Path
     images: Path | None = None
@@ -53,19 +51,19 @@ class Source:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One entry of the registry."""
+    """A benchmark: how its files are read and its answers are scored."""
 
     name: str
     read: Callable[[Source], list[Item]]
-    """Raises `BenchmarkError`."""
+    """Reads the questions. Raises `BenchmarkError`."""
     score: Callable[[Sequence[Item], Answers], Metrics]
-    """Every item has an answer."""
+    """Computes the metrics from items that all have an answer."""
     submission: Callable[[Sequence[Item], Answers, Path], list[Path]] | None = None
-    """Writes what the benchmark's server or official script takes into a folder; returns the files."""
+    """Writes files for the benchmark's server or official script to a folder, and returns their paths."""
 
 
 def first_groups(items: Sequence[Item], limit: int | None) -> list[Item]:
-    """The first `limit` items, and the rest of the groups they belong to; all when `limit` is None."""
+    """The first `limit` items and the other items of their groups; all items if `limit` is None."""
     if limit is None:
         return list(items)
     kept = {item.group or item.id for item in items[:limit]}

@@ -1,5 +1,6 @@
-"""MMBench: multiple choice over 20 abilities; a question counts when it is right under every rotation of its
-options.
+"""MMBench: multiple choice over 20 abilities.
+
+A question counts if it is answered right for all rotations of its options.
 """
 
 from __future__ import annotations
@@ -29,10 +30,12 @@ _NOTHING = {"", "nan", "none"}
 
 
 def read(source: Source) -> list[Item]:
-    """A published TSV: index, question, hint, A … D, image (base64), answer, category, l2-category, split;
-    hint, the answer and the categories may be missing.
+    """Read a published TSV file.
 
-    A file that has answers but no rotated rows gets them, so that every file is scored in circles.
+    Its columns are index, question, hint, A … D, image (base64), answer, category, l2-category and split.
+
+    Hint, answer and categories may be missing. If a file has answers but no rotated rows, the rotations are
+    added, so that every file can be scored by circular evaluation.
     """
     rows = {int(index): (where, row) for index, where, row in _rows(source.questions)}
     if rows and max(rows) < _ROTATION and all(_text(row, "answer") for _, row in rows.values()):
@@ -47,7 +50,9 @@ def _rows(path: Path) -> Iterator[tuple[str, str, dict[str, str]]]:
     reader = csv.DictReader(io.StringIO(read_text(path), newline=""), delimiter="\t")
     lacking = {"index", "question", "A", "B", "image"} - set(reader.fieldnames or ())
     if lacking:
-        raise BenchmarkError(f"{path}:1 is no MMBench header: column {', '.join(sorted(lacking))} is missing")
+        raise BenchmarkError(
+            f"{path}:1 is not a header of MMBench: column {', '.join(sorted(lacking))} is missing"
+        )
     try:
         for row in reader:
             where, index = f"{path}:{reader.line_num}", str(row["index"])
@@ -55,17 +60,17 @@ def _rows(path: Path) -> Iterator[tuple[str, str, dict[str, str]]]:
                 raise BenchmarkError(f"{where}: index must be a number, got {index!r:.80}")
             yield index, where, row
     except csv.Error as error:
-        raise BenchmarkError(f"{path}:{reader.line_num} is no tab-separated row: {error}") from None
+        raise BenchmarkError(f"{path}:{reader.line_num} is not a tab-separated row: {error}") from None
 
 
 def _text(row: Mapping[str, str | None], column: str) -> str:
-    """The field, empty where the file says nan or has no such column."""
+    """The field; empty if the file says nan or has no such column."""
     value = (row.get(column) or "").strip()
     return "" if value.lower() in _NOTHING else value
 
 
 def _options(row: Mapping[str, str | None]) -> dict[str, str]:
-    """Letters and texts up to the first that is empty."""
+    """Letter -> text of the options before the first empty one."""
     found = {}
     for letter in LETTERS:
         if not _text(row, letter):
@@ -128,11 +133,10 @@ def _prompt(question: str, hint: str, options: Sequence[str]) -> str:
 
 
 def score(items: Sequence[Item], answers: Answers) -> Metrics:
-    """Circular accuracy in percent, overall and by both levels of category; `vanilla` counts the unrotated
-    rows alone.
+    """Circular accuracy in percent, overall and by both levels of category; `vanilla` ignores rotations.
 
-    A file with several splits is scored by split as well. Source: the MMBench paper (arXiv 2307.06281,
-    section 4) and VLMEvalKit's mcq_circular_eval, whose matching without a judge model is used.
+    A file with several splits is also scored by split. Source: the MMBench paper (arXiv 2307.06281, section
+    4) and VLMEvalKit's mcq_circular_eval with its matching without a judge model.
     """
     groups = grouped((i.group, i) for i in items if i.metadata["answer"] is not None)
     if not groups:
@@ -155,8 +159,9 @@ def _is_right(item: Item, answer: str) -> bool:
 
 
 def submission(items: Sequence[Item], answers: Answers, folder: Path) -> list[Path]:
-    """``submission.tsv``, and ``submission.xlsx`` where openpyxl is installed: index, question, A … D,
-    answer?, prediction.
+    """Write ``submission.tsv``, and ``submission.xlsx`` if openpyxl is installed.
+
+    The columns are index, question, A … D, answer if it is known, and prediction.
     """
     letters = [letter for letter in LETTERS if any(letter in item.metadata["options"] for item in items)]
     labelled = ["answer"] if any(item.metadata["answer"] for item in items) else []

@@ -1,4 +1,4 @@
-"""MME: two yes/no questions per image in 14 categories of perception and cognition."""
+"""MME: two yes/no questions about each image, in 14 categories of perception and cognition."""
 
 from __future__ import annotations
 
@@ -29,13 +29,17 @@ _YES_NO = "Please answer yes or no."
 
 
 def read(source: Source) -> list[Item]:
-    """The release's folder: ``<category>/questions_answers_YN/*.txt`` beside ``images/``, or texts and images
-    side by side.
+    """Read the release's folder.
 
-    A text has two lines, ``question TAB Yes|No``, and the name of its image.
+    It has ``<category>/questions_answers_YN/*.txt`` beside ``<category>/images/``, or both in
+    ``<category>/``.
+
+    A text file has the name of its image and two lines ``question TAB Yes|No``.
     """
     if not source.questions.is_dir():
-        raise BenchmarkError(f"{source.questions} is no folder; MME is one of <category>/*.txt")
+        raise BenchmarkError(
+            f"{source.questions} is not a folder; give the folder with MME's <category>/*.txt"
+        )
     source = replace(source, images=source.images or source.questions)
     items = [item for category in (*PERCEPTION, *COGNITION) for item in _category(category, source)]
     if not items:
@@ -73,18 +77,18 @@ def _questions(path: Path) -> list[tuple[str, str]]:
             continue
         question, tab, answer = line.rpartition("\t")
         if not tab:
-            raise BenchmarkError(f"{path}:{number} is no 'question TAB Yes|No'")
+            raise BenchmarkError(f"{path}:{number} is not 'question TAB Yes|No'")
         found.append((question, one_of(answer, ("yes", "no"), f"{path}:{number}", "the answer")))
     if len(found) != 2:
-        raise BenchmarkError(f"{path} has {len(found)} questions; MME asks two of each image")
+        raise BenchmarkError(f"{path} has {len(found)} questions; MME has two for each image")
     return found
 
 
 def score(items: Sequence[Item], answers: Answers) -> Metrics:
-    """By category acc, acc+ (both of an image's questions right) and their sum; the sums of perception and of
-    cognition.
+    """For each category accuracy, acc+ (both questions of an image right) and their sum; and the totals.
 
-    A total is given only when all its categories are there. Source: MME's eval_tool/calculation.py.
+    The totals of perception and cognition are given if all their categories are present. Source: MME's
+    eval_tool/calculation.py.
     """
     right = grouped(
         (i.metadata["category"], (i.group, mme_yes_no(answers[i.id]) == i.metadata["answer"])) for i in items

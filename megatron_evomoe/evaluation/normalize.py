@@ -1,14 +1,12 @@
-"""From what a model said to what is compared: each benchmark's official reading of an answer, in one
-place.
-"""
+"""Turns a model's answer into the form that a benchmark's official evaluation compares."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 
-# The contractions the VQA evaluation knows, rightly spelled; people leave one apostrophe out. (Its table has
-# I'm, I've and I'd've too, but under a capital I, and only lower-case words are looked up.)
+# The contractions in the VQA evaluation, correctly spelled. It corrects a missing apostrophe. (Its table also
+# has I'm, I've and I'd've, but with a capital I, while only lower-case words are looked up.)
 _CONTRACTIONS = """
 ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd
 he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've
@@ -52,7 +50,7 @@ _SPELLING = _misspellings()
 
 
 def vqa_answer(text: str) -> str:
-    """An answer as the official VQA evaluation compares it: punctuation, digits, articles, contractions.
+    """Normalise punctuation, digits, articles and contractions as the official VQA evaluation does.
 
     Source: ``processPunctuation`` and ``processDigitArticle`` of GT-Vision-Lab/VQA, vqaEvaluation/vqaEval.py.
     """
@@ -62,10 +60,10 @@ def vqa_answer(text: str) -> str:
 
 
 def evalai_answer(text: str) -> str:
-    """An answer as TextVQA's evaluation compares it, and as LLaVA-1.5 submits those of VQAv2.
+    """Normalise an answer as TextVQA's evaluation does, and LLaVA-1.5 before it submits VQAv2 answers.
 
-    Source: ``EvalAIAnswerProcessor`` of facebookresearch/mmf: commas and question marks go, a possessive
-    stands alone, and then the VQA rules.
+    Commas and question marks are removed and a possessive becomes a word of its own; then the VQA rules
+    apply. Source: ``EvalAIAnswerProcessor`` of facebookresearch/mmf.
     """
     return vqa_answer(text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip())
 
@@ -75,8 +73,10 @@ def _one_line(text: str) -> str:
 
 
 def _without_punctuation(text: str) -> str:
-    """A mark beside a space, or any mark in a text with a number like 1,000, goes; any other mark becomes a
-    space.
+    """Remove or replace punctuation marks.
+
+    A mark beside a space is removed, and every mark if the text has a number such as 1,000. Other marks
+    become spaces.
     """
     has_number = _NUMBER_WITH_COMMA.search(text) is not None
     out = text
@@ -87,31 +87,35 @@ def _without_punctuation(text: str) -> str:
 
 
 def pope_yes_no(text: str) -> str:
-    """``no`` when the first sentence has the word no, No or not; else ``yes``. Source: evaluate.py of
-    AoiDragon/POPE.
+    """``no`` if the first sentence has the word no, No or not, else ``yes``.
+
+    Source: evaluate.py of AoiDragon/POPE.
     """
     words = text.split(".")[0].replace(",", "").split(" ")
     return "no" if {"No", "not", "no"} & set(words) else "yes"
 
 
 def mme_yes_no(text: str) -> str:
-    """``yes``, ``no`` or ``other``, from the first four characters. Source: MME's
-    eval_tool/calculation.py.
+    """``yes``, ``no`` or ``other``, by the first four characters.
+
+    Source: MME's eval_tool/calculation.py.
     """
     start = text.lower()[:4]
     return "yes" if "yes" in start else "no" if "no" in start else "other"
 
 
 def gqa_answer(text: str) -> str:
-    """Lower case without the last period, as LLaVA-1.5 hands answers to GQA's eval.py, which compares them
-    exactly.
+    """Lower case without the final period.
+
+    LLaVA-1.5 passes such answers to GQA's eval.py, which compares exactly.
     """
     return text.strip().rstrip(".").lower()
 
 
 def scienceqa_letter(text: str) -> str | None:
-    """The letter of ``B``, ``B. …`` or one ``The answer is B.``; None otherwise. Source: eval_science_qa.py
-    of LLaVA.
+    """The letter in ``B``, ``B. …`` or a single ``The answer is B.``; None otherwise.
+
+    Source: eval_science_qa.py of LLaVA.
     """
     text = text.strip()
     if text in set("ABCDE"):
@@ -126,11 +130,13 @@ _MMBENCH_MARKS = str.maketrans({mark: " " for mark in ".()[],:;!*#{}"})
 
 
 def mmbench_letter(text: str, options: Mapping[str, str]) -> str | None:
-    """The option an answer names, by its letter near the end or else by its text; None when it names none or
-    several.
+    """The option that an answer names, by its letter near the end or else by its text.
 
-    Source: ``can_infer`` of open-compass/VLMEvalKit (matching_util.py) under the exact-matching policy, which
-    asks no other model.
+    None if it names no option or several.
+
+    Source: ``can_infer`` of open-compass/VLMEvalKit (matching_util.py) with exact matching, which asks no
+        judge
+    model.
     """
     words = text.translate(_MMBENCH_MARKS).split()
     named = [letter for letter in options if letter in words]

@@ -1,4 +1,4 @@
-"""POPE: is an object in the picture? Three samplings of absent objects, one file each."""
+"""POPE: questions whether an object is in an image, in one file for each sampling of absent objects."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from megatron_evomoe.evaluation.scores import grouped, percent
 
 
 def read(source: Source) -> list[Item]:
-    """One ``coco_pope_random.json`` (a JSON object per line: question_id, image, text, label) or a folder of
-    them.
+    """Read a file such as ``coco_pope_random.json``, or a folder of them.
+
+    Each line is a JSON object with question_id, image, text and label.
     """
     files = [source.questions]
     if source.questions.is_dir():
@@ -42,8 +43,7 @@ def _item(record: dict, category: str, where: str, source: Source) -> Item:
 
 
 def score(items: Sequence[Item], answers: Answers) -> Metrics:
-    """Accuracy, precision, recall, F1 (yes is positive) and the share of yes, by category and their mean, in
-    percent.
+    """Accuracy, precision, recall, F1 (yes is positive) and share of yes in percent, by category and mean.
 
     Source: evaluate.py of AoiDragon/POPE, which LLaVA's eval_pope.py follows.
     """

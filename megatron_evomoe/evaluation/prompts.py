@@ -1,5 +1,6 @@
-"""The instructions LLaVA-1.5 puts under a question (docs/Evaluation.md of haotian-liu/LLaVA), which its
-numbers depend on.
+"""The instructions that LLaVA-1.5 adds to a question, on which its published scores depend.
+
+Source: docs/Evaluation.md of haotian-liu/LLaVA.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ LETTERS = "ABCDEFGHIJ"
 
 
 def short_answer(question: str) -> str:
-    """A question that is answered in a word."""
+    """The question with the instruction to answer in a word or phrase."""
     return f"{question.strip()}\n{SHORT_ANSWER}"
 
 
 def option_lines(options: Sequence[str]) -> str:
-    """``A. first`` and so on, one per line."""
+    """The options as lines: ``A. first``, ``B. second`` …"""
     return "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))

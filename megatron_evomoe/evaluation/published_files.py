@@ -1,4 +1,4 @@
-"""Reading published files so that whatever is wrong is told with its file and its line or field."""
+"""Reads published files, and reports every problem with its file and its line or field."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from megatron_evomoe.evaluation.item import BenchmarkError, Source
 
 
 def read_text(path: Path) -> str:
-    """The file as text. Raises `BenchmarkError`."""
+    """The file as text. Raises `BenchmarkError` if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise BenchmarkError(f"{path} cannot be read: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
-        raise BenchmarkError(f"{path} is no UTF-8 text: {error}") from None
+        raise BenchmarkError(f"{path} is not UTF-8 text: {error}") from None
 
 
 def read_json(path: Path) -> Any:
-    """One JSON document. Raises `BenchmarkError`."""
+    """A JSON document. Raises `BenchmarkError` if it cannot be read."""
     try:
         return json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
@@ -29,7 +29,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    """(``file:line``, value) for every line that is not blank. Raises `BenchmarkError`."""
+    """``file:line`` and value of every line that is not blank. Raises `BenchmarkError` for damaged lines."""
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
@@ -40,7 +40,7 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def field(record: Any, name: str, kind: type | tuple[type, ...], where: str) -> Any:
-    """``record[name]``, checked. Raises `BenchmarkError` when it is missing or of another type."""
+    """``record[name]``. Raises `BenchmarkError` if it is missing or has another type."""
     if not isinstance(record, dict):
         raise BenchmarkError(f"{where}: expected an object with {name!r}, got a {type(record).__name__}")
     if name not in record:
@@ -55,7 +55,7 @@ def field(record: Any, name: str, kind: type | tuple[type, ...], where: str) -> 
 
 
 def one_of(value: Any, allowed: tuple[str, ...], where: str, name: str) -> str:
-    """`value` in lower case when that is in `allowed`. Raises `BenchmarkError`."""
+    """`value` in lower case. Raises `BenchmarkError` if it is not in `allowed`."""
     found = value.strip().lower() if isinstance(value, str) else value
     if found not in allowed:
         raise BenchmarkError(f"{where}: {name} must be {' or '.join(allowed)}, got {value!r:.80}")
@@ -63,9 +63,9 @@ def one_of(value: Any, allowed: tuple[str, ...], where: str, name: str) -> str:
 
 
 def find_image(source: Source, candidates: tuple[str, ...], where: str) -> Path:
-    """The first of `candidates` that exists below the image folder. Raises `BenchmarkError`."""
+    """The first of `candidates` that exists in the image folder. Raises `BenchmarkError` if none does."""
     if source.images is None:
-        raise BenchmarkError(f"{where} names an image; say where they are with --images")
+        raise BenchmarkError(f"{where} names an image; give the folder of the images with --images")
     for name in candidates:
         path = source.images / name
         if path.is_file():

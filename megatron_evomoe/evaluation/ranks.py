@@ -1,5 +1,6 @@
-"""The processes that share an evaluation under torchrun. They exchange a few words and never tensors: a
-key-value store will do.
+"""The processes that share an evaluation under torchrun.
+
+They only exchange short messages, so they use torch's key-value store and no process groups.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ if TYPE_CHECKING:
     import torch.distributed as dist
 
 T = TypeVar("T")
-_PATIENCE = datetime.timedelta(days=7)  # a rank whose share is done waits for the slowest
+_PATIENCE = datetime.timedelta(days=7)  # a rank that has finished its share waits for the slowest
 _POLL = 0.02
 
 
 class Ranks:
-    """Context: this process's place among `size`. Outside torchrun it is alone and nothing is started."""
+    """A context for this process as rank `index` of `size`. Outside torchrun it is the only one."""
 
     def __init__(self) -> None:
         self.index, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -45,15 +46,13 @@ class Ranks:
     def __exit__(self, kind: type | None, *args: object) -> None:
         if (
             self._store is not None and kind is None
-        ):  # after a failure the others may not come, and torchrun ends them
+        ):  # after a failure other ranks may never leave, and torchrun ends them
             self._store.add("left", 1)
-            while (
-                self.index == 0 and self._store.add("left", 0) < self.size
-            ):  # it may be rank 0 that keeps the store
+            while self.index == 0 and self._store.add("left", 0) < self.size:  # rank 0 may host the store
                 time.sleep(_POLL)
 
     def wait(self) -> None:
-        """Until every rank is here."""
+        """Wait until every rank has called this."""
         if self._store is not None:
             self._meetings += 1
             if self._store.add(f"here {self._meetings}", 1) == self.size:
@@ -61,11 +60,10 @@ class Ranks:
             self._store.wait([f"all {self._meetings}"], _PATIENCE)
 
     def first_alone(self, work: Callable[[], T]) -> T | None:
-        """Rank 0 does `work`; all go on when it succeeded, and all stop when it failed, one of them saying
-        why.
+        """Call `work` on rank 0 while the others wait. If it fails, all ranks stop, and rank 0 reports why.
 
         Returns:
-            What `work` returned on rank 0, None on the others.
+            The result of `work` on rank 0, None on the others.
 
         Raises:
             UserError, OSError: on rank 0, what `work` raised.

@@ -1,4 +1,4 @@
-"""Benchmarks by name. A new one is a file with its reader and its metric, and a line here."""
+"""The benchmarks by name. A new one is a file with its reader and its metric, and a line here."""
 
 from __future__ import annotations
 

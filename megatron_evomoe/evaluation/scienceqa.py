@@ -1,4 +1,4 @@
-"""ScienceQA: school science, multiple choice, with and without a picture."""
+"""ScienceQA: multiple choice questions of school science, with and without an image."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ _SUBJECTS = {"natural": "natural science", "social": "social science", "language
 
 
 def read(source: Source) -> list[Item]:
-    """A folder with ``problems.json`` and ``pid_splits.json``, or the former's path; images at
-    ``[<split>/]<pid>/image.png``.
+    """Read ``problems.json`` and ``pid_splits.json`` of a folder; the path of the former may be given too.
+
+    Images are at ``[<split>/]<pid>/image.png``.
     """
     problems_path = source.questions / "problems.json" if source.questions.is_dir() else source.questions
     splits_path = problems_path.with_name("pid_splits.json")
@@ -37,7 +38,7 @@ def _item(pid: str, problem: dict, where: str, source: Source) -> Item:
     images: tuple = ()
     if problem.get("image"):
         name = f"{pid}/{field(problem, 'image', str, where)}"
-        # minitest and minival are drawn from test and val, whose folders hold the pictures
+        # minitest and minival are parts of test and val, whose folders hold the images
         folder = source.split.removeprefix("mini")
         images = (find_image(source, (f"{folder}/{name}", name), where),)
     hint = field(problem, "hint", str, where)
@@ -57,14 +58,14 @@ def _item(pid: str, problem: dict, where: str, source: Source) -> Item:
 
 
 def _prompt(question: str, hint: str, choices: Sequence[str]) -> str:
-    """The CQM-A form that LLaVA was evaluated with."""
+    """The prompt in the CQM-A form, with which LLaVA was evaluated."""
     options = " ".join(f"({letter}) {choice}" for letter, choice in zip(LETTERS, choices, strict=False))
     text = f"Context: {hint.strip() or 'N/A'}\nQuestion: {question}\nOptions: {options}"
     return f"{text.replace('  ', ' ').strip()}\n{OPTION_LETTER}"
 
 
 def score(items: Sequence[Item], answers: Answers) -> Metrics:
-    """Accuracy in percent: all (the headline), with an image, and the paper's other columns.
+    """Accuracy in percent over all questions, and for the other columns of the paper.
 
     An answer that names no choice is wrong. Sources: eval_science_qa.py of LLaVA, evaluate_acc.py of
     lupantech/ScienceQA.

@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: predictions, metrics, submission files, and tables on the console."""
+"""Writes predictions, metrics and submission files, and prints the metrics as tables."""
 
 from __future__ import annotations
 
@@ -14,17 +14,16 @@ from megatron_evomoe.evaluation.item import Benchmark, BenchmarkError, Item, Met
 
 
 def report(benchmark: Benchmark, items: Sequence[Item], answers: Mapping[str, str], output: Path) -> None:
-    """Write and print everything, predictions in the order of the questions.
+    """Score the answers, then write and print the results, with predictions in the order of the questions.
 
     Raises:
-        BenchmarkError: a question has no answer; then nothing is written.
+        BenchmarkError: a question has no answer; nothing is written.
     """
     missing = [item.id for item in items if item.id not in answers]
     if missing:
         raise BenchmarkError(
-            f"{len(missing)} of {len(items)} questions have no answer, first {missing[0]}; run the same "
-            "command "
-            "again to answer them"
+            f"{len(missing)} of {len(items)} questions have no answer, the first: {missing[0]}; run the same "
+            "command again to answer them"
         )
     metrics = benchmark.score(items, answers)
     lines = [
@@ -50,14 +49,15 @@ def _print(title: str, metrics: Metrics, written: Sequence[Path]) -> None:
         console.print(table)
     if not metrics:
         console.print(
-            "the answers to these questions are not public: hand in the submission file", markup=False
+            "the true answers are not public; submit the submission file to the benchmark's server",
+            markup=False,
         )
     for path in written:
         console.print(f"wrote {path}", markup=False, highlight=False)
 
 
 def tables(metrics: Metrics) -> Iterator[Table]:
-    """The plain numbers, and a table for each of the others: a row per category, a column per number."""
+    """A table of the plain numbers, and one for each mapping: a row for each category."""
     plain = {name: {"value": value} for name, value in metrics.items() if not isinstance(value, dict)}
     if plain:
         yield _table("", "metric", plain)

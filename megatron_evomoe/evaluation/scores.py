@@ -1,4 +1,4 @@
-"""Arithmetic that several benchmarks share. Shares are in percent throughout."""
+"""Arithmetic for the metrics of several benchmarks. Shares are in percent."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def percent(part: float, whole: float) -> float:
-    """100 part / whole; 0 of nothing is 0."""
+    """100 · part / whole, and 0 if `whole` is 0."""
     return 100.0 * part / whole if whole else 0.0
 
 
@@ -17,7 +17,7 @@ def mean_percent(scores: Sequence[float]) -> float:
 
 
 def grouped(pairs: Iterable[tuple[Hashable, Any]]) -> dict[Any, list[Any]]:
-    """Values by key, keys in the order they first come."""
+    """Key -> values, with keys in the order of their first occurrence."""
     out: dict[Any, list[Any]] = {}
     for key, value in pairs:
         out.setdefault(key, []).append(value)
@@ -25,13 +25,13 @@ def grouped(pairs: Iterable[tuple[Hashable, Any]]) -> dict[Any, list[Any]]:
 
 
 def mean_by(pairs: Iterable[tuple[Hashable, float]]) -> dict[str, float]:
-    """(key, score) pairs to each key's mean in percent, by name."""
+    """Key -> mean of its scores in percent, sorted by key."""
     found = grouped(pairs)
     return {str(key): mean_percent(found[key]) for key in sorted(found, key=str)}
 
 
 def leave_one_out(answer: str, references: Sequence[str]) -> float:
-    """VQA's soft accuracy: over each choice of all references but one, the mean of min(matches / 3, 1).
+    """VQA's soft accuracy: the mean of min(matches / 3, 1) over all ways to leave one reference out.
 
     Source: visualqa.org/evaluation.html and GT-Vision-Lab/VQA. With ten references, 1 match gives 0.3, 2 give
     0.6, 3 give 0.9, and 4 or more give 1.

@@ -1,4 +1,4 @@
-"""TextVQA 0.5.1: questions about text in pictures, ten people's answers each."""
+"""TextVQA 0.5.1: questions about text in images, with the answers of ten people each."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from megatron_evomoe.evaluation.scores import leave_one_out, mean_percent
 
 
 def read(source: Source) -> list[Item]:
-    """``TextVQA_0.5.1_val.json``: ``data``, a list of question_id, image_id, question, answers (none in the
-    test split).
+    """Read ``TextVQA_0.5.1_val.json``: ``data`` is a list of question_id, image_id, question and answers.
 
-    With `ocr_tokens` the tokens of each image stand under its question, as LLaVA-1.5 was evaluated.
+    The test split has no answers. With `ocr_tokens`, the tokens of each image follow its question, as in the
+    evaluation of LLaVA-1.5.
     """
     tokens = _ocr_tokens(source.ocr_tokens) if source.ocr_tokens else None
     items = []
@@ -42,7 +42,7 @@ def read(source: Source) -> list[Item]:
 
 
 def _ocr_tokens(path: Path) -> Mapping[str, list[str]]:
-    """``TextVQA_Rosetta_OCR_v0.2_val.json``."""
+    """Image id -> OCR tokens, from ``TextVQA_Rosetta_OCR_v0.2_val.json``."""
     records = field(read_json(path), "data", list, str(path))
     names = [f"{path}: data[{number}]" for number in range(len(records))]
     return {
@@ -56,8 +56,9 @@ def _with_tokens(question: str, tokens: Sequence[str]) -> str:
 
 
 def score(items: Sequence[Item], answers: Answers) -> Metrics:
-    """Mean soft accuracy in percent, answer and references normalised. Source: TextVQAAccuracyEvaluator of
-    facebookresearch/mmf.
+    """Mean soft accuracy of the normalised answers in percent.
+
+    Source: TextVQAAccuracyEvaluator of facebookresearch/mmf.
     """
     known = [item for item in items if item.metadata["answer"]]
     if not known:
@@ -70,7 +71,7 @@ def _soft(answer: str, references: Sequence[str]) -> float:
 
 
 def submission(items: Sequence[Item], answers: Answers, folder: Path) -> list[Path]:
-    """``submission.json`` for EvalAI: a list of question_id and answer, normalised."""
+    """Write ``submission.json`` for EvalAI: a list of question_id and normalised answer."""
     path = folder / "submission.json"
     rows = [{"question_id": int(item.id), "answer": evalai_answer(answers[item.id])} for item in items]
     write_atomically(path, json.dumps(rows).encode())

@@ -1,6 +1,4 @@
-"""VQAv2: open questions, ten people's answers each; those of the test splits are known to the server
-alone.
-"""
+"""VQAv2: open questions, with the answers of ten people each. Those of the test splits are not public."""
 
 from __future__ import annotations
 
@@ -17,10 +15,11 @@ from megatron_evomoe.evaluation.textvqa import submission
 
 
 def read(source: Source) -> list[Item]:
-    """``v2_OpenEnded_mscoco_<split>_questions.json``; with `annotations`,
-    ``v2_mscoco_<split>_annotations.json``.
+    """Read the questions, and the annotations if they are given.
 
-    ``data_subtype`` (val2014, test2015, test-dev2015) gives the images' names,
+    The files are ``v2_OpenEnded_mscoco_<split>_questions.json`` and ``v2_mscoco_<split>_annotations.json``.
+
+    ``data_subtype`` (val2014, test2015, test-dev2015) is part of the images' names, for example
     ``COCO_val2014_000000000042.jpg``.
     """
     path = str(source.questions)
@@ -64,8 +63,8 @@ def _annotations(path: Path) -> Mapping[int, dict[str, Any]]:
 def score(items: Sequence[Item], answers: Answers) -> Metrics:
     """Soft accuracy in percent: overall, by answer type and by question type.
 
-    What is scored is what `submission` hands in, so that this is the figure the server would give. Source:
-    vqaEval.py of GT-Vision-Lab/VQA.
+    The answers are scored in the form in which `submission` writes them, so the server would give the same
+    score. Source: vqaEval.py of GT-Vision-Lab/VQA.
     """
     if any(not item.metadata["answer"] for item in items):
         return {}
@@ -80,7 +79,7 @@ def score(items: Sequence[Item], answers: Answers) -> Metrics:
 
 
 def _soft(answer: str, references: Sequence[str]) -> float:
-    """The official script normalises both sides only where people disagree."""
+    """The official script normalises answer and references only if the references differ."""
     references = [reference.replace("\n", " ").replace("\t", " ").strip() for reference in references]
     if len(set(references)) > 1:
         answer, references = vqa_answer(answer), [vqa_answer(reference) for reference in references]

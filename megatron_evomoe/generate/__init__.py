@@ -1,1 +1,1 @@
-"""One answer, or a conversation, from an exported model."""
+"""Answers of an exported model: the loaded model, a dialogue with it, and the chat on a terminal."""

@@ -1,4 +1,4 @@
-"""A conversation over standard input and output, answered word by word."""
+"""A chat with a model on standard input and output, with answers printed word by word."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_evomoe.generate.dialogue import Conversation
+from megatron_evomoe.generate.dialogue import Dialogue
 from megatron_evomoe.generate.loading import LoadedModel, ModelError
 
-HELP = "/image PATH adds an image to your next message, /reset forgets the conversation, /quit leaves"
+HELP = "/image PATH adds an image to your next message, /reset starts a new conversation, /quit ends the chat"
 
 
-def chat(model: LoadedModel, conversation: Conversation, settings: dict[str, Any]) -> None:
-    """Read lines and answer them until ``/quit`` or the end of the input. A line that cannot be answered is
-    told and forgotten.
+def chat(model: LoadedModel, dialogue: Dialogue, settings: dict[str, Any]) -> None:
+    """Read lines and answer them until ``/quit`` or the end of the input.
+
+    A line that cannot be answered is reported and removed from the conversation.
 
     Args:
         settings: arguments of transformers' ``generate``.
@@ -26,16 +27,16 @@ def chat(model: LoadedModel, conversation: Conversation, settings: dict[str, Any
             if line == "/quit":
                 return
             if line.startswith("/"):
-                _command(line, conversation)
+                _command(line, dialogue)
             elif line:
-                conversation.ask(line)
-                _answer(model, conversation, settings)
+                dialogue.ask(line)
+                _answer(model, dialogue, settings)
         except ModelError as error:
             print(f"error: {error}", file=sys.stderr)
 
 
 def _lines() -> Iterator[str]:
-    """What the user types, stripped; the prompt is shown to people only."""
+    """The lines of standard input, stripped. A prompt is shown if it is a terminal."""
     prompt = "> " if sys.stdin.isatty() else ""
     while True:
         try:
@@ -44,42 +45,50 @@ def _lines() -> Iterator[str]:
             return
 
 
-def _command(line: str, conversation: Conversation) -> None:
+def _command(line: str, dialogue: Dialogue) -> None:
     name, _, rest = line.partition(" ")
     if name == "/image" and rest.strip():
-        conversation.attach(Path(rest.strip()).expanduser())
+        dialogue.attach(Path(rest.strip()).expanduser())
     elif line == "/reset":
-        conversation.reset()
+        dialogue.reset()
     else:
         print(HELP, file=sys.stderr)
 
 
-def _answer(model: LoadedModel, conversation: Conversation, settings: dict[str, Any]) -> None:
+def _answer(model: LoadedModel, dialogue: Dialogue, settings: dict[str, Any]) -> None:
     try:
-        conversation.answered(
-            reply(model, conversation, settings, print_text=lambda text: print(text, end="", flush=True))
+        dialogue.answered(
+            reply(model, dialogue, settings, print_text=lambda text: print(text, end="", flush=True))
         )
     except ModelError:
-        conversation.withdraw()
+        dialogue.withdraw()
         raise
-    except KeyboardInterrupt:  # stops the answer, not the conversation
-        conversation.withdraw()
-        print("\nstopped; the question is forgotten", file=sys.stderr)
+    except KeyboardInterrupt:  # ends the answer, not the chat
+        dialogue.withdraw()
+        print("\nstopped; the question is removed from the conversation", file=sys.stderr)
 
 
 def reply(
     model: LoadedModel,
-    conversation: Conversation,
+    dialogue: Dialogue,
     settings: dict[str, Any],
     print_text: Callable[[str], None],
 ) -> str:
-    """Answer the last question, printing words as they are chosen (all at the end under beam search, which
-    revises them).
+    """Answer the last question and print the answer.
+
+    Words are printed as they are generated; under beam search, which revises them, all at the end.
+
+    Args:
+        settings: arguments of transformers' ``generate``.
+        print_text: is called with each piece of the answer.
+
+    Returns:
+        The answer.
 
     Raises:
-        ModelError: the conversation has no room for an answer.
+        ModelError: the conversation is too long for an answer.
     """
-    batch = model.encode([conversation.messages], conversation.images)
+    batch = model.encode([dialogue.messages], dialogue.images)
     if settings.get("num_beams", 1) > 1:
         answer = model.answer(batch, **settings)[0]
         print_text(answer + "\n")
@@ -95,8 +104,8 @@ def _streamer(model: LoadedModel, print_text: Callable[[str], None]) -> Any:
 
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             text = (
-                text if self.begun else text.lstrip()
-            )  # the space many tokenizers put before the first word
+                text if self.begun else text.lstrip()  # many tokenizers put a space before the first word
+            )
             self.begun = self.begun or bool(text)
             print_text(text + ("\n" if stream_end else ""))
 

@@ -1,4 +1,4 @@
-"""A conversation with pictures, as chat templates take it."""
+"""A dialogue with images, in the form that chat templates expect."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from megatron_evomoe.data.image import decode_image
 from megatron_evomoe.generate.loading import Message, ModelError, user_message
 
 
-class Conversation:
-    """Turns so far, and the images that go with the next one."""
+class Dialogue:
+    """The messages and images so far, and the images for the next question."""
 
     def __init__(self) -> None:
         self.messages: list[Message] = []
@@ -20,10 +20,10 @@ class Conversation:
         self._waiting: list[np.ndarray] = []
 
     def attach(self, path: Path) -> None:
-        """Put an image before the next question.
+        """Add an image to the next question.
 
         Raises:
-            ModelError: there is no such image, or it is none.
+            ModelError: the file cannot be read, or is not an image.
         """
         try:
             self._waiting.append(decode_image(path.read_bytes()))
@@ -33,7 +33,7 @@ class Conversation:
             raise ModelError(f"image {path}: {error.message or error.reason}") from None
 
     def ask(self, text: str) -> None:
-        """Add a question, with the images that wait."""
+        """Add a question, with the images that were attached."""
         self.messages.append(user_message(text, len(self._waiting)))
         self.images += self._waiting
         self._waiting = []
@@ -43,11 +43,11 @@ class Conversation:
         self.messages.append({"role": "assistant", "content": [{"type": "text", "text": text}]})
 
     def withdraw(self) -> None:
-        """Take the last question back, its images too, as if it had not been asked."""
+        """Remove the last question and its images."""
         content = self.messages.pop()["content"]
         asked_with = sum(part["type"] == "image" for part in content)
         self.images = self.images[: len(self.images) - asked_with]
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Remove all messages and images."""
         self.__init__()  # type: ignore[misc]

@@ -26,11 +26,11 @@ DTYPE_CHOICES = ("auto", *DTYPES)
 Message = dict[str, Any]
 """``{"role": "user" | "assistant", "content": [{"type": "image"}, {"type": "text", "text": …}]}``"""
 
-_HARMLESS = ("position_ids", "inv_freq")  # buffers that old directories carry and new classes compute
+_COMPUTED = ("position_ids", "inv_freq")  # buffers that old directories hold and new classes compute
 
 
 def user_message(text: str, num_images: int = 0) -> Message:
-    """A question with its images before it, where LLaVA has them."""
+    """A question after its images, which is where LLaVA expects them."""
     return {
         "role": "user",
         "content": [*({"type": "image"} for _ in range(num_images)), {"type": "text", "text": text}],
@@ -38,29 +38,33 @@ def user_message(text: str, num_images: int = 0) -> Message:
 
 
 class ModelError(UserError):
-    """A directory that cannot be loaded as it is, or an input the model cannot take."""
+    """A directory cannot be loaded, or an input does not fit the model."""
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in evaluation mode and the processor it was exported with."""
+    """A model in evaluation mode and its processor."""
 
     model: Any
     processor: Any
 
     @property
     def tokenizer(self) -> Any:
-        """The processor's."""
+        """The processor's tokenizer."""
         return self.processor.tokenizer
 
     def encode(self, conversations: Sequence[Sequence[Message]], images: Sequence[np.ndarray]) -> Any:
-        """A left-padded batch on the model's device, each conversation ending where the assistant begins.
+        """Encode conversations for the model to answer.
 
         Args:
-            images: uint8 [H, W, 3], in the order in which the conversations name them.
+            conversations: the messages of each; the last one is the user's.
+            images: uint8 [H, W, 3], in the order of their places in the conversations.
+
+        Returns:
+            A left-padded batch on the model's device.
 
         Raises:
-            ModelError: there is no room for one more token after the longest.
+            ModelError: the longest conversation leaves no position for an answer.
         """
         texts = [
             self.processor.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
@@ -68,18 +72,18 @@ class LoadedModel:
         ]
         bos = self.tokenizer.bos_token
         batch = self.processor(
-            # as pictures: an array of 1 or 3 rows would be taken for one with its channels first
+            # Pillow images, because in an array with 1 or 3 rows these would be taken for channels.
             text=texts,
             images=[Image.fromarray(image) for image in images] or None,
             return_tensors="pt",
             padding=True,
-            # a template that writes the first token itself must not get a second one
+            # Some templates write the first token themselves; there must not be a second one.
             add_special_tokens=not (bos and all(text.startswith(bos) for text in texts)),
         )
         length, room = batch["input_ids"].shape[1], self.max_length
         if length >= room:
             raise ModelError(
-                f"the prompt is {length} tokens long and the model takes {room}, its answer included"
+                f"the prompt has {length} tokens, but prompt and answer together can have {room}; shorten it"
             )
         batch = batch.to(self.model.device)
         if "pixel_values" in batch:
@@ -88,15 +92,16 @@ class LoadedModel:
 
     @property
     def max_length(self) -> int:
-        """Positions the language model was built for."""
+        """Positions of the language model: the most tokens of prompt and answer."""
         return self.model.config.get_text_config().max_position_embeddings
 
     def answer(self, batch: Any, **settings: Any) -> list[str]:
-        """The continuations of an encoded batch, without special tokens and outer whitespace.
+        """Generate the answers of an encoded batch, without special tokens and outer whitespace.
 
         Args:
-            settings: arguments of transformers' ``generate``; no answer goes beyond the model's last
-                position.
+            batch: from `encode`.
+            settings: arguments of transformers' ``generate``. `max_new_tokens` is reduced so that no answer
+                exceeds the model's positions.
         """
         import torch
 
@@ -110,9 +115,7 @@ class LoadedModel:
 
 
 def greedy(max_new_tokens: int) -> dict[str, Any]:
-    """Arguments of ``generate`` for the most likely token each time, whatever the directory's generation
-    config says.
-    """
+    """Arguments of ``generate`` for greedy decoding, which override the directory's generation config."""
     return {
         "max_new_tokens": max_new_tokens,
         "do_sample": False,
@@ -124,24 +127,27 @@ def greedy(max_new_tokens: int) -> dict[str, Any]:
 
 
 def check_directory(path: Path) -> None:
-    """See that everything a loader needs is there, without reading weights.
+    """Check that a directory has all files that `load` needs, without reading the weights.
 
     Raises:
-        ModelError: it is no directory, or a file is missing.
+        ModelError: it is not a directory, or a file is missing.
     """
     if not path.is_dir():
-        raise ModelError(f"--model {path} is no directory; give one that convert_to_hf wrote")
+        raise ModelError(f"--model {path} is not a directory; give one that convert-to-hf wrote")
     if not (path / "config.json").is_file():
-        raise ModelError(f"{path} has no config.json; is it a Hugging Face model directory?")
+        raise ModelError(f"{path} has no config.json; give the directory of a Hugging Face model")
     missing = [name for name in _weight_files(path) if not (path / name).is_file()]
     if missing:
-        raise ModelError(f"{path} lacks weights: {', '.join(missing[:3])}{' …' if len(missing) > 3 else ''}")
+        raise ModelError(
+            f"{path} lacks weights: {', '.join(missing[:3])}{' …' if len(missing) > 3 else ''}; copy or "
+            "export it again"
+        )
     for names, what in (
         (("tokenizer.json", "tokenizer.model"), "tokenizer"),
         (("preprocessor_config.json", "processor_config.json"), "image processor"),
     ):
         if not any((path / name).is_file() for name in names):
-            raise ModelError(f"{path} has no {what} ({' or '.join(names)})")
+            raise ModelError(f"{path} has no {what} ({' or '.join(names)}); copy or export it again")
 
 
 def _weight_files(path: Path) -> list[str]:
@@ -151,26 +157,26 @@ def _weight_files(path: Path) -> list[str]:
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError, OSError) as error:
-        raise ModelError(f"{index} is no weight index: {error!r}") from None
+        raise ModelError(f"{index} is not an index of weights: {error!r}") from None
     for name in names:
         if not isinstance(name, str) or "/" in name or not name.endswith(".safetensors"):
             raise ModelError(
-                f"{index} names {reprlib.repr(name)} as a file of weights; files are *.safetensors beside "
-                "the index"
+                f"{index} names {reprlib.repr(name)} as a weight file; weight files must be *.safetensors "
+                "files beside the index"
             )
     return names
 
 
 def load(path: str | Path, dtype: str = "auto", device: str | None = None) -> LoadedModel:
-    """Load an exported directory, or any LLaVA-style one that transformers knows.
+    """Load an exported directory, or any other LLaVA-style one that transformers supports.
 
     Args:
-        dtype: one of `DTYPE_CHOICES`; auto takes the directory's.
-        device: a torch device; None takes this process's GPU where there is one.
+        dtype: one of `DTYPE_CHOICES`; `auto` takes the directory's.
+        device: a torch device; None takes `default_device`.
 
     Raises:
-        ModelError: files are missing or broken, code of its own would be needed, or tensors do not match the
-            architecture.
+        ModelError: files are missing or damaged, the directory needs code of its own, or its tensors do not
+            fit the architecture.
     """
     path = Path(path)
     check_directory(path)
@@ -186,7 +192,7 @@ def load(path: str | Path, dtype: str = "auto", device: str | None = None) -> Lo
 
 
 def default_device() -> str:
-    """This rank's GPU (ranks beyond the GPUs share them), or ``cpu`` on a machine without one."""
+    """This rank's GPU, or ``cpu`` without one. More ranks than GPUs share them."""
     import torch
 
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -199,20 +205,19 @@ def _load_model(path: Path, dtype: str) -> Any:
         model, report = transformers.AutoModelForImageTextToText.from_pretrained(
             path, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True
         )
-    except Exception as error:  # half a dozen types, each for a directory that is not what it should be
+    except Exception as error:  # transformers raises many types for damaged or unsuitable directories
         raise ModelError(f"{path} cannot be loaded: {_first_line(error)}") from None
     wrong = [
         f"{kind} {name}"
         for kind, names in (("missing", report["missing_keys"]), ("unexpected", report["unexpected_keys"]))
         for name in sorted(names)
-        if not name.endswith(_HARMLESS)
+        if not name.endswith(_COMPUTED)
     ]
-    wrong += [f"of another shape {key!s}" for key in report["mismatched_keys"]]
-    if wrong:  # transformers would warn and leave what is missing random
+    wrong += [f"wrong shape {key!s}" for key in report["mismatched_keys"]]
+    if wrong:  # transformers only warns, and leaves missing tensors random
         raise ModelError(
-            f"{path}: {len(wrong)} tensors do not match the architecture, first {wrong[0]}; was it written "
-            "by a "
-            f"newer transformers than {transformers.__version__}?"
+            f"{path}: {len(wrong)} tensors do not fit the architecture, the first: {wrong[0]}; if a newer "
+            f"transformers than {transformers.__version__} wrote it, upgrade transformers"
         )
     return model
 
@@ -223,12 +228,12 @@ def _load_processor(path: Path) -> Any:
         processor = transformers.AutoProcessor.from_pretrained(
             path, local_files_only=True, trust_remote_code=False
         )
-    except Exception as error:  # as above
+    except Exception as error:  # as for the model
         raise ModelError(f"{path}: the processor cannot be loaded: {_first_line(error)}") from None
     if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
         raise ModelError(
-            f"{path} gives a {type(processor).__name__}, not a processor of text and images; "
-            "processor_config.json must name its class"
+            f"{path} has a {type(processor).__name__}, which is not a processor of text and images; "
+            "processor_config.json must name the class of one"
         )
     if not (getattr(processor, "chat_template", None) or processor.tokenizer.chat_template):
         raise ModelError(f"{path} has no chat template (chat_template.jinja or .json)")

@@ -6,8 +6,10 @@ import contextlib
 
 
 def register() -> None:
-    """Register EvoMoE's classes with transformers' ``AutoConfig``, ``AutoImageProcessor``, ``AutoModel``,
-    ``AutoModelForImageTextToText`` and ``AutoModelForCausalLM``.
+    """Register EvoMoE's classes with transformers.
+
+    ``AutoConfig``, ``AutoImageProcessor``, ``AutoModel``, ``AutoModelForImageTextToText`` and
+    ``AutoModelForCausalLM`` know them afterwards.
 
     Afterwards an exported directory loads without ``trust_remote_code``, and no code in the directory is run.
     Further calls change nothing.

@@ -1,5 +1,4 @@
-"""What ``--verify`` of both converters shares: megatron-core's model of a checkpoint, and the table of
-checks.
+"""Shared by ``--verify`` of both converters: megatron-core's model, and the table of checks.
 
 Both models run in float32 with weights rounded to the written dtype, so that a difference comes from the
 models and not from the rounding of activations.

@@ -32,7 +32,9 @@ def test_the_table_names_every_command_module():
 def test_every_command_has_one_form(command):
     module = module_of(command)
     assert str(inspect.signature(module.add_arguments)) == "(parser: 'argparse.ArgumentParser') -> 'None'"
-    assert str(inspect.signature(module.run)) == "(args: 'argparse.Namespace') -> 'int'"
+    first, *others = inspect.signature(module.run).parameters.values()
+    assert str(first) == "args: 'argparse.Namespace'"
+    assert all(other.default is not other.empty for other in others)
     assert module.__doc__.startswith(f"``{command.name}``: ")
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)

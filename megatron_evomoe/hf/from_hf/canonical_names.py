@@ -1,5 +1,6 @@
-"""Renames the tensors of older and newer Hugging Face files to the names of `hf/tensor_map.py` (those of
-transformers 4.x LLaVA files).
+"""Gives the tensors of Hugging Face files the names of `hf/tensor_map.py`.
+
+transformers has renamed LLaVA's tensors several times; the canonical names are those of transformers 4.
 
 | written by | language model | output layer | tower |
 |---|---|---|---|

@@ -1,5 +1,6 @@
-"""Reads ``config.json`` and tensors of a Hugging Face directory, without transformers and without running
-code.
+"""Reads ``config.json`` and tensors of a Hugging Face directory.
+
+This needs no transformers, and code in the directory is not run.
 
 transformers replaces missing tensors by random ones and warns. Here everything that is missing is an error.
 """

@@ -115,9 +115,7 @@ def _converted(source: Path, folder: Path) -> CopiedTokenizer:
 
 
 def _same_pieces(source: Path, made: Path) -> bool:
-    """Whether the ``tokenizer.json`` at `made` has all pieces of ``vocab.json`` under their ids, and as many
-    merges as ``merges.txt``.
-    """
+    """Whether the ``tokenizer.json`` at `made` has the pieces, ids and number of merges of the source."""
     pieces = json.loads((source / "vocab.json").read_text(encoding="utf-8"))
     merges = (source / "merges.txt").read_text(encoding="utf-8").split("\n")
     wanted = sum(bool(line.strip()) and not line.startswith("#version") for line in merges)
@@ -131,9 +129,7 @@ def _size(path: Path) -> int:
 
 
 def _size_of(file: Path) -> int:
-    """Size of a ``tokenizer.json``, found without transformers. A last ``<image>``, which an export adds,
-    does not count.
-    """
+    """Size of a ``tokenizer.json``, without a last ``<image>``, which an export adds."""
     ids = _vocabulary(file)
     size = max(ids.values(), default=-1) + 1
     return size - 1 if ids.get("<image>") == size - 1 else size

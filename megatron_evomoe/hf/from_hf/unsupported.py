@@ -174,9 +174,7 @@ def rope_reason(rope: Mapping[str, Any]) -> str | None:
 
 
 def against(config: Mapping[str, Any]) -> list[str]:
-    """All known reasons why a configuration cannot be imported: its family's, and those of its fields and of
-    its sections' fields.
-    """
+    """All known reasons why a configuration cannot be imported, by its family and by its fields."""
     kind = config.get("model_type")
     family = FAMILIES.get(kind) if isinstance(kind, str) else None
     found = [family] if family else []

@@ -1,5 +1,6 @@
-"""Checks an import: every tensor against the source's, and both models on the same inputs where they fit in
-memory.
+"""Checks an import: compares every tensor with the source's, and both models on the same inputs.
+
+The models are compared if they fit in memory.
 
 The tensors are read back through the tensor map. The models are transformers' and megatron-core's.
 """
@@ -130,8 +131,10 @@ def _compare_models(request: Request, imported: Imported) -> Iterator[Row]:
 
 
 def long_positions(lm: LanguageConfig) -> list[int]:
-    """Positions at which a wrong RoPE scaling shows: at the start, around the length that the model had
-    before scaling (half its length if RoPE is not scaled), and at the end.
+    """Positions at which a wrong RoPE scaling shows.
+
+    They are at the start, around the length that the model had before scaling (half its length if RoPE is not
+    scaled), and at the end.
 
     Few tokens suffice, because RoPE depends on the distance of two positions alone.
     """

@@ -182,8 +182,9 @@ class EvoMoeDecoder(nn.Module):
         setattr(self, self.norm_name, build_norm(config, config.hidden_size))
 
     def forward(self, inputs_embeds, is_vision, attention_mask, position_ids, cache):
-        """Embeddings [b, s, C], and bool [b, s] that marks image positions, to hidden states [b, s, C] and
-        the router logits of each mixture.
+        """Embeddings [b, s, C] to hidden states [b, s, C] and the router logits of each mixture.
+
+        `is_vision`, bool [b, s], marks image positions.
         """
         seen = cache.get_seq_length() if cache is not None else 0
         positions = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen
@@ -416,9 +417,7 @@ class EvoMoeForConditionalGeneration(EvoMoePreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self, input_ids, *args, inputs_embeds=None, pixel_values=None, **kwargs
     ):
-        """Arguments of one generation step. Images are given in the first step only; later the cache has
-        them.
-        """
+        """Arguments of one generation step; images are given in the first step, later the cache has them."""
         inputs = super().prepare_inputs_for_generation(
             input_ids, *args, inputs_embeds=inputs_embeds, **kwargs
         )

@@ -44,8 +44,9 @@ class EvoMoeGatedFFN(nn.Module):
 
 
 def scaled_linear(linear, inner, scale):
-    """The output of `linear` times `scale`, which is applied where training applies it: to the input and to
-    the bias.
+    """The output of `linear` times `scale`.
+
+    As in training, the scale multiplies the input and the bias.
     """
     if scale is None:
         return linear(inner)
@@ -180,8 +181,9 @@ class EvoMoeMixture(nn.Module):
         self.top_k, self.gate = config.num_experts_per_tok, config.router_gate
 
     def forward(self, hidden, is_vision):
-        """Hidden states [b, s, C], and bool [b, s] that marks image positions, to the output [b, s, C] and
-        the router's logits [b·s, N], None without a router.
+        """Hidden states [b, s, C] to the output [b, s, C] and the router's logits [b·s, N].
+
+        `is_vision`, bool [b, s], marks image positions. Without a router the logits are None.
         """
         if self.router is None:
             return self.experts[0](hidden), None

@@ -1,5 +1,6 @@
-"""Checks an export: megatron-core's model of the checkpoint and transformers' model of the directory get the
-same prompts and images, and their token ids, pixels, logits and chosen experts are compared.
+"""Checks an export: compares megatron-core's model of the checkpoint with transformers' of the directory.
+
+Both get the same prompts and images. Token ids, pixels, logits and chosen experts are compared.
 """
 
 from __future__ import annotations
@@ -131,8 +132,9 @@ def _picture(seed: int) -> np.ndarray:
 
 
 def _load_export(exported: Exported) -> tuple[Any, Any]:
-    """The exported model in float32 and its processor, loaded through the installed classes: no code in the
-    directory is run.
+    """The exported model in float32 and its processor.
+
+    They are loaded through the installed classes; no code in the directory is run.
     """
     try:
         from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -185,9 +187,7 @@ def core_model(exported: Exported) -> Iterator[Any]:
 def _core_answer(
     model: Any, sample: EncodedSample, images: torch.Tensor
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Logits [s, V] of the true vocabulary on the CPU, and for each mixture the experts of each token, bool
-    [s, N].
-    """
+    """Logits [s, V] on the CPU, and for each mixture the experts of each token, bool [s, N]."""
     chosen: dict[int, torch.Tensor] = {}
     for module in model.modules():
         if hasattr(module, "observer"):

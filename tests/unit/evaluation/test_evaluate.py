@@ -121,7 +121,7 @@ def test_missing_answers_are_not_scored(tmp_path):
         helpers.item("a", category="random", answer="yes"),
         helpers.item("b", category="random", answer="yes"),
     ]
-    with pytest.raises(BenchmarkError, match="1 of 2 questions have no answer, first b"):
+    with pytest.raises(BenchmarkError, match="1 of 2 questions have no answer, the first: b"):
         report(BENCHMARKS["pope"], items, {"a": "yes"}, tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -138,7 +138,7 @@ def test_another_model_in_the_same_folder(alone, pope, model_dir, tmp_path, caps
     [
         ({"--questions": "nowhere.json"}, "--questions nowhere.json does not exist"),
         ({"--images": "nowhere"}, "--images nowhere is not a folder"),
-        ({"--model": "nowhere"}, "--model nowhere is no directory"),
+        ({"--model": "nowhere"}, "--model nowhere is not a directory"),
         ({"--batch-size": "0"}, "must be at least 1"),
         ({"--max-new-tokens": "4", "--questions": "EMPTY"}, "holds no questions"),
     ],
@@ -165,7 +165,7 @@ def test_a_broken_picture_is_named(pope, model_dir, tmp_path, capsys):
 def test_a_prompt_too_long_is_named(pope, tmp_path, capsys):
     model = helpers.write_model(tmp_path / "short", positions=32)
     assert main(arguments(model, *pope, tmp_path / "out", "--limit", 1)) == 2
-    assert "questions random/1 to random/1: the prompt is" in capsys.readouterr().err
+    assert "questions random/1 to random/1: the prompt has" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["llava", "evomoe"])

@@ -86,8 +86,8 @@ def test_mme(tmp_path, nested):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("Q?\tYes\n", "has 1 questions; MME asks two"),
-        ("Q? Yes\nQ?\tNo\n", "a.txt:1 is no 'question TAB Yes|No'"),
+        ("Q?\tYes\n", "has 1 questions; MME has two"),
+        ("Q? Yes\nQ?\tNo\n", "a.txt:1 is not 'question TAB Yes|No'"),
         ("Q?\tYes\nQ?\tPerhaps\n", "a.txt:2: the answer must be yes or no"),
     ],
 )
@@ -287,7 +287,7 @@ def test_mmbench_errors(tmp_path, columns, message):
 def test_mmbench_header(tmp_path):
     (tmp_path / "m.tsv").write_text("index,question\n1,x\n")
     with pytest.raises(
-        BenchmarkError, match="no MMBench header: column A, B, image, index, question is missing"
+        BenchmarkError, match="is not a header of MMBench: column A, B, image, index, question is missing"
     ):
         read("mmbench", tmp_path / "m.tsv")
 

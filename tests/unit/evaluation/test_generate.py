@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_evomoe.cli import main
-from megatron_evomoe.generate.dialogue import Conversation
+from megatron_evomoe.generate.dialogue import Dialogue
 from megatron_evomoe.generate.loading import ModelError, load
 from tests import programs
 
@@ -48,7 +48,7 @@ def test_one_answer_in_a_process(tmp_path, image):
         "float32",
     )
     assert finished.returncode == 0, finished.stderr
-    conversation = Conversation()
+    conversation = Dialogue()
     conversation.attach(image)
     conversation.ask("What is it?")
     said = loaded.answer(
@@ -63,8 +63,8 @@ def test_chat_in_a_process(model_dir, image, loaded):
     finished = run("--model", model_dir, "--max-new-tokens", 4, "--dtype", "float32", typed=typed)
     assert finished.returncode == 0, finished.stderr
     assert "error: image nowhere.png cannot be read: No such file or directory" in finished.stderr
-    assert finished.stderr.count("/reset forgets the conversation") == 2  # at the start, and for /what
-    conversation = Conversation()
+    assert finished.stderr.count("/reset starts a new conversation") == 2  # at the start, and for /what
+    conversation = Dialogue()
     first = answer(loaded, conversation, "hello")
     conversation.attach(image)
     second = answer(loaded, conversation, "look")
@@ -126,7 +126,7 @@ def test_two_images(capsys, model_dir, image, tmp_path):
 
 
 def test_withdrawing_a_question_takes_its_images_along(image):
-    conversation = Conversation()
+    conversation = Dialogue()
     conversation.attach(image)
     conversation.ask("one")
     conversation.answered("yes")
@@ -187,7 +187,7 @@ def test_missing_tensors_are_refused(broken):
     del tensors[name]
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(
-        ModelError, match=r"1 tensors do not match the architecture, first missing .*multi_modal_projector"
+        ModelError, match=r"1 tensors do not fit the architecture, the first: missing .*multi_modal_projector"
     ):
         load(broken, device="cpu")
 
