@@ -27,7 +27,8 @@ from megatron_evomoe.moe.router import router_tensors
 Shape = tuple[int, ...]
 Place = Literal["first", "layer", "last"]
 
-_LAYER = re.compile(r"^language_model\.decoder\.layers\.(\d+)\.")
+_LAYERS = "language_model.decoder.layers."
+_LAYER = re.compile(r"^language_model\.decoder\.layers\.(\d+)\.(.*)")
 _EXPERT = re.compile(r"\.local_experts\.(\d+)\.")
 
 
@@ -70,16 +71,17 @@ class Tensor(NamedTuple):
             return self.shape
         over_experts = self.expert is not None
         ranks = parallel.expert_tensor_parallel_size if over_experts else parallel.tensor_model_parallel_size
-        return tuple(n // ranks if axis == self.split else n for axis, n in enumerate(self.shape))
+        before, n, behind = self.shape[: self.split], self.shape[self.split], self.shape[self.split + 1 :]
+        return (*before, n // ranks, *behind)
 
     def local_name(self, first_layer: int, first_expert: int = 0) -> str:
         """The name on a rank whose first layer and first expert have these global numbers."""
-        name = self.name
-        if self.layer is not None:
-            name = _LAYER.sub(f"language_model.decoder.layers.{self.layer - first_layer}.", name)
-        if self.expert is not None:
+        if self.layer is None:
+            return self.name
+        name = self.name.removeprefix(f"{_LAYERS}{self.layer}.")
+        if self.expert is not None and first_expert:
             name = _EXPERT.sub(f".local_experts.{self.expert - first_expert}.", name)
-        return name
+        return f"{_LAYERS}{self.layer - first_layer}.{name}"
 
 
 class Counts(NamedTuple):
@@ -137,8 +139,12 @@ def language_model(
     V, C = padded_vocab_size(config), lm.hidden_size
     if first:
         yield _outside("language_model.embedding.word_embeddings.weight", (V, C), 0, "first")
+    templates: dict[bool, list[_Template]] = {}
     for layer in range(lm.num_layers) if layers is None else layers:
-        yield from decoder_layer(config, kind, layer)
+        designated = config.moe.is_moe_layer(layer)
+        if designated not in templates:
+            templates[designated] = list(_layer(config, kind, designated))
+        yield from _placed(templates[designated], layer)
     if last:
         for norm in _norm("language_model.decoder.final_layernorm", C, lm.normalization):
             yield _outside(*norm, "last")
@@ -150,20 +156,7 @@ def language_model(
 
 def decoder_layer(config: RunConfig, kind: str, layer: int) -> Iterator[Tensor]:
     """One decoder layer, counted from 0."""
-    lm, moe = config.language, config.moe
-    pieces = [*_attention(config)]
-    if not lm.parallel_residual:
-        pieces += _norm("pre_mlp_layernorm", lm.hidden_size, lm.normalization)
-    mixture = kind == StageKind.ROUTE and moe.is_moe_layer(layer)
-    if mixture:
-        pieces += [_Piece(f"mlp.router.{t.name}", t.shape, None) for t in router_tensors(moe, lm)]
-    else:
-        pieces += _ffn(config, "mlp")
-    for piece in pieces:
-        yield _of_layer(config, kind, layer, piece)
-    for expert in range(moe.num_experts) if mixture else ():
-        for piece in _ffn(config, f"mlp.experts.local_experts.{expert}"):
-            yield _of_layer(config, kind, layer, piece, expert)
+    yield from _placed(_layer(config, kind, config.moe.is_moe_layer(layer)), layer)
 
 
 def vision_model(config: RunConfig) -> Iterator[Tensor]:
@@ -198,9 +191,16 @@ def part_of(name: str, config: RunConfig, kind: str, first_layer: int = 0) -> st
         if name.startswith(prefix):
             return part
     layer = _LAYER.match(name)
-    if layer and ".mlp." in name and config.moe.is_moe_layer(int(layer[1]) + first_layer):
+    if layer is None:
+        return "language"
+    return _part_in_layer(layer[2], kind, config.moe.is_moe_layer(int(layer[1]) + first_layer))
+
+
+def _part_in_layer(name: str, kind: str, designated: bool) -> str:
+    """`part_of` for a parameter of a decoder layer, by its name in the layer."""
+    if designated and name.startswith("mlp."):
         if kind == StageKind.ROUTE:
-            return "router" if ".mlp.router." in name else "experts"
+            return "router" if name.startswith("mlp.router.") else "experts"
         if kind == StageKind.EVOLVE:
             return "first_expert"
     return "language"
@@ -230,19 +230,53 @@ def _outside(name: str, shape: Shape, split: int | None, place: Place) -> Tensor
     return Tensor(name, shape, split, "language", place, name)
 
 
-def _of_layer(config: RunConfig, kind: str, layer: int, piece: _Piece, expert: int | None = None) -> Tensor:
-    name = f"language_model.decoder.layers.{layer}.{piece.name}"
-    key = name if expert is None else _EXPERT.sub(".experts.", name)
-    if not config.language.parallel_residual:
-        key = _with_fused_norms(key, ffn_norm=not config.moe.is_moe_layer(layer))
-    part = part_of(name, config, kind)
-    return Tensor(name, piece.shape, piece.split, part, "layer", key, layer, expert)
+class _Template(NamedTuple):
+    """A tensor of any layer of one form; names and keys are those in the layer."""
+
+    name: str
+    shape: Shape
+    split: int | None
+    part: str
+    key: str
+    expert: int | None
+
+
+def _placed(templates: Iterable[_Template], layer: int) -> Iterator[Tensor]:
+    prefix = f"{_LAYERS}{layer}."
+    for name, shape, split, part, key, expert in templates:
+        yield Tensor(prefix + name, shape, split, part, "layer", prefix + key, layer, expert)
+
+
+def _layer(config: RunConfig, kind: str, designated: bool) -> Iterator[_Template]:
+    """The tensors of a decoder layer that is, or will become, a mixture, or of one that does not."""
+    lm, moe = config.language, config.moe
+    pieces = [*_attention(config)]
+    if not lm.parallel_residual:
+        pieces += _norm("pre_mlp_layernorm", lm.hidden_size, lm.normalization)
+    mixture = designated and kind == StageKind.ROUTE
+    if mixture:
+        pieces += [_Piece(f"mlp.router.{t.name}", t.shape, None) for t in router_tensors(moe, lm)]
+    else:
+        pieces += [_Piece(f"mlp.{name}", shape, split) for name, shape, split in _ffn(config)]
+    for name, shape, split in pieces:
+        key = name if lm.parallel_residual else _with_fused_norms(name, ffn_norm=not designated)
+        yield _Template(name, shape, split, _part_in_layer(name, kind, designated), key, None)
+    for expert in range(moe.num_experts) if mixture else ():
+        for name, shape, split in _ffn(config):
+            yield _Template(
+                f"mlp.experts.local_experts.{expert}.{name}",
+                shape,
+                split,
+                "experts",
+                f"mlp.experts.experts.{name}",
+                expert,
+            )
 
 
 def _with_fused_norms(name: str, *, ffn_norm: bool) -> str:
     """A norm's name in a checkpoint: Transformer Engine's, which fuses it into the linear layer behind it."""
-    key = name.replace(".input_layernorm.", ".self_attention.linear_qkv.layer_norm_")
-    return key.replace(".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_") if ffn_norm else key
+    key = name.replace("input_layernorm.", "self_attention.linear_qkv.layer_norm_")
+    return key.replace("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_") if ffn_norm else key
 
 
 def _attention(config: RunConfig) -> Iterator[_Piece]:
@@ -257,12 +291,12 @@ def _attention(config: RunConfig) -> Iterator[_Piece]:
             yield from _norm(f"self_attention.{which}_layernorm", lm.head_size, lm.normalization)
 
 
-def _ffn(config: RunConfig, name: str) -> Iterator[_Piece]:
+def _ffn(config: RunConfig) -> Iterator[_Piece]:
     """One FFN, dense or expert; gate and value are one matrix."""
     lm = config.language
     C, F = lm.hidden_size, lm.ffn_hidden_size
-    yield from _column(f"{name}.linear_fc1", 2 * F if lm.gated_linear_unit else F, C, bias=lm.add_bias_linear)
-    yield from _row(f"{name}.linear_fc2", C, F, bias=lm.add_bias_linear)
+    yield from _column("linear_fc1", 2 * F if lm.gated_linear_unit else F, C, bias=lm.add_bias_linear)
+    yield from _row("linear_fc2", C, F, bias=lm.add_bias_linear)
 
 
 def _tower(config: RunConfig) -> Iterator[_Piece]:

@@ -8,6 +8,7 @@ its scores. What recompute repeats is part of the backward pass.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 from megatron_evomoe.config import RunConfig
 from megatron_evomoe.config.kinds import StageKind
@@ -31,33 +32,55 @@ def flops(
 ) -> tuple[float, float]:
     """(forward, backward with recompute) of one microbatch on one rank of the pipeline stage."""
     forward = backward = 0.0
+    weights: dict[bool, LayerWeights] = {}  # of a mixture, and of a dense layer
     for chunk in range(chunks(config)):
         layers = chunk_layers(config, pp_rank, chunk)
         for layer, flow in zip(layers, chunk_flow(config, kind, pp_rank, chunk), strict=True):
-            f, b = _layer_flops(config, kind, layer, flow, seq_length)
+            if flow.mixture not in weights:
+                weights[flow.mixture] = _weights(config, kind, layer)
+            f, b = _layer_flops(config, weights[flow.mixture], flow, seq_length)
             forward, backward = forward + f, backward + b
         f, b = _ends_flops(config, kind, pp_rank, chunk, seq_length)
         forward, backward = forward + f, backward + b
     return forward, backward
 
 
-def _layer_flops(
-    config: RunConfig, kind: StageKind, layer: int, flow: LayerFlow, seq_length: int | None
-) -> tuple[float, float]:
-    z = sizes_of(config, seq_length)
-    weights = dict.fromkeys(("attention", "ffn"), 0)
+class LayerWeights(NamedTuple):
+    """Weights of one rank that a token meets in a layer."""
+
+    attention: int
+    """And the norms."""
+    ffn: int
+    """Of a mixture, those of K experts."""
+    router: float
+    """Of what serves one modality, half."""
+
+
+def _weights(config: RunConfig, kind: StageKind, layer: int) -> LayerWeights:
+    attention = ffn = 0
+    mixture = False
     for tensor in layer_tensors(config, kind, layer):
         numel = local_numel(config, tensor)
-        if tensor.part == "experts":
-            # of a mixture each token meets K experts; expert 0 stands for one of them
-            weights["ffn"] += numel * config.moe.moe_router_topk if tensor.expert == 0 else 0
-        elif tensor.part != "router":
-            weights["ffn" if ".mlp." in tensor.name else "attention"] += numel
-    # weights are a rank's own: T tokens meet those that TP splits; a mixture's tokens come to its experts
-    # from all ranks alike
+        if tensor.part == "experts":  # expert 0 stands for each of them
+            ffn += numel * config.moe.moe_router_topk if tensor.expert == 0 else 0
+        elif tensor.part == "router":
+            mixture = True
+        elif ".mlp." in tensor.name:
+            ffn += numel
+        else:
+            attention += numel
+    tensors = router_tensors(config.moe, config.language) if mixture else []
+    return LayerWeights(attention, ffn, sum(t.share * math.prod(t.shape) for t in tensors))
+
+
+def _layer_flops(
+    config: RunConfig, weights: LayerWeights, flow: LayerFlow, seq_length: int | None
+) -> tuple[float, float]:
+    z = sizes_of(config, seq_length)
+    # T tokens meet the weights that TP splits; a mixture's tokens come to its experts from all ranks alike
     etp = config.parallel.expert_tensor_parallel_size
-    attention, ffn = 2 * z.T * weights["attention"], 2 * (z.R * etp if flow.mixture else z.T) * weights["ffn"]
-    router = 2 * z.R * _router_weights(config) if flow.mixture else 0.0
+    attention, ffn = 2 * z.T * weights.attention, 2 * (z.R * etp if flow.mixture else z.T) * weights.ffn
+    router = 2 * z.R * weights.router
     heads, head_size = config.language.num_attention_heads, config.language.head_size
     scores = 2 * z.T * z.seq * heads * head_size / z.t  # QKᵀ and AV, causal half
     forward = attention + ffn + router + scores
@@ -69,11 +92,6 @@ def _layer_flops(
         backward += ffn / 2  # through the output matrices, back to the probabilities
     backward += ffn * flow.trains_ffn + router * flow.trains_router
     return forward, backward + _recomputed_flops(config, flow, touched, forward, scores, ffn)
-
-
-def _router_weights(config: RunConfig) -> float:
-    """Weights of a router that a token meets on average: of what serves one modality, half."""
-    return sum(t.share * math.prod(t.shape) for t in router_tensors(config.moe, config.language))
 
 
 def _recomputed_flops(
