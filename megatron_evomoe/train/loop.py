@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 
 from megatron_evomoe.config import RunConfig, StageConfig
@@ -17,8 +16,6 @@ from megatron_evomoe.train.session import Session, open_session, run_folder, sel
 from megatron_evomoe.train.stage_run import StageRun
 from megatron_evomoe.train.step import take_step
 from megatron_evomoe.train.stop import StopRequests
-
-log = logging.getLogger(__name__)
 
 
 def train(config: RunConfig, stage_names: list[str] | None = None, hooks: Sequence[StepHook] = ()) -> Session:

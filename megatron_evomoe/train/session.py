@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,8 +19,6 @@ from megatron_evomoe.parallel import topology
 from megatron_evomoe.parallel.topology import Topology
 from megatron_evomoe.train import preflight
 from megatron_evomoe.train.hooks import StepHook
-
-log = logging.getLogger(__name__)
 
 
 @dataclass

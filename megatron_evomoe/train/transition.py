@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +17,6 @@ from megatron_evomoe.config.recipe import MODULES, STARTS_FROM
 from megatron_evomoe.data.tokenizer import same_tokenizer
 from megatron_evomoe.moe import expert_init
 from megatron_evomoe.train.built import Built
-
-log = logging.getLogger(__name__)
 
 _ROUTER = r"\.mlp\.router\."
 # The norm before an FFN is stored under the first name in MoE layers, where no norm can be fused into the
