@@ -265,7 +265,7 @@ def test_a_directory_that_is_to_answer_has_its_files_beside_its_index(tmp_path, 
     path = directory(tmp_path / "m", {"pytorch_model.bin": TENSORS})
     directory(tmp_path / "other", {"model.safetensors": TENSORS})
     (path / "model.safetensors.index.json").write_text(content)
-    with pytest.raises(ModelError, match=r"index\.json (is no weight index|names)"):
+    with pytest.raises(ModelError, match=r"index\.json (is not an index of weights|names)"):
         check_directory(path)
 
 
