@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -133,3 +135,11 @@ def test_places_are_those_of_pipeline_chunks(tied):
     assert any(t.name == "language_model.output_layer.weight" for t in last)
     whole = [t.name for t in inventory.tensors(config, StageKind.ROUTE)]
     assert ("language_model.output_layer.weight" in whole) is not tied
+
+
+def test_neither_torch_nor_megatron_core_is_imported():
+    code = (
+        "import sys; from megatron_evomoe.model import inventory; "
+        "found = {'torch', 'megatron'} & {name.split('.')[0] for name in sys.modules}; assert not found"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
