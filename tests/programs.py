@@ -2,8 +2,8 @@
 
 `start` and `run` take the arguments of ``python``. Without a GPU the processes are forked from one that has
 imported everything, so that a command takes one second instead of the five that a new interpreter takes.
-CUDA cannot be forked; there they are interpreters. Tests of torchrun, or of what an interpreter imports, do
-not use this module.
+CUDA cannot be forked; there they are interpreters. Programs that torchrun starts are interpreters, too.
+Tests of what an interpreter imports do not use this module.
 """
 
 from __future__ import annotations
@@ -56,6 +56,10 @@ class Forked:
         if self._process.exitcode is None:
             raise subprocess.TimeoutExpired("a forked program", timeout or 0)
         return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        if self._process.exitcode is None:
+            os.kill(self._process.pid, number)
 
     def kill(self) -> None:
         self._process.kill()

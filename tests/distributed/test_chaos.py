@@ -16,7 +16,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -27,7 +26,7 @@ import psutil
 import pytest
 import torch
 
-from tests.programs import ROOT, environment
+from tests import programs
 from tests.runs import metrics, steady
 
 # many short stages: a transition is never far
@@ -60,34 +59,21 @@ class Job:
     config: Path
     out: Path
     trigger: Path
-    process: subprocess.Popen[bytes] | None = None
+    process: programs.Program | None = None
     log: Path = field(init=False)
     launches: int = 0
 
     def start(self, restarts: int = 0) -> None:
         self.launches += 1
         self.log = self.config.parent / f"launch{self.launches}.log"
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    "torch.distributed.run",
-                    "--standalone",
-                    "--nproc-per-node",
-                    "2",
-                    f"--max-restarts={restarts}",
-                    "-m",
-                    "tests.distributed.chaos_worker",
-                    "train",
-                    "--config",
-                    str(self.config),
-                ],
-                env=environment(CHAOS_TRIGGER=str(self.trigger), CHAOS_SAVE=str(self.out)),
-                cwd=ROOT,
-                stdout=log,
-                stderr=log,
-            )
+        torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+        self.process = programs.start(
+            *torchrun,
+            f"--max-restarts={restarts}",
+            *("-m", "tests.distributed.chaos_worker", "train", "--config", str(self.config)),
+            output=self.log,
+            env=programs.environment(CHAOS_TRIGGER=str(self.trigger), CHAOS_SAVE=str(self.out)),
+        )
 
     def workers(self) -> list[psutil.Process]:
         """The training processes, rank 0 first."""

@@ -8,15 +8,13 @@ import errno
 import json
 import shutil
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.programs import ROOT, environment
+from tests import programs
 
 PATIENCE = 200  # seconds, of which starting Python takes most; a collective would wait for hours
 STAGES = [{"name": "warmup", "train_iters": 2}, {"name": "evolve", "train_iters": 1}]
@@ -26,28 +24,14 @@ def run_two(home: Path, config: Path, fault: dict[str, Any]) -> tuple[int, list[
     """torchrun's status and the output of each rank of a run with `fault`."""
     trigger = home / "trigger"
     trigger.write_text(json.dumps(fault))
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            "2",
-            "--redirects",
-            "3",
-            "--log-dir",
-            str(home / "logs"),
-            "-m",
-            "tests.distributed.chaos_worker",
-            "train",
-            "--config",
-            str(config),
-        ],
-        env=environment(CHAOS_TRIGGER=str(trigger), CHAOS_SAVE=str(home / "run")),
-        cwd=ROOT,
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    done = programs.run(
+        *torchrun,
+        *("--redirects", "3", "--log-dir", str(home / "logs")),
+        *("-m", "tests.distributed.chaos_worker", "train", "--config", str(config)),
+        env=programs.environment(CHAOS_TRIGGER=str(trigger), CHAOS_SAVE=str(home / "run")),
+        expect=None,
         timeout=PATIENCE,
-        capture_output=True,
     )
     trigger.unlink(missing_ok=True)
     return done.returncode, [
@@ -63,14 +47,7 @@ def test_folder_deleted_under_a_run_ends_it_with_an_error(tmp_path, tiny_yaml, s
         tmp_path, stages=[{"name": "warmup", "train_iters": 200}], checkpoint={"save_interval": save_interval}
     )
     log = tmp_path / "log"
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "megatron_evomoe", "train", "--config", str(config)],
-            env=environment(),
-            cwd=ROOT,
-            stdout=file,
-            stderr=file,
-        )
+    process = programs.start("-m", "megatron_evomoe", "train", "--config", str(config), output=log)
     try:
         deadline = time.monotonic() + PATIENCE
         metrics = tmp_path / "run" / "metrics.jsonl"
