@@ -195,7 +195,7 @@ def _check_language(config: RunConfig) -> None:
     """Refuse what megatron-core accepts and then fails at later with an obscure error (seen with 0.16.1)."""
     lm, train, tp = config.language, config.train, config.parallel.tensor_model_parallel_size
     local = resolve_transformer_impl(config) == "local"
-    dtr_kernel.check(config.moe.dtr_kernel)  # in the first stage, not when one with a mixture begins
+    dtr_kernel.check(config.moe.dtr_kernel)  # here, so that the first stage fails and not a later one
     groups = lm.query_groups
     if local and groups % tp:
         raise ConfigError(

@@ -181,7 +181,7 @@ def _dense_ffn(config: RunConfig, z: Sizes, flow: LayerFlow) -> int:
         kept += z.R * z.C + (_normalized(config, z) if flow.trains_attention else 0)
     if "mlp" in recomputed:
         return (kept + z.R * z.C) * z.e
-    # one tensor with the attention's input, of which each makes an FP8 copy of its own
+    # With a parallel residual the FFN and the attention have one input, of which each makes an FP8 copy.
     shares_input = config.language.parallel_residual and flow.trains_attention and not flow.fp8
     if flow.trains_ffn and not shares_input and "layernorm" not in recomputed:
         inputs += z.R * z.C
@@ -237,14 +237,14 @@ def dtr_bytes(config: RunConfig, z: Sizes) -> int:
     projected = h + (h + 1) * 2 * r
     tensors = router_tensors(moe, config.language) if z.e != 4 else []  # of these an fp32 copy is kept
     copied = {t.name: math.prod(t.shape) for t in tensors}
-    if moe.dtr_kernel == "triton":  # the projections, and the order of the tokens in int64
+    if moe.dtr_kernel == "triton":  # keeps the projections, and the order of the tokens in int64
         read = sum(numel for name, numel in copied.items() if name == "phi" or name.endswith("weight2_up"))
         return 4 * (z.R * (projected + 2) + read)
     per_token = (h + 1) * (2 * r + N + 1) + 4 * r + (h if moe.dtr_activation != "none" else 0)
-    if not z.on_gpu:  # sorted by modality: their order in int64, and the sorted logits
+    if not z.on_gpu:  # sorts tokens by modality, and keeps their order in int64 and the sorted logits
         return 4 * (z.R * (per_token + 2 + N) + sum(copied.values()))
-    # all tokens by both, of which one result is kept: the mask, and the matrices that project, joined, in the
-    # tokens' own dtype
+    # All tokens meet both hypernetworks and one result is kept. The backward also keeps the mask, and the
+    # joined projection matrices in the tokens' own dtype.
     read = sum(numel for name, numel in copied.items() if name == "phi" or name.endswith("weight2_up"))
     return 4 * (z.R * (per_token + h) + read) + z.R + 2 * projected * z.C * z.e
 
@@ -269,9 +269,8 @@ def projector(config: RunConfig, z: Sizes, kind: StageKind) -> int:
     kept = 0
     if "projector" in parts:
         kept += tokens * 2 * z.C // z.t
-        kept += (
-            0 if config.data.cache_vision_features else tokens * v.hidden_size
-        )  # cached, they are the step's images
+        # Cached features are the step's images, which are counted there.
+        kept += 0 if config.data.cache_vision_features else tokens * v.hidden_size
     elif "vision" in parts:
         kept += tokens * z.C // z.t
     if "vision" in parts:
@@ -279,16 +278,8 @@ def projector(config: RunConfig, z: Sizes, kind: StageKind) -> int:
         per_layer = 4 * v.hidden_size + (4 * v.hidden_size + 3 * v.ffn_hidden_size) // z.t
         kept += positions * v.num_layers_used * per_layer
         if not z.fused:
-            kept += (
-                positions
-                * v.num_layers_used
-                * positions
-                // images
-                * v.num_attention_heads
-                // z.t
-                * score_bytes(z)
-                // z.e
-            )
+            scores = positions * v.num_layers_used * positions // images * v.num_attention_heads // z.t
+            kept += scores * score_bytes(z) // z.e
     return kept * z.e
 
 

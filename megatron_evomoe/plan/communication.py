@@ -108,9 +108,8 @@ def _ends(config: RunConfig, z: Sizes, kind: StageKind, pp_rank: int, chunk: int
     if is_first(pp_rank, chunk):
         v, images = config.vision, config.train.micro_batch_size
         positions = images * ((v.image_size // v.patch_size) ** 2 + int(v.model_type == "clip"))
-        tower = (
-            v.num_layers_used * 4 * _ring(z.t, positions * v.hidden_size * z.e)
-        )  # two all-reduces per layer
+        # two all-reduces per layer
+        tower = v.num_layers_used * 4 * _ring(z.t, positions * v.hidden_size * z.e)
         total += 0 if config.data.cache_vision_features else tower * (2 if "vision" in parts else 1)
         total += 2 * hidden  # the embedding's all-reduce
         if "language" in parts or "projector" in parts:

@@ -72,9 +72,8 @@ def _transposed(config: RunConfig, layer: int, flow: LayerFlow) -> dict[str, boo
         "linear_qkv": fuses or flow.ffn_input_grad,
         "linear_proj": flow.ffn_input_grad,
         "linear_fc1": flow.ffn_input_grad or mixture_input or (fuses and not config.moe.is_moe_layer(layer)),
-        "linear_fc2": flow.ffn_input_grad
-        or flow.trains_ffn
-        or flow.trains_router,  # its input bears the router's probability
+        # The input of fc2 is multiplied by the router's probability, which needs a gradient.
+        "linear_fc2": flow.ffn_input_grad or flow.trains_ffn or flow.trains_router,
     }
 
 

@@ -120,9 +120,8 @@ def plan_stage(
         try:
             search.check(layout)
         except ConfigError as error:
-            reason = re.sub(
-                r"#(, #)+", "#", re.sub(r"\d+", "#", str(error))
-            )  # one reason, whatever its numbers
+            # Messages that differ only in their numbers are one reason.
+            reason = re.sub(r"#(, #)+", "#", re.sub(r"\d+", "#", str(error)))
             refused.setdefault(reason, Refusal(example=str(error))).layouts.append(layout)
         else:
             estimates.append(search.estimate(layout))

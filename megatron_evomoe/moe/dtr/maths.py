@@ -82,9 +82,8 @@ def dtr_logits(
     phi_NC = weights.phi_NC.to(dtype)
 
     num_vision = int(is_vision_T.sum())
-    order_T = torch.argsort(
-        is_vision_T.to(torch.uint8), stable=True
-    )  # text tokens first, both in sequence order
+    # Text tokens come first, and the tokens of each modality stay in sequence order.
+    order_T = torch.argsort(is_vision_T.to(torch.uint8), stable=True)
     text_index, vision_index = order_T.split([z_TC.shape[0] - num_vision, num_vision])
     e_text, u_text, e_vision, u_vision = _ProjectByModality.apply(
         z_TC, text_index, vision_index,

@@ -34,9 +34,8 @@ def dtr_logits(z_TC: Tensor, is_vision_T: Tensor, weights: DtrWeights, *, activa
     in the forward; in the backward the projection's gradient is rounded to bf16, as that of any linear
     layer is in bf16 training. Any other pair of types is computed in fp32.
     """
-    order_T = torch.argsort(
-        is_vision_T.to(torch.uint8), stable=True
-    )  # text tokens first, both in sequence order
+    # Text tokens come first, and the tokens of each modality stay in sequence order.
+    order_T = torch.argsort(is_vision_T.to(torch.uint8), stable=True)
     num_text = (~is_vision_T).sum()  # stays on the device
     text, vision, phi_NC = weights.text, weights.vision, weights.phi_NC.float()
     bias_Mh = torch.stack([text.bias1_h, vision.bias1_h]).float()
@@ -150,9 +149,8 @@ def _mix_backward(
     kernels.mix_backward[grid](
         dlogits_TN, eu_TP, bias_Mh, folded_MKrN, deu_TP, partial, order_T, num_text, *shape, **options
     )
-    is_vision = (
-        torch.arange(grid[0], device=partial.device) >= (num_text + BLOCK_MIX - 1) // BLOCK_MIX
-    )  # of each tile
+    text_tiles = (num_text + BLOCK_MIX - 1) // BLOCK_MIX
+    is_vision = torch.arange(grid[0], device=partial.device) >= text_tiles  # for each tile
     sums = (torch.stack([~is_vision, is_vision]).float() @ partial.flatten(1)).view(M, K, r * N + 1)
     return deu_TP, sums[:, :-1, -1].contiguous(), sums[..., :-1].reshape(M, K, r, N)
 
