@@ -30,9 +30,12 @@ _server.set_forkserver_preload(["tests.preload"])
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """This process's environment with the checkout importable and one thread per process."""
+    """The environment that pytest was started with, the checkout importable, and one thread per process."""
     path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", **extra}
+    # a group of one rank in this process has set variables for itself
+    own = (backend.SET_BY, *os.environ.get(backend.SET_BY, "").split()[1:])
+    inherited = {name: value for name, value in os.environ.items() if name not in own}
+    return {**inherited, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", **extra}
 
 
 class Forked:

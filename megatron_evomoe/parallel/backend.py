@@ -17,7 +17,7 @@ from megatron_evomoe.parallel import attempt
 
 _prepared = False
 _INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
-_SET_BY = "_EVOMOE_LOOPBACK_SET_BY"
+SET_BY = "_EVOMOE_LOOPBACKSET_BY"
 
 
 def on_gpu() -> bool:
@@ -73,20 +73,20 @@ def _listen_on_loopback() -> None:
     """Make Gloo and NCCL open their listening sockets on the loopback interface.
 
     They open some even for a single rank, by default on the interface to which the host's name resolves. They
-    read the variables again for every group, so the variables stay set; `_SET_BY` tells a child process that
+    read the variables again for every group, so the variables stay set; `SET_BY` tells a child process that
     they were its parent's choice and not the user's.
     """
     loopback = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
     unset = [variable for variable in _INTERFACES if variable not in os.environ]
     if loopback is not None and unset:
-        os.environ.update(dict.fromkeys(unset, loopback), **{_SET_BY: f"{os.getpid()} {' '.join(unset)}"})
+        os.environ.update(dict.fromkeys(unset, loopback), **{SET_BY: f"{os.getpid()} {' '.join(unset)}"})
 
 
 def _forget_inherited_loopback() -> None:
     """Unset what a parent process of a single rank set for itself; on several nodes no rank could connect."""
-    pid, *variables = os.environ.get(_SET_BY, "").split() or [""]
+    pid, *variables = os.environ.get(SET_BY, "").split() or [""]
     if pid and int(pid) != os.getpid():
-        for variable in (*variables, _SET_BY):
+        for variable in (*variables, SET_BY):
             os.environ.pop(variable, None)
 
 
