@@ -111,7 +111,8 @@ def _text_of(path: str | Path) -> str:
 class _Loader(yaml.SafeLoader):
     """Refuses tags, repeated keys, keys that are not text, and too many values or levels."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+    # PyYAML looks it up on the class; the stubs declare it for instances
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}  # type: ignore[misc]
     source = ""
 
     def __init__(self, text: str) -> None:
@@ -191,7 +192,8 @@ class _Loader(yaml.SafeLoader):
 class _TextLoader(_Loader):
     """Reads every scalar as text."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+    # PyYAML looks it up on the class; the stubs declare it for instances
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}  # type: ignore[misc]
 
 
 class _Dumper(yaml.SafeDumper):
