@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 
 from megatron_evomoe.config import ConfigError, flags_from
-from megatron_evomoe.hf.from_hf.importing import CONVERSIONS, Request, describe, import_model
+from megatron_evomoe.config.kinds import MIXTURE_KINDS, StageKind
+from megatron_evomoe.hf.from_hf.importing import CONVERSIONS, Imported, Request, import_model
 from megatron_evomoe.moe.router import ROUTERS
 
 _FIELDS = {
@@ -99,3 +100,42 @@ def run(args: argparse.Namespace) -> int:
         print(verification.table(rows))
         return 0 if all(row.good for row in rows) else 1
     return 0
+
+
+def describe(imported: Imported) -> str:
+    """A report of the import, which ends with the command that trains on it."""
+    lm, vision, moe = imported.config.language, imported.config.vision, imported.config.moe
+    lines = [
+        f"{imported.checkpoint}: {imported.tensors} tensors read, {imported.parameters:,} parameters written"
+    ]
+    if "vision_model" in imported.parts:
+        lines.append(
+            f"  vision tower    {vision.model_type}, {vision.num_layers_used} of {vision.num_layers} layers, "
+            f"{vision.hidden_size} wide, {vision.image_size} pixels, {vision.tokens_per_image} tokens per "
+            "image"
+        )
+    if "language_model" in imported.parts:
+        lines.append(
+            f"  language model  {lm.num_layers} layers, {lm.hidden_size} wide, vocabulary {lm.vocab_size}"
+        )
+    lines += [f"  {note}" for note in imported.notes]
+    if imported.kind in MIXTURE_KINDS:
+        mixtures = sum(moe.layer_pattern(lm.num_layers))
+        lines.append(
+            f"  mixture         {moe.num_experts} experts in {mixtures} layers"
+            f"{f', {moe.router} router' if imported.kind == StageKind.ROUTE else ', no router yet'}"
+        )
+    if "vision_projection" not in imported.parts:
+        lines.append("  the projector will start from new weights")
+    if imported.left_out:
+        lines.append(
+            f"  left out: {len(imported.left_out)} tensors that LLaVA does not use (last layers of the "
+            "tower, buffers, a tied output layer)"
+        )
+    tokenizer = f" --tokenizer {imported.tokenizer}" if imported.tokenizer else ""
+    lines.append(
+        "train on with: python -m megatron_evomoe train --config RUN.yaml --preset "
+        f"{imported.output}/model.yaml "
+        f"--load {imported.output}{tokenizer}"
+    )
+    return "\n".join(lines)

@@ -10,8 +10,9 @@ import yaml
 
 from megatron_evomoe.checkpoint.find import latest
 from megatron_evomoe.checkpoint.record import read
+from megatron_evomoe.commands.convert_from_hf import describe
 from megatron_evomoe.data.tokenizer import build_tokenizer
-from megatron_evomoe.hf.from_hf.importing import Request, describe, import_model
+from megatron_evomoe.hf.from_hf.importing import Request, import_model
 from tests.runs import metrics, run
 from tests.unit.hf.sources import LLAVA, TEXT, TOWER, write
 

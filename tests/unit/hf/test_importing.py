@@ -14,9 +14,10 @@ import yaml
 
 from megatron_evomoe.checkpoint.record import CheckpointError
 from megatron_evomoe.checkpoint.stream import CheckpointReader
+from megatron_evomoe.commands.convert_from_hf import describe
 from megatron_evomoe.config import ConfigError, from_mapping, load_config
 from megatron_evomoe.data.tokenizer import build_tokenizer, train_sentencepiece
-from megatron_evomoe.hf.from_hf.importing import Request, describe, import_model
+from megatron_evomoe.hf.from_hf.importing import Request, import_model
 from megatron_evomoe.moe.router import ROUTERS
 from tests import programs
 from tests.unit.data import helpers
