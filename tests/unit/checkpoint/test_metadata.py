@@ -1,5 +1,7 @@
-"""`.metadata` is data: what the writers write is read, and nothing that a file may say instead has an
-effect.
+"""The `.metadata` file is read as data only.
+
+What torch's and megatron-core's writers produce is read back; anything else in the file is refused and has no
+effect on the process.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from megatron_evomoe.checkpoint.stream import CheckpointReader, CheckpointWriter
 
 @pytest.fixture
 def saved(tmp_path) -> Path:
-    """A checkpoint with three tensors, one of them in two chunks."""
+    """A checkpoint that holds three tensors, one of them in two chunks."""
     record = Record(
         stage="imported",
         kind="pretrained",
@@ -53,14 +55,14 @@ def saved(tmp_path) -> Path:
 
 
 def put(path: Path, content: bytes) -> None:
-    """Change a file and its checksum, as someone who means harm would."""
+    """Overwrite a file and its recorded checksum, as an attacker would."""
     path.write_bytes(content)
     record = records.read_unchecked(path.parent)
     record.files[path.name] = [len(content), zlib.crc32(content)]
     record.write(path.parent)
 
 
-# Harm, in opcodes. `c` is a shell command that leaves a file behind.
+# Malicious pickles, written in opcodes. `c` is a shell command that creates a file.
 
 
 def text(value: str) -> bytes:
@@ -196,7 +198,7 @@ class Shell:
 
 
 def state_of_the_process() -> list[Any]:
-    """What a pickle could have changed for whoever comes after it."""
+    """Snapshot of the global state that unpickling could change for later code."""
     owners = [
         torch_metadata,
         planner,
@@ -219,18 +221,21 @@ def state_of_the_process() -> list[Any]:
     ]
 
 
+# The reader does not descend into these values where the field is ignored.
 HARMLESS_WHERE_IGNORED = {
     "deep tuples, well made",
     "deep states",
     "a list in itself",
-}  # nothing walks into them
+}
 
 
 @pytest.mark.parametrize("place", ["whole", "key", "value", "ignored"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_hostile_pickle_has_no_effect_and_is_named(saved, tmp_path, kind, place):
-    """As the whole file, and in good metadata: as a tensor's name, as a value, and in a field that is
-    skipped.
+    """A malicious pickle in any place of the file is refused, and the error names the file.
+
+    The pickle is the whole file, or stands inside valid metadata: as a tensor's name, as a value, or in a
+    field that the reader skips.
     """
     canary = tmp_path / "ran"
     harm, good = (
@@ -266,9 +271,7 @@ def unframed(found: Metadata) -> bytes:
 
 
 def test_the_harm_is_real(tmp_path):
-    """The same bytes do what they say in Python's own unpickler: otherwise the test above would show
-    nothing.
-    """
+    """The same pickles run their code in Python's own unpickler, so the test above is meaningful."""
     for kind in (
         "reduce",
         "global, the old way",
@@ -281,13 +284,13 @@ def test_the_harm_is_real(tmp_path):
         canary = tmp_path / kind
         try:
             pickle.loads(b"\x80\x04" + KINDS[kind](f"touch '{canary}'") + b".")
-        except Exception as error:  # it ran before that
+        except Exception as error:  # the command has run before the error
             print(error)
         assert canary.exists(), kind
 
 
 class OldPickler(pickle.Pickler):
-    """As Python 3.11.0 to 3.11.3 pickle members of enumerations (Debian 12 has 3.11.2)."""
+    """Pickles enum members as Python 3.11.0 to 3.11.3 do (Debian 12 ships 3.11.2)."""
 
     def reducer_override(self, value):
         return (getattr, (type(value), value.name)) if isinstance(value, enum.Enum) else NotImplemented
@@ -296,7 +299,7 @@ class OldPickler(pickle.Pickler):
 @pytest.mark.parametrize("pickler", [OldPickler, pickle.Pickler])
 @pytest.mark.parametrize("protocol", [4, 5])
 def test_what_any_python_writes_is_read(saved, pickler, protocol):
-    """With the saver's plans in it, as megatron-core's background writer leaves them."""
+    """The file includes the save plans, as megatron-core's background writer stores them."""
     wanted, content = metadata.read(saved), io.BytesIO()
     item = planner.WriteItem(
         MetadataIndex("a", torch.Size([0]), 0),
@@ -401,7 +404,7 @@ def test_what_cannot_be_is_named(saved, what):
 
 
 def test_sharing_does_not_make_it_large(saved):
-    """One list of chunks in very many tensors: looking at each would take a day."""
+    """Very many tensors share one list of chunks; visiting each chunk would take a day."""
     found, count = metadata.read(saved), 3000
     chunk = torch_metadata.ChunkStorageMetadata(torch.Size([0]), torch.Size([1]))
     shared = [chunk] * count
@@ -417,7 +420,7 @@ def test_sharing_does_not_make_it_large(saved):
 
 
 def test_only_the_bytes_that_were_saved_are_read(saved):
-    """A file that another rank was shown, or that changed after the checksums were compared."""
+    """The bytes read must match the checksum, even if the file changed after the comparison."""
     content = bytearray((saved / ".metadata").read_bytes())
     content[-10] ^= 1
     (saved / ".metadata").write_bytes(content)
@@ -426,7 +429,7 @@ def test_only_the_bytes_that_were_saved_are_read(saved):
 
 
 def test_nothing_else_opens_a_checkpoint():
-    """megatron-core loads in one place, inside `safe_reads`; whatever unpickles says that it will not."""
+    """megatron-core loads in one place, inside `safe_reads`; other loads set `weights_only=True`."""
     package = Path(metadata.__file__).parents[1]
     sources = {path: path.read_text() for path in package.rglob("*.py")}
     assert [path.name for path, source in sources.items() if "dist_checkpointing.load(" in source] == [
@@ -442,7 +445,7 @@ def test_nothing_else_opens_a_checkpoint():
 
 
 def test_what_megatron_core_allows_is_not_built(saved):
-    """A member of an enumeration is there once in the process: state given to it would outlive the file."""
+    """An enum member exists once per process, so state set on it would outlive the file."""
     from megatron.core.enums import ModelType
 
     allowed, member, before = (
@@ -468,7 +471,7 @@ def test_what_megatron_core_allows_is_not_built(saved):
     with pytest.raises(CheckpointError, match=r"common\.pt is unsafe or damaged"):
         contents.require_safe(saved)
     assert dict(vars(member)) == before and set(torch.serialization.get_safe_globals()) == set(allowed)
-    torch.load(io.BytesIO(other.getvalue()), weights_only=True)  # left alone, torch builds it
+    torch.load(io.BytesIO(other.getvalue()), weights_only=True)  # without our check, torch builds it
     assert vars(member).pop("evil") == 1
 
 

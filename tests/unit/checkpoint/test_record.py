@@ -1,4 +1,4 @@
-"""The record protects itself: what is read is what was written, or an error that names the file."""
+"""A record protects itself: it reads back as written, or an error names the file."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def record(step: int = 0, **values) -> Record:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> Path:
-    """A stage folder with two checkpoints."""
+    """A stage folder that holds two checkpoints."""
     folder = tmp_path_factory.mktemp("run") / "align"
     for step in (1, 2):
         with CheckpointWriter(folder, record(step), "{}\n") as writer:
@@ -50,12 +50,12 @@ def saved(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def folder(saved, tmp_path) -> Path:
-    """A copy of it, to damage."""
+    """A copy of the stage folder that a test may damage."""
     return Path(shutil.copytree(saved, tmp_path / "align"))
 
 
 def test_no_flipped_bit_changes_what_is_read(saved):
-    """Every bit of the file. A flip in white space is no change."""
+    """Every bit of the file is flipped in turn; a flip in white space may change nothing."""
     path = saved / "iter_0000002" / records.FILE_NAME
     content = path.read_bytes()
     wanted, refused = records.parse(content, path), 0
@@ -97,7 +97,7 @@ def test_a_record_that_could_not_be_read_is_not_written(tmp_path, values):
 
 
 def in_format_1(path: Path, **changes) -> None:
-    """Rewrite a record as it was before it had a digest."""
+    """Rewrite a record in format 1, which has no digest."""
     data = json.loads((path / records.FILE_NAME).read_text())
     data.pop("digest", None), data.pop("run_id", None)
     (path / records.FILE_NAME).write_text(json.dumps({**data, "format": 1, **changes}))
@@ -112,7 +112,7 @@ def test_the_older_format_is_read_and_said_to_be_unprotected(folder, caplog):
         )
     assert caplog.text.count("a change to it would not be noticed") == 1
     assert find.latest(folder, find.Owner("align", "7" * 32)) == newest
-    records.read(newest).write(newest)  # a resumed run saves in the present format
+    records.read(newest).write(newest)  # a resumed run saves in the current format
     assert records.read(newest).format == records.FORMAT
 
 
@@ -141,7 +141,7 @@ def test_the_older_format_is_read_and_said_to_be_unprotected(folder, caplog):
     ],
 )
 def test_wrong_types_and_numbers_are_named(folder, caplog, changes):
-    """In the unprotected format, where no digest is in the way."""
+    """The record is in the old format, where no digest catches the change first."""
     in_format_1(folder / "iter_0000002", **changes)
     with pytest.raises(CheckpointError, match=r"iter_0000002/evomoe\.json is damaged"):
         records.read(folder / "iter_0000002")
@@ -150,7 +150,7 @@ def test_wrong_types_and_numbers_are_named(folder, caplog, changes):
 
 
 def socket_at(path: Path) -> None:
-    """Bound under a relative name: the path may be longer than an address may be."""
+    """The socket is bound by a relative name, for a full path may exceed the address limit."""
     before = Path.cwd()
     os.chdir(path.parent)
     try:
@@ -210,7 +210,7 @@ def test_anything_but_a_record_is_named(folder, what):
 
 def test_a_huge_record_is_not_read(folder):
     with (folder / "iter_0000002" / records.FILE_NAME).open("r+b") as file:
-        file.truncate(1 << 40)  # sparse
+        file.truncate(1 << 40)  # a sparse file
     with pytest.raises(CheckpointError, match=r"it has 1099511627776 bytes, at most"):
         records.read(folder / "iter_0000002")
 

@@ -1,4 +1,4 @@
-"""Checkpoints: what is saved comes back, what is broken is named, and the last good one always stays."""
+"""Checkpoints load as saved, damage is named, and the last good checkpoint always remains."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_rank")
 
 
 def built_for(kind: str, *, trained: int = 0, **sections):
-    """A stage with fresh weights after `trained` steps."""
+    """Build a stage with fresh weights and train it for `trained` steps."""
     from megatron_evomoe.train.built import build_stage
 
     config = tiny_config(kind, **sections)
@@ -82,8 +82,9 @@ def train(built, first: int, last: int) -> list[tuple[float, float]]:
 
 @pytest.mark.parametrize("kind", ["warmup", "evolve", "route"])
 def test_resumed_steps_have_the_same_bits(tmp_path, kind):
-    """Several steps, not one: with a wrong optimizer state the first loss after a resume still looks
-    right.
+    """Several steps are compared after a resume.
+
+    One step is not enough: with a wrong optimizer state the first loss after a resume still looks right.
     """
     from megatron_evomoe.checkpoint import store
 
@@ -139,9 +140,10 @@ def test_dense_checkpoint_fills_every_expert(tmp_path, expert_init):
     wanted = dense.modules[0].language_model.decoder.layers[1].mlp.linear_fc1.weight
     experts = [e.linear_fc1.weight for e in routed.mixtures()[0].experts.local_experts]
     for weight in experts:
+        # By default the noise is 0.01 of the matrix's own standard deviation.
         if expert_init == "replicate":
             assert torch.equal(weight, wanted)
-        else:  # 0.01 of the matrix's own deviation by default
+        else:
             assert 0.005 < ((weight - wanted).std() / wanted.std()).item() < 0.02
     attention = "language_model.decoder.layers.0.self_attention.linear_qkv.weight"
     assert torch.equal(routed.modules[0].get_parameter(attention), dense.modules[0].get_parameter(attention))
@@ -254,7 +256,7 @@ def test_flipped_byte_is_named_and_the_one_before_is_used(tmp_path, caplog):
 
 
 class Payload:
-    """Unpickled the ordinary way, it would leave a file behind."""
+    """An object that creates a file when it is unpickled the ordinary way."""
 
     def __init__(self, trace: Path) -> None:
         self.trace = trace
@@ -264,7 +266,7 @@ class Payload:
 
 
 def rewrite(path: Path, content: bytes) -> None:
-    """Change a file and its checksum, as someone who means harm would."""
+    """Overwrite a file and its recorded checksum, as an attacker would."""
     path.write_bytes(content)
     record = records.read_unchecked(path.parent)
     record.files[path.name] = [len(content), zlib.crc32(content)]
@@ -274,16 +276,19 @@ def rewrite(path: Path, content: bytes) -> None:
 @pytest.mark.parametrize("is_checked", [True, False])
 @pytest.mark.parametrize("place", [".metadata", "common.pt", "object"])
 def test_no_code_is_run_from_a_checkpoint(tmp_path, monkeypatch, place, is_checked):
-    """Nor by a rank that is shown another file than the one that was checked."""
+    """Code in a checkpoint is never run.
+
+    This holds too on a rank that reads another file than the one that was checked.
+    """
     from megatron_evomoe.checkpoint import metadata, store
 
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     _, built = built_for("align", trained=1)
     path = save(tmp_path, built, "align", 1)
     trace = tmp_path / "ran"
-    if (
-        place == "object"
-    ):  # such as Transformer Engine's _extra_state: bytes inside a tensor file, torch.load-ed by torch
+    # Transformer Engine's _extra_state is such an object: pickled bytes inside a tensor file, which torch
+    # opens with torch.load.
+    if place == "object":
         key, at = next(
             (index.fqn, info)
             for index, info in metadata.read(path).storage_data.items()
@@ -316,8 +321,9 @@ def test_no_code_is_run_from_a_checkpoint(tmp_path, monkeypatch, place, is_check
 
 
 def test_torchs_own_openers_are_not_used(tmp_path, monkeypatch):
-    """In a resume and in a start from weights: neither pickle itself nor torch's default, which the
-    environment can change.
+    """Resuming and starting from weights use neither pickle nor torch's default loader.
+
+    An environment variable can change torch's default.
     """
     from megatron_evomoe.checkpoint import store
     from megatron_evomoe.train.transition import start_from
@@ -373,7 +379,7 @@ def test_background_save_is_published_when_written_and_holds_the_step_it_was_ask
     record = record_for("warmup", 2)
     assert saver.save(tmp_path, record=record, **asked) is None
     assert find.latest(tmp_path) is None and not (tmp_path / records.TRACKER).exists()
-    record.step = 3  # as the loop goes on
+    record.step = 3  # the loop goes on to its next step
     train(built, 3, 3)
     assert saver.poll(wait=True) == tmp_path / "iter_0000002" and saver.poll() is None
     assert (tmp_path / records.TRACKER).read_text() == "2"
@@ -426,7 +432,7 @@ def test_failed_background_save_is_reported_at_the_next_poll(tmp_path):
 
 
 def test_killed_while_saving_leaves_the_last_good_one(tmp_path, monkeypatch):
-    """Dies when the tensors are written and nothing is published yet: the worst moment."""
+    """The process dies at the worst moment: the tensors are written, nothing is published yet."""
 
     _, built = built_for("align", trained=1)
     first = save(tmp_path, built, "align", 1)

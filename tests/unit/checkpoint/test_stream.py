@@ -1,5 +1,6 @@
-"""Reading and writing without a process group: what megatron-core wrote can be read, and what is written it
-reads.
+"""Reading and writing checkpoints without a process group.
+
+What megatron-core wrote can be read, and megatron-core reads what is written.
 """
 
 from __future__ import annotations
@@ -74,8 +75,10 @@ def test_checksums_are_those_of_the_files(tmp_path):
 
 @pytest.mark.parametrize("index", [None, 0, 2])
 def test_chunks_are_put_together(tmp_path, index):
-    """Experts in chunks of one, gate and value apart, as megatron-core writes them; and a matrix cut by
-    columns.
+    """Chunks of one tensor are joined along any axis.
+
+    Covered are experts in chunks of one with gate and value apart, as megatron-core writes them, and a matrix
+    that is cut by columns.
     """
     experts, matrix = torch.randn(3, 4, 5), torch.randn(4, 6)
     with CheckpointWriter(tmp_path, record(), "{}\n") as writer:
@@ -123,7 +126,7 @@ def test_reads_what_the_core_wrote(tmp_path, core_model):
 
 
 def test_the_core_reads_what_is_written(tmp_path, core_model):
-    """Through `load_weights`, in the core's own chunks: nothing is missing, every bit is the same."""
+    """`load_weights` reads every tensor in megatron-core's own chunks, with the same bits."""
     import re
 
     from megatron_evomoe.checkpoint import store
@@ -179,7 +182,7 @@ class Bomb:
 
 
 def test_code_in_the_tensors_is_not_run(tmp_path, monkeypatch):
-    """A tensor's bytes replaced by a pickle that runs a command."""
+    """A tensor's bytes are replaced by a pickle that runs a command."""
     monkeypatch.chdir(tmp_path)
     path = write(tmp_path / "saved", {"a": torch.zeros(500)})
     reader = CheckpointReader(path)
@@ -201,7 +204,7 @@ def test_a_cut_file_is_no_checkpoint(tmp_path):
 
 
 def test_megatron_core_is_not_imported():
-    """Nor Transformer Engine, nor any process group."""
+    """Transformer Engine is not imported either, and no process group is needed."""
     code = (
         "import sys, json\nimport megatron_evomoe.checkpoint.stream, megatron_evomoe.hf.from_hf.importing, "
         "torch.distributed as d\n"

@@ -1,4 +1,6 @@
-"""The checkpoint writer's parts: flat ranges as boxes, checksums on the way, failures of any of its
+"""The parts of the checkpoint writer.
+
+Tested are flat ranges as boxes, checksums computed while writing, and failures in any of the writer's
 threads.
 """
 
@@ -43,8 +45,9 @@ def test_boxes_tile_any_range_in_memory_order():
 
 
 def test_optimizer_shards_are_views_of_the_optimizer(one_rank):
-    """Neither saving nor loading holds a second copy: the boxes are the moments and master weights
-    themselves.
+    """Saving and loading hold no second copy of the optimizer state.
+
+    The boxes are views of the moments and of the master weights themselves.
     """
     from megatron_evomoe.checkpoint import store
 
@@ -65,15 +68,17 @@ def test_checksums_are_those_of_the_files(tmp_path, one_rank):
     _, built = built_for("align", trained=1)
     path = save(tmp_path, built, "align", 1)
     files = records.read(path).files
-    assert sum(name.endswith(".distcp") for name in files) == 2  # one for each writing thread
+    assert sum(name.endswith(".distcp") for name in files) == 2  # one per writing thread
     for name, (size, crc) in files.items():
         content = (path / name).read_bytes()
         assert (len(content), zlib.crc32(content)) == (size, crc), name
 
 
 def test_failure_in_any_writing_thread_fails_the_save(tmp_path, one_rank):
-    """torch's writer forgets what its second thread raises, and would publish a checkpoint that lacks
-    half.
+    """An error in any writing thread makes the save fail.
+
+    torch's writer ignores what its second thread raises, and would publish a checkpoint that lacks half of
+    the data.
     """
     from torch.distributed.checkpoint import filesystem
 
@@ -99,7 +104,7 @@ def test_failure_in_any_writing_thread_fails_the_save(tmp_path, one_rank):
 @pytest.mark.parametrize("background", [False, True])
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
 def test_whatever_file_fails_is_named_and_what_stays_is_said_truly(tmp_path, one_rank, code, background):
-    """Each file of a checkpoint in turn; the tracker fails when the checkpoint is published already."""
+    """Each file of a checkpoint fails in turn; the tracker fails after the checkpoint is published."""
     from megatron_evomoe.checkpoint import store
 
     _, built = built_for("align", trained=1)
@@ -118,7 +123,8 @@ def test_whatever_file_fails_is_named_and_what_stays_is_said_truly(tmp_path, one
             saver.save(tmp_path, record=record_for("align", step), **asked)
             saver.poll(wait=True)
         said = str(caught.value)
-        forked = background and name.endswith(".distcp")  # what the core's writer tells of its fork is less
+        # The forked process of megatron-core's background writer reports less about its errors.
+        forked = background and name.endswith(".distcp")
         assert "rank 0 (" in said and (f"[Errno {code}]" in said or (forked and "OSError" in said)), said
         assert name in said or forked, said
         published = tmp_path / f"iter_{step:07d}"

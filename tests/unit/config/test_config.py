@@ -1,4 +1,4 @@
-"""Configuration: YAML, flags, stages, and the errors users meet."""
+"""Configuration: YAML, flags, stages, and the errors that users meet."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_only_yes_or_no_flags_stand_alone():
 
 
 def test_a_replaced_value_still_loads(caplog):
-    """`dtr_kernel: auto` of version 0.1.0, in a section, a stage and a flag."""
+    """`dtr_kernel: auto` of version 0.1.0 is accepted in a section, a stage and a flag."""
     deprecated._report.cache_clear()
     stage = {"name": "route", "dtr_kernel": "auto"}
     for raw, flags in (

@@ -1,4 +1,4 @@
-"""No field of the configuration is without effect: code outside config/ reads each one."""
+"""Every field of the configuration has an effect: code outside config/ reads it."""
 
 import ast
 import dataclasses
@@ -8,12 +8,12 @@ import megatron_evomoe
 from megatron_evomoe.config import SECTIONS
 
 PACKAGE = Path(megatron_evomoe.__file__).parent
-# states the default, as in Megatron-LM; refused together with its opposite
+# The field states the default, as in Megatron-LM, and is refused together with its opposite.
 WITHOUT_EFFECT = {"override_opt_param_scheduler"}
 
 
 def reads(tree: ast.AST) -> set[str]:
-    """Names of attributes that are read, of objects other than `self`."""
+    """Names of the attributes that are read from objects other than `self`."""
     return {
         node.attr
         for node in ast.walk(tree)
@@ -29,7 +29,7 @@ def read_outside() -> set[str]:
 
 
 def read_by_properties(names: set[str]) -> set[str]:
-    """The fields that those properties and methods of sections read whose names are among `names`."""
+    """Fields that are read by those properties and methods of sections that `names` lists."""
     found: set[str] = set()
     for path in (PACKAGE / "config" / "model.py", PACKAGE / "config" / "training.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

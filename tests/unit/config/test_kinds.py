@@ -1,4 +1,4 @@
-"""A stage kind is its plain string wherever it is compared or written; a token type is its number."""
+"""A stage kind compares and serialises as its plain string, and a token type as its number."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Each field's range is part of its type: the same for files, flags and stages."""
+"""Each field's range is part of its type, so files, flags and stages share it."""
 
 from __future__ import annotations
 

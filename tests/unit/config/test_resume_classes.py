@@ -1,4 +1,4 @@
-"""Every field says beside itself what a resume does where its value has changed."""
+"""Every field declares what a resume does when its value has changed."""
 
 from __future__ import annotations
 

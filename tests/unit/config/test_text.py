@@ -1,5 +1,6 @@
-"""YAML as configurations read it: what scalars mean, what is refused, and that nothing is read without
-end.
+"""YAML as configurations read it.
+
+Tested are the meaning of scalars, what is refused, and that reading always ends.
 """
 
 from __future__ import annotations

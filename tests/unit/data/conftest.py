@@ -1,4 +1,4 @@
-"""Tokenizers and shards shared by the data tests (built once)."""
+"""Tokenizers and shards that the data tests share; each is built once."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ def sp_path(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def sp_dummy_path(tmp_path_factory):
-    """Trained with sentencepiece's own defaults: dummy prefix, whitespace squeezed, and a user-defined
-    <|im_end|>.
+    """A tokenizer trained with sentencepiece's own defaults.
+
+    It has a dummy prefix, squeezes whitespace, and has a user-defined <|im_end|>.
     """
     import sentencepiece
 

@@ -30,8 +30,10 @@ TOKENS_PER_IMAGE = 4
 
 
 def save_hf_tokenizer(folder: Path, kind: str) -> Path:
-    """A BPE with byte-level pieces (`gpt`: no bos; eos <|endoftext|>) or one with Llama's dummy prefix
-    (`llama`: <s> … </s>).
+    """Save a BPE tokenizer of one of two kinds.
+
+    `gpt` has byte-level pieces, no bos, and eos <|endoftext|>; `llama` has Llama's dummy prefix and <s> …
+    </s>.
     """
     from tokenizers import (
         AddedToken,
@@ -89,7 +91,7 @@ def save_hf_tokenizer(folder: Path, kind: str) -> Path:
 
 
 def jpeg(seed: int = 0, size: tuple[int, int] = (24, 16), **save: object) -> bytes:
-    """A smooth random JPEG of (width, height)."""
+    """A smooth random JPEG of `size` (width, height)."""
     small = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     out = io.BytesIO()
     Image.fromarray(small).resize(size, Image.BICUBIC).save(out, "JPEG", quality=90, **save)
@@ -118,7 +120,7 @@ def chat(
 
 
 def samples(n: int) -> list[tuple[dict, list[bytes]]]:
-    """No, one or two images in turn; lengths differ."""
+    """Samples with no, one and two images in turn, and of different lengths."""
     out = []
     for i in range(n):
         images = [jpeg(10 * i + j, (20 + i % 5, 16)) for j in range(i % 3)]
@@ -133,7 +135,7 @@ def samples(n: int) -> list[tuple[dict, list[bytes]]]:
 
 
 def loader(dataset, tokenizer, processor, *, workers: int = 0, shuffle: bool = True, **kwargs) -> TrainLoader:
-    """A TrainLoader with small defaults, in shuffled or stored order; takes fields of DataConfig too."""
+    """A TrainLoader with small defaults, shuffled or in stored order; `kwargs` take DataConfig's fields."""
     config = {k: kwargs.pop(k) for k in list(kwargs) if k in DataConfig.__dataclass_fields__}
     config = {"seq_length": 512, "num_workers": workers, "prefetch_factor": 2, **config}
     defaults = dict(
@@ -153,6 +155,6 @@ def take(train_loader: TrainLoader, steps: int) -> list:
 
 
 def open_files_under(folder: Path) -> int:
-    """File descriptors this process has open on files under `folder`."""
+    """Number of file descriptors that this process has open on files under `folder`."""
     links = (Path("/proc/self/fd") / name for name in os.listdir("/proc/self/fd"))
     return sum(os.readlink(link).startswith(str(folder)) for link in links if link.is_symlink())

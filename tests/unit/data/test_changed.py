@@ -1,5 +1,6 @@
-"""Changed training data: what differs is named, and what going on means is counted, checked against the
-samples themselves.
+"""A change of the training data is described, and its effect on a resume is counted.
+
+The counts are checked against the samples themselves.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ SHARDS = st.lists(st.tuples(st.sampled_from("abcdef"), st.integers(1, 9)), min_s
 
 
 def contents(shards: list[tuple[str, int]]) -> list[tuple[str, int, str]]:
-    """A shard's letter and size decide its digest; its name is the letter's."""
+    """Shards as (name, size, digest): letter and size give the digest, the letter gives the name."""
     return [(f"{letter}.tar", count, f"{letter}{count}") for letter, count in shards]
 
 
 def samples(shards: list[tuple[str, int, str]]) -> list[tuple[str, int, int]]:
-    """What each sample is: digest of its shard, which of the shards of that digest, place in it."""
+    """Identity of each sample: its shard's digest, the number among equal digests, and its place."""
     seen: dict[str, int] = {}
     found = []
     for _, count, digest in shards:

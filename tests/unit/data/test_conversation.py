@@ -1,4 +1,4 @@
-"""Masks are checked against decoded text, for every template and kind of tokenizer."""
+"""Loss masks are checked against decoded text, for every template and kind of tokenizer."""
 
 from __future__ import annotations
 
@@ -29,8 +29,9 @@ CONVERSATION = [
 
 
 def supervised_spans(sample, stops=()):
-    """The runs of ids that are predicted, from the labels alone; `plain` may have two without anything
-    between them.
+    """The runs of predicted ids, found from the labels alone.
+
+    `plain` may have two runs with nothing between them.
     """
     spans = [[]]
     for label in sample.labels:
@@ -193,7 +194,8 @@ def test_truncation_keeps_images_whole_and_some_answer(sp):
     sample = run(encode, tokenizer=sp, template="v1")
     total = len(sample.tokens)
     last = max(i for i, kind in enumerate(sample.token_types) if kind == TokenType.VISION)
-    cut, images = truncate(sample, last, TOKENS_PER_IMAGE)  # would cut the third image's last position
+    # The limit would cut the last position of the third image.
+    cut, images = truncate(sample, last, TOKENS_PER_IMAGE)
     assert (
         images == 2
         and len(cut.tokens) == last + 1 - TOKENS_PER_IMAGE

@@ -1,4 +1,4 @@
-"""Cached features are those of the right image, and nothing stale, torn or damaged is taken for one."""
+"""Cached features belong to the right image; stale, torn or damaged entries are not used."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ T, C = 16, 64  # positions and width of the default tower
 
 @pytest.fixture
 def shards(tmp_path) -> Path:
-    """21 samples with 0, 1 and 2 images in turn, in three shards of 7 images each."""
+    """Three shards of 7 images each: 21 samples with 0, 1 and 2 images in turn."""
     write_shards(iter(samples(21)), tmp_path / "shards", samples_per_shard=7)
     return tmp_path / "shards"
 
@@ -68,7 +68,7 @@ def test_every_sample_finds_its_own_images(cache):
         )
         seen += [(shard, j) for j in images]
     assert len(set(seen)) == len(seen) == sum(cache.dataset.num_images(s) for s in range(3)) == 21
-    assert len(cache.read(2, 1)) == 1  # a sample that was cut before its second image
+    assert len(cache.read(2, 1)) == 1  # a sample that was truncated before its second image
 
 
 def test_images_that_could_not_be_decoded_say_so_again(cache):

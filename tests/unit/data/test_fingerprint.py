@@ -1,4 +1,4 @@
-"""A shard's digest stays the same wherever the samples are the same, and changes with each of them."""
+"""A shard's digest depends on its samples alone, and changes with any of them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from megatron_evomoe.data.fingerprint import BLOCK, WHOLE
 from megatron_evomoe.data.shards import ShardDataset
 
-Sample = tuple[bytes, list[bytes]]  # the record, and encoded images
+Sample = tuple[bytes, list[bytes]]  # the record and the encoded images
 SIZES = st.sampled_from([1, 7, BLOCK, WHOLE, WHOLE + 1, 3 * WHOLE])
 
 
 def write(path: Path, samples: list[Sample], *, dialect: int = tarfile.USTAR_FORMAT, mtime: int = 0) -> Path:
-    """The samples as a tar of its own, its index forgotten."""
+    """Write the samples to a new tar and delete its index."""
     for stale in path.parent.glob(f"*{path.name}*"):
         stale.unlink()
     with tarfile.open(path, "w", format=dialect) as archive:
@@ -56,7 +56,7 @@ def test_any_other_sample_gives_another_digest(tmp_path_factory, one, data):
     before = digests(shard)
     at = data.draw(st.integers(0, len(one) - 1))
     record, images = one[at]
-    other = bytes(len(record)) if any(record) else b"\1" * len(record)  # of the same size
+    other = bytes(len(record)) if any(record) else b"\1" * len(record)  # a record of the same size
     changes: list[list[Sample]] = [
         [*one[:at], (other, images), *one[at + 1 :]],
         [*one[:at], (record + b"x", images), *one[at + 1 :]],

@@ -1,4 +1,4 @@
-"""Pixels equal PIL's; bad images are refused for what they are."""
+"""Processed pixels equal PIL's, and bad images are refused with the right reason."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from megatron_evomoe.data.image import (
 from .helpers import encoded, jpeg
 
 PHOTOS = [Image.fromarray(photo) for photo in load_sample_images().images]  # 640 x 427
-# Worst seen over these photos, sizes and rules: 0.0063 of 255 (torch 2.13, Pillow 13); the target of
-# data-loading.md is 0.02.
+# The largest difference over these photos, sizes and rules is 0.0063 of 255 (torch 2.13, Pillow 13);
+# data-loading.md promises 0.02.
 TOLERANCE = 0.02
 
 
@@ -71,7 +71,9 @@ def test_long_strips_do_not_take_their_squares_memory(size, rule):
     out = ImageProcessor(32, rule)(pixels)
     middle = out[:, 16, 16]
     assert out.shape == (3, 32, 32) and (rule == "pad" or middle.tolist() == [200] * 3)
-    if rule == "pad":  # 60 of 9000 rows are a fifth of a pixel; above and below it is the mean colour
+    # The strip's 60 of 9000 rows shrink to a fifth of a pixel; the rows above and below it have the mean
+    # colour.
+    if rule == "pad":
         assert out[:, 0, 0].tolist() == [int(m * 255) for m in CLIP_MEAN]
 
 
@@ -94,7 +96,8 @@ def test_processor_follows_the_configuration():
 
 
 def test_jpeg_decodes_as_pil_does():
-    # not to the bit: libjpeg-turbo builds may upsample chroma differently; measured 0 here
+    # Equality to the bit is not required: builds of libjpeg-turbo may upsample chroma differently. Measured
+    # here: 0.
     ours, theirs = decode_image(jpeg(1)), np.asarray(Image.open(io.BytesIO(jpeg(1))).convert("RGB"))
     assert ours.shape == theirs.shape and np.abs(ours.astype(int) - theirs.astype(int)).mean() <= 1
 
@@ -110,7 +113,7 @@ def test_modes_become_rgb():
     photo = PHOTOS[0].resize((30, 20))
     rgb = np.asarray(photo).astype(int)
     cmyk = decode_image(encoded(photo.convert("CMYK"), "JPEG", quality=95))
-    assert cmyk.shape == (20, 30, 3) and np.abs(cmyk - rgb).mean() < 12  # JPEG loss on top of the round trip
+    assert cmyk.shape == (20, 30, 3) and np.abs(cmyk - rgb).mean() < 12  # the bound allows for JPEG loss
     for mode, kind in (
         ("L", "JPEG"),
         ("L", "PNG"),
@@ -176,7 +179,7 @@ def test_corrupt_images(kind):
 
 
 def bomb(width: int, height: int) -> bytes:
-    """A PNG that is all header: its one row of data is never reached."""
+    """A PNG with a huge size in its header; its single row of data is never decoded."""
 
     def chunk(name, body):
         return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))

@@ -1,4 +1,4 @@
-"""What is shown is what the labels say."""
+"""What `inspect-data` shows agrees with the labels."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_bad_arguments(shards, sp_path, tmp_path):
 
 @pytest.fixture
 def run_yaml(shards, sp_path, tmp_path):
-    """A run of three stages, of which two see the same."""
+    """A run of three stages, two of which see the same data."""
     asked = [chat(f"<image>\nHow many are there of {i}?", f"There are {i}.") for i in range(9)]
     write_shards([({"conversations": turns}, [jpeg(i)]) for i, turns in enumerate(asked)], tmp_path / "more")
     write_shards(
@@ -120,7 +120,7 @@ stages:
 
 
 def test_a_runs_configuration_shows_what_the_run_sees(run_yaml, tmp_path, capsys):
-    """Held against the loader of each stage, by the path on which training builds it."""
+    """The output is compared with each stage's loader, built the way training builds it."""
     assert run("--config", run_yaml, "--num", 3, "--output", tmp_path / "png") == 0
     printed = capsys.readouterr().out
     align, rest = printed.split("stages warmup, route: ")

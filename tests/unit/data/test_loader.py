@@ -1,4 +1,4 @@
-"""The order is a function of (seed, epoch, position); bad samples keep their slot and are counted."""
+"""Sample order depends on (seed, epoch, position); bad samples keep their place and are counted."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_order_is_a_permutation_per_epoch_that_depends_on_seed_and_epoch_only():
 
 
 def test_order_stays_what_it_was():
-    """Written down with numpy 2.4.6; a run resumed after an upgrade must not see another order."""
+    """The order was recorded with numpy 2.4.6; an upgrade must not change it for a resumed run."""
     assert [SampleOrder(10, seed=1234).index(p) for p in range(20)] == GOLDEN
 
 
@@ -85,7 +85,7 @@ def test_microbatch_contents(dataset, sp, processor):
     (step,) = take(loader(dataset, sp, processor), 1)
     assert len(step.microbatches) == 4 and step.position == 8 and step.epoch == 0 and step.skipped == {}
     lengths = {micro["tokens"].shape for micro in step.microbatches}
-    assert len(lengths) == 1  # one length for the whole step
+    assert len(lengths) == 1  # the whole step is padded to one length
     longest = 0
     for m, micro in enumerate(step.microbatches):
         images = []
@@ -152,7 +152,7 @@ def test_impossible_arguments(dataset, sp, processor, wrong):
 
 
 def test_workers_do_not_change_anything(dataset, sp, processor):
-    reference = take(loader(dataset, sp, processor), 8)  # crosses an epoch border at 50
+    reference = take(loader(dataset, sp, processor), 8)  # the eight steps pass the end of an epoch at 50
     assert [step.epoch for step in reference] == [0, 0, 0, 0, 0, 0, 0, 1]
     for workers in (1, 2, 3):
         for a, b in zip(reference, take(loader(dataset, sp, processor, workers=workers), 8), strict=True):
@@ -161,7 +161,7 @@ def test_workers_do_not_change_anything(dataset, sp, processor):
 
 
 def global_stream(dataset, sp, processor, steps, *, dp, **kwargs):
-    """Keys in global order, put together from all replicas."""
+    """Sample keys in global order, merged from all replicas."""
     replicas = [
         take(loader(dataset, sp, processor, data_parallel_rank=r, data_parallel_size=dp, **kwargs), steps)
         for r in range(dp)
@@ -203,7 +203,7 @@ def test_parents_random_stream_is_left_alone(dataset, sp, processor):
 
 def test_no_descriptors_or_processes_are_left_over(dataset, sp, processor):
     def count():
-        gc.collect()  # data sets of other tests close their files when collected
+        gc.collect()  # data sets of other tests close their files only when collected
         return len(os.listdir("/proc/self/fd")), len(torch.multiprocessing.active_children())
 
     take(loader(dataset, sp, processor, workers=2), 2)
@@ -243,8 +243,9 @@ def _gloo_rank(rank, port, folder, sp_path, queue):
 
 
 def _two_gloo_ranks(port, folder, sp_path, queue):
-    """In a process of its own, whatever groups the test session has; forks the ranks, so that torch is
-    imported once.
+    """Run two gloo ranks, independent of the test session's process groups.
+
+    This process forks the ranks, so that torch is imported once.
     """
     torch.multiprocessing.start_processes(
         _gloo_rank, (port, folder, sp_path, queue), nprocs=2, start_method="fork"
@@ -302,7 +303,7 @@ BAD = {
 
 
 def mixed(folder, bad, good=20):
-    """`good` good samples with `bad` in between, in the order given, read unshuffled."""
+    """A data set of `good` good samples with `bad` in between, to be read unshuffled."""
     write_shards(
         [
             sample
@@ -348,7 +349,8 @@ def test_bad_json_too_many_pixels_and_missing_answer(tmp_path, sp, processor):
     )
     (step,) = take(train, 1)
     assert step.skipped == {"image-too-large": 1, "bad-json": 1}
-    assert step.microbatches[0]["images"].shape[0] == 0  # an all-empty microbatch is one still
+    # A microbatch in which every sample is bad still has its full set of tensors.
+    assert step.microbatches[0]["images"].shape[0] == 0
     assert (step.microbatches[0]["token_types"] == TokenType.PADDING).all()
 
 
@@ -378,7 +380,7 @@ def test_long_samples_are_cut_when_asked(tmp_path, sp, processor):
     micro = step.microbatches[0]
     assert micro["tokens"].shape == (2, 512) and (micro["labels"][0] != IGNORE_INDEX).sum() > 100
     assert len(micro["images"]) == 1
-    assert step.skipped == {"too-long": 1}  # the second would have lost its whole answer
+    assert step.skipped == {"too-long": 1}  # truncation would have removed the second's whole answer
 
 
 def test_samples_without_supervision_are_counted(tmp_path, sp, processor, monkeypatch):
@@ -404,7 +406,8 @@ def test_too_many_bad_samples_stop_the_run(tmp_path, sp, processor, workers):
     with pytest.raises(DataError) as error:
         for step in steps:
             taken.append(step)
-    assert len(taken) == 12  # 3 of 96 is too many already, and judged at 104
+    # The third bad sample among 96 already exceeds the rate, which is checked at 104.
+    assert len(taken) == 12
     message = str(error.value)
     assert all(
         part in message
@@ -414,8 +417,10 @@ def test_too_many_bad_samples_stop_the_run(tmp_path, sp, processor, workers):
 
 
 def test_long_samples_are_not_bad_ones(tmp_path, sp, processor, caplog):
-    """A fifth of the samples is long: counted, logged at 1, 10 and 100, and no reason to stop below a rate of
-    its own.
+    """Samples that are too long do not count as bad samples.
+
+    A fifth of the samples is too long. They are counted, and logged at 1, 10 and 100; they stop a run only
+    above a limit of their own, `max_long_sample_rate`.
     """
     long = ({"conversations": chat(LONG, "2")}, [])
     write_shards(

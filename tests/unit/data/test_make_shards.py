@@ -1,4 +1,4 @@
-"""LLaVA JSON to shards: resumable to the same bytes, and every skipped record is reported with its reason."""
+"""LLaVA JSON to shards: a resume gives the same bytes, and each skipped record has a reason."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 @pytest.fixture
 def source(tmp_path):
-    """36 usable records of all kinds, 9 that are not."""
+    """A source with 36 usable records of all kinds and 9 that are not usable."""
     images = tmp_path / "images"
     (images / "sub").mkdir(parents=True)
     for i in range(8):
@@ -121,9 +121,9 @@ def test_continues_with_what_is_missing(source, monkeypatch):
     make_shards_command.run(args_for(folder, "whole"))
     make_shards_command.run(args_for(folder, "out"))
     out = folder / "out"
-    (out / "shard-000001.tar").unlink()  # lost
-    (out / "shard-000002.tar").write_bytes(b"short")  # damaged
-    (out / ".make-shards" / "000003.json").unlink()  # killed between tar and notes
+    (out / "shard-000001.tar").unlink()  # a lost shard
+    (out / "shard-000002.tar").write_bytes(b"short")  # a damaged shard
+    (out / ".make-shards" / "000003.json").unlink()  # killed before the notes were written
     (out / ".shard-000004.tar.1.tmp").write_bytes(b"left over")
     wrote = []
     write = make_shards.write_shard
@@ -162,13 +162,13 @@ def test_a_killed_run_continues_to_the_same_bytes(source):
     process.wait()
     whole, part = contents(folder / "whole"), contents(folder / "out")
     assert 3 <= len(part) < len(whole), "killed too late to show anything"
-    assert all(whole[name] == data for name, data in part.items())  # nothing half-written under a final name
+    assert all(whole[name] == data for name, data in part.items())  # no partial file has a final name
     assert make_shards_command.run(args_for(folder, "out")) == 0
     assert contents(folder / "out") == whole
     assert len(workers) == 2
     while any(_alive(pid) for pid in workers) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not any(_alive(pid) for pid in workers)  # they do not wait for ever for a parent that is gone
+    assert not any(_alive(pid) for pid in workers)  # the workers do not wait forever for a dead parent
 
 
 def _alive(pid):

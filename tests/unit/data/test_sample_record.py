@@ -1,5 +1,6 @@
-"""Records of all kinds: read as what they say, or refused by a reason; none trained as text that names more
-than text.
+"""Records of all kinds are read as what they say, or refused with a reason.
+
+A record that names more than text is never trained on as text alone.
 """
 
 from __future__ import annotations

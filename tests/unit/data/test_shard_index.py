@@ -1,4 +1,4 @@
-"""The index beside a shard: kept while it is true, never trusted, never in anybody's way."""
+"""The index file beside a shard is reused while it matches, verified on use, and never required."""
 
 from __future__ import annotations
 
@@ -45,8 +45,9 @@ def everything(path):
 
 
 def energon_index(tar):
-    """SHARD.tar.idx as megatron-energon writes it: the byte where each sample begins, and the end, as
-    uint64.
+    """Write SHARD.tar.idx as megatron-energon does.
+
+    The file holds the byte offset at which each sample begins, and the end, as uint64.
     """
     starts, keys = [], []
     with tarfile.open(tar) as archive:
@@ -60,7 +61,7 @@ def energon_index(tar):
 
 @pytest.fixture
 def built(monkeypatch):
-    """The tars of which an index was built."""
+    """List of the tars for which an index was built."""
     found = []
     monkeypatch.setattr(
         shard_index, "build_index", lambda tar, build=shard_index.build_index: found.append(tar) or build(tar)
@@ -159,15 +160,14 @@ def test_read_only_folder(tmp_path, monkeypatch):
     def refuse(*_args, **_kwargs):
         raise PermissionError(30, "Read-only file system")
 
-    monkeypatch.setattr(
-        shard_index.safetensors.numpy, "save", refuse
-    )  # tests may run as root, whom modes do not stop
+    # The failure is simulated because tests may run as root, for whom file modes have no effect.
+    monkeypatch.setattr(shard_index.safetensors.numpy, "save", refuse)
     assert len(ShardDataset(path)) == 1
     assert [p.name for p in tmp_path.iterdir()] == ["a.tar"]
 
 
 def rewrite(path, *, seal=True, **arrays):
-    """Replace arrays of the index beside `path`; with `seal` its digest is made to fit."""
+    """Replace arrays of the index beside `path`; `seal` recomputes its digest."""
     saved = {**safetensors.numpy.load(index_path(path).read_bytes()), **arrays}
     if seal:
         saved["digest"] = np.frombuffer(shard_index._digest(saved), np.uint8)
@@ -177,7 +177,7 @@ def rewrite(path, *, seal=True, **arrays):
 
 
 def shifted(path):
-    """All the index says of members, moved on by one sample (no, one or two images in turn)."""
+    """The index's member tables, shifted by one sample (samples have no, one or two images in turn)."""
     saved = safetensors.numpy.load(index_path(path).read_bytes())
     return {"text": np.roll(saved["text"], 1, axis=0), "images": np.roll(saved["images"], 1, axis=0)}
 
@@ -215,14 +215,19 @@ def test_arrays_that_cannot_be_true_are_made_anew(tmp_path, built, name, seal):
 
 
 def test_an_index_of_another_tar_pairs_nothing(tmp_path, built):
-    """Same size and time, sealed: held against the tar when it is loaded, and again for each member."""
+    """An index of another tar never pairs a record with a wrong image.
+
+    The index has the right size, time and digest. It is compared with the tar when it is loaded, and again
+    when each member is read.
+    """
     (path,) = write_shards(samples(9), tmp_path)
     truth = everything(path)
     before = len(built)
     rewrite(path, **shifted(path))
     assert everything(path) == truth and len(built) == before + 1
     moved = load_index(path).text.copy()
-    moved[[1, 2]] = moved[[2, 1]]  # neither the first nor the middle nor the last
+    # The swapped samples are neither the first nor the middle nor the last, which loading checks.
+    moved[[1, 2]] = moved[[2, 1]]
     rewrite(path, text=moved)
     dataset = ShardDataset(path)
     for i in range(9):
@@ -281,7 +286,7 @@ def test_a_change_that_could_be_true_is_noticed_by_the_digest(tmp_path, built, n
 
 
 def test_images_of_a_sample_are_not_exchanged(tmp_path):
-    (path,) = write_shards(samples(3), tmp_path)  # the third has two
+    (path,) = write_shards(samples(3), tmp_path)  # the third sample has two images
     images = load_index(path).images.copy()
     images[[1, 2]] = images[[2, 1]]
     rewrite(path, images=images)

@@ -1,4 +1,4 @@
-"""Shards: what we write webdataset reads, and what others write (well or badly) we read or report."""
+"""webdataset reads our shards, and shards of other writers are read or their faults reported."""
 
 from __future__ import annotations
 
@@ -67,9 +67,8 @@ def test_bytes_are_reproducible(tmp_path):
     first, second = (write_shards(samples(7), tmp_path / n, samples_per_shard=3) for n in "ab")
     assert [p.name for p in first] == [f"shard-{i:06d}.tar" for i in range(3)]
     assert [p.read_bytes() for p in first] == [p.read_bytes() for p in second]
-    constant = tar_bytes(
-        [("k", {"a": "é"}, [b"\x89PNG", b"RIFF0000WEBP"])]
-    )  # no clock, user or machine in it
+    # The tar holds no clock time, user or machine name.
+    constant = tar_bytes([("k", {"a": "é"}, [b"\x89PNG", b"RIFF0000WEBP"])])
     assert (
         hashlib.sha256(constant).hexdigest()
         == "990c1fa98243ccf9561a985fb2fa9d33bd1ac76dd2c2ff1e362ad0d65efb1554"
@@ -177,9 +176,9 @@ def test_odd_members_are_reported(tmp_path, caplog):
         ("a.jpg", jpeg(0)),
         ("b.jpg", jpeg(1)),
         ("a.json", record(0)),
-        ("b.json", record(1)),  # not adjacent
+        ("b.json", record(1)),  # not adjacent to its image
         ("a.jpg", jpeg(2)),
-        ("a.json", record(2)),  # the key again
+        ("a.json", record(2)),  # the key occurs again
         ("c.pyd", pickle.dumps(1)),
         ("c.pkl", pickle.dumps(1)),
         ("c.json", record(3)),
@@ -271,7 +270,10 @@ def test_archives_put_together_are_read_whole(tmp_path):
     ],
 )
 def test_members_that_are_no_plain_files_take_their_sample_with_them(tmp_path, form, kind, reason):
-    """Without its image the record is a text-only one, and would be trained as such."""
+    """A sample whose image is not a plain file is refused.
+
+    Without its image the record would be trained on as text alone.
+    """
     path = tmp_path / "a.tar"
     with tarfile.open(path, "w", format=form) as archive:
         for name, data in (
