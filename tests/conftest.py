@@ -1,4 +1,4 @@
-"""Shared by all tests: megatron-core made importable, and one-process groups for tests of single modules."""
+"""Fixtures of all tests: data at a small size, configurations, and megatron-core's groups in one process."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from tests.runs import four_stages
 
 
 class MeasuredRows:
-    """Shows the rows that tests measured when the run ends; pytest-xdist's workers hand them over."""
+    """Collects the table rows that tests measured, in all pytest-xdist workers, and prints them."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
 
     def pytest_runtest_logreport(self, report):
-        if report.when == "teardown":  # the last report of a test has the properties of all
+        if report.when == "teardown":  # only the report of a test's last phase carries all its properties
             self.lines += [value for name, value in report.user_properties if name == "row"]
 
     def pytest_terminal_summary(self, terminalreporter):
@@ -37,9 +37,9 @@ def pytest_configure(config):
     config.pluginmanager.register(MeasuredRows())
     is_worker = hasattr(config, "workerinput")
     if config.getoption("numprocesses", None) and not is_worker:
-        return  # pytest-xdist's workers run the tests, and this process only shows what becomes of them
+        return  # under pytest-xdist the workers run the tests; this process only reports their results
     if not backend.on_gpu():
-        # Triton reads this when it is first imported, which megatron-core does below
+        # megatron-core, imported below, imports Triton, which reads this variable on its first import
         os.environ["TRITON_INTERPRET"] = "1"
     backend.prepare()
     torch.set_num_threads(1)
@@ -47,13 +47,13 @@ def pytest_configure(config):
 
 @pytest.fixture
 def row(request):
-    """A function that takes a row of a table in `docs/`, to be shown when the run ends."""
+    """Return a function that records a row of a table in `docs/`; all rows are printed at the end."""
     return lambda line: request.node.user_properties.append(("row", line))
 
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory) -> Path:
-    """The quickstart's data at a small size, with its tokenizer."""
+    """The folder of the quickstart's data at a small size, with its tokenizer."""
     sys.path.insert(0, str(ROOT / "examples" / "digits"))
     import build_data
 
@@ -66,7 +66,7 @@ def digits(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_yaml(digits):
-    """A function that writes the configuration of `runs.four_stages` into a folder and returns its path."""
+    """A function that writes the configuration of `runs.four_stages` to a folder and returns its path."""
 
     def write(folder: Path, **changes: Any) -> Path:
         path = folder / "run.yaml"
@@ -78,7 +78,7 @@ def tiny_yaml(digits):
 
 @pytest.fixture(scope="session")
 def one_rank():
-    """A world of one with megatron-core's groups (TP = PP = EP = 1) and its RNG tracker seeded."""
+    """Initialise megatron-core for a single process (TP = PP = EP = 1) and seed its RNG tracker."""
     from megatron.core import parallel_state, tensor_parallel
 
     backend.init_process_group(timeout_minutes=1)
@@ -91,8 +91,9 @@ def one_rank():
 
 @pytest.fixture(autouse=True)
 def clean_core():
-    """Forget what megatron-core keeps per process of its auxiliary losses: a test that trained would leave
-    its scale behind.
+    """Reset the auxiliary-loss state that megatron-core keeps per process.
+
+    A test that trained would otherwise leave its loss scale behind for the next test.
     """
     from megatron.core.transformer.moe import moe_utils
 

@@ -1,6 +1,4 @@
-"""Files that cannot be written: a full disk or a broken one, at a file of one's choice, without a mount and
-without root.
-"""
+"""Simulates files that cannot be written, as on a full or broken disk, without a mount and without root."""
 
 from __future__ import annotations
 
@@ -16,14 +14,16 @@ from typing import Any
 
 
 def matching(pattern: str, code: int = errno.ENOSPC) -> Callable[[str], int]:
-    """For `failing`: `code` for file names that match `pattern`."""
+    """Return a fault for `failing`: error number `code` for file names that match `pattern`."""
     return lambda name: code if fnmatch.fnmatch(name, pattern) else 0
 
 
 @contextlib.contextmanager
 def failing(fault: Callable[[str], int], below: Path) -> Iterator[None]:
-    """Inside, a write of this process and its forks to a file below `below` fails with the error number that
-    `fault` gives for the file's name at that moment, 0 for none. The file is made all the same, as on a disk
+    """Within this context, writing to files below the folder `below` fails as `fault` decides.
+
+    `fault` maps a file's name to the error number of the failing write, or to 0 for none, and is asked at
+    every write. This holds for this process and its forks. The file is created all the same, as on a disk
     that has just become full.
     """
     opened, file_io, below = builtins.open, io.FileIO, below.absolute()

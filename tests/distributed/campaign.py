@@ -1,4 +1,4 @@
-"""Which trainings are compared: stages, options and layouts, in the order their checkpoints allow."""
+"""The trainings to compare: stages, options and layouts, ordered so that needed checkpoints exist."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ STEPS, ALL = 3, 6
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """A training to repeat under every layout."""
+    """A training that is repeated under every layout."""
 
     kind: str
     sections: dict[str, Any] = field(default_factory=dict)
@@ -34,8 +34,9 @@ STAGES = {
             "train": {"trainable": ["router", "experts"]},
         },
     ),
-    # Where dropped tokens leave a gradient that is all rounding, Adam's first steps are as long as any: at
-    # the usual rate the gradient norm of a DTR differs by 2e-5 after three.
+    # Where tokens are dropped, some gradients are zero up to rounding, yet Adam's first steps are as long for
+    # them as for any other. At the usual learning rate, the gradient norm of a stage with the DTR
+    # router would differ by 2e-5 after three steps.
     "route, capacity": Stage(
         kind="route",
         sections={
@@ -48,7 +49,7 @@ STAGES = {
 
 
 class Campaign:
-    """Runs jobs and keeps what they came to: `results[stage][layout]`, steps of each."""
+    """Runs jobs and keeps their metrics: the steps' metrics are looked up by stage and layout."""
 
     def __init__(
         self, folder: Path, options: dict[str, Any] | None = None, layouts: dict[str, Layout] | None = None
@@ -60,15 +61,15 @@ class Campaign:
         self._calls = 0
 
     def checkpoint(self, stage: str, layout: str) -> Path:
-        """Where `stage` was saved after `STEPS` steps under `layout`."""
+        """The checkpoint of `stage` after `STEPS` steps under `layout`."""
         return self.folder / "saved" / stage.replace(", ", "-") / layout.replace(" ", "") / "steps3"
 
     def unbroken(self, stage: str) -> list[dict[str, float]]:
-        """Six steps on one rank."""
+        """The metrics of six steps of `stage` on one rank, without a resume."""
         return self.trained[stage, "unbroken"]
 
     def run_references(self, stages: list[str]) -> None:
-        """One rank: the weights everything starts from, then each stage for six steps, saved after three."""
+        """On one rank, save initial weights, then train each stage for six steps and save it after three."""
         first = self.folder / "saved" / "first"
         jobs = [Job(name="first", layout=self.layouts["one rank"], kind="align", last=1, save=str(first))]
         for stage in dict.fromkeys(["evolve", *stages]):
@@ -81,11 +82,11 @@ class Campaign:
                 self.trained[stage, "one rank" if int(last) == STEPS else "unbroken"] = steps
 
     def run_layouts(self, stages: list[str], layouts: list[str]) -> None:
-        """Each stage under each layout for three steps, saved."""
+        """Train each stage under each layout for three steps and save it."""
         self.run_pairs([(stage, layout) for layout in layouts for stage in stages])
 
     def run_pairs(self, pairs: list[tuple[str, str]]) -> None:
-        """Each (stage, layout) for three steps, saved."""
+        """Train each pair (stage, layout) for three steps and save it."""
         for world in sorted({self.layouts[name].world for _, name in pairs}):
             jobs = [
                 self._job(stage, name, save=True)
@@ -97,7 +98,7 @@ class Campaign:
                 self.trained[stage, layout] = steps
 
     def run_resumes(self, stages: list[str], pairs: list[tuple[str, str]]) -> None:
-        """Steps four to six under the second layout of each pair, from what the first one saved."""
+        """Train steps four to six under each pair's second layout, from its first layout's checkpoint."""
         for world in sorted({self.layouts[to].world for _, to in pairs}):
             here = [pair for pair in pairs if self.layouts[pair[1]].world == world]
             jobs = [self._job(stage, to, resume=source) for source, to in here for stage in stages]
@@ -137,8 +138,9 @@ class Campaign:
 
 
 def deviation(wanted: list[dict[str, float]], got: list[dict[str, float]]) -> float:
-    """The largest difference over all steps and metrics, relative to the metric (to 1 for shares and losses
-    below 1).
+    """The largest relative difference over all steps and metrics.
+
+    Differences of metrics below 1 (shares, small losses) are taken absolutely.
 
     Raises:
         AssertionError: a metric is missing on one side.

@@ -1,5 +1,6 @@
-"""`python -m megatron_evomoe`, with faults added: what a file asks for, on the rank it names, while the file
-is there.
+"""`python -m megatron_evomoe` with injected faults.
+
+A trigger file names the fault and the rank that has it; the fault lasts as long as the file exists.
 
 {"rank": 1, "kind": "nan"}                                      a gradient that turns NaN, once
 {"rank": 0, "kind": "write", "files": "common.pt*", "errno": 28}  files that cannot be written
@@ -20,16 +21,16 @@ from tests.faults import failing, matching
 
 
 def asked(trigger: Path, kind: str) -> dict[str, Any] | None:
-    """The fault of `kind` that this rank is to have now."""
+    """The fault of `kind` that the trigger file asks of this rank now, or None."""
     try:
         fault = json.loads(trigger.read_text())
-    except (OSError, ValueError):  # none, or one being written
+    except (OSError, ValueError):  # there is no file, or it is being written
         return None
     return fault if fault["kind"] == kind and str(fault["rank"]) == os.environ["RANK"] else None
 
 
 def add_faults(trigger: Path) -> None:
-    """Wrap functions that the training loop calls, in the modules that call them."""
+    """Wrap functions that the training loop calls, in the modules that call them, so that they can fail."""
     from megatron_evomoe.parallel import backend
 
     backend.prepare()
@@ -64,7 +65,7 @@ def with_faults(name: str, original: Callable[..., Any], trigger: Path) -> Calla
 
 
 def poison(optimizer: Any) -> None:
-    """This rank's share of the reduced gradient is NaN at the next update."""
+    """Set this rank's shard of the reduced gradient to NaN before the next update."""
     update = optimizer.step
 
     def poisoned() -> Any:

@@ -1,4 +1,4 @@
-"""Run the same training under many layouts, in gloo processes, and hand back what each came to.
+"""Runs the same training under many layouts, in gloo processes, and returns the metrics of each run.
 
 A `Job` is a few optimizer steps of one stage under one layout, from a checkpoint and to a checkpoint. Jobs of
 one world size run one after the other in the same processes (`worker.py`), because starting Python four times
@@ -21,22 +21,15 @@ from tests.tiny import IMAGE_TOKENS, VOCAB
 
 ROWS = 8
 LENGTH = 24
-IMAGES = (
-    1,
-    0,
-    0,
-    0,
-    2,
-    1,
-    0,
-    0,
-)  # per row; with DP 2 and two rows a microbatch, the second replica sees no image
-SHORT = {3: 10, 6: 9}  # rows that are mostly padding: a sequence-parallel shard of them is nothing else
+# images per row: with DP 2 and two rows per microbatch, the second replica has a microbatch without images
+IMAGES = (1, 0, 0, 0, 2, 1, 0, 0)
+# token counts of rows that are mostly padding, so that some sequence-parallel shards hold padding alone
+SHORT = {3: 10, 6: 9}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Degrees, and how many ranks they fill (data parallelism takes what is left)."""
+    """Parallel degrees and the number of ranks; data parallelism takes the ranks that the degrees leave."""
 
     world: int
     tp: int = 1
@@ -45,15 +38,19 @@ class Layout:
     etp: int = 1
     layers_per_chunk: int | None = None
     overlap: bool = False
-    """communicate gradients and weights during the backward and the forward pass, in many small buckets"""
+    """communicate gradients and weights during the backward and forward passes, in many small buckets"""
 
     @property
     def replicas(self) -> int:
-        """Data-parallel size."""
+        """The data-parallel size."""
         return self.world // (self.tp * self.pp)
 
     def takes(self, options: dict[str, Any]) -> bool:
-        """Whether eight rows a step can be laid out so, and the optimizer has what the layout overlaps."""
+        """Whether this layout can run with `options`.
+
+        A step's eight rows must divide evenly into microbatches, and communication can only overlap with the
+        distributed optimizer.
+        """
         rows = options.get("train", {}).get("micro_batch_size", 2)
         microbatches, rest = divmod(ROWS, rows * self.replicas)
         shards = options.get("parallel", {}).get("use_distributed_optimizer", True)
@@ -65,7 +62,7 @@ class Layout:
 
     @property
     def flags(self) -> dict[str, Any]:
-        """The `parallel` section."""
+        """The configuration's `parallel` section."""
         return {
             "tensor_model_parallel_size": self.tp,
             "pipeline_model_parallel_size": self.pp,
@@ -91,7 +88,7 @@ LAYOUTS = {
     "PP 2 x EP 2": Layout(world=4, pp=2, ep=2),
     "TP 2 x PP 2": Layout(world=4, tp=2, pp=2),
 }
-"""Every stage and option under each."""
+"""Every stage and every option is tested under each of these layouts."""
 
 COMBINED = {
     "PP 4": Layout(world=4, pp=4),
@@ -103,32 +100,35 @@ COMBINED = {
     "TP 2 x EP 2 x ETP 2": Layout(world=4, tp=2, ep=2, etp=2),
     "TP 2 x PP 2 x EP 2": Layout(world=8, tp=2, pp=2, ep=2),
 }
-"""Some stages and options under each: tests/distributed/test_layouts.py says which."""
+"""Layouts tested with some stages and options only; tests/distributed/test_layouts.py says which."""
 
 
 @dataclass(kw_only=True)
 class Job:
-    """Steps `first`…`last` of stage `kind` under `layout`."""
+    """Training steps `first` to `last` of a stage of kind `kind` under `layout`."""
 
     name: str
     layout: Layout
     kind: str
     sections: dict[str, Any] = field(default_factory=dict)
-    """merged over `configuration`'s"""
+    """configuration sections merged over those of `configuration`"""
     start: str | None = None
-    """checkpoint whose weights a beginning stage takes"""
+    """checkpoint whose weights a new stage starts from"""
     resume: str | None = None
-    """checkpoint to go on from, with optimizer and schedule"""
+    """checkpoint to resume from, with optimizer and schedule"""
     first: int = 1
     last: int = 3
     save: str | None = None
-    """folder for a checkpoint after `last`"""
+    """folder for a checkpoint after step `last`"""
     collapse: bool = False
     """send every token to expert 0"""
 
 
 def configuration(job: Job) -> dict[str, Any]:
-    """Four layers, the second and fourth mixtures; α large enough for its gradient to matter."""
+    """The configuration of a job: four layers; the second and the fourth are mixtures of experts.
+
+    The auxiliary loss coefficient α is large enough for its gradient to matter.
+    """
     raw: dict[str, Any] = {
         "language": {
             "num_layers": 4,
@@ -161,7 +161,7 @@ def configuration(job: Job) -> dict[str, Any]:
 
 
 def global_batch(step: int) -> dict[str, Any]:
-    """The step's eight rows, whatever the layout: tokens, labels, types [8, s] and each row's pixels."""
+    """A step's eight rows, whatever the layout: tokens, labels, types [8, s] and each row's pixels."""
     g = torch.Generator().manual_seed(step)
     tokens = torch.randint(4, VOCAB, (ROWS, LENGTH), generator=g)
     types = torch.full((ROWS, LENGTH), TokenType.TEXT)
@@ -171,7 +171,7 @@ def global_batch(step: int) -> dict[str, Any]:
         end = SHORT.get(i, LENGTH - 2 - i % 3)
         types[i, 1 : 1 + images * IMAGE_TOKENS] = TokenType.VISION
         types[i, end:] = TokenType.PADDING
-        supervised = 1 + i % 4  # rows differ, so a mean of means would show
+        supervised = 1 + i % 4  # rows differ, so that a mean of means would not equal the mean over tokens
         labels[i, end - supervised : end] = torch.randint(4, VOCAB, (supervised,), generator=g)
         pixels.append(torch.randint(0, 256, (images, 3, 16, 16), generator=g, dtype=torch.uint8))
     return {"tokens": tokens, "labels": labels, "types": types, "pixels": pixels}
@@ -180,7 +180,7 @@ def global_batch(step: int) -> dict[str, Any]:
 def run(
     world: int, jobs: list[Job], folder: Path, *, timeout: float = 1200
 ) -> dict[str, list[dict[str, float]]]:
-    """Run `jobs` on `world` processes; job name -> its steps. Fails with the worker's output."""
+    """Run `jobs` on `world` processes; returns each job's steps by name. Fails with the workers' output."""
     folder.mkdir(parents=True, exist_ok=True)
     asked, answered = folder / f"jobs{world}.json", folder / f"results{world}.json"
     asked.write_text(json.dumps([asdict(job) for job in jobs]))

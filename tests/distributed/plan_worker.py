@@ -1,4 +1,4 @@
-"""One rank of `test_plan`: builds stages under one layout, takes an optimizer step, and says what it holds.
+"""One rank of `test_plan`: builds stages under one layout, takes an optimizer step, reports what it holds.
 
 Arguments: a JSON file with {"parallel": …, "cases": [[kind, section overrides], …]}, and the folder for each
 rank's answer.
@@ -40,7 +40,7 @@ MODEL: dict[str, Any] = {
 
 
 def case_config(parallel: dict[str, Any], kind: str, sections: dict[str, Any]) -> Any:
-    """The configuration of one case; the test plans with the same one."""
+    """The configuration of one case; the test computes its plan from the same configuration."""
     from megatron_evomoe.config import from_mapping
 
     raw = {**MODEL, "parallel": parallel, "stages": [{"name": kind}]}
@@ -50,7 +50,7 @@ def case_config(parallel: dict[str, Any], kind: str, sections: dict[str, Any]) -
 
 
 def main(request: str, folder: str) -> None:
-    """Measure all cases of one layout and write that with this rank's place."""
+    """Measure all cases of one layout and write the results together with this rank's place in the layout."""
     backend.prepare()
     torch.set_num_threads(1)
     backend.init_process_group(timeout_minutes=2)
@@ -74,7 +74,7 @@ def main(request: str, folder: str) -> None:
 
 
 def measure(parallel: dict[str, Any], kind: str, sections: dict[str, Any]) -> dict[str, Any]:
-    """The chunks' parameters, and bytes of all state once an optimizer step has been taken."""
+    """Measure the parameters of each model chunk, and the bytes of all state after an optimizer step."""
     from megatron_evomoe.parallel import topology
     from megatron_evomoe.train.built import build_stage
 
@@ -98,23 +98,24 @@ def measure(parallel: dict[str, Any], kind: str, sections: dict[str, Any]) -> di
 
 
 def described(name: str, parameter: torch.Tensor) -> list[Any]:
-    """Name, shape, the dimension that is split over ranks, and the core's mark ``sequence_parallel``."""
+    """Name, shape, the dimension that is split over ranks, and megatron-core's ``sequence_parallel`` mark."""
     split = parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
     return [name, list(parameter.shape), split, bool(getattr(parameter, "sequence_parallel", False))]
 
 
 def size(tensors: Any) -> int:
-    """Bytes."""
+    """The size of the tensors in bytes."""
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def optimizer_tensors(optimizer: Any) -> list[torch.Tensor]:
-    """Adam's moments, and the fp32 master copies of bf16 parameters. Step counters are scalars and left
-    out.
+    """Adam's moments and the fp32 master copies of bf16 parameters.
+
+    Step counters are scalars and are left out.
     """
     found: list[torch.Tensor] = []
     for one in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if one.optimizer is None:  # nothing trains here
+        if one.optimizer is None:  # this rank trains no parameters of the group
             continue
         found += [t for state in one.optimizer.state.values() for name, t in state.items() if name != "step"]
         for groups in ("shard_fp32_from_float16_groups", "fp32_from_float16_groups"):

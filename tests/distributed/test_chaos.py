@@ -1,8 +1,8 @@
-"""Training under torchrun that is killed, stopped, starved and poisoned, and ends where the undisturbed run
-ends.
+"""Training under torchrun with injected faults must end with the result of an undisturbed run.
 
-The faults come in an order drawn from a seed, each when training has gone on for a few steps. After each one
-the same command is started again (or torchrun restarts its workers itself).
+Processes are killed or stopped, disks fill up and gradients turn NaN. The faults come in an order drawn from
+a seed, each after a few more training steps. After each fault the same command is started again, unless
+torchrun restarts its workers itself.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import torch
 from tests import programs
 from tests.runs import metrics, steady
 
-# many short stages: a transition is never far
+# many short stages, so that a transition between stages is always near
 STAGES = [
     {"name": "align", "train_iters": 8},
     *({"name": f"warmup {i}", "kind": "warmup", "train_iters": 80} for i in range(1, 9)),
@@ -48,13 +48,13 @@ QUICK_FAULTS = [
     "SIGKILL of a rank, torchrun restarts",
     "hung rank",
 ]
-PATIENCE, WHOLE_RUN = 120.0, 900.0  # seconds, for what a fault brings about and for all steps
-ENOUGH = 84  # faults: four of each kind
+PATIENCE, WHOLE_RUN = 120.0, 900.0  # time limits in seconds for the effect of one fault and for a whole run
+ENOUGH = 84  # number of faults to inject: four of each kind
 
 
 @dataclass
 class Job:
-    """A training run that is started over and over."""
+    """A training run that is started again and again."""
 
     config: Path
     out: Path
@@ -82,15 +82,16 @@ class Job:
             try:
                 if "tests.distributed.chaos_worker" in child.cmdline() and child.environ().get("RANK"):
                     found.append((int(child.environ()["RANK"]), child.create_time(), child))
-            except psutil.Error:  # gone meanwhile
+            except psutil.Error:  # the process has ended in the meantime
                 continue
         first: dict[int, psutil.Process] = {}
-        for rank, _, child in sorted(found, key=lambda f: f[:2]):  # a rank's own forks come after it
+        # a rank's own forks have the same rank but were created later
+        for rank, _, child in sorted(found, key=lambda f: f[:2]):
             first.setdefault(rank, child)
         return [first[rank] for rank in sorted(first)]
 
     def kill(self) -> None:
-        """Everything at once, the way a power cut does it."""
+        """Kill torchrun and all its workers at once, as a power failure would."""
         for process in [*psutil.Process(self.process.pid).children(recursive=True), self.process]:
             try:
                 process.kill()
@@ -99,7 +100,7 @@ class Job:
         self.process.wait()
 
     def ended(self, patience: float = PATIENCE) -> int:
-        """Wait for the job to end by itself."""
+        """Wait for the job to end by itself and return its exit status."""
         return self.process.wait(timeout=patience)
 
     def steps(self) -> int:
@@ -107,15 +108,15 @@ class Job:
         return file.read_bytes().count(b"\n") if file.exists() else 0
 
     def finished(self) -> int:
-        """Stages that have saved their last step."""
+        """The number of stages that have saved their last step."""
         count = 0
         for path in self.out.glob("*/iter_*/evomoe.json"):
-            with contextlib.suppress(FileNotFoundError):  # an old one is being dropped
+            with contextlib.suppress(FileNotFoundError):  # an old checkpoint is being deleted
                 count += json.loads(path.read_text())["finished"]
         return count
 
     def ask(self, **fault: object) -> None:
-        """For a fault inside the training processes (chaos_worker.py), until `trigger` is gone."""
+        """Ask chaos_worker.py for a fault inside the training processes, until `trigger` is deleted."""
         scratch = self.trigger.with_suffix(".new")
         scratch.write_text(json.dumps(fault))
         os.replace(scratch, self.trigger)
@@ -125,7 +126,7 @@ class Job:
 
 
 def wait_for(condition: Callable[[], bool], job: Job) -> bool:
-    """Until `condition`, or the job's end: whether it came true."""
+    """Wait until `condition` holds or the job has ended; returns whether the condition came true."""
     deadline = time.monotonic() + PATIENCE
     while not condition():
         if job.process.poll() is not None:
@@ -136,7 +137,7 @@ def wait_for(condition: Callable[[], bool], job: Job) -> bool:
 
 
 def some_steps(job: Job, draw: random.Random) -> bool:
-    """Let training go on for one to three steps; whether it did not end before that."""
+    """Let training go on for one to three steps; returns False if the job ended before that."""
     target = job.steps() + draw.randint(1, 3)
     return wait_for(lambda: job.steps() >= target, job)
 
@@ -147,13 +148,13 @@ def kill_rank(job: Job, draw: random.Random) -> None:
 
 
 def kill_rank_and_let_torchrun_restart(job: Job, draw: random.Random) -> None:
-    """Needs a job that was started with restarts; the next steps come without a new launch."""
+    """Kill one rank of a job that was started with restarts: training continues without a new launch."""
     job.kill()
     job.start(restarts=1)
     if some_steps(job, draw):
         before = job.steps()
         job.workers()[draw.randrange(2)].kill()
-        # one step may be logged again or still be on its way; training goes on when there are more
+        # one step may be logged again and another logged late, so only more steps prove that training goes on
         assert wait_for(lambda: job.steps() > before + 2, job) or job.process.returncode == 0, job.text()[
             -3000:
         ]
@@ -169,7 +170,7 @@ def kill_while_saving(job: Job, draw: random.Random) -> None:
 
 
 def kill_in_transition(job: Job, draw: random.Random) -> None:
-    """When a stage has saved its last step: it is measured, or the next one begins."""
+    """Kill the job when a stage has saved its last step: in its evaluation or as the next begins."""
     before = job.finished()
     if wait_for(lambda: job.finished() > before, job):
         job.kill()
@@ -178,17 +179,15 @@ def kill_in_transition(job: Job, draw: random.Random) -> None:
 def terminate_rank(job: Job, draw: random.Random) -> None:
     job.workers()[draw.randrange(2)].send_signal(signal.SIGTERM)
     assert job.ended() == 0
-    assert (
-        "exiting on SIGTERM" in job.text() or "Held-out exact match by kind" in job.text()
-    )  # the run's end came first
+    # without the message, the run must have ended before the signal arrived
+    assert "exiting on SIGTERM" in job.text() or "Held-out exact match by kind" in job.text()
 
 
 def usr1_rank(job: Job, draw: random.Random) -> None:
     job.workers()[draw.randrange(2)].send_signal(signal.SIGUSR1)
     assert job.ended() == 0
-    assert (
-        "exiting on SIGUSR1" in job.text() or "Held-out exact match by kind" in job.text()
-    )  # the run's end came first
+    # without the message, the run must have ended before the signal arrived
+    assert "exiting on SIGUSR1" in job.text() or "Held-out exact match by kind" in job.text()
 
 
 def terminate_job(job: Job, draw: random.Random) -> None:
@@ -212,7 +211,10 @@ def poison(job: Job, draw: random.Random) -> None:
 
 
 def lose_shard(job: Job, draw: random.Random) -> None:
-    """Open shards outlive their names; a job that starts without them says so and touches nothing."""
+    """Hide the shards from a running job and from the next launch.
+
+    A running job keeps its open shards. A job that is started without them must name them and write nothing.
+    """
     folder = Path(json.loads((job.config.parent / "data.json").read_text()))
     hidden = [(shard, shard.with_suffix(".hidden")) for shard in sorted(folder.glob("*.tar"))]
     for shard, aside in hidden:
@@ -232,7 +234,7 @@ def fill_disk(job: Job, draw: random.Random) -> None:
     free = os.statvfs(job.out).f_bavail * os.statvfs(job.out).f_frsize
     filler = job.out / "filler"
     try:
-        # the run saves meanwhile, so there may be less room than there was
+        # the run saves meanwhile, so there may be less free space than was measured
         with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
             file.write(bytes(max(0, free - draw.choice([4096, 200_000]))))
         assert job.ended() != 0
@@ -242,7 +244,7 @@ def fill_disk(job: Job, draw: random.Random) -> None:
 
 
 def unwritable(files: str, rank: int, code: int) -> Callable[[Job, random.Random], None]:
-    """The next save meets it, and every rank says which file it was and on which rank."""
+    """A fault in which the next save cannot write `files`; every rank names the file and failing rank."""
 
     def fault(job: Job, draw: random.Random) -> None:
         job.ask(kind="write", rank=rank, files=files + "*", errno=code)
@@ -258,7 +260,7 @@ def unwritable(files: str, rank: int, code: int) -> Callable[[Job, random.Random
 
 
 def fill_disk_under_metrics(job: Job, draw: random.Random) -> None:
-    """The run goes on; its lines wait, and come when there is room."""
+    """Fail writes to metrics.jsonl: the run continues, and writes its lines once there is room again."""
     job.ask(kind="write", rank=0, files="metrics.jsonl", errno=errno.ENOSPC)
     wait_for(lambda: "kept in memory" in job.text(), job)
     job.trigger.unlink()
@@ -277,7 +279,7 @@ def break_setup(job: Job, draw: random.Random) -> None:
 
 
 def start_twice(job: Job, draw: random.Random) -> None:
-    """The second one of the same command is refused, and the first does not notice."""
+    """Start the same command a second time: the second job is refused, and the first one is not affected."""
     second = Job(job.config, job.out, job.trigger)
     second.launches = 1000 + job.launches
     second.start()
@@ -287,7 +289,7 @@ def start_twice(job: Job, draw: random.Random) -> None:
 
 
 def kill_torchrun(job: Job, draw: random.Random) -> None:
-    """Its ranks save, and end by themselves."""
+    """Kill torchrun alone: its ranks save and end by themselves."""
     orphans = job.workers()
     job.process.kill()
     job.process.wait()
@@ -300,8 +302,10 @@ def kill_torchrun(job: Job, draw: random.Random) -> None:
 
 
 def delete_stage(job: Job, draw: random.Random) -> None:
-    """What is being saved goes with it; the run ends with an error or saves anew. Other stages are not
-    touched.
+    """Delete the folder of a stage while the job runs.
+
+    A checkpoint that is being saved there is lost; the run ends with an error or saves again. Other stages
+    are not touched.
     """
     folder = max(
         (path.parent for path in job.out.glob("*/iter_*")),
@@ -344,7 +348,7 @@ KINDS = {
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 48 MiB for the run, which needs 26, where this machine lets us have one."""
+    """A file system of 48 MiB for a run that needs 26 MiB, where this machine allows such a mount."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = subprocess.run(
@@ -363,7 +367,7 @@ def test_one_of_each_quick_fault(tmp_path, digits, tiny_yaml):
 def test_eighty_faults(tmp_path, digits, tiny_yaml, small_disk, row):
     kinds = [kind for kind in KINDS if small_disk or kind != "disk full"]
     draw = random.Random(7)
-    # more than enough: a fault finds no run to hit where the one before it left nothing to do
+    # more faults than needed: a fault has no effect where the one before it left the run nothing to do
     order = list(itertools.chain.from_iterable(draw.sample(kinds, len(kinds)) for _ in range(5)))
     table = disturbed(tmp_path, digits, tiny_yaml, small_disk, order, seed=7, stages=STAGES)
     for kind, count in sorted(table.items()):
@@ -372,16 +376,17 @@ def test_eighty_faults(tmp_path, digits, tiny_yaml, small_disk, row):
 
 
 def disturbed(tmp_path, digits, tiny_yaml, disk, order, *, seed, stages) -> Counter[str]:
-    """Run undisturbed and disturbed; what they came to must be the same. Returns the faults injected, by
-    kind.
+    """Train once undisturbed and once with faults, and require the same results.
+
+    Returns the number of faults injected, by kind.
     """
     stages = [
         {**stages[0], "train_data": [str(digits / "captions")], "conversation_template": "plain"},
         *stages[1:],
     ]
     steps = {stage["name"]: stage["train_iters"] for stage in stages}
-    # routing metrics sum over the steps since their last line, and a sum begun before a kill is gone: a line
-    # for every step
+    # Routing metrics are summed over the steps since the last logged line, and a kill loses the running sum.
+    # Therefore every step is logged.
     common = {
         "stages": stages,
         "train": {"eval_samples": 4},
@@ -422,8 +427,10 @@ def disturbed(tmp_path, digits, tiny_yaml, disk, order, *, seed, stages) -> Coun
 
 
 def same(calm: Path, wild: Path, steps: dict[str, int]) -> None:
-    """Every step once and in order, with the same bits; the same weights at every stage's end; the same
-    accuracy.
+    """Require equal runs.
+
+    Every step is logged once, in order, with the same bits; the weights at every stage's end and the
+    accuracies are the same.
     """
     assert steady(metrics(wild)) == steady(metrics(calm))
     for stage, count in steps.items():
@@ -442,7 +449,7 @@ def tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def nothing_lost(out: Path) -> None:
-    """A stage goes on from its newest published checkpoint, never from before it."""
+    """Require that every stage resumed from its newest published checkpoint, never from an older one."""
     saved: dict[str, int] = {}
     for event in (json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()):
         if event["event"] == "save":

@@ -1,6 +1,4 @@
-"""Whatever fails on one rank is the message of every rank, and all end, long before any collective times
-out.
-"""
+"""A failure on one rank is reported on every rank, and all ranks end long before a collective times out."""
 
 from __future__ import annotations
 
@@ -16,12 +14,12 @@ import pytest
 
 from tests import programs
 
-PATIENCE = 200  # seconds, of which starting Python takes most; a collective would wait for hours
+PATIENCE = 200  # seconds, mostly for starting Python; a hanging collective would wait for hours
 STAGES = [{"name": "warmup", "train_iters": 2}, {"name": "evolve", "train_iters": 1}]
 
 
 def run_two(home: Path, config: Path, fault: dict[str, Any]) -> tuple[int, list[str]]:
-    """torchrun's status and the output of each rank of a run with `fault`."""
+    """Train on two ranks with `fault`; returns torchrun's exit status and the output of each rank."""
     trigger = home / "trigger"
     trigger.write_text(json.dumps(fault))
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -42,7 +40,7 @@ def run_two(home: Path, config: Path, fault: dict[str, Any]) -> tuple[int, list[
 @pytest.mark.slow
 @pytest.mark.parametrize("save_interval", [1, 0])
 def test_folder_deleted_under_a_run_ends_it_with_an_error(tmp_path, tiny_yaml, save_interval):
-    """At the next save; at the end, where none comes before."""
+    """The run ends at its next save, or at its end where no save comes before."""
     config = tiny_yaml(
         tmp_path, stages=[{"name": "warmup", "train_iters": 200}], checkpoint={"save_interval": save_interval}
     )

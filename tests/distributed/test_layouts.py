@@ -1,8 +1,9 @@
-"""A layout changes the speed, never the result: every stage under every layout against one rank.
+"""A layout changes the speed, never the result: every stage under every layout is compared with one rank.
 
-Every difference here is a matter of summation order in fp32. Measured over the whole matrix
-(docs/layouts.md): metrics differ by 8e-7 at most, relative, with default options, by 5.4e-6 with others and
-after a move; tensors by 5e-5 of their largest entry. The bounds leave a factor of ten for other processors.
+Every difference comes from the order of summation in fp32. Measured over the whole matrix (docs/layouts.md),
+metrics differ by at most 8e-7, relative, with default options, and by at most 5.4e-6 with other options and
+after a change of layout; tensors differ by at most 5e-5 of their largest entry. The bounds leave a factor of
+ten for other processors.
 """
 
 from __future__ import annotations
@@ -42,10 +43,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     if recompute != "no recompute" or not distributed
 } | {f"{size} rows a microbatch": {"train": {"micro_batch_size": size}} for size in (1, 4)}
 
+# head counts that TP 4 can split
 HEADS = {
     "language": {"num_attention_heads": 8, "num_query_groups": 4},
     "vision": {"num_attention_heads": 4},
-}  # TP 4 can split them
+}
 EXPERTS: dict[str, dict[str, Any]] = {
     "as they are": {},
     "two of 8, capacity 0.6": {
@@ -59,16 +61,14 @@ EXPERTS: dict[str, dict[str, Any]] = {
     },
 }
 SOME = ["TP 2", "TP 2 x ETP 2", "TP 2 x EP 2", "TP 2 x EP 2 x ETP 2", "PP 2, 2 chunks x DP 2, overlapped"]
-"""What stages meet that differ from another one in the router or its capacity alone."""
+"""Layouts for stages that differ from another stage only in the router or its capacity."""
 IN_SOME = ["route, capacity", "route, cosine"]
 TRAINED = [(stage, layout) for stage in STAGES for layout in (SOME if stage in IN_SOME else WIDE)]
 
 
 @pytest.fixture(scope="session")
 def campaign(tmp_path_factory) -> Campaign:
-    """All stages under all layouts with default options, and every stage's state moved from and to one
-    rank.
-    """
+    """Train all stages under all layouts, and resume every stage from and on one rank."""
     found = Campaign(tmp_path_factory.mktemp("campaign"))
     found.run_references(list(STAGES))
     found.run_pairs(TRAINED)
@@ -80,8 +80,9 @@ def campaign(tmp_path_factory) -> Campaign:
 
 @pytest.mark.parametrize(("stage", "layout"), TRAINED)
 def test_layout_agrees_with_one_rank(campaign, stage, layout):
-    """Loss, gradient norm, learning rate, token counts, shares by modality and auxiliary losses of each
-    step.
+    """Compare the metrics of each step.
+
+    They are loss, gradient norm, learning rate, token counts, shares by modality and auxiliary losses.
     """
     assert deviation(campaign.unbroken(stage)[:STEPS], campaign.trained[stage, layout]) < METRICS
 
@@ -89,27 +90,25 @@ def test_layout_agrees_with_one_rank(campaign, stage, layout):
 @pytest.mark.parametrize("layout", WIDE)
 @pytest.mark.parametrize("stage", RESUMED)
 def test_state_moves_from_and_to_one_rank(campaign, stage, layout):
-    """Saved under one layout, loaded under the other, and three steps on: as the run that was never
-    stopped.
-    """
+    """A stage resumed under another layout continues like the run that was never stopped."""
     for pair in [("one rank", layout), (layout, "one rank")]:
         assert deviation(campaign.unbroken(stage)[STEPS:], campaign.resumed[(stage, *pair)]) < METRICS, pair
 
 
 @pytest.mark.parametrize(("stage", "layout"), TRAINED)
 def test_checkpoints_hold_the_same_tensors(campaign, one_rank, stage, layout):
-    """Names, shapes and values of weights, evolved experts and both moments, after three steps."""
+    """Weights, evolved experts and both Adam moments have equal names, shapes and values."""
     wanted, got = saved(campaign, stage, "one rank"), saved(campaign, stage, layout)
     assert wanted.keys() == got.keys()
     for name, tensor in wanted.items():
         assert got[name].shape == tensor.shape, name
-        # Adam divides by the root of the second moment: where a gradient is all rounding, so is the update
+        # Adam divides by the root of the second moment, so where a gradient is all rounding, so is the update
         bound = TENSORS * float(tensor.abs().max())
         torch.testing.assert_close(got[name], tensor, rtol=0, atol=bound, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def saved(campaign: Campaign, stage: str, layout: str) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint but the generators', whole."""
+    """Every tensor of a checkpoint, unsharded, except the states of the random number generators."""
     from megatron.core import dist_checkpointing
 
     from megatron_evomoe.checkpoint import find
@@ -123,7 +122,7 @@ def saved(campaign: Campaign, stage: str, layout: str) -> dict[str, torch.Tensor
 @pytest.mark.slow
 @pytest.mark.parametrize("option", OPTIONS)
 def test_options_agree_with_one_rank(tmp_path, option, row):
-    """The same with recompute, without the distributed optimizer, and with other microbatches."""
+    """Layouts agree with recomputation, without the distributed optimizer, and with other microbatches."""
     found = Campaign(tmp_path, OPTIONS[option])
     layouts = [name for name in WIDE if LAYOUTS[name].takes(OPTIONS[option])]
     found.run_references(MATRIX)
@@ -156,7 +155,10 @@ def test_state_moves_between_any_two_layouts(campaign, source, row):
 @pytest.mark.slow
 @pytest.mark.parametrize("experts", EXPERTS)
 def test_combined_layouts_agree_with_one_rank(tmp_path, experts, row):
-    """Degrees together, for what depends on how tokens lie on ranks; state moved to them and from them."""
+    """Combined degrees give the results of one rank where these depend on how tokens are laid out on ranks.
+
+    State is also moved from one rank to these layouts and back.
+    """
     found = Campaign(tmp_path, HEADS | EXPERTS[experts])
     stages = ["warmup", *RESUMED[1:]] if experts == "as they are" else RESUMED[2:]
     layouts = [name for name in COMBINED if COMBINED[name].takes(EXPERTS[experts])]
@@ -177,7 +179,7 @@ def test_combined_layouts_agree_with_one_rank(tmp_path, experts, row):
 
 
 def report(row: Callable[[str], None], what: str, deviations: dict[tuple[str, str], float]) -> None:
-    """A row of the table in docs/layouts.md, and the assertion."""
+    """Record a row of the table in docs/layouts.md and assert that the deviations are within the bound."""
     worst = max(deviations, key=lambda place: deviations[place])
     row(f"| {what} | {len(deviations)} | {deviations[worst]:.1e} | {', '.join(worst)} |")
     assert deviations[worst] < METRICS_OF_OPTIONS, {

@@ -1,7 +1,7 @@
-"""What plan and inventory say a rank holds, against what ranks of gloo runs hold after an optimizer step.
+"""The plan and the inventory state what each rank holds; gloo runs measure it after an optimizer step.
 
-The plan may be 5 % off. Measured with megatron-core 0.16.1 and 0.19.2, it is not a byte off in any case
-below; that is asserted.
+The plan is allowed an error of 5 %. Measured with megatron-core 0.16.1 and 0.19.2, it is exact to the byte in
+every case below, and that is asserted.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ CASES = [
     )
 ]
 CASES += [("warmup", UNTIED), ("evolve", {"moe": {"evolution_rule": "ema"}, **BF16})]
-# the mixture's experts train on demand only; then they are reduced and sharded over fewer ranks than the rest
+# In stage `route`, the experts train only if `trainable` says so. Their gradients are then reduced, and their
+# optimizer state is sharded, over fewer ranks than those of the other parameters.
 CASES += [("route", {"train": {"bf16": True, "trainable": ["language", "projector"]}})]
 PHI = {
     "language": {"add_bias_linear": True, "normalization": "LayerNorm", "qk_layernorm": True},
@@ -69,7 +70,7 @@ def test_every_byte_of_every_rank(name, tmp_path):
 
 
 def stated(config, kind: str, answer: dict) -> list[list]:
-    """What the inventory says of each chunk, in the words of `plan_worker.described`."""
+    """What the inventory states of each chunk, in the format of `plan_worker.described`."""
     pp_rank = answer["place"]["pp_rank"]
     here = range(config.moe.num_experts // config.parallel.expert_model_parallel_size)
     first_expert = answer["ep_rank"] * len(here)
@@ -96,7 +97,7 @@ def stated(config, kind: str, answer: dict) -> list[list]:
 
 
 def run(world_size: int, parallel: dict, cases: list, folder: Path) -> list[dict]:
-    """Each rank's answer, in rank order."""
+    """Run plan_worker.py under one layout; returns each rank's answer, in rank order."""
     request = folder / "request.json"
     request.write_text(json.dumps({"parallel": parallel, "cases": cases}))
     programs.run("-m", "tests.distributed.plan_worker", str(request), str(folder), ranks=world_size)

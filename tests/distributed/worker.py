@@ -1,6 +1,4 @@
-"""One rank of `harness.run`: does each job in turn, in process groups that are made anew when the layout
-changes.
-"""
+"""One rank of `harness.run`: runs jobs in turn and recreates the process groups for each new layout."""
 
 from __future__ import annotations
 
@@ -16,13 +14,13 @@ from megatron_evomoe.parallel import backend
 from tests.distributed.campaign import deviation
 from tests.distributed.harness import ROWS, Job, Layout, configuration, global_batch
 
-SMALL_BUCKET = 500  # parameters; the core's default is so large that a small model has one bucket
+SMALL_BUCKET = 500  # parameters; megatron-core's default is so large that a small model has one bucket
 
 _current: list[dict[str, Any]] = []
 
 
 def main(asked: str, answered: str) -> None:
-    """Every job of `asked`; rank 0 writes `answered`."""
+    """Run every job in the file `asked`; rank 0 writes the results to `answered`."""
     backend.prepare()
     torch.set_num_threads(1)
     backend.init_process_group(timeout_minutes=2)
@@ -36,7 +34,7 @@ def main(asked: str, answered: str) -> None:
 
 
 def run_job(job: Job) -> list[dict[str, float]]:
-    """Build, load, train, save; what every step came to, which all ranks agree on."""
+    """Build the stage, load, train and save; returns the metrics of every step, which all ranks agree on."""
     from megatron.core.distributed import DistributedDataParallelConfig
 
     from megatron_evomoe.checkpoint import find, store
@@ -75,9 +73,8 @@ def run_job(job: Job) -> list[dict[str, float]]:
             "supervised": result.supervised_tokens,
             "lr": built.optimizer.param_groups[0]["lr"],
         }
-        if (
-            number % 2 == 0
-        ):  # not always, because it gathers weights, which the next forward must do by itself as well
+        # only every second step: the norm gathers weights, which the next forward must also do by itself
+        if number % 2 == 0:
             measured["params norm"] = params_norm(built.gather_weights())
         if watch is not None:
             measured |= routing_metrics(watch, config, steps=1)
@@ -97,7 +94,7 @@ def run_job(job: Job) -> list[dict[str, float]]:
 
 
 def check_ranks_agree(steps: list[dict[str, float]]) -> None:
-    """Whichever rank logs, the numbers are the same. Communicates."""
+    """Assert that all ranks have the same metrics, whichever of them logs. Communicates."""
     everyone: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everyone, steps)
     for rank, theirs in enumerate(everyone):
@@ -105,7 +102,7 @@ def check_ranks_agree(steps: list[dict[str, float]]) -> None:
 
 
 def check_vision_place(built: Any) -> None:
-    """Tower and projector are on the first pipeline stage, in its first chunk, and nowhere else."""
+    """Assert that tower and projector are in the first chunk of the first pipeline stage and nowhere else."""
     from megatron.core import parallel_state
 
     for i, module in enumerate(built.modules):
@@ -114,7 +111,7 @@ def check_vision_place(built: Any) -> None:
 
 
 def lay_out(config: Any) -> None:
-    """megatron-core's groups for `config.parallel`, if they are not those of the job before."""
+    """Create megatron-core's groups for `config.parallel`, unless those of the job before are the same."""
     from megatron.core import parallel_state
 
     from megatron_evomoe.parallel import degrees, topology
@@ -130,7 +127,7 @@ def lay_out(config: Any) -> None:
 
 
 def load(job: Job, built: Any, config: Any) -> None:
-    """Weights of the stage before, or the state of this stage."""
+    """Load the weights of the stage before, or resume this stage."""
     from megatron_evomoe.checkpoint import find, store
     from megatron_evomoe.train.transition import start_from
 
@@ -192,7 +189,7 @@ def replica_step(number: int, config: Any) -> Any:
 
 
 def collapse(built: Any) -> None:
-    """Every token to expert 0, by its logit: the ranks of the other experts get none."""
+    """Route every token to expert 0 by raising its logit, so that the ranks of the other experts get none."""
     for layer in built.mixtures():
         gating, favour = layer.router.gating, torch.tensor([50.0, 0.0, 0.0, 0.0])
         layer.router.gating = lambda *args, gating=gating, favour=favour: gating(*args) + favour

@@ -1,6 +1,7 @@
-"""What can be said of the image without an engine: the Dockerfile's style, its Python steps in a virtual
-environment that stands for NVIDIA's image, and how Slurm and Kubernetes would start it. No image was built,
-no extension compiled.
+"""Tests of the image that need no container engine.
+
+They check the Dockerfile's style, run its Python steps in a virtual environment that stands for NVIDIA's
+image, and check how Slurm and Kubernetes would start it. No image is built and no extension is compiled.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def run(*argv: str | Path, expect: int = 0, **env: str) -> str:
 
 
 def dist_info(folder: Path, name: str, its_version: str) -> None:
-    """Metadata as an installed package leaves it."""
+    """Write a package's metadata as an installation leaves it."""
     info = folder / f"{name}-{its_version}.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {its_version}\n")
@@ -49,8 +50,10 @@ def dist_info(folder: Path, name: str, its_version: str) -> None:
 
 @pytest.fixture
 def image(tmp_path) -> Path:
-    """An interpreter as in NVIDIA's image, for pip's eyes: this environment's packages, but NVIDIA's alpha of
-    torch and its Transformer Engine, both in name only.
+    """An interpreter that looks to pip like the one in NVIDIA's image.
+
+    It has this environment's packages, and the metadata alone of NVIDIA's alpha version of torch and of
+    Transformer Engine.
     """
     run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv")
     own = Path(sysconfig.get_path("purelib", vars={"base": str(tmp_path / "venv")}))
@@ -62,7 +65,7 @@ def image(tmp_path) -> Path:
 
 @pytest.fixture
 def checkout(tmp_path) -> Path:
-    """What `COPY . /opt/evomoe` copies: the paths .dockerignore lets through."""
+    """The files that `COPY . /opt/evomoe` copies: the paths that .dockerignore does not exclude."""
     folder = tmp_path / "evomoe"
     folder.mkdir()
     for line in (ROOT / ".dockerignore").read_text().splitlines():
@@ -136,8 +139,10 @@ def test_apex_is_left_alone_where_it_is_whole(image):
 
 
 def test_apex_is_fetched_at_the_commit_and_built_with_its_extensions(image, tmp_path):
-    """A repository in apex's place, whose setup.py notes how it was called: that apex itself compiles is not
-    shown here.
+    """The build fetches apex at the pinned commit and requests its extensions.
+
+    A local repository stands for apex, and its setup.py records how it was called. Whether apex itself
+    compiles is not tested.
     """
     source = tmp_path / "apex"
     source.mkdir()
@@ -169,7 +174,7 @@ def test_apex_is_fetched_at_the_commit_and_built_with_its_extensions(image, tmp_
 
 
 def slurm_calls(tmp_path: Path, **env: str) -> list[str]:
-    """The arguments of `srun` in the batch script; Slurm's programs are stubs here."""
+    """The arguments of `srun` in the batch script; Slurm's programs are replaced by stubs."""
     noting = f'printf "%s\\n" "$@" "PYTHON=$PYTHON" > {shlex.quote(str(tmp_path / "args"))}'
     for name, body in {"scontrol": "echo node1", "srun": noting}.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
@@ -242,8 +247,10 @@ def test_kubernetes_manifest_says_what_the_recipe_reads(monkeypatch):
 
 @pytest.mark.slow
 def test_two_pods_meet_and_train(tiny_yaml, tmp_path):
-    """The manifest's command with the variables the training operator sets for its elastic policy (as its
-    source has them), each pod a torchrun on this machine, with one process.
+    """Run the manifest's command for two pods, each a torchrun with one process on this machine.
+
+    The environment has the variables that the training operator sets for an elastic policy, taken from the
+    operator's source.
     """
     path = tiny_yaml(tmp_path, stages=[{"name": "warmup", "train_iters": 2}], data={"eval_data": []})
     spec = yaml.safe_load((ROOT / "examples" / "kubernetes" / "evomoe_llava.yaml").read_text())["spec"]
