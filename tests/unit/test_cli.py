@@ -38,7 +38,8 @@ def test_every_command_has_one_form(command):
     assert module.__doc__.startswith(f"``{command.name}``: ")
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
-    assert parser.format_help()  # a % that argparse cannot format would raise here
+    # argparse raises here if a help text has a % that it cannot format.
+    assert parser.format_help()
 
 
 def test_help_shows_the_table(capsys):
@@ -63,7 +64,7 @@ def test_version(capsys):
         (["trian"], "invalid choice: 'trian'"),
         (["plot"], "the following arguments are required: --run"),
         (["plot", "--run", "x", "--ouptut", "y"], "--ouptut y (did you mean --output?)"),
-        (["plot", "--ru", "x"], "the following arguments are required: --run"),  # no abbreviations
+        (["plot", "--ru", "x"], "the following arguments are required: --run"),  # abbreviations are refused
         (["plan", "--nnodes", "0"], "argument --nnodes: must be at least 1, got 0"),
     ],
 )
@@ -107,7 +108,7 @@ def test_errors_for_users_have_one_base():
 @pytest.mark.parametrize(
     ("modules", "absent"),
     [
-        # `doctor` says what is missing, so it must start without it
+        # `doctor` reports missing packages, so it must start without them.
         ("megatron_evomoe.cli, megatron_evomoe.commands.doctor", "pydantic yaml numpy torch transformers"),
         ("megatron_evomoe.commands.train, megatron_evomoe.commands.plan", "torch transformers"),
         ("megatron_evomoe.hf", "torch transformers"),

@@ -1,4 +1,4 @@
-"""The rooms of the package: who may import whom (`[tool.importlinter]` in pyproject.toml)."""
+"""The import rules between the package's parts (`[tool.importlinter]` in pyproject.toml)."""
 
 from __future__ import annotations
 

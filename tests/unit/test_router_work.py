@@ -1,5 +1,6 @@
-"""benchmarks/router_work.py: its FLOP against torch's own counter on the forms that are timed, its bytes
-against their tensors.
+"""The counts of benchmarks/router_work.py are right.
+
+Its FLOP are compared with torch's counter on the forms that are timed, and its bytes with the tensors.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ IN_PLACE = {torch.ops.aten.addmm_: lambda total, a, b, **_: 2 * a[0] * a[1] * b[
 
 @pytest.fixture(scope="module", autouse=True)
 def benchmarks():
-    """The scripts' folder importable, as it is for the scripts themselves."""
+    """Make the folder of scripts importable, as it is when a script runs."""
     sys.path.insert(0, str(BENCHMARKS))
     yield
     sys.path.remove(str(BENCHMARKS))
@@ -49,7 +50,7 @@ def test_flop_are_those_that_torch_counts(subject):
 
 
 class Products(TorchDispatchMode):
-    """Notes the types of matrix products' factors."""
+    """Records the dtypes of the factors of each matrix product."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,8 +77,9 @@ def test_products_are_of_the_type_whose_ceiling_is_taken(subject):
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("subject", ["linear", "factored", "naive", "ffn"])
 def test_bytes_are_those_of_the_tensors(subject, dtype):
-    """Every tensor is read once per pass and its gradient written once; the naive forms' Θ is counted by
-    hand.
+    """Every tensor is read once per pass, and its gradient is written once.
+
+    The Θ of the naive forms is counted by hand.
     """
     import router_work
 
@@ -94,8 +96,10 @@ def test_bytes_are_those_of_the_tensors(subject, dtype):
 
 
 def test_the_documented_example():
-    """docs/router.md: one product of the projection is 38 GFLOP, three of them per step, and six where all
-    tokens meet both.
+    """The numbers of docs/router.md hold.
+
+    One product of the projection is 38 GFLOP; a step has three of them, or six where all tokens go through
+    both hypernetworks.
     """
     import router_work
 

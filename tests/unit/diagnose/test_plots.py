@@ -1,4 +1,4 @@
-"""Records survive the file, figures come from files alone, and what is missing is said."""
+"""Figures are drawn from the recorded files alone, and missing records are reported."""
 
 import argparse
 import json
@@ -70,7 +70,7 @@ def fill(run_dir, *, num_layers=2, experts=4):
     counter, sample = ShareCounter(num_layers, experts), LogitSample(num_layers, experts, capacity=50)
     for layer in range(num_layers):
         logits = torch.randn(100, experts)
-        # the last layer never sees an image token: neither bars nor density for that modality, and no crash
+        # The last layer receives no image token: its figures lack that modality, and drawing must not fail.
         types = torch.zeros(100) if layer == num_layers - 1 else torch.arange(100) % 2
         counter.add(
             layer, types, torch.zeros(100, experts).scatter(1, logits.argmax(1, keepdim=True), 1).bool()
@@ -86,9 +86,8 @@ def fill(run_dir, *, num_layers=2, experts=4):
 @pytest.mark.parametrize(("num_layers", "experts"), [(2, 4), (1, 1), (3, 9)])
 def test_every_figure_is_drawn_from_the_run_directory(tmp_path, capsys, monkeypatch, num_layers, experts):
     torch.manual_seed(0)
-    monkeypatch.setattr(
-        figures, "MOST_LAYERS", 2
-    )  # with 3 layers some are left out; few panels keep the test quick
+    # With 3 layers some are left out. Few panels keep the test quick.
+    monkeypatch.setattr(figures, "MOST_LAYERS", 2)
     monkeypatch.setattr(figures, "STYLE", {**figures.STYLE, "figure.dpi": 50})
     fill(tmp_path / "run", num_layers=num_layers, experts=experts)
     parser = argparse.ArgumentParser()
@@ -133,13 +132,11 @@ def test_density_integrates_to_one_and_peaks_where_values_are():
     values = np.random.default_rng(0).normal(1.0, 1.0, 2000)
     found = estimates.density(values, grid)
     assert found.sum() * (grid[1] - grid[0]) == pytest.approx(1.0, abs=1e-3)
-    assert grid[found.argmax()] == pytest.approx(
-        1.0, abs=0.4
-    )  # a kernel estimate's mode wanders; its mean does not
+    # The mode of a kernel estimate varies with the sample; its mean does not.
+    assert grid[found.argmax()] == pytest.approx(1.0, abs=0.4)
     assert (found * grid).sum() / found.sum() == pytest.approx(values.mean(), abs=1e-3)
-    assert (
-        estimates.density(np.full(5, 2.0), grid).max() > 10
-    )  # all alike: a narrow peak, no division by zero
+    # Equal values give a narrow peak and no division by zero.
+    assert estimates.density(np.full(5, 2.0), grid).max() > 10
     assert not estimates.density(np.array([]), grid).any()
 
 

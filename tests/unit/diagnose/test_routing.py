@@ -1,4 +1,4 @@
-"""Counts, divergences, samples and shuffles against cases worked out by hand."""
+"""Counts, divergences, samples and shuffles are compared with cases worked out by hand."""
 
 import math
 
@@ -18,11 +18,10 @@ def one_hot(experts, count):
 
 def test_counts_split_by_modality_and_leave_padding_out():
     counter = ShareCounter(num_layers=2, num_experts=3)
-    types = torch.tensor([[0, 1, 1], [2, 0, 1]])  # [S, B] as a model has them
+    types = torch.tensor([[0, 1, 1], [2, 0, 1]])  # [S, B], the model's layout
     counter.add(1, types, one_hot([0, 2, 2, 1, 0, 1], 3))
-    counter.add(
-        1, torch.tensor([0]), torch.tensor([[False, True, True]])
-    )  # top-2 counts twice, dropped tokens not at all
+    # A top-2 token counts twice, and a dropped token is not counted.
+    counter.add(1, torch.tensor([0]), torch.tensor([[False, True, True]]))
     counter.add(1, torch.tensor([0]), torch.zeros(1, 3, dtype=torch.bool))
     assert counter.counts.tolist() == [[[0, 0, 0], [0, 0, 0]], [[2, 1, 1], [0, 1, 2]]]
     shares = counter.shares()
@@ -53,9 +52,8 @@ def test_divergence_of_equal_disjoint_and_half_shared():
     found = routing.modality_divergence(shares)
     torch.testing.assert_close(found[:4], torch.tensor([0, 1, 0.5, by_hand], dtype=torch.float64))
     assert found[4].isnan()
-    torch.testing.assert_close(
-        found, routing.modality_divergence(shares.flip(1)), equal_nan=True
-    )  # symmetric
+    # The divergence is symmetric.
+    torch.testing.assert_close(found, routing.modality_divergence(shares.flip(1)), equal_nan=True)
 
 
 def test_overload_and_dead_experts():
@@ -70,7 +68,8 @@ def test_metric_names_follow_the_layers_of_the_decoder():
     metrics = routing.share_metrics(counts, [1, 3])
     assert metrics["moe/share_text/layer_1/expert_0"] == 0.75
     assert metrics["moe/share_vision/layer_1/expert_1"] == 1.0
-    assert "moe/share_vision/layer_3/expert_0" not in metrics  # no image token: no share, not 0
+    # Without image tokens the share is left out; it is not 0.
+    assert "moe/share_vision/layer_3/expert_0" not in metrics
     assert metrics["moe/max_overload_factor"] == 1.25
     assert metrics["moe/dead_experts"] == 0.0
     assert "moe/modality_divergence_layer_3" not in metrics
@@ -79,9 +78,8 @@ def test_metric_names_follow_the_layers_of_the_decoder():
 def stream(seed=0, tokens=5000):
     g = torch.Generator().manual_seed(seed)
     types = torch.randint(0, 3, (tokens,), generator=g)
-    return types, torch.stack(
-        [types.double(), torch.arange(tokens).double()], 1
-    )  # a logit tells where it came from
+    # A logit holds its token's type and position, so each sampled value can be traced.
+    return types, torch.stack([types.double(), torch.arange(tokens).double()], 1)
 
 
 def test_the_sample_is_bounded_sorted_by_modality_and_deterministic():
@@ -95,7 +93,7 @@ def test_the_sample_is_bounded_sorted_by_modality_and_deterministic():
         assert values.shape == (100, 2) and (values[:, 0] == modality).all()
         assert torch.equal(values, samples[1].values(0, modality))
         assert len(values[:, 1].unique()) == 100
-        # uniform over the stream: mean 2500, standard error 5000/√12/√100 = 144
+        # Uniform samples over the stream have mean 2500 and standard error 5000/√12/√100 = 144.
         assert abs(values[:, 1].mean() - 2500) < 4 * 144
     other = LogitSample(1, 2, capacity=100, seed=8)
     other.add(0, types, logits)
@@ -119,7 +117,8 @@ def test_merged_ranks_are_one_sample_weighted_by_their_tokens():
         sample.merge(states)
     values = ranks[0].values(0, TokenType.TEXT)
     assert torch.equal(values, ranks[1].values(0, TokenType.TEXT)) and len(values) == 200
-    # a tenth of the tokens is rank 1's: 20 expected, standard deviation 4.2; equal weights would give 100
+    # Rank 1 has a tenth of the tokens: 20 values are expected, with standard deviation 4.2. Equal weights
+    # would give 100.
     assert 3 <= values.sum() <= 40
 
 
@@ -128,7 +127,7 @@ def test_permuting_swaps_experts_and_keeps_gates():
     moved, gates = shuffle_routing(routing_map, probs, torch.tensor([2, 0, 1]).expand(3, 3))
     assert moved.int().argmax(1).tolist() == [2, 0, 1]
     assert gates.tolist() == torch.tensor([[0, 0, 0.5], [0.6, 0, 0], [0, 0.7, 0]]).tolist()
-    assert routing_map.int().argmax(1).tolist() == [0, 1, 2]  # the input is left alone
+    assert routing_map.int().argmax(1).tolist() == [0, 1, 2]  # the input is not modified
 
 
 def test_random_moves_each_token_by_its_own_permutation():
@@ -146,9 +145,8 @@ def test_draws_are_uniform_permutations_from_the_given_generator():
     drawn = draw(0)
     assert torch.equal(drawn, draw(0)) and not torch.equal(drawn, draw(1))
     assert torch.equal(drawn.sort(1).values, torch.arange(4).expand(4000, 4))
-    where = (
-        torch.nn.functional.one_hot(drawn, 4).double().mean(0)
-    )  # expert -> place; sd √(3/16/4000) = 0.0068
+    # [expert, place]; the standard deviation is √(3/16/4000) = 0.0068.
+    where = torch.nn.functional.one_hot(drawn, 4).double().mean(0)
     assert (where - 0.25).abs().max() < 5 * 0.0068
 
 

@@ -1,4 +1,4 @@
-"""Cosines worked out by hand, and why raw ones say nothing about near-copies."""
+"""Cosines are compared with hand-worked values; raw cosines say nothing about near-copies."""
 
 import pytest
 import torch
@@ -27,8 +27,8 @@ def test_differences_show_what_near_copies_hide():
     torch.manual_seed(0)
     base, moves = torch.randn(10_000), torch.eye(4, 10_000)
     assert off_diagonal(cosines(base + moves)).mean() > 0.999
-    # around their own mean the differences must sum to zero: −1 / (E − 1), up to float32 rounding of base +
-    # move
+    # The differences from the mean sum to zero, so their cosine is −1 / (E − 1), up to the float32 rounding
+    # of base + move.
     assert off_diagonal(cosines(base + moves, centred=True)).mean().item() == pytest.approx(-1 / 3, abs=1e-6)
 
 

@@ -1,4 +1,4 @@
-"""The worked examples of CONTRIBUTING.md are applied as printed to a copy of the repository, and run."""
+"""The worked examples of CONTRIBUTING.md are applied to a copy of the repository and run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COPIED = ("megatron_evomoe", "tests", "benchmarks", "examples", "tools", "docs",
 
 
 def section(title: str) -> str:
-    """The text of one example."""
+    """The text of the example with this title."""
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     found = re.search(rf"^### {re.escape(title)}\n(.*?)(?=^##|\Z)", text, re.M | re.S)
     assert found, f"CONTRIBUTING.md has no section {title!r}"
@@ -27,7 +27,7 @@ def section(title: str) -> str:
 
 
 def new_files(text: str) -> dict[str, str]:
-    """Path -> content of the files that an example adds."""
+    """Path and content of each file that an example adds."""
     return dict(re.findall(r"^```python\n# new: (\S+)\n(.*?)^```", text, re.M | re.S))
 
 
@@ -38,7 +38,7 @@ def changes(text: str) -> list[tuple[str, list[str]]]:
 
 
 def applied(source: str, hunk: str, path: str) -> str:
-    """`source` with one hunk applied; its place is where its old lines stand, which must be one place."""
+    """`source` with one hunk applied where its old lines occur; they must occur exactly once."""
     lines = hunk.splitlines(keepends=True)
     assert all(line[0] in " +-" for line in lines), f"{path}: not a diff: {hunk}"
     old = "".join(line[1:] for line in lines if line[0] != "+")
@@ -94,7 +94,7 @@ def test_examples_are_clean(copy):
 
 
 def test_examples_do_what_they_say(copy):
-    """The tests that the examples add pass, in one pytest for all of them."""
+    """The tests that the examples add pass; one pytest process runs them all."""
     added = [path for title in EXAMPLES for path in new_files(section(title)) if "/test_" in path]
     path = os.pathsep.join(filter(None, [str(copy), os.environ.get("PYTHONPATH")]))
     environment = programs.environment() | {"PYTHONPATH": path}

@@ -1,4 +1,4 @@
-"""Every relative link of the repository's pages leads to a file, and its anchor to a heading of that file."""
+"""Each relative link in the repository's pages leads to a file and to a heading of that file."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ import pytest
 
 ROOT = Path(__file__).parents[3]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / ".github").rglob("*.md")])
-# These exist on the site alone; `mkdocs build --strict` checks links to them (tests/unit/docs/test_site.py).
+# These pages exist only on the site; `mkdocs build --strict` checks links to them
+# (tests/unit/docs/test_site.py).
 MADE_BY_THE_SITE = {ROOT / "docs" / "reference" / f"{name}.md" for name in ("fields", "commands", "api")}
 
 NAMING = ("megatron_evomoe", "tools", "examples", "benchmarks", "tests")
 
 
 def prose(page: Path) -> str:
-    """A page without its code."""
+    """The text of a page without its code."""
     text = re.sub(r"^(```|~~~).*?^\1", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
     return re.sub(r"`[^`\n]*`", lambda code: code.group().replace("(", "").replace("[", ""), text)
 
 
 def anchors(page: Path) -> set[str]:
-    """The anchors that GitHub, and the site, make of a page's headings."""
+    """The anchors that GitHub and the site generate from a page's headings."""
     found: set[str] = set()
     for heading in re.findall(r"^#+ (.*)$", prose(page), re.M):
         words = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).strip().lower()
@@ -32,7 +33,7 @@ def anchors(page: Path) -> set[str]:
 
 
 def broken(page: Path) -> list[str]:
-    """The links of a page that lead nowhere."""
+    """The links of a page whose target is missing."""
     out = []
     for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
         if re.match(r"https?:", target):
@@ -79,7 +80,10 @@ def test_readme_is_short_and_the_guide_has_its_configuration():
 
 
 def test_commands_of_the_guides_are_those_of_the_readme():
-    """A test runs those of the README (tests/integration/test_readme.py)."""
+    """The guides use only commands that the README has too.
+
+    tests/integration/test_readme.py runs the commands of the README.
+    """
     readme = set(re.findall(r"^    (\S.*)$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M))
     known = {
         "python tools/convert_from_hf.py --language-model models/llm --vision-model models/tower "

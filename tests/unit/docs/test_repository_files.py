@@ -18,7 +18,7 @@ BIN = Path(sys.executable).parent
 
 
 def program(name: str) -> str | None:
-    """A program of this environment, or of the machine."""
+    """Path of a program in this environment, else on the machine."""
     folders = [BIN, Path(sys.prefix) / "node_modules" / ".bin"]
     return next((found for f in folders if (found := shutil.which(name, path=str(f)))), shutil.which(name))
 

@@ -22,7 +22,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stab
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The built site."""
+    """Directory of the built site."""
     pytest.importorskip("material", reason="mkdocs-material is not installed: pip install '.[docs]'")
     pytest.importorskip("mkdocstrings", reason="mkdocstrings is not installed: pip install '.[docs]'")
     folder = tmp_path_factory.mktemp("site")
@@ -40,7 +40,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def address(site: Path) -> Iterator[str]:
-    """The site on a server of this machine."""
+    """Address of a local server that serves the site."""
     handler = functools.partial(_Quiet, directory=str(site))
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
@@ -52,12 +52,12 @@ def address(site: Path) -> Iterator[str]:
 
 class _Quiet(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
-        """Requests are not logged."""
+        """Do not log requests."""
 
 
 @pytest.fixture(scope="module")
 def browser():  # type: ignore[no-untyped-def]
-    """A headless Chromium of this machine; CHROMIUM names another one."""
+    """A headless Chromium installed on this machine; CHROMIUM names another one."""
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     path = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, BROWSERS)), None)
     if path is None:
@@ -69,7 +69,7 @@ def browser():  # type: ignore[no-untyped-def]
 
 
 def pages(site: Path) -> list[str]:
-    """Every page of the site, relative to its root."""
+    """Every page of the site as a path relative to its root."""
     return sorted(str(p.relative_to(site)) for p in site.rglob("*.html") if p.name != "404.html")
 
 
@@ -96,11 +96,12 @@ def test_nothing_is_loaded_from_elsewhere(site):
 
 @pytest.mark.parametrize(("scheme", "shown", "some"), [("light", "default", 99), ("dark", "slate", 4)])
 def test_pages_open_in_a_browser(site, address, browser, scheme, shown, some):
-    """Neither a console error nor a failed request nor one to another host; each page has a heading and does
-    not scroll sideways, on a wide and on a narrow screen.
+    """Pages open without errors and without requests to other hosts.
+
+    Each page has a heading and does not scroll sideways, on a wide and on a narrow screen.
     """
     page = browser.new_page(color_scheme=scheme)
-    # Every page reads the index of the search, which takes most of its time; here it has one entry.
+    # Loading the search index takes most of a page's time, so one with a single entry replaces it.
     index = json.loads((site / "search" / "search_index.json").read_text(encoding="utf-8"))
     short = json.dumps({**index, "docs": index["docs"][:1]})
     page.route("**/search_index.json", lambda route: route.fulfill(body=short))
@@ -123,7 +124,7 @@ def test_pages_open_in_a_browser(site, address, browser, scheme, shown, some):
         if (found := page.evaluate("document.body.getAttribute('data-md-color-scheme')")) != shown:
             faults.append(f"{name}: colour scheme {found}")
     page.close()
-    # The visit of the next page aborts what a page still loads.
+    # Going to the next page aborts requests of the last one that are still under way.
     found = [fault for fault in faults if not fault.startswith("net::ERR_ABORTED")]
     assert not found, "\n".join(found)
 

@@ -1,4 +1,4 @@
-"""One tiny model for all tests of the room."""
+"""A tiny model that all tests of this folder share."""
 
 from __future__ import annotations
 

@@ -23,8 +23,9 @@ TEMPLATE = (
 
 
 def write_model(folder: Path, kind: str = "llava", positions: int = 1024) -> Path:
-    """A randomly initialised model with a byte-level tokenizer and a processor; `kind` is llava (stock) or
-    evomoe.
+    """Write a randomly initialised model with a byte-level tokenizer and a processor.
+
+    `kind` is llava (stock) or evomoe.
     """
     from transformers import CLIPImageProcessor, LlavaProcessor
 
@@ -140,27 +141,27 @@ def _evomoe(vocabulary: int, image_id: int, positions: int) -> Any:
 
 
 def png(colour: int = 0) -> bytes:
-    """A small picture; `colour` picks one of 256."""
+    """A small PNG picture; `colour` picks one of 256."""
     out = io.BytesIO()
     Image.new("RGB", (20, 16), (colour, 255 - colour, 64)).save(out, "PNG")
     return out.getvalue()
 
 
 def picture(path: Path, colour: int = 0) -> Path:
-    """A picture file, its folders made."""
+    """Write a picture file, and create its folders."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(png(colour))
     return path
 
 
 def write_json(path: Path, value: Any) -> Path:
-    """One JSON document."""
+    """Write one JSON document."""
     path.write_text(json.dumps(value))
     return path
 
 
 def write_pope(folder: Path, questions: int, category: str = "random") -> tuple[Path, Path]:
-    """(question file, image folder); labels alternate, the first yes."""
+    """Write a POPE question file and its image folder; labels alternate and begin with yes."""
     names = [f"COCO_val2014_{n:012d}.jpg" for n in range(questions)]
     for n, name in enumerate(names):
         picture(folder / "val2014" / name, n % 256)
@@ -179,7 +180,7 @@ def write_pope(folder: Path, questions: int, category: str = "random") -> tuple[
 
 
 def write_mmbench(path: Path, rows: list[dict[str, Any]]) -> Path:
-    """A TSV with the union of the rows' columns."""
+    """Write a TSV whose columns are the union of the rows' columns."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, columns, delimiter="\t")
@@ -189,10 +190,10 @@ def write_mmbench(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def encoded(colour: int = 0) -> str:
-    """A picture as MMBench carries it."""
+    """A picture in base64, as MMBench stores it."""
     return base64.b64encode(png(colour)).decode()
 
 
 def item(name: str, group: str | None = None, **metadata: Any) -> Item:
-    """A question of which only the score matters."""
+    """An item for scoring alone, with neither prompt nor images."""
     return Item(name, "", (), metadata, group)

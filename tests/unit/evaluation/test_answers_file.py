@@ -20,7 +20,7 @@ def add(store, rank, **answers):
 
 def test_reads_every_rank(store):
     add(store, 0, a="x")
-    add(store, 11, b="line\nbreak \u2028 é")  # no kind of line break may end a line of the file
+    add(store, 11, b="line\nbreak \u2028 é")  # neither line break may end a line of the file
     add(store, 0, c="z")
     assert store.read() == {"a": "x", "b": "line\nbreak \u2028 é", "c": "z"}
 

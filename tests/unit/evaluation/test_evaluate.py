@@ -1,4 +1,4 @@
-"""The command from end to end on a tiny model."""
+"""The `evaluate` command runs end to end on a tiny model."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def pope(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(pope, model_dir, tmp_path_factory):
-    """The output of an uninterrupted run of one rank."""
+    """The output of an uninterrupted run on one rank."""
     output = tmp_path_factory.mktemp("alone")
     assert main(arguments(model_dir, *pope, output, "--batch-size", 16)) == 0
     return output
@@ -72,10 +72,10 @@ def lines(output):
 def test_predictions_and_metrics(alone):
     predictions = [json.loads(line) for line in (alone / "predictions.jsonl").read_text().splitlines()]
     assert [p["question_id"] for p in predictions] == [f"random/{n}" for n in range(1, QUESTIONS + 1)]
-    assert len({p["text"] for p in predictions}) > 1  # the model does look at its input
+    assert len({p["text"] for p in predictions}) > 1  # the answers depend on the input
     document = json.loads((alone / "metrics.json").read_text())
     assert document["questions"] == QUESTIONS
-    assert document["metrics"]["yes_ratio"] == 100  # it never learned to say no
+    assert document["metrics"]["yes_ratio"] == 100  # the untrained model never says no
     assert document["metrics"]["accuracy"] == 50
 
 
@@ -101,10 +101,9 @@ def test_killed_then_finished_by_two_ranks(alone, pope, model_dir, tmp_path):
         file.write(b'{"id": "random/149", "answer": "to')
     in_batches = arguments(model_dir, *pope, tmp_path, "--batch-size", 7)
     finished = programs.run("-m", "megatron_evomoe", *in_batches, ranks=2, timeout=120)
-    assert finished.stdout.count("yes_ratio") == 2  # told once: among the means, and as a column
-    assert sorted(p["id"] for p in lines(tmp_path)) == sorted(
-        f"random/{n}" for n in range(1, QUESTIONS + 1)
-    )  # none twice
+    assert finished.stdout.count("yes_ratio") == 2  # printed once: among the means, and as a column
+    # No question is answered twice.
+    assert sorted(p["id"] for p in lines(tmp_path)) == sorted(f"random/{n}" for n in range(1, QUESTIONS + 1))
     assert (tmp_path / "answers" / "rank-00001.jsonl").exists()
     for name in ("predictions.jsonl", "metrics.json"):
         assert (tmp_path / name).read_bytes() == (alone / name).read_bytes()

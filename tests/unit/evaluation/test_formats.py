@@ -1,4 +1,4 @@
-"""Each published format, as small as it gets, and what is said when it is not that format."""
+"""Each published format is read from a minimal file; other files are refused with an error."""
 
 from __future__ import annotations
 
@@ -27,11 +27,12 @@ def test_pope(tmp_path):
     assert first.images == (images / "COCO_val2014_000000000000.jpg",)
     assert (first.metadata["answer"], second.metadata["answer"]) == ("yes", "no")
     helpers.write_pope(tmp_path, 1, "popular")
+    # Images in the subfolder val2014/ are found too.
     assert [i.id for i in read("pope", tmp_path, tmp_path)] == [
         "popular/1",
         "random/1",
         "random/2",
-    ]  # val2014/ below also found
+    ]
 
 
 @pytest.mark.parametrize(
@@ -80,7 +81,7 @@ def test_mme(tmp_path, nested):
         {"category": "count", "answer": "yes"},
     )
     assert second.metadata["answer"] == "no"
-    assert first_groups([first, second], 1) == [first, second]  # the two questions of an image stay together
+    assert first_groups([first, second], 1) == [first, second]  # both questions of an image stay together
 
 
 @pytest.mark.parametrize(
@@ -189,7 +190,7 @@ def test_gqa(tmp_path):
     assert item.metadata["answer"] == "red"
     [path] = BENCHMARKS["gqa"].submission([item], {"201307251": "Red."}, tmp_path)
     assert json.loads(path.read_text()) == [{"questionId": "201307251", "prediction": "red"}]
-    [item] = read("gqa", gqa_file(tmp_path), tmp_path)  # the test split
+    [item] = read("gqa", gqa_file(tmp_path), tmp_path)  # the test split has no answers
     assert BENCHMARKS["gqa"].score([item], {"201307251": "red"}) == {}
 
 
@@ -251,7 +252,7 @@ def test_mmbench_makes_rotations(tmp_path):
     assert [i.id for i in items] == ["7", "1000007", "2000007"]
     assert items[0].prompt == f"Look.\nWhat is it?\nA. dog\nB. cat\nC. a cow\twith tabs\n{LETTER}"
     assert items[1].metadata["options"] == {"A": "cat", "B": "a cow\twith tabs", "C": "dog"}
-    assert [i.metadata["answer"] for i in items] == ["B", "A", "C"]  # cat moves up
+    assert [i.metadata["answer"] for i in items] == ["B", "A", "C"]  # the rotation moves cat up
     assert items[0].images == (helpers.png(),)
     assert len(first_groups(items, 1)) == 3
 
@@ -293,7 +294,8 @@ def test_mmbench_header(tmp_path):
 
 
 def test_mmbench_submission(tmp_path):
-    row = {name: value for name, value in mmbench_row().items() if name != "answer"}  # as the test file
+    # The file of the test split has no answers.
+    row = {name: value for name, value in mmbench_row().items() if name != "answer"}
     items = read("mmbench", helpers.write_mmbench(tmp_path / "m.tsv", [row]))
     assert BENCHMARKS["mmbench"].score(items, {"7": "B"}) == {}
     paths = BENCHMARKS["mmbench"].submission(items, {"7": "B\x00"}, tmp_path)

@@ -1,4 +1,4 @@
-"""``generate`` and the chat, as a user starts them."""
+"""The `generate` command and its chat, run as users start them."""
 
 from __future__ import annotations
 
@@ -63,14 +63,14 @@ def test_chat_in_a_process(model_dir, image, loaded):
     finished = run("--model", model_dir, "--max-new-tokens", 4, "--dtype", "float32", typed=typed)
     assert finished.returncode == 0, finished.stderr
     assert "error: image nowhere.png cannot be read: No such file or directory" in finished.stderr
-    assert finished.stderr.count("/reset starts a new conversation") == 2  # at the start, and for /what
+    # The help is printed at the start and for the unknown command /what.
+    assert finished.stderr.count("/reset starts a new conversation") == 2
     conversation = Dialogue()
     first = answer(loaded, conversation, "hello")
     conversation.attach(image)
     second = answer(loaded, conversation, "look")
-    assert words(finished.stdout) == words(
-        f"{first}\n{second}\n{first}\n"
-    )  # after /reset it answers as at first
+    # After /reset the first question gets the first answer again.
+    assert words(finished.stdout) == words(f"{first}\n{second}\n{first}\n")
 
 
 def answer(model, conversation, question):
@@ -83,7 +83,7 @@ def answer(model, conversation, question):
 
 
 def words(text):
-    """Without whitespace, which the stream keeps and answers lack at their ends."""
+    """`text` without whitespace, which the stream keeps but answers lack at their ends."""
     return "".join(text.split())
 
 

@@ -1,4 +1,4 @@
-"""Every metric on cases small enough to work out on paper; the working is in the comments."""
+"""Every metric is compared with cases worked out by hand; comments show the working."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from .helpers import item
     ("matches", "expected"), [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (10, 1.0)]
 )
 def test_leave_one_out(matches, expected):
-    # k of 10 agree: k leave-outs see k - 1 matches, 10 - k see k: (k min(1, (k-1)/3) + (10-k) min(1, k/3)) /
-    # 10. k = 1: (0 + 9/3) / 10 = 0.3; k = 2: (2/3 + 8 * 2/3) / 10 = 0.6; k = 3: (3 * 2/3 + 7) / 10 = 0.9;
-    # from 4 on: 1
+    # k of 10 references agree. Leaving one out, k cases see k - 1 matches and 10 - k cases see k matches, so
+    # the score is (k min(1, (k-1)/3) + (10-k) min(1, k/3)) / 10.
+
+    # k = 1: (0 + 9/3) / 10 = 0.3; k = 2: (2/3 + 8 * 2/3) / 10 = 0.6; k = 3: (3 * 2/3 + 7) / 10 = 0.9; k ≥ 4:
+    # 1.
     assert leave_one_out("x", ["x"] * matches + ["y"] * (10 - matches)) == pytest.approx(expected)
 
 
@@ -32,7 +34,8 @@ def test_pope():
 def test_pope_mean_over_categories_and_no_yes_at_all():
     items = [item("a", category="random", answer="yes"), item("b", category="popular", answer="yes")]
     metrics = pope.score(items, {"a": "yes", "b": "no"})
-    # random: everything 100; popular: everything 0 (precision of no positives is 0); the mean is 50
+    # random: every metric is 100. popular: every metric is 0 (precision without positives is 0). The mean is
+    # 50.
     assert metrics["f1"] == metrics["accuracy"] == metrics["yes_ratio"] == 50
     assert metrics["by_category"]["popular"]["precision"] == 0
 
@@ -48,7 +51,8 @@ def mme_items(category: str) -> list:
 def test_mme_category():
     items = mme_items("count")
     answers = dict(zip([i.id for i in items], ["Yes", "No", "Yes", "maybe"], strict=True))
-    # 3 of 4 right: acc 75; only x has both: acc+ 50; score 125. No total: the other categories are not there
+    # 3 of 4 are right: acc 75. Only x has both right: acc+ 50. The score is 125. There is no total, because
+    # the other categories are missing.
     assert mme.score(items, answers) == {"by_category": {"count": {"acc": 75, "acc_plus": 50, "score": 125}}}
 
 
@@ -56,10 +60,10 @@ def test_mme_totals():
     items = [i for category in (*mme.PERCEPTION, *mme.COGNITION) for i in mme_items(category)]
     answers = {i.id: i.metadata["answer"] for i in items}
     metrics = mme.score(items, answers)
-    # 10 and 4 categories of 100 + 100
+    # There are 10 and 4 categories of 100 + 100 each.
     assert (metrics["perception"], metrics["cognition"]) == (2000, 800)
     answers["code_reasoning/x/0"] = "No"
-    # code reasoning falls to 75 + 50
+    # The score of code reasoning falls to 75 + 50.
     assert mme.score(items, answers)["cognition"] == 725
 
 
@@ -69,8 +73,8 @@ def test_textvqa():
         item("2", answer=["2"] * 10),
         item("3", answer=None),
     ]
-    # "NOKIA." normalises to nokia, 2 of 10 agree: 0.6; "two" is 2: 1. The third has no public answer. Mean
-    # 0.8
+    # "NOKIA." normalises to nokia; 2 of 10 agree: 0.6. "Two" becomes 2: 1. The third item has no public
+    # answer. The mean is 0.8.
     assert textvqa.score(items, {"1": "NOKIA.", "2": "Two", "3": "x"}) == pytest.approx({"accuracy": 80})
     assert textvqa.score(items[2:], {"3": "x"}) == {}
 
@@ -85,8 +89,8 @@ def test_vqav2():
         vqa_item("2", ["3"] * 1 + ["4"] * 9, "number"),
         vqa_item("3", ["a dog"] * 3 + ["dog"] * 2 + ["cat"] * 5, "other"),
     ]
-    # "No": 3 agree, 0.9. "three": normalised to 3, 1 agrees, 0.3. "Dog": references become dog x 5: 1. Mean
-    # 2.2 / 3
+    # "No": 3 agree, 0.9. "three" becomes 3; 1 agrees, 0.3. "Dog": 5 references normalise to dog, 1. The mean
+    # is 2.2 / 3.
     metrics = vqav2.score(items, {"1": "No", "2": "three", "3": "Dog"})
     assert metrics["accuracy"] == pytest.approx(220 / 3)
     assert metrics["by_answer_type"] == pytest.approx({"yes/no": 90, "number": 30, "other": 100})
@@ -94,8 +98,8 @@ def test_vqav2():
 
 
 def test_vqav2_unanimous_references_stay_as_they_are():
-    # the official script does not normalise where all agree, so the submitted "t shirt" is not "t-shirt";
-    # "yes" is "yes"
+    # The official script does not normalise unanimous references, so the answer "t shirt" differs from
+    # "t-shirt"; "yes" equals "yes".
     items = [vqa_item("1", ["t-shirt"] * 10, "other"), vqa_item("2", ["yes"] * 10, "yes/no")]
     assert vqav2.score(items, {"1": "T-shirt", "2": "Yes."})["accuracy"] == 50
 
@@ -121,13 +125,13 @@ def test_gqa():
         gqa_item("6", "x", "query", None, False),
     ]
     metrics = gqa.score(items, {"1": "Red.", "2": "red", "3": "green", "4": "Yes", "5": "yes", "6": "x"})
-    # balanced: 1 and 4 of five right. open: 1 of 3; binary: 1 of 2
+    # Of the five balanced items 1 and 4 are right. open: 1 of 3; binary: 1 of 2.
     assert metrics["accuracy"] == 40
     assert metrics["open"] == pytest.approx(100 / 3)
     assert metrics["binary"] == 50
     assert metrics["by_structural_type"] == pytest.approx({"query": 100 / 3, "verify": 100, "logical": 0})
     assert metrics["by_semantic_type"] == {"attr": 40}
-    # one group: true red 2, blue 1; given red 2, green 1: (2-2)²/2 + (0-1)²/1 = 1
+    # One group. Reference answers: red 2, blue 1; given answers: red 2, green 1. (2-2)²/2 + (0-1)²/1 = 1.
     assert metrics["distribution"] == 1
 
 
@@ -144,7 +148,7 @@ def test_scienceqa():
         question("4", "A", "language science", 7, True, False),
     ]
     metrics = scienceqa.score(items, {"1": "A", "2": "The answer is A.", "3": "C. right", "4": "D"})
-    # right: 1 and 3. "D" is no choice of three
+    # Items 1 and 3 are right; "D" is not among three choices.
     assert metrics == {
         "accuracy": 50,
         "natural": 50,
@@ -177,6 +181,6 @@ def test_mmbench_circular():
         row(1_000_002, "B", "shape"),
     ]
     metrics = mmbench.score(items, {"1": "A", "1000001": "B.", "2": "A", "1000002": "A"})
-    # question 1 is right both ways; 2 only unrotated: circular 1 of 2, vanilla 2 of 2
+    # Question 1 is right in both rotations, question 2 only unrotated: circular 1 of 2, vanilla 2 of 2.
     assert metrics == {"accuracy": 50, "vanilla": 100, "by_category": {"colour": 100, "shape": 0}}
     assert mmbench.score([item("1", "1", answer=None)], {"1": "A"}) == {}

@@ -9,15 +9,15 @@ from megatron_evomoe.evaluation import normalize
     ("text", "expected"),
     [
         ("Yes.", "yes"),
-        ("Two dogs", "2 dogs"),  # number words to digits
-        ("The cat on a mat", "cat on mat"),  # articles go
+        ("Two dogs", "2 dogs"),  # number words become digits
+        ("The cat on a mat", "cat on mat"),  # articles are removed
         ("none", "0"),
-        ("dont know", "don't know"),  # a lost apostrophe comes back
+        ("dont know", "don't know"),  # a missing apostrophe is restored
         ("couldnt've", "couldn't've"),
         ("twas", "'twas"),
         ("t-shirt", "t shirt"),  # a mark between letters becomes a space
-        ("red - blue", "red blue"),  # a mark beside a space goes, and the words are joined by one
-        ("1,000-x", "1000x"),  # a number with a comma: every mark goes
+        ("red - blue", "red blue"),  # a mark beside a space is removed; one space remains
+        ("1,000-x", "1000x"),  # a number with a comma: every mark is removed
         ("3.5", "3.5"),  # a period before a digit stays
         ("u.s.", "us"),
         ("a\nb\tc", "b c"),
@@ -49,7 +49,7 @@ def test_evalai_answer(text, expected):
         ("No, there is none.", "no"),
         ("There is not", "no"),
         ("yes. But no", "yes"),
-        ("NO", "yes"),  # only No and no are known to the official script
+        ("NO", "yes"),  # the official script knows only No and no
         ("nothing", "yes"),
     ],
 )
@@ -98,7 +98,7 @@ def test_scienceqa_letter(text, expected):
         ("a red dog", "A"),
         ("A or B", None),
         ("bird", None),
-        ("A big grey animal that sleeps all day", None),  # the letter is a word here, far from the end
+        ("A big grey animal that sleeps all day", None),  # here the letter is a word, far from the end
     ],
 )
 def test_mmbench_letter(text, expected):

@@ -1,10 +1,10 @@
-"""Loads an exported directory as its users do, in a process of its own, and says what it computes.
+"""Load an exported directory in a new process, as its users do, and report what it computes.
 
     python fresh_process.py DIRECTORY installed|remote|plain OUTPUT.pt
 
 `installed`: megatron_evomoe's classes are registered, and trust_remote_code is not given. `remote`:
 transformers alone runs the directory's code; megatron_evomoe cannot be imported. `plain`: transformers' own
-LLaVA, no code; megatron_evomoe cannot be imported.
+LLaVA without remote code; megatron_evomoe cannot be imported.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ GREEDY = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "suppre
 
 
 def pixels(number: int, size: int = 32) -> torch.Tensor:
-    """Normalised pixels [1, 3, S, S] of one of the batch's images."""
+    """Normalised random pixels [1, 3, S, S] of image `number`."""
     return torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(number))
 
 
 def left_padded(rows: list[list[int]], image_token: int, pad: int = 0) -> dict[str, torch.Tensor]:
-    """Ids and attention mask."""
+    """Ids and attention mask of the rows, padded on the left."""
     longest = max(map(len, rows))
     ids = [[pad] * (longest - len(row)) + [image_token if i < 0 else i for i in row] for row in rows]
     mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
@@ -42,15 +42,16 @@ def left_padded(rows: list[list[int]], image_token: int, pad: int = 0) -> dict[s
 
 
 def images_of(rows: list[list[int]], first: int = 0) -> dict[str, torch.Tensor]:
-    """The rows' images, if any; `first` is the number of the first."""
+    """Pixels of the rows' images, or nothing; `first` numbers the first image."""
     count = sum(row.count(-1) for row in rows) // len(IMAGE)
     return {"pixel_values": torch.cat([pixels(first + i) for i in range(count)])} if count else {}
 
 
 @torch.no_grad()
 def answer_of(model: Any, *, routed: bool, image_token: int) -> dict[str, torch.Tensor]:
-    """Logits of all real positions of the left-padded batch [positions, V], and each mixture's choice
-    [positions, N].
+    """Logits [positions, V] of the real positions, and each mixture's choice [positions, N].
+
+    The batch is padded on the left.
     """
     batch = left_padded(BATCH, image_token)
     extra = {"output_router_logits": True} if routed else {}
@@ -66,7 +67,7 @@ def answer_of(model: Any, *, routed: bool, image_token: int) -> dict[str, torch.
 
 @torch.no_grad()
 def generation(model: Any, image_token: int) -> dict[str, bool]:
-    """What must hold of `generate`."""
+    """Named properties of `generate`, each of which must be true."""
     batch = {**left_padded(BATCH, image_token), **images_of(BATCH)}
     length = batch["input_ids"].shape[1]
     cached, again = model.generate(**batch, **GREEDY), model.generate(**batch, use_cache=False, **GREEDY)
@@ -76,7 +77,8 @@ def generation(model: Any, image_token: int) -> dict[str, bool]:
         alone = model.generate(**left_padded([row], image_token), **images_of([row], first), **GREEDY)
         out[f"row {i} alone"] = torch.equal(alone[0, len(row) :], cached[i, length:])
         first += row.count(-1) // len(IMAGE)
-    # transformers' own LLaVA repeats each image for each beam, which mixes up those of a row that has several
+    # transformers' own LLaVA repeats each image once per beam, which mixes up images in rows that have
+    # several.
     rows = BATCH if hasattr(model, "embed") else [BATCH[0]]
     few = {**left_padded(rows, image_token), **images_of(rows)}
     beams = [model.generate(**few, num_beams=3, use_cache=use, **GREEDY) for use in (True, False)]
@@ -123,7 +125,7 @@ class _NotInstalled(importlib.abc.MetaPathFinder):
 
 @torch.no_grad()
 def through_processor(directory: str, model: Any, mode: str) -> dict[str, Any]:
-    """Conversations and pictures through AutoProcessor: ids, pixels and text that come out."""
+    """Ids, pixels and answers for conversations and pictures that go through AutoProcessor."""
     import numpy as np
     from PIL import Image
     from transformers import AutoProcessor
@@ -137,7 +139,8 @@ def through_processor(directory: str, model: Any, mode: str) -> dict[str, Any]:
         )
         for i in range(3)
     ]
-    if mode != "plain":  # transformers 4's own image processor drops transparency
+    # In plain mode transformers 4's own image processor, which drops transparency, is used.
+    if mode != "plain":
         pictures[1].putalpha(Image.linear_gradient("L").resize(pictures[1].size))
     parts = {"image": {"type": "image"}, "text": {"type": "text", "text": "Which digit is this?"}}
     conversations = [
@@ -157,7 +160,7 @@ def through_processor(directory: str, model: Any, mode: str) -> dict[str, Any]:
 
 
 def main(directory: str, mode: str, output: str) -> None:
-    """See the module."""
+    """Load the directory in the given mode and save all results (see the module's docstring)."""
     import transformers
 
     torch.set_num_threads(1)

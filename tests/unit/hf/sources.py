@@ -1,4 +1,4 @@
-"""Hugging Face directories made by hand: a configuration as transformers 4.x writes it and random tensors."""
+"""Hand-made Hugging Face directories: random tensors and a configuration of transformers 4.x."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ LLAVA = {"model_type": "llava", "text_config": TEXT, "vision_config": TOWER}
 
 
 def tensors(config: dict[str, Any] = LLAVA) -> dict[str, torch.Tensor]:
-    """Random ones under canonical names, the tower's unread end included."""
+    """Random tensors under canonical names, including the end of the tower that LLaVA does not use."""
     language, vision = llava_sections(config)
     run = from_mapping(
         {"language": language, "vision": {**vision, "feature_layer": -1}, "data": {"seq_length": 64}}
@@ -57,7 +57,7 @@ def write(
     content: dict[str, torch.Tensor] | None = None,
     rename: Callable[[str], str] = lambda name: name,
 ) -> Path:
-    """A directory of `content` (by default `tensors(config)`) under new names."""
+    """Write a directory of `content` (by default `tensors(config)`) after renaming its tensors."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
     save_file(
@@ -68,5 +68,5 @@ def write(
 
 
 def part(prefix: str, content: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Those tensors whose names begin so."""
+    """Tensors whose names begin with `prefix`."""
     return {k: v for k, v in content.items() if k.startswith(prefix)}

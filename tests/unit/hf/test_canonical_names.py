@@ -1,4 +1,4 @@
-"""All ways in which LLaVA files have named their tensors mean the same."""
+"""All naming schemes of LLaVA files map to the same canonical names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""config.json to our sections: transformers' defaults, both spellings of RoPE, and refusals by name."""
+"""config.json to our sections: transformers' defaults, both spellings of RoPE, named refusals."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_evomoe.hf.from_hf.config_sections import (
     vision_section,
 )
 
-# what the repositories on the hub say, as far as it is not a default
+# What the repositories on the hub state, except for defaults.
 PUBLISHED = {
     "qwen2-0.5b": {
         "model_type": "qwen2",
@@ -114,7 +114,8 @@ def test_defaults_are_those_of_transformers(kind):
     for key, value in (TEXT_DEFAULTS.get(kind) or VISION_DEFAULTS[kind]).items():
         if key == "partial_rotary_factor" and not hasattr(theirs, key):
             assert theirs.rope_parameters[key] == value
-        elif value is not None:  # none: as many as there are heads
+        # None means as many key-value heads as there are attention heads.
+        elif value is not None:
             assert getattr(theirs, key) == value, key
 
 
@@ -304,10 +305,11 @@ def test_both_spellings_of_rope_must_agree():
     [
         ({"low_freq_factor": None}, "low_freq_factor = None"),
         ({"high_freq_factor": 2.0}, "high_freq_factor = 2.0.*4 built in"),
+        # transformers uses this value where the file does not give one.
         (
             {},
             "original_max_position_embeddings = 2048.*8192",
-        ),  # as transformers has it where the file says nothing
+        ),
     ],
 )
 def test_a_llama3_rope_of_other_numbers_is_named(change, message):
@@ -377,7 +379,7 @@ def test_llava_models_refused_by_name(config, message):
 
 
 def test_llava_15_as_published():
-    """Everything the hub's config.json leaves out is a default."""
+    """Everything that the hub's config.json leaves out is a default."""
     language, vision = llava_sections(
         {
             "model_type": "llava",
@@ -398,8 +400,10 @@ def test_llava_15_as_published():
 
 
 def test_sections_of_null_are_those_of_transformers():
-    """A tower that is null is CLIP-L/336, one of nothing CLIP's default, a language model of either
-    Llama's.
+    """Sections that are null or empty get the values that transformers gives them.
+
+    A null tower is CLIP-L/336 and an empty one is CLIP's default; a null or empty language model is Llama's
+    default.
     """
     transformers = pytest.importorskip("transformers")
     for config in (

@@ -1,4 +1,4 @@
-"""Raw directories: what is read, and what damage is named."""
+"""Weights in Hugging Face directories are read, and damage is named."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def rewrite_header(path: Path, change) -> None:
 
 
 def header_as(text: bytes):
-    """Damage: this header before the tensors there are."""
+    """A damage function that replaces the header and keeps the tensors' bytes."""
 
     def damage(path: Path) -> None:
         data = path.read_bytes()
@@ -89,12 +89,12 @@ def header_as(text: bytes):
 
 
 def entry(**change):
-    """Damage: other values in the header's entry of `a`."""
+    """A damage function that changes values in the header's entry of `a`."""
     return lambda path: rewrite_header(path, lambda header: header["a"].update(change))
 
 
 def twice(path: Path) -> None:
-    """Damage: `a` once more before itself, as integers; the last entry would win."""
+    """Add an earlier header entry of `a` as integers; a JSON reader would keep only the last."""
     text = path.read_bytes()[8:].split(b"}}")[0] + b"}}"
     header_as(b'{"a":{"dtype":"I32","shape":[3,4],"data_offsets":[0,48]},' + text[1:])(path)
 
@@ -138,7 +138,10 @@ def test_damaged_files_are_named(tmp_path, name):
 
 
 def test_a_file_is_opened_anew_after_so_many_bytes(tmp_path, monkeypatch):
-    """So that memory does not hold all that was read; and every tensor is right through whichever opening."""
+    """A file is reopened after a number of bytes, so that pages already read leave memory.
+
+    Every tensor is right, whichever opening it is read through.
+    """
     from megatron_evomoe.hf.from_hf import safetensors_reader
 
     openings = []
@@ -156,7 +159,7 @@ def test_a_file_is_opened_anew_after_so_many_bytes(tmp_path, monkeypatch):
 
 
 def test_the_largest_import_does_not_stay_in_memory(tmp_path):
-    """Read through a reader, 300 MB leave no more than an opening's share and one tensor in memory."""
+    """Reading 300 MB leaves at most one opening's share and one tensor in memory."""
     tensors = {f"t{i}": torch.ones(3_000_000) for i in range(25)}
     path = directory(tmp_path / "m", {"model.safetensors": tensors})
     del tensors
@@ -261,7 +264,7 @@ def test_an_index_that_lies_is_named(tmp_path, name):
     ],
 )
 def test_a_directory_that_is_to_answer_has_its_files_beside_its_index(tmp_path, content):
-    """Where `evaluate` and `generate` load from, too."""
+    """`evaluate` and `generate` check the directory that they load in the same way."""
     path = directory(tmp_path / "m", {"pytorch_model.bin": TENSORS})
     directory(tmp_path / "other", {"model.safetensors": TENSORS})
     (path / "model.safetensors.index.json").write_text(content)
@@ -286,7 +289,7 @@ def test_an_index_that_is_none_is_named(tmp_path, text, message):
 
 
 def test_a_total_that_is_wrong_is_said(tmp_path, caplog):
-    """Published indices have wrong totals; nothing depends on them."""
+    """A wrong total only logs a warning: published indices have them, and nothing uses them."""
     path = directory(
         tmp_path / "m", split("model-1.safetensors", "model-2.safetensors"), "model.safetensors.index.json"
     )
@@ -313,7 +316,10 @@ def test_pickles_of_something_else_are_named(tmp_path, content, message):
 
 
 def test_a_flipped_bit_in_an_archive_is_named(tmp_path):
-    """In its pickle, where it would mean other strides, and in its numbers; torch itself sees neither."""
+    """A flipped bit in the pickle or in the numbers is named.
+
+    In the pickle it would change the strides. torch itself notices neither.
+    """
     path = directory(tmp_path / "m", {"pytorch_model.bin": TENSORS}) / "pytorch_model.bin"
     data = path.read_bytes()
     for where in (data.index(b"data.pkl") + 300, data.index(TENSORS["a"].numpy().tobytes()) + 5):

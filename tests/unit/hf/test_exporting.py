@@ -1,4 +1,4 @@
-"""What an export writes, refuses and leaves behind; and that an import brings back the same bits."""
+"""What an export writes, refuses and leaves behind; an import restores the same bits."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def tokenizer_path(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory, tokenizer_path):
-    """Kind to a saved model, made once."""
+    """A function that gives the saved model of a kind, which is made once."""
     made = {}
 
     def get(kind):
@@ -123,7 +123,7 @@ def test_there_and_back_are_the_same_bits(saved, kind, values, tmp_path):
     if values.get("dense"):
         weights = {k for k in weights if ".mlp.experts." not in k}
     assert set(after.shapes) == weights
-    rows = there.config.language.vocab_size  # those below are padding
+    rows = there.config.language.vocab_size  # rows from here on are padding
     ends = {k: rows for k in weights if "word_embeddings" in k or "output_layer" in k}
     assert all(torch.equal(before.read(k)[: ends.get(k)], after.read(k)[: ends.get(k)]) for k in weights)
     again = export_model(
@@ -141,7 +141,7 @@ def test_a_target_that_is_not_empty_is_left_alone(saved, tmp_path):
         export_model(request(saved("warmup"), tmp_path / "out"))
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine"]
     (tmp_path / "out" / "mine").unlink()
-    export_model(request(saved("warmup"), tmp_path / "out"))  # an empty one is fine
+    export_model(request(saved("warmup"), tmp_path / "out"))  # an empty target is accepted
 
 
 def test_a_failure_leaves_nothing_behind(saved, tmp_path, monkeypatch):
@@ -184,7 +184,7 @@ def test_a_run_without_saying_which_stage_is_refused(saved, tmp_path):
 
 
 def rewritten(saved, folder, change):
-    """A copy of the checkpoint with its tensors changed by `change` (a dictionary, in place)."""
+    """Copy the checkpoint; `change` edits the dictionary of its tensors in place."""
     reader = CheckpointReader(find_checkpoint(saved.folder))
     tensors = {k: reader.read(k) for k in reader.shapes}
     change(tensors)
@@ -331,7 +331,9 @@ def test_conversion_loads_neither_transformers_nor_megatron_core(saved, tmp_path
 
 @pytest.mark.slow
 def test_memory_is_that_of_the_largest_tensor(tmp_path, tokenizer_path):
-    """Ten layers of 50 MB each and an embedding of 4 MB: a child's peak stays far below the model's half a
+    """An export needs memory for its largest tensor, not for the whole model.
+
+    The model has ten layers of 50 MB each and an embedding of 4 MB; the process's peak stays far below half a
     gigabyte.
     """
     size = {"num_layers": 10, "hidden_size": 1024, "ffn_hidden_size": 2730, "num_attention_heads": 8}

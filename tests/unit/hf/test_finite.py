@@ -1,4 +1,4 @@
-"""Values that are not finite are found wherever they stand, in every type, and named with what helps."""
+"""Values that are not finite are found at every place and in every type; the error helps."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_one_bad_value_is_found_at_every_place(dtype, value):
-    for size in (1, 7, 64, 131):  # vectors of every width, and their ends
+    for size in (1, 7, 64, 131):  # every vector width, and sizes with a remainder
         tensor = torch.randn(size, generator=torch.Generator().manual_seed(1)).to(dtype)
         assert is_finite(tensor)
         for i in range(size):

@@ -1,5 +1,6 @@
-"""Directories to checkpoints: every layout gives the same tensors; mixtures; and bad input leaves nothing
-behind.
+"""Imports of directories into checkpoints.
+
+Every layout gives the same tensors; mixtures are made; bad input leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -69,7 +70,10 @@ ORIGINAL = {
 
 @pytest.mark.parametrize("holds_tower", [True, False])
 def test_llavas_own_format(tmp_path, reference, holds_tower):
-    """With the tower's weights in the file (then only its sizes are asked for), and without."""
+    """LLaVA's own format is read with and without the tower's weights in the file.
+
+    Where the file has them, the tower's own directory gives only the sizes.
+    """
     everything = tensors()
     kept = {k: v for k, v in everything.items() if holds_tower or not k.startswith("vision_tower.")}
     write(tmp_path / "hf", ORIGINAL, kept, NAMINGS["LLaVA's own"][0])
@@ -141,7 +145,10 @@ Q, K = (f"language_model.model.layers.0.self_attn.{x}_proj.weight" for x in "qk"
 
 
 def test_parts_of_one_tensor_may_differ_in_type(tmp_path, reference):
-    """What is written holds all of them exactly: the wider type, or float32 where neither holds the other."""
+    """The written type holds every part exactly.
+
+    It is the wider type of the parts, or float32 where neither holds the other.
+    """
     content = tensors()
     content |= {GATE: content[GATE].half(), UP: content[UP].bfloat16(), Q: content[Q].bfloat16()}
     found = contents(convert(tmp_path, model=write(tmp_path / "hf", content=content)).checkpoint)
@@ -248,8 +255,9 @@ EMBEDDING, OUTPUT = "language_model.embedding.word_embeddings.weight", "language
 
 @pytest.mark.parametrize("kind", ["untied", "tied", "phi"])
 def test_a_tokenizer_larger_than_the_embedding(tmp_path, kind):
-    """The error says what to do; then every new row is the mean of the old ones, of the output layer and its
-    bias too.
+    """A tokenizer larger than the embedding needs --resize-embeddings, as the error says.
+
+    Every new row is then the mean of the old rows, in the output layer and its bias too.
     """
     change = {
         "untied": {},
@@ -305,7 +313,7 @@ def test_a_larger_embedding_stays(tmp_path):
 
 
 def test_one_layer_is_a_model(tmp_path):
-    """No layer of it is a mixture by default; what is emitted says which one can be."""
+    """A one-layer model has no mixture by default, so its model.yaml sets moe_layer_freq to 1."""
     config = {**LLAVA, "text_config": {**TEXT, "num_hidden_layers": 1}}
     content = {k: v for k, v in tensors().items() if "model.layers.1." not in k or k.startswith("vision")}
     imported = convert(tmp_path, model=write(tmp_path / "hf", config, content))
@@ -370,7 +378,7 @@ def test_a_mixture_of_copies(tmp_path, reference, router):
 
 
 def stage(imported, kind: str, **moe):
-    """A stage that begins from an import."""
+    """The state of a stage that starts from an import."""
     from megatron_evomoe.checkpoint import find
     from megatron_evomoe.parallel import topology
     from megatron_evomoe.train.built import build_stage
@@ -391,7 +399,7 @@ def stage(imported, kind: str, **moe):
 
 
 def test_noise_is_that_of_a_stage_which_adds_it(one_rank, tmp_path):
-    """Both ways from a dense model to noisy experts end in the same bits."""
+    """Noise added by the import and noise added by the stage give the same bits."""
     write(tmp_path / "hf")
     dense = import_model(Request(output=str(tmp_path / "dense"), model=str(tmp_path / "hf"), flags=FLAGS))
     noisy = import_model(
@@ -409,7 +417,7 @@ def test_noise_is_that_of_a_stage_which_adds_it(one_rank, tmp_path):
 
 @pytest.mark.parametrize("pattern", [[0, 0], [1, 0], [1, 1]])
 def test_other_layers_may_become_mixtures_later(one_rank, tmp_path, pattern):
-    """The norm before an FFN is found whichever layers the import designated."""
+    """The norm before an FFN is found whichever layers the import designated as mixtures."""
     imported = convert(tmp_path, model=write(tmp_path / "hf"), flags={"moe_layer_freq": [0, 1]})
     state = stage(imported, "warmup", moe_layer_freq=pattern)
     for i in range(2):
@@ -478,7 +486,10 @@ def test_bad_input_is_named_and_leaves_nothing(tmp_path, name):
 
 
 def test_code_is_never_run(tmp_path, monkeypatch):
-    """Neither without the flag nor with it, which takes the directory for what its model_type says."""
+    """Code in the directory is never run, with or without `allow_remote_code`.
+
+    With the flag, the directory is read as what its model_type says.
+    """
     write(tmp_path / "hf", {**LLAVA, "auto_map": {"AutoModel": "modeling_x.X"}})
     (tmp_path / "hf" / "modeling_x.py").write_text(f"open({str(tmp_path / 'boom')!r}, 'w')\n")
     convert(tmp_path, model=tmp_path / "hf", allow_remote_code=True)

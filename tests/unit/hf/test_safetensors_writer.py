@@ -1,4 +1,4 @@
-"""Sharded safetensors, written as a stream, read by safetensors itself."""
+"""Sharded safetensors files are written as a stream; the safetensors library reads them."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""The map covers every tensor of the models we build, once, and takes each to and fro without a changed
-bit.
+"""The tensor map covers every tensor of our models exactly once.
+
+Converting there and back changes no bit.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def random_hf(names: NameMap) -> dict[str, torch.Tensor]:
 
 
 def check_bijection(names: NameMap) -> None:
-    """Every HF tensor in one entry; every core tensor in one entry per expert; and back is the same."""
+    """Each HF tensor is in one entry, each core tensor in one per expert; a round trip is exact."""
     hf = random_hf(names)
     assert max(Counter(name for e in names.entries for name in e.hf).values()) == 1
     assert max(Counter((e.core, e.expert) for e in names.entries).values()) == 1
@@ -57,7 +58,7 @@ def check_bijection(names: NameMap) -> None:
 @pytest.mark.parametrize("name", LANGUAGE)
 @pytest.mark.parametrize("kind", ["warmup", "route"])
 def test_core_tensors_are_those_of_the_model(one_rank, name, kind):
-    """Names and shapes are compared with what megatron-core would save of the very model."""
+    """Names and shapes are compared with those that megatron-core would save for the model."""
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
     from megatron_evomoe.checkpoint import store
@@ -82,7 +83,7 @@ def test_core_tensors_are_those_of_the_model(one_rank, name, kind):
 
 
 def test_gqa_rows_are_where_the_core_expects_them():
-    """Two groups of two queries: rows q0 q1 k0 v0 q2 q3 k1 v1, in weight and bias."""
+    """With two groups of two queries, weight and bias have rows q0 q1 k0 v0 q2 q3 k1 v1."""
     config = tiny_config(language={"num_attention_heads": 4, "num_query_groups": 2, "add_qkv_bias": True})
     entry = next(
         e for e in NameMap(config, "warmup", ["language_model"]).entries if e.core.endswith("linear_qkv.bias")
@@ -93,7 +94,7 @@ def test_gqa_rows_are_where_the_core_expects_them():
 
 
 def test_padding_of_the_vocabulary_does_not_leak():
-    """61 rows: padded to 64 with zeros on the way in; any padding is cut on the way out."""
+    """61 rows are padded to 64 with zeros on import; an export cuts any padding."""
     names = NameMap(tiny_config(language={"vocab_size": 61}), "warmup")
     entry = next(e for e in names.entries if e.core.endswith("word_embeddings.weight"))
     ((name, shape),) = entry.hf.items()

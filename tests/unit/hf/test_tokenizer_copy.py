@@ -1,4 +1,4 @@
-"""Tokenizers of sources: what can be read comes along, in the best form there is; what cannot is said."""
+"""A source's readable tokenizer is copied in its best form; an unreadable one is reported."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def fast(tmp_path_factory) -> Path:
 
 
 def slow(fast: Path, folder: Path) -> Path:
-    """The same pieces and merges as GPT-2 had them before tokenizer.json."""
+    """The same pieces and merges in GPT-2's files from before tokenizer.json."""
     folder.mkdir()
     model = json.loads((fast / "tokenizer.json").read_text())["model"]
     (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
@@ -104,7 +104,10 @@ def test_a_damaged_tokenizer_is_said(fast, tmp_path, content, monkeypatch):
 
 @pytest.mark.parametrize("sums", ["SHA256SUMS", "tokenizer.model.sha256"])
 def test_checksums_come_along_and_must_hold(fast, tmp_path, sums):
-    """Those of the tokenizer's files; weights may be listed beside them."""
+    """Checksums of the tokenizer's files are copied and verified.
+
+    The checksum file may list weights as well.
+    """
     folder, name = tmp_path / "hf", "tokenizer.json" if sums == "SHA256SUMS" else "tokenizer.model"
     shutil.copytree(fast, folder) if sums == "SHA256SUMS" else train_sentencepiece(
         helpers.LINES * 5, folder / name, 400
@@ -121,7 +124,7 @@ def test_checksums_come_along_and_must_hold(fast, tmp_path, sums):
 
 def test_nothing_is_said(tmp_path):
     (tmp_path / "hf").mkdir()
-    for name in ("vocab.json", "config.json"):  # without merges it is no tokenizer
+    for name in ("vocab.json", "config.json"):  # a vocabulary without merges is not a tokenizer
         (tmp_path / "hf" / name).write_text("{}")
     note = copy_tokenizer(tmp_path / "hf", tmp_path / "out").note
     assert note.endswith("it has no tokenizer.json, no vocab.json with merges.txt and no tokenizer.model")

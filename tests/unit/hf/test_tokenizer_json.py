@@ -74,7 +74,7 @@ def paths(tmp_path_factory):
 
 
 def export(path, template, folder):
-    """(training's, what was written, transformers')."""
+    """Export a tokenizer; gives training's tokenizer, what was written, and transformers' tokenizer."""
     tokenizer = build_tokenizer(path)
     written = tokenizer_files(tokenizer, path, 4096)
     folder.mkdir(exist_ok=True)
@@ -119,7 +119,8 @@ def ids_of_transformers(conversation, hf):
 @pytest.mark.parametrize("kind", KINDS)
 def test_prompts_have_trainings_ids(paths, kind, template, tmp_path):
     tokenizer, written, hf = export(paths[kind], template, tmp_path / "out")
-    # pieces of these two toys reach over the place where training cuts between a prompt and an earlier answer
+    # Training cuts between a prompt and an earlier answer; pieces of these two toy tokenizers reach over that
+    # place.
     history = [] if kind in ("llama", "nmt-nfkc") else HISTORY
     for conversation in [*PROMPTS, *history]:
         wanted = ids_of_training(conversation, tokenizer, template, written.image_token_id)

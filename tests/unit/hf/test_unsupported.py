@@ -1,5 +1,6 @@
-"""Families that cannot be imported, as transformers itself describes them: each refusal says what it is that
-cannot be computed.
+"""Model families that cannot be imported: each refusal names what is not supported.
+
+The configurations are those of transformers itself.
 """
 
 from __future__ import annotations

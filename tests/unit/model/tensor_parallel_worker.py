@@ -1,7 +1,7 @@
-"""One rank of `test_tensor_parallel`: logits, features and some gradients under the given TP, saved by rank
-0.
+"""One rank of `test_tensor_parallel`, which computes logits, features and gradients under TP.
 
-CPU initialisation draws whole matrices and cuts them, so the same seed gives the same model under any TP.
+Rank 0 saves the results. CPU initialisation draws whole matrices and then cuts them, so the same seed gives
+the same model under any TP.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PHI = {
 
 
 def main(tp: int, path: str) -> None:
-    """Join the world that the environment describes, run all cases, and save {case: tensor} as rank 0."""
+    """Join the process group given by the environment, run all cases, and save them as rank 0."""
     backend.prepare()
     torch.set_num_threads(1)
     backend.init_process_group(timeout_minutes=1)
@@ -45,7 +45,7 @@ def main(tp: int, path: str) -> None:
 
 
 def cases(tp: int) -> dict[str, torch.Tensor]:
-    """All that is compared; the process groups exist."""
+    """All tensors that the test compares; the process groups must exist."""
     out = {}
     for name, extra in {
         "qwen": {"add_qkv_bias": True, "num_query_groups": 2, "qk_layernorm": True},
@@ -56,7 +56,7 @@ def cases(tp: int) -> dict[str, torch.Tensor]:
 
 
 def language(section: dict, tp: int) -> dict[str, torch.Tensor]:
-    """Logits, and gradients of replicated parameters as `finalize_model_grads` would make them."""
+    """Logits, and gradients of replicated parameters reduced as `finalize_model_grads` does."""
     from megatron.core import tensor_parallel
 
     from megatron_evomoe.config import from_mapping
@@ -84,7 +84,7 @@ def language(section: dict, tp: int) -> dict[str, torch.Tensor]:
 
 
 def vision(tp: int) -> dict[str, torch.Tensor]:
-    """Projected features, of two images and of none, and a gradient of the patch embedding."""
+    """Projected features of two images and of none, and a gradient of the patch embedding."""
     from megatron_evomoe.config import from_mapping
     from megatron_evomoe.model.projector import build_projector
     from megatron_evomoe.model.vision import build_vision_model

@@ -1,6 +1,7 @@
-"""The inventory against models that are built without memory: names, order, shapes, parts, checkpoint keys.
+"""The inventory agrees with models that are built without memory.
 
-`tests/distributed/test_plan.py` compares what ranks of real runs hold.
+Compared are names, order, shapes, parts and checkpoint keys. `tests/distributed/test_plan.py` compares it
+with what the ranks of real runs hold.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ BUILDS = settings(
     max_examples=60,
     deadline=None,
     derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],  # the groups serve all examples
+    suppress_health_check=[HealthCheck.function_scoped_fixture],  # all examples share the process groups
 )
 
 
 @st.composite
 def configurations(draw):
-    """A stage kind, and a configuration with every choice on which tensors or their shapes depend."""
+    """A stage kind and a configuration that vary every choice on which tensors or shapes depend."""
     kind = draw(st.sampled_from(list(StageKind)))
     heads = draw(st.sampled_from([2, 4]))
     tied = draw(st.booleans())
@@ -101,7 +102,11 @@ def test_keys_and_whole_shapes_are_those_of_a_checkpoint(one_rank, case):
 
 @pytest.mark.parametrize("kind", StageKind)
 def test_parts_are_what_freezing_goes_by(kind):
-    """Also with a chunk that does not begin at layer 0, whose names count from its own first layer."""
+    """The inventory's parts agree with what freezing trains.
+
+    This is also true of a pipeline chunk that does not begin at layer 0, whose names count from its own first
+    layer.
+    """
     config = tiny_config(kind.value, language={"num_layers": 4})
     with shapes_only():
         model = LlavaModel(config, stage_kind=kind)
@@ -115,7 +120,7 @@ def test_parts_are_what_freezing_goes_by(kind):
 
 
 def test_counts_of_a_mixture():
-    """Top-1 of four experts in one of two layers: three experts' parameters are idle for a token."""
+    """Top-1 of four experts in one of two layers leaves three experts inactive for a token."""
     config = tiny_config("route")
     counts = inventory.count(config, StageKind.ROUTE)
     expert = 3 * 32 * 48
@@ -126,7 +131,7 @@ def test_counts_of_a_mixture():
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_places_are_those_of_pipeline_chunks(tied):
-    """Under pipelining the last stage holds a copy of the tied matrix, which a model on one rank does not."""
+    """Under pipelining the last stage has a copy of a tied matrix; a model on one rank has none."""
     config = tiny_config("route", language={"tie_word_embeddings": tied})
     ends = ({"first": True, "last": False}, {"first": False, "last": True}, {"first": False, "last": False})
     first, last, middle = (list(inventory.tensors(config, StageKind.ROUTE, [1], **end)) for end in ends)

@@ -1,4 +1,4 @@
-"""The decoder: which layer gets which FFN, under which names, and Phi-2's layer."""
+"""The decoder: which layer gets which FFN under which names, and Phi-2's layer."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_vocab_size_must_be_known():
 
 @pytest.mark.parametrize("language", [{}, PHI])
 def test_names_agree_between_kinds_but_for_the_ffn(language):
-    """What is not the FFN of a designated layer has one name in every kind, in memory and in checkpoints."""
+    """Outside the designated FFNs, names agree between stage kinds, in memory and in checkpoints."""
 
     def names(kind):
         model = build_language_model(config_of(language), stage_kind=kind)
@@ -74,7 +74,7 @@ def test_names_agree_between_kinds_but_for_the_ffn(language):
     assert dense == names("align") == names("warmup") == names("evolve") == names("route")
     has_norm = not language
     assert ("decoder.layers.1.pre_mlp_layernorm.weight" in dense[1]) == has_norm
-    # undesignated layers are saved under the names of Transformer Engine's fused layers
+    # Layers that are not designated are saved under the names of Transformer Engine's fused layers.
     assert ("decoder.layers.0.mlp.linear_fc1.layer_norm_weight" in dense[1]) == has_norm
     assert ("decoder.layers.0.self_attention.linear_qkv.layer_norm_weight" in dense[1]) == has_norm
 
@@ -182,8 +182,9 @@ def test_parallel_residual_recomputes(kind, train):
 
 
 def test_biased_experts_equal_the_dense_ffn_they_copy():
-    """Phi-2 as a mixture: with all experts alike and `straight_through`, biases included, routing changes
-    nothing.
+    """A mixture of equal experts computes what its dense FFN does, for Phi-2's biased layers.
+
+    With `straight_through` and equal experts, biases included, routing changes nothing.
     """
     dense = build_language_model(config_of(PHI), stage_kind="dense")
     with torch.no_grad():

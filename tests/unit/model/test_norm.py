@@ -1,4 +1,4 @@
-"""The local layers' norm: PyTorch's own, marked for sequence parallelism."""
+"""The norm of the local layers is PyTorch's own, marked for sequence parallelism."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""FP8 and fused kernels as far as a machine without a GPU can tell: which configuration gets what, and what
-is refused.
+"""FP8 and fused kernels, as far as they can be tested without a GPU.
 
-Transformer Engine is not here. Where the core's configuration wants to see it, the tests say it is there;
-nothing is computed in FP8.
+Tested is which settings each configuration gets, and what is refused. Transformer Engine is not installed;
+where megatron-core's configuration checks for it, the tests pretend that it is. Nothing is computed in FP8.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ def run_config(*, bf16=True, **sections):
 
 @pytest.fixture
 def claimed_engine(monkeypatch):
-    """megatron-core's configuration is told that Transformer Engine is there."""
+    """Make megatron-core's configuration believe that Transformer Engine is installed."""
     from megatron.core.models.common.embeddings import rope_utils
     from megatron.core.transformer import transformer_config
     from megatron.core.transformer.moe import moe_utils
@@ -47,7 +46,7 @@ def claimed_engine(monkeypatch):
 
 @pytest.fixture
 def claimed_gpu(monkeypatch, claimed_engine):
-    """A Hopper GPU with Transformer Engine, in name only."""
+    """Pretend that there is a Hopper GPU with Transformer Engine."""
     monkeypatch.setattr(backend, "on_gpu", lambda: True)
     monkeypatch.setattr(backend, "capability", lambda: HOPPER)
     monkeypatch.setattr(tc, "_have_transformer_engine", lambda: True)
@@ -268,8 +267,9 @@ def routed_model(**gpu):
 
 @pytest.mark.usefixtures("one_rank")
 def test_routers_hold_no_layer_that_fp8_would_take():
-    """FP8 is taken up by linear layers (Transformer Engine's, in the place of these); a router's products are
-    its own.
+    """A router has no linear layer, so FP8 does not change its products.
+
+    FP8 acts on Transformer Engine's linear layers, in whose place these local ones stand.
     """
     model = routed_model()
     routers = [m for name, m in model.named_modules() if name.endswith(".router")]
@@ -282,7 +282,7 @@ def test_routers_hold_no_layer_that_fp8_would_take():
 
 
 def outputs_and_gradients(**gpu):
-    """Of the tiny model on two rows, and how many tokens each expert was given."""
+    """Output and gradients of the tiny model on two rows, and each expert's number of tokens."""
     model, batch, given = routed_model(**gpu).train(), rows([1, 0], seed=3), []
     for expert in model.language_model.decoder.layers[1].mlp.experts.local_experts:
         expert.register_forward_pre_hook(lambda module, args: given.append(len(args[0])))
@@ -294,7 +294,7 @@ def outputs_and_gradients(**gpu):
 @pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize("by_router", [False, True])
 def test_padding_of_experts_changes_no_result(by_router):
-    """With `fp8` set and no Transformer Engine the core pads as for FP8 and computes in fp32."""
+    """Without Transformer Engine `fp8` makes megatron-core pad for FP8, but compute in fp32."""
     plain, plain_gradients, plain_given = outputs_and_gradients()
     padded, gradients, given = outputs_and_gradients(
         fp8="hybrid", fp8_recipe="delayed", moe_router_padding_for_quantization=by_router

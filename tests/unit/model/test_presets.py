@@ -21,15 +21,17 @@ from megatron_evomoe.model.vision import build_vision_model
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
+# The parameters of Mistral-7B, and two more tokens in two matrices.
+# The model card's 1,644,417,024 leaves out the biases of 48 norms.
 LANGUAGE_PARAMETERS = {
     "qwen2-0.5b": 494_032_768,
-    "stablelm-2-1.6b": 1_644_515_328,  # its card says 1,644,417,024, which leaves out the biases of 48 norms
+    "stablelm-2-1.6b": 1_644_515_328,
     "qwen-1.8b": 1_836_828_672,
     "phi-2": 2_779_683_840,
-    "openchat-7b": 7_241_732_096 + 2 * 2 * 4096,  # Mistral-7B's, and two tokens in two matrices
+    "openchat-7b": 7_241_732_096 + 2 * 2 * 4096,
 }
 
-# published count, norm after the last layer, what else has no place before a language model, one layer
+# Published count, norm after the last layer, other parameters that LLaVA does not use, one layer.
 TOWER_PARAMETERS = {
     "clip-l-336": (303_507_456, 2 * 1024, 0, 12_596_224),
     "siglip-l-384": (316_283_904, 2 * 1024, 12_595_200, 12_596_224),  # without the pooling head
@@ -38,14 +40,14 @@ TOWER_PARAMETERS = {
 
 
 def count(module: torch.nn.Module, containing: str = "") -> int:
-    """Parameters with `containing` in their name, none of which may hold memory."""
+    """Number of parameters whose name contains `containing`; none may use memory."""
     parameters = dict(module.named_parameters())
     assert {p.device.type for p in parameters.values()} == {"meta"}
     return sum(p.numel() for n, p in parameters.items() if containing in n)
 
 
 def padding(config) -> int:
-    """Parameters in embedding rows beyond the vocabulary."""
+    """Number of parameters in embedding rows beyond the vocabulary."""
     matrices = 1 if config.language.tie_word_embeddings else 2
     return (padded_vocab_size(config) - config.language.vocab_size) * config.language.hidden_size * matrices
 
@@ -71,7 +73,7 @@ def test_language_parameters(name):
 
 @pytest.mark.parametrize("tower", VISION_PRESETS)
 def test_tower_and_projector_parameters(tower):
-    """All but the last layer, no norm after it, no pooling head."""
+    """The tower lacks the last layer, the norm after it and the pooling head."""
     name = "qwen-1.8b" if tower == DEFAULT_VISION else f"qwen-1.8b+{tower}"
     config = from_mapping({"preset": name})
     published, last_norm, head, layer = TOWER_PARAMETERS[tower]
@@ -85,8 +87,10 @@ def test_tower_and_projector_parameters(tower):
 
 @pytest.mark.parametrize(("h", "r", "active"), [(16, 16, 1_877_821_824), (32, 32, 1_994_214_144)])
 def test_qwen_mixture_parameters(h, r, active):
-    """N − 1 more experts on every second layer, and two hypernetworks and φ for each. With h = r = 32 a token
-    uses 2.0B parameters of the language model, which is what the paper gives for 1.8B.
+    """Each mixture adds N − 1 experts, two hypernetworks and φ, on every second layer.
+
+    With h = r = 32 a token uses 2.0B parameters of the language model, the number that the paper gives for
+    1.8B.
     """
     config = from_mapping({"preset": "qwen-1.8b", "moe": {"dtr_hidden_size": h, "dtr_rank": r}})
     with shapes_only():

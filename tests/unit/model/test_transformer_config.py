@@ -1,4 +1,4 @@
-"""Our fields in megatron-core's words, and what is refused."""
+"""Our fields become megatron-core's configuration; unsupported combinations are refused."""
 
 from __future__ import annotations
 

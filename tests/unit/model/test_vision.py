@@ -1,4 +1,4 @@
-"""The tower and the projector: shapes, batches without images, and that every patch sees every other."""
+"""The tower and the projector: shapes, batches without images, and full attention of patches."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_shapes(vision, tokens, layers):
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
 @pytest.mark.parametrize("trains", [True, False])
 def test_no_images(kind, trains):
-    """Nothing comes out, yet everything that trains gets a gradient, zero."""
+    """Without images the output is empty, and every trained parameter gets a zero gradient."""
     config = config_of(model_type=kind)
     tower, projector = build_vision_model(config).requires_grad_(trains), build_projector(config)
     out = projector(tower(torch.empty(0, 3, 32, 32)))
@@ -62,7 +62,7 @@ def test_attention_is_not_causal():
     tower = build_vision_model(config_of()).eval()
     pixels = torch.randn(1, 3, 32, 32)
     changed = pixels.clone()
-    changed[..., -8:, -8:] += 1  # the last patch
+    changed[..., -8:, -8:] += 1  # changes the last patch
     with torch.no_grad():
         assert not torch.isclose(tower(pixels)[0, 0], tower(changed)[0, 0]).all()
 
