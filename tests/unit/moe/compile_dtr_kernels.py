@@ -1,7 +1,6 @@
-"""Compiles the DTR's Triton kernels for Hopper, with the tile sizes training uses, and prints what multiplies
-in each.
+"""Compile the DTR's Triton kernels for Hopper and print what multiplies in each.
 
-Run by test_dtr_triton.py; needs no GPU.
+The tile sizes are those of training. test_dtr_triton.py runs this script; it needs no GPU.
 """
 
 from __future__ import annotations
@@ -40,7 +39,10 @@ LAUNCHES = {
 
 
 def assembly(name: str, pointers: dict[str, str], constants: dict) -> str:
-    """PTX, which `triton.compile` has also assembled. Pointers that are not named are fp32."""
+    """Compile a kernel with `triton.compile`, which also assembles it, and return its PTX.
+
+    Pointers that are not named have dtype fp32.
+    """
     kernel = getattr(kernels, name.split()[0])
     signature, aligned = {}, {}
     for position, argument in enumerate(kernel.arg_names):

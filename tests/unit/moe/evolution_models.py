@@ -1,5 +1,6 @@
-"""Small FFNs and mixtures for the tests of evolution; a plain module so that spawned processes can import
-it.
+"""Small FFNs and mixtures for the tests of evolution.
+
+This is a plain module, so that spawned processes can import it.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def evolving_mlp(config: Any, moe: Any, layer: int = 2) -> Any:
 
 
 def moe_layer(config: Any) -> Any:
-    """A real `MoELayer` with `SequentialMLP` experts, as stage III has it."""
+    """A real `MoELayer` with `SequentialMLP` experts, as stage III builds it."""
     from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
     from megatron.core.process_groups_config import ProcessGroupCollection
 
@@ -94,14 +95,15 @@ def moe_config(rule: str = "delta", experts: int = 4, ranges: Any = None) -> Any
 
 
 def full_update(name: str, step: int, shape: tuple[int, ...]) -> torch.Tensor:
-    """What "the optimizer" adds to the whole parameter `name` at `step` (step 0: its first values). fp32."""
+    """Update in fp32 of the whole parameter `name` at `step`; step 0 gives its first values."""
     generator = torch.Generator().manual_seed(1000 * step + sum(name.encode()))
     return torch.randn(shape, generator=generator) * (0.3 if step == 0 else 0.01)
 
 
 def shard(full: torch.Tensor, name: str, rank: int, size: int, gated: bool) -> torch.Tensor:
-    """TP rank's part of a whole FFN parameter: fc1 by rows (within gate and value), fc2's weight by
-    columns.
+    """The part of a whole FFN parameter that belongs to one TP rank.
+
+    fc1 is split by rows (within gate and value), and fc2's weight by columns.
     """
     if name.startswith("linear_fc1"):
         halves = full.view(2, -1, *full.shape[1:]) if gated else full[None]
@@ -110,8 +112,9 @@ def shard(full: torch.Tensor, name: str, rank: int, size: int, gated: bool) -> t
 
 
 def train(module: Any, steps: range, rank: int = 0, size: int = 1) -> None:
-    """Stand-in for optimizer steps: adds `full_update`, gives the gradient, evolves. Step 0 sets θ_1 and
-    begins.
+    """Simulate optimizer steps: add `full_update`, set it as the gradient, then evolve.
+
+    Step 0 sets θ_1 and calls `begin`.
     """
     gated = module.config.gated_linear_unit
     for step in steps:
@@ -130,7 +133,7 @@ def train(module: Any, steps: range, rank: int = 0, size: int = 1) -> None:
 
 
 def whole_shapes(gated: bool = True, bias: bool = False) -> dict[str, tuple[int, ...]]:
-    """Parameter name -> its shape without tensor parallelism."""
+    """Name and shape of each parameter without tensor parallelism."""
     rows = 2 * FFN if gated else FFN
     shapes: dict[str, tuple[int, ...]] = {
         "linear_fc1.weight": (rows, HIDDEN),

@@ -50,10 +50,13 @@ def build_router(moe: MoEConfig, seed: int = 0, **changes) -> TypedRouter:
 
 
 def batch(s: int = 12, b: int = 3, width: int = 32, seed: int = 0, dtype: torch.dtype = torch.float32):
-    """Hidden states [s, b, C] that want a gradient, and token types [b, s] with all three in every sample."""
+    """Hidden states [s, b, C] that require a gradient, and token types [b, s].
+
+    All three types occur in every sample.
+    """
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(s, b, width, generator=generator).to(dtype).requires_grad_()
     types = torch.randint(0, 2, (b, s), generator=generator)
     for i in range(b):
-        types[i, s - 1 - i :] = 2  # right padding, of another length in each sample
+        types[i, s - 1 - i :] = 2  # right padding of a different length in each sample
     return hidden, types

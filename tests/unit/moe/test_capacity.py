@@ -1,4 +1,4 @@
-"""What an expert keeps under a capacity factor, against the rule said with loops."""
+"""The tokens that an expert keeps under a capacity factor, compared with a rule written as loops."""
 
 from __future__ import annotations
 
@@ -21,9 +21,8 @@ def by_hand(probs, chosen, padding, topk, factor, by_position):
     for n in range(experts):
         asking = [t for t in range(tokens) if chosen[t, n] and not padding[t]]
         if not by_position:
-            asking.sort(
-                key=lambda t: -round(float(probs[t, n]) * 4096)
-            )  # Python's sort keeps the order of equals
+            # Python's sort is stable, so equal probabilities keep the order of their tokens.
+            asking.sort(key=lambda t: -round(float(probs[t, n]) * 4096))
         kept[asking[:capacity], n] = True
     return kept
 
@@ -42,16 +41,15 @@ def by_hand(probs, chosen, padding, topk, factor, by_position):
 def test_most_probable_stay_up_to_the_share_of_real_tokens(
     tokens, experts, topk, factor, by_position, seed, kinds, share
 ):
-    """`kinds` tokens differ, the others are their like: among these position decides."""
+    """Only `kinds` tokens are distinct; among equal tokens the position decides."""
     topk, g = min(topk, experts), torch.Generator().manual_seed(seed)
     probs = torch.softmax(torch.randn(kinds, experts, generator=g), dim=-1)[
         torch.randint(kinds, (tokens,), generator=g)
     ]
     chosen = torch.zeros_like(probs, dtype=torch.bool).scatter_(1, probs.topk(topk).indices, True)
     padding = torch.rand(tokens, generator=g) < share
-    probs = (
-        probs * chosen * (1 + 1e-7 * torch.randn(probs.shape, generator=g))
-    )  # summation order's noise: it decides nothing
+    # Noise as from a different order of summation must not change which tokens are kept.
+    probs = probs * chosen * (1 + 1e-7 * torch.randn(probs.shape, generator=g))
     got = within_capacity(
         probs,
         chosen,

@@ -1,7 +1,7 @@
-"""moe/dtr/triton.py against the paper's equations in float64: on a GPU where there is one, else in Triton's
-interpreter.
+"""The Triton kernels of moe/dtr/triton.py agree with the paper's equations in float64.
 
-Tiles are made small, so that few tokens fill several and leave some half empty.
+The kernels run on a GPU if there is one, else in Triton's interpreter. Tiles are small, so that few tokens
+fill several tiles and leave some half empty.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tests.unit.moe.router_models import batch, build_router
 
 THROUGH_PROJECTION = ("z", "weight1", "weight2_down")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# T, C, h, r, N, activation, which tokens are image tokens
+# T, C, h, r, N, activation, and which tokens are image tokens.
 CASES = {
     "mixed": (45, 40, 3, 2, 4, "none", lambda t: t % 3 == 1),
     "gelu, blocks of each": (37, 33, 2, 3, 3, "gelu", lambda t: (t > 5) & (t < 25)),
@@ -44,7 +44,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def triton():
-    oldest = "3.7" if DEVICE == "cpu" else None  # older interpreters cannot take numpy 2.4's scalars
+    oldest = "3.7" if DEVICE == "cpu" else None  # older interpreters fail on numpy 2.4's scalars
     return pytest.importorskip(
         "triton", minversion=oldest, reason="Triton (for its interpreter: 3.7 or newer) is not installed"
     )
@@ -52,7 +52,7 @@ def triton():
 
 @pytest.fixture
 def fused(triton, monkeypatch):
-    """`dtr_triton.dtr_logits` with tiles of 16."""
+    """The function `dtr_triton.dtr_logits` with tiles of 16."""
     from megatron_evomoe.moe.dtr import triton as dtr_triton
 
     for name in ("BLOCK_TOKENS", "BLOCK_COLUMNS", "BLOCK_DEPTH"):
@@ -61,7 +61,7 @@ def fused(triton, monkeypatch):
 
 
 def problem(case, dtype, weights_dtype=None):
-    """Tokens of `dtype`, modalities, weights of their own or the same dtype, and options."""
+    """Tokens of `dtype`, modalities, weights of `weights_dtype` or else `dtype`, and options."""
     T, C, h, r, N, activation, is_vision = CASES[case]
     generator = torch.Generator().manual_seed(0)
 
@@ -94,7 +94,7 @@ def named_leaves(z, weights):
 
 
 def logits_and_grads(function, z, is_vision, weights, **options):
-    """Logits, and by name the gradients of a random linear form of them in what requires one."""
+    """Logits, and the gradients by name of a random linear form of the logits."""
     logits = function(z, is_vision, weights, **options)
     direction = torch.randn(logits.shape, generator=torch.Generator().manual_seed(2)).to(logits)
     named = {name: leaf for name, leaf in named_leaves(z, weights).items() if leaf.requires_grad}
@@ -104,12 +104,14 @@ def logits_and_grads(function, z, is_vision, weights, **options):
 
 
 def assert_near(name, actual, expected):
-    """Within 4e-6 of a tensor's largest entry, for sums in fp32 cancel (worst seen: 1.7e-6); and what 8 bits
-    leave of an entry in bf16: 2⁻⁷ of it where the last conversion cuts off (Triton's interpreter), half of
-    that where it rounds (a GPU).
+    """Check values against float64, in units of the largest entry of a tensor.
 
-    Gradients that come through the projection are sums of numbers rounded to bf16 before: within 2⁻⁷ of the
-    largest entry (worst seen, with numbers cut off: 3.7e-3).
+    The bound is 4e-6 because sums in fp32 cancel (largest seen: 1.7e-6). A bf16 result may also differ by the
+    precision of its 8 bits: 2⁻⁷ of an entry where the last conversion truncates (Triton's interpreter), half
+    of that where it rounds (a GPU).
+
+    Gradients through the projection are sums of numbers that were rounded to bf16 before, so their bound is
+    2⁻⁷ of the largest entry (largest seen, with truncation: 3.7e-3).
     """
     is_bf16 = actual.dtype == torch.bfloat16
     bound = (
@@ -140,7 +142,7 @@ def test_equals_naive_forward_and_every_gradient(fused, case, dtypes):
     )
     logits, grads = logits_and_grads(fused, z, is_vision, weights, **options)
     assert logits.dtype == torch.float32
-    assert_near("logits", logits, expected)  # as near from bf16, whose products are exact
+    assert_near("logits", logits, expected)  # the same bound for bf16, whose products are exact
     for name, leaf in named_leaves(z, weights).items():
         assert grads[name].dtype == leaf.dtype
         assert_near(name, grads[name], expected_grads[name])
@@ -158,7 +160,7 @@ def test_frozen_parts_get_no_gradient_and_change_no_other(fused, frozen):
 
 
 class HostReads(TorchDispatchMode):
-    """Refuses the operations that make the host wait for the device's numbers."""
+    """Fail on operations that need a device synchronisation."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         assert function.overloadpacket.__name__ not in {
@@ -174,10 +176,11 @@ def test_nothing_is_read_back_by_the_host(fused):
     z, is_vision, weights, options = problem("mixed", torch.float32)
     with HostReads():
         logits_and_grads(fused, z, is_vision, weights, **options)
+    # The factored form in PyTorch does synchronise with the device.
     with (
         pytest.raises(AssertionError, match="_local_scalar_dense"),
         HostReads(),
-    ):  # what the factored form in PyTorch does
+    ):
         logits_and_grads(dtr_logits, z, is_vision, weights, **options)
 
 
@@ -205,14 +208,15 @@ def test_a_cuda_graph_holds_forward_and_backward(fused):
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the other tests here run the compiled kernels")
 def test_kernels_compile_for_hopper(triton):
-    """Without a GPU too, for Triton brings the assembler; in a process of its own, where Triton does not
-    interpret.
+    """The kernels compile without a GPU, because Triton includes the assembler.
+
+    A new process is needed, in which Triton does not interpret the kernels.
     """
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     script = Path(__file__).with_name("compile_dtr_kernels.py")
     result = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    # bf16 products must be on tensor cores (wgmma), fp32 ones must not: those would round to TF32
+    # bf16 products must run on tensor cores (wgmma); fp32 products must not, for they would round to TF32.
     assert result.stdout.split("\n")[:-1] == [
         "grouped_product bf16 forward: wgmma", "grouped_product bf16 backward: wgmma", "weight_gradient "
                                                                                        "bf16: wgmma",
@@ -247,8 +251,9 @@ def test_router_decides_and_learns_as_on_torch(fused, dtype):
 @pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize("train", [{}, {"recompute_granularity": "full"}], ids=["", "recompute"])
 def test_a_stage_trains_as_on_torch(fused, train):
-    """Three steps of `route`, the third without an image: a parameter left without a gradient would stall the
-    optimizer.
+    """Three steps of `route` give the same losses as on torch; the third has no image.
+
+    The optimizer would wait forever for a parameter without a gradient.
     """
     losses = []
     for kernel in ("torch", "triton"):

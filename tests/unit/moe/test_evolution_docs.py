@@ -1,4 +1,4 @@
-"""The example in docs/stages.md is run as printed."""
+"""The example in docs/stages.md runs as printed."""
 
 from __future__ import annotations
 
@@ -26,5 +26,6 @@ def test_a_new_rule_takes_ten_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     ((_, tensors),) = module.local_experts()
     for name, p in module.named_parameters():
         start = models.full_update(name, 0, tuple(p.shape))
-        # 1.5 of all it moved; two additions of numbers around 0.5, so two half units in the last place: 6e-8
+        # θ_n moves by 1.5 times what θ_1 moved. Two additions of numbers around 0.5 round by two half units
+        # in the last place: 6e-8.
         torch.testing.assert_close(tensors[name] - start, 1.5 * (p.detach() - start), rtol=0, atol=2e-7)

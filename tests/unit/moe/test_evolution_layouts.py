@@ -1,8 +1,7 @@
-"""Two gloo processes: evolution under TP 2 and DP 2, and what it saved read by mixtures under EP 2 and expert
-TP 2.
+"""Evolution in two gloo processes under TP 2 and DP 2, and mixtures that read what was saved.
 
-With TP 2 and expert TP 1 the expert-parallel rank is the TP rank: the case in which keeping "the experts of
-this EP rank" would save each expert's one half only.
+The mixtures run under EP 2 and expert TP 2. With TP 2 and expert TP 1 the expert-parallel rank equals the TP
+rank; keeping only "the experts of this EP rank" would then save one half of each expert.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ PREFIX = "decoder.layers.1.mlp."
 
 @dataclass(frozen=True)
 class Form:
-    """One kind of FFN. In bf16 the checkpoint also has the state's own fp32 entries."""
+    """One kind of FFN. In bf16 the checkpoint also holds the fp32 state of evolution."""
 
     gated: bool
     bias: bool
@@ -39,8 +38,9 @@ class Form:
         return models.shard(whole, name, rank, size, self.gated)
 
     def experts(self) -> list[dict[str, torch.Tensor]]:
-        """θ_1…θ_4 whole, without any parallelism: the rule over the trajectory of `evolution_models.train`,
-        fp32.
+        """Expected θ_1…θ_4 in fp32, whole, without any parallelism.
+
+        The rule is applied over the trajectory of `evolution_models.train`.
         """
         experts: list[dict[str, torch.Tensor]] = [{} for _ in range(4)]
         for name, shape in models.whole_shapes(self.gated, self.bias).items():
@@ -90,8 +90,9 @@ def evolve_and_save(folder: Path, tp: int, form: Form) -> None:
 
 
 def check_resume(folder: Path, tp: int, form: Form) -> None:
-    """A new evolving FFN in the present layout holds its parts of the expected experts, to the bit in
-    fp32.
+    """A new evolving FFN in the current layout loads its parts of the expected experts.
+
+    The parts are equal to the bit in fp32.
     """
     module = models.evolving_mlp(form.config(tp=tp), models.moe_config(), LAYER)
     load(module, module.sharded_state_dict(PREFIX), folder, strict=True)
@@ -110,7 +111,7 @@ def load(module: Any, state: dict[str, Any], folder: Path, strict: bool) -> None
 
 
 def check_mixture(folder: Path, ep: int, etp: int, form: Form, from_dense: bool = False) -> None:
-    """Every local expert of a real `MoELayer` equals its part of the expected one."""
+    """Every local expert of a real `MoELayer` equals its part of the expected expert."""
     from megatron_evomoe.moe.expert_init import dense_expert_sharded_state_dict
 
     layer = models.moe_layer(form.config(ep=ep, etp=etp, tp=etp))
@@ -127,7 +128,7 @@ def check_mixture(folder: Path, ep: int, etp: int, form: Form, from_dense: bool 
 
 
 def noisy_weights(ep: int, etp: int) -> dict[tuple[int, str], torch.Tensor]:
-    """(expert, matrix) -> this rank's part, after noise on equal experts."""
+    """This rank's part of each (expert, matrix), after noise on equal experts."""
     from megatron_evomoe.moe.expert_init import add_noise
 
     layer = models.moe_layer(models.transformer_config(ep=ep, etp=etp, tp=2 if etp == 2 else 1))
@@ -176,7 +177,9 @@ def worker(rank: int, port: int, folder: str) -> None:
     check_mixture(tp2, 2, 1, SWIGLU, from_dense=True)
     noise = noisy_weights(ep=2, etp=1)
 
-    regroup(tp=2, ep=1, etp=2)  # core has no biases in experts under expert tensor parallelism: no GELU here
+    # megatron-core supports no biases in experts under expert tensor parallelism, so GELU is not checked
+    # here.
+    regroup(tp=2, ep=1, etp=2)
     check_mixture(tp1, 1, 2, SWIGLU)
     check_mixture(tp1, 1, 2, SWIGLU, from_dense=True)
     sliced = noisy_weights(ep=1, etp=2)

@@ -22,8 +22,9 @@ FLOAT64 = {"rtol": 0.0, "atol": 1e-14}
 
 
 def walk(dtype: torch.dtype = torch.float32, size: int = 4096) -> list[torch.Tensor]:
-    """θ_1 over `STEPS` steps: weights of order 0.02 and updates of order 2e-5, as an FFN at the paper's
-    learning rate.
+    """A trajectory of θ_1 over `STEPS` steps, as of an FFN at the paper's learning rate.
+
+    Weights are of order 0.02 and updates of order 2e-5.
     """
     generator = torch.Generator().manual_seed(0)
     exact = torch.randn(size, generator=generator, dtype=torch.float64) * 0.02
@@ -36,7 +37,7 @@ def walk(dtype: torch.dtype = torch.float32, size: int = 4096) -> list[torch.Ten
 
 
 def run(rule: str, path: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    """θ_n after the whole path, computed in `dtype`; the gradient of a step is taken to be its update."""
+    """θ_n after the whole path, computed in `dtype`; each step's update serves as its gradient."""
     theta_n = path[0].to(dtype, copy=True)
     for step in range(1, len(path)):
         beta = draw_beta(1, step, 2, 3, *RANGE)
@@ -46,13 +47,13 @@ def run(rule: str, path: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor
 
 
 def test_delta_keeps_its_share_of_every_update() -> None:
-    """θ_n = θ(0) + Σ (1−β_t)·Δ_t."""
+    """The delta rule computes θ_n = θ(0) + Σ (1−β_t)·Δ_t."""
     path = walk(torch.float64)
     expected = path[0].clone()
     for t in range(1, len(path)):
         expected += (1 - draw_beta(1, t, 2, 3, *RANGE)) * (path[t] - path[t - 1])
     torch.testing.assert_close(run("delta", path, torch.float64), expected, **FLOAT64)
-    assert (expected - path[-1]).norm() > 0.5 * (path[-1] - path[0]).norm()  # it is not simply θ_1
+    assert (expected - path[-1]).norm() > 0.5 * (path[-1] - path[0]).norm()  # θ_n differs clearly from θ_1
 
 
 def test_delta_with_a_constant_beta_telescopes() -> None:
@@ -63,7 +64,7 @@ def test_delta_with_a_constant_beta_telescopes() -> None:
 
 
 def test_ema_is_the_weighted_sum_of_the_past() -> None:
-    """θ_n = Π β·θ(0) + Σ_t (1−β_t)·Π_{u>t} β_u · θ_1(t)."""
+    """The ema rule computes θ_n = Π β·θ(0) + Σ_t (1−β_t)·Π_{u>t} β_u · θ_1(t)."""
     path = walk(torch.float64)
     betas = [draw_beta(1, t, 2, 3, *RANGE) for t in range(1, len(path))]
     expected = math.prod(betas) * path[0]
@@ -76,7 +77,7 @@ def test_ema_of_a_resting_expert_decays_geometrically() -> None:
     theta_1, theta_n = torch.full((8,), 2.0), torch.full((8,), 3.0)
     for _ in range(10):
         evolution_rules.ema(theta_n, theta_1, None, None, 0.5)
-    assert torch.equal(theta_n, torch.full((8,), 2.0 + 0.5**10))  # powers of two: exact
+    assert torch.equal(theta_n, torch.full((8,), 2.0 + 0.5**10))  # exact for powers of two
 
 
 def test_printed_is_the_last_step_only() -> None:
@@ -88,7 +89,7 @@ def test_printed_is_the_last_step_only() -> None:
 
 @pytest.mark.parametrize("rule", ["delta", "ema"])
 def test_beta_zero_gives_expert_one_and_beta_one_keeps_the_start(rule: str) -> None:
-    """The paper's Tables 3 and 15 label the two ends so. Dyadic numbers: the arithmetic is exact."""
+    """Both ends of β match the paper's Tables 3 and 15; dyadic numbers make the arithmetic exact."""
     path = [torch.arange(8.0) * 2**-k for k in range(4)]
     for beta, expected in ((0.0, path[-1]), (1.0, path[0])):
         theta_n = path[0].clone()
@@ -99,11 +100,11 @@ def test_beta_zero_gives_expert_one_and_beta_one_keeps_the_start(rule: str) -> N
 
 @pytest.mark.parametrize("rule", list(RULES))
 def test_fp32_state_over_a_bf16_expert_follows_float64(rule: str) -> None:
-    """Against float64 over the same (bf16-rounded) θ_1: what the fp32 state alone loses.
+    """The fp32 state loses little against float64 over the same bf16-rounded θ_1.
 
-    Measured worst element over 400 steps, in units of the largest weight (0.07): delta 2.9e-7, ema 1.6e-7,
-    printed 7.0e-8. The bound is three times the worst. State kept in bf16 misses it by four orders (3e-2,
-    7e-3, 4e-3): the second half.
+    The worst elements measured over 400 steps, in units of the largest weight (0.07), are: delta 2.9e-7, ema
+    1.6e-7, printed 7.0e-8. The bound is three times the worst. State kept in bf16 is worse by four orders of
+    magnitude (3e-2, 7e-3, 4e-3), as the last assertion shows.
     """
     path = walk(torch.bfloat16)
     reference = run(rule, path, torch.float64)
@@ -113,11 +114,11 @@ def test_fp32_state_over_a_bf16_expert_follows_float64(rule: str) -> None:
 
 
 def test_delta_over_a_bf16_expert_follows_its_master_weights() -> None:
-    """A bf16 θ_1 moves in jumps of one unit in the last place and θ_n gathers the jumps; it must not gather
-    their errors.
+    """θ_n does not accumulate the rounding errors of a bf16 θ_1.
 
-    Measured root mean square error, in units of θ_1's own rounding error: 1.03 after 400 steps, 1.12 after
-    2000, 1.05 after 10395; with β of 0.9 to 0.99: 1.14, 1.16, 1.02. Bound: 1.5.
+    A bf16 θ_1 moves in steps of one unit in the last place, and θ_n sums these steps. The root mean square
+    error measured, in units of θ_1's own rounding error, is 1.03 after 400 steps, 1.12 after 2000 and 1.05
+    after 10395; with β of 0.9 to 0.99 it is 1.14, 1.16 and 1.02. The bound is 1.5.
     """
     master, seen = walk(torch.float64), walk(torch.bfloat16)
     error = (
@@ -131,7 +132,10 @@ def test_delta_over_a_bf16_expert_follows_its_master_weights() -> None:
 
 @pytest.mark.parametrize("rule", list(RULES))
 def test_bits_are_those_of_single_operations(rule: str) -> None:
-    """numpy never fuses; and shards of odd sizes, as another layout has them, round as the whole does."""
+    """The rules give the same bits as numpy, which never fuses operations.
+
+    Shards of odd sizes, as in another layout, round as the whole tensor does.
+    """
     path = walk(torch.float32, size=1001)
     theta = [t.numpy() for t in path]
     expected = theta[0].copy()
@@ -148,8 +152,9 @@ def test_bits_are_those_of_single_operations(rule: str) -> None:
 
 
 def test_draws_are_uniform_in_their_range() -> None:
-    """Kolmogorov–Smirnov: D·√n stays below 1.95 with probability 0.999 for uniform draws; the seed is
-    fixed.
+    """A Kolmogorov–Smirnov test: D·√n < 1.95 has probability 0.999 for uniform draws.
+
+    The seed is fixed.
     """
     n = 5000
     draws = np.sort([draw_beta(1234, step, 4, 2, 0.8, 0.89) for step in range(n)])
@@ -168,15 +173,17 @@ def test_draws_differ_by_every_argument_and_by_nothing_else() -> None:
     ]
     draws = {case: draw_beta(*case, 0.0, 1.0) for case in cases}
     assert len(set(draws.values())) == len(cases)
-    for case in reversed(cases):  # after a resume, in any order: the same
+    # Draws do not depend on their order, which differs after a resume.
+    for case in reversed(cases):
         assert draw_beta(*case, 0.0, 1.0) == draws[case]
     by_layer = np.array([[draw_beta(1, t, layer, 1, 0.0, 1.0) for t in range(2000)] for layer in (1, 2)])
     assert abs(np.corrcoef(by_layer)[0, 1]) < 4 / math.sqrt(2000)  # four standard errors
 
 
 def test_draws_are_the_same_on_every_platform() -> None:
-    """Golden: printed once by `draw_beta` with numpy 2.4 on x86-64. A change breaks every resume across
-    versions.
+    """Draws equal those recorded with numpy 2.4 on x86-64.
+
+    A change would break every resume across versions.
     """
     assert draw_beta(1234, 10, 3, 2, 0.0, 1.0) == 0.23581673371065415
     assert draw_beta(1234, 11, 3, 2, 0.8, 0.89) == 0.8639622587217807

@@ -1,4 +1,4 @@
-"""The evolving FFN in one process: forward, evolution, checkpoints, hand-over to a mixture."""
+"""The evolving FFN in one process: forward, evolution, checkpoints, and conversion to a mixture."""
 
 from __future__ import annotations
 
@@ -28,8 +28,9 @@ def save(module: Any, folder: Path) -> None:
 
 
 def load(module: Any, folder: Path, keys: str = "") -> Any:
-    """As the loop loads: ask the module, read, hand back. `keys` restricts to dictionary keys with that
-    beginning.
+    """Load as the training loop does: ask the module for its state, read it, and load it.
+
+    `keys` restricts the load to dictionary keys with that prefix.
     """
     from megatron.core import dist_checkpointing
 
@@ -58,7 +59,7 @@ def test_forward_and_gradients_are_the_dense_models(dtype: torch.dtype, gated: b
     config = models.transformer_config(dtype=dtype, gated=gated, bias=bias)
     dense, evolving = models.dense_mlp(config), models.evolving_mlp(config, models.moe_config())
     models.train(evolving, range(3))
-    dense.load_state_dict(evolving.state_dict())  # strict: evolution adds nothing to the plain state dict
+    dense.load_state_dict(evolving.state_dict())  # strict: evolution adds nothing to the state dict
     grads = []
     for module in (dense, evolving):
         x = (
@@ -75,7 +76,7 @@ def test_forward_and_gradients_are_the_dense_models(dtype: torch.dtype, gated: b
 @pytest.mark.parametrize("rule", list(RULES))
 @pytest.mark.parametrize("experts", [2, 4, 8])
 def test_every_expert_follows_its_rule(rule: str, experts: int) -> None:
-    """Against the rule applied by hand to the whole trajectory; same arithmetic, hence the same bits."""
+    """The rule applied by hand to the whole trajectory gives the same bits."""
     module = models.evolving_mlp(models.transformer_config(), models.moe_config(rule, experts), layer=5)
     models.train(module, range(4))
     for name, shape in models.whole_shapes().items():
@@ -90,7 +91,7 @@ def test_every_expert_follows_its_rule(rule: str, experts: int) -> None:
 
 
 def test_a_transformer_layer_builds_and_numbers_it() -> None:
-    """Through core's own code, which passes an FFN it does not know other arguments in 0.16 than in 0.19."""
+    """megatron-core builds the layer; 0.16 and 0.19 pass different arguments to an unknown FFN."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer.spec_utils import build_module
 
@@ -113,7 +114,7 @@ def test_begin_copies_expert_one() -> None:
 
 
 def test_half_precision_casts_spare_the_state() -> None:
-    """core's Float16Module calls ``.bfloat16()`` on the whole model."""
+    """megatron-core's Float16Module calls ``.bfloat16()`` on the whole model."""
     module = models.evolving_mlp(models.transformer_config(), models.moe_config())
     module.begin()
     module.bfloat16()
@@ -175,9 +176,8 @@ def test_checkpoint_begins_where_a_dense_one_does_not(tmp_path: Path) -> None:
     save(source, tmp_path)
     module = models.evolving_mlp(config, moe)
     module.begin()
-    load(
-        module, tmp_path, keys="linear_fc"
-    )  # new weights for θ_1, none for the others: what was begun is void
+    # The checkpoint holds new weights for θ_1 and none for the other experts, so evolution must begin again.
+    load(module, tmp_path, keys="linear_fc")
     with pytest.raises(ConfigError, match=r"before begin\(\)"):
         module.evolve(1, models.SEED)
     module.begin()
@@ -187,8 +187,9 @@ def test_checkpoint_begins_where_a_dense_one_does_not(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["fully_reshardable", "dp_reshardable"])
 def test_distributed_optimizer_finds_its_shards(tmp_path: Path, kind: str) -> None:
-    """It looks parameters up by identity among the sharded tensors, and must get the dense entry, not the
-    expert's copy.
+    """The distributed optimizer finds the dense entry of each parameter, not an expert's copy.
+
+    It looks parameters up by identity among the sharded tensors.
     """
     from megatron.core import dist_checkpointing
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -239,13 +240,13 @@ def test_distributed_optimizer_finds_its_shards(tmp_path: Path, kind: str) -> No
     dist_checkpointing.save(saved, str(tmp_path))
     other, other_optimizer = build()
     other.module.begin()
-    steps(
-        other, other_optimizer, range(9, 10)
-    )  # core builds Adam's state at the first step, and loads into it
+    # megatron-core creates Adam's state at the first step, and a load needs it.
+    steps(other, other_optimizer, range(9, 10))
     loaded = dist_checkpointing.load(state(other, other_optimizer, is_loading=True), str(tmp_path))
     other.module.load_state_dict({k.removeprefix(PREFIX): v for k, v in loaded["model"].items()})
     other_optimizer.load_state_dict(loaded["optimizer"])
-    for part in getattr(other_optimizer, "chained_optimizers", [other_optimizer]):  # see checkpoint/store.py
+    # checkpoint/store.py explains why each step counter is cloned.
+    for part in getattr(other_optimizer, "chained_optimizers", [other_optimizer]):
         for entry in part.optimizer.state.values():
             entry["step"] = entry["step"].clone()
     steps(ddp, optimizer, range(4, 7))

@@ -1,5 +1,6 @@
-"""Experts made of a dense FFN: copies of it, and noise on them, in one process (layouts:
-test_evolution_layouts.py).
+"""Experts made from a dense FFN, copied or with noise, in one process.
+
+test_evolution_layouts.py tests other layouts.
 """
 
 from __future__ import annotations
@@ -83,9 +84,8 @@ def test_noise_is_seeded_scaled_and_different_everywhere() -> None:
         noise = {n: p.detach() - before[n] for n, p in layer.experts.named_parameters()}
         assert not any(t.any() for n, t in noise.items() if n.endswith("bias"))
         for n, t in noise.items():
-            if n.endswith(
-                "weight"
-            ):  # 384 or 768 values: the sample's std is within 4/√(2·384) = 14 % of its expectation
+            # With 384 or 768 values the sample's deviation is within 4/√(2·384) = 14 % of its expectation.
+            if n.endswith("weight"):
                 assert abs(t.std() / (std * before[n].std()) - 1) < 0.15
         return [t.flatten()[:384] for n, t in noise.items() if n.endswith("weight")]
 
@@ -97,7 +97,7 @@ def test_noise_is_seeded_scaled_and_different_everywhere() -> None:
         for a, b in zip(base, other, strict=True)
     )
     correlations = torch.corrcoef(torch.stack(base)) - torch.eye(len(base))
-    assert correlations.abs().max() < 5 / 384**0.5  # five standard errors; 28 pairs
+    assert correlations.abs().max() < 5 / 384**0.5  # five standard errors, for 28 pairs
 
 
 def test_zero_noise_changes_nothing() -> None:

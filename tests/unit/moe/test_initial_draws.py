@@ -1,4 +1,4 @@
-"""Noise and fresh routers: functions of their place, with the spread they promise."""
+"""Noise and fresh routers depend only on their place, and have the documented spread."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_noise_depends_on_its_place_alone():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_std_of_parts_is_that_of_the_whole(dtype):
-    """Half a unit in the last place of fp32: what the rounding at the end leaves."""
+    """The bound is half a unit in the last place of fp32, which the final rounding needs."""
     weight = (torch.randn(60, 70, generator=torch.Generator().manual_seed(1)) * 0.03 + 0.01).to(dtype)
     total = sum(initial_draws.moments(part) for part in weight.split(17))
     wanted = weight.double().std(correction=0).item()
@@ -52,7 +52,7 @@ def test_drawing_leaves_the_generator_alone():
 
 
 def test_submodules_are_drawn_before_the_router_itself():
-    """The order decides which numbers an import writes: `text`, `vision`, then φ."""
+    """`text` and `vision` are drawn before φ; the order decides which numbers an import writes."""
     tensors = router_tensors(MoEConfig(router="dtr"), LanguageConfig(hidden_size=32))
     values = {tensor.name: torch.empty(tensor.shape) for tensor in tensors}
     with torch.random.fork_rng():

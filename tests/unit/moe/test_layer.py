@@ -1,4 +1,4 @@
-"""moe/layer.py: types on their way to the router, recompute, and an expert's output scale."""
+"""The layer of moe/layer.py: token types for the router, recompute, and an expert's output scale."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def build_layer(moe: MoEConfig, **changes) -> EvoMoELayer:
 
 
 def build_block(moe: MoEConfig, **changes) -> TransformerBlock:
-    """Two transformer layers, both MoE, as a GPT model would hold them."""
+    """Two transformer layers as in a GPT model, both with mixtures."""
     torch.manual_seed(0)
     model_parallel_cuda_manual_seed(123)
     layer_spec = get_gpt_layer_local_spec(normalization="RMSNorm")
@@ -90,7 +90,7 @@ def test_straight_through_starts_as_the_chosen_experts_unscaled(dispatcher):
     flat, expected = hidden.flatten(0, 1), torch.empty(len(chosen), hidden.shape[-1])
     for n, expert in enumerate(layer.experts.local_experts):
         expected[chosen == n] = expert(flat[chosen == n])[0]
-    # The same GEMMs on the same rows in the same order: no difference was seen at all.
+    # The same GEMMs run on the same rows in the same order, so the outputs are equal.
     assert torch.equal(output.flatten(0, 1), expected)
 
 
@@ -101,7 +101,10 @@ def test_straight_through_starts_as_the_chosen_experts_unscaled(dispatcher):
 ], ids=["full", "full, two layers at once", "selective moe"])  # fmt: skip
 @pytest.mark.parametrize("name", ["modality-linear", "dtr"])
 def test_recompute_changes_no_bit(name, changes):
-    """Two microbatches of different types in flight: backward of the first after forward of the second."""
+    """Two microbatches of different types are in flight.
+
+    The backward of the first comes after the forward of the second.
+    """
     moe = MoEConfig(router=name, moe_aux_loss_coeff=0.1, moe_z_loss_coeff=0.1)
     results = []
     for recompute in ({}, changes):
@@ -113,14 +116,15 @@ def test_recompute_changes_no_bit(name, changes):
             outputs.append(block(hidden_states=hidden, attention_mask=as_causal(12), padding_mask=types))
         for output in outputs:
             output.square().sum().backward()
-        assert len(seen) == 4  # 2 layers × 2 microbatches: the second forward of recompute is not reported
+        # 2 layers × 2 microbatches; the repeated forward of recompute is not reported.
+        assert len(seen) == 4
         results.append([*outputs, *(x.grad for x in inputs), *(p.grad for p in block.parameters())])
     assert all(torch.equal(plain, recomputed) for plain, recomputed in zip(*results, strict=True))
     assert all(gradient is not None and gradient.isfinite().all() for gradient in results[0])
 
 
 def test_types_matter_in_what_recompute_is_compared_on():
-    """The guard of the test above: with other types the same block gives another output."""
+    """Token types change the block's output, so the test above would notice wrong ones."""
     block = build_block(MoEConfig(router="modality-linear", router_gate="prob"))
     hidden, types = batch()
     a, b = (
@@ -131,8 +135,9 @@ def test_types_matter_in_what_recompute_is_compared_on():
 
 
 def test_router_above_a_frozen_stack_learns_under_selective_recompute():
-    """Stage `route`, first MoE layer: nothing below needs a gradient, and a re-entrant checkpoint would
-    return none.
+    """In stage `route` nothing below the first mixture needs a gradient.
+
+    A re-entrant checkpoint would return no gradient for its router.
     """
     gradients = []
     for changes in ({}, dict(recompute_granularity="selective", recompute_modules=["moe"])):
@@ -154,8 +159,8 @@ def test_an_image_tokens_output_ignores_the_text_hypernetwork():
             parameter.normal_()
     after, _ = layer(hidden, padding_mask=types)
     is_vision = types.T == 1
-    # Other tokens now sit in other experts' batches; rows of a GEMM may round differently there. Measured: 0,
-    # outputs to 5e-3.
+    # Text tokens now go to other experts and change those batches; rows of a GEMM may then round differently.
+    # The difference measured is 0, for outputs up to 5e-3.
     torch.testing.assert_close(after[is_vision], before[is_vision], rtol=0, atol=1e-7)
     assert not torch.allclose(after[~is_vision], before[~is_vision], atol=1e-4)
 
@@ -170,7 +175,8 @@ def test_bf16_layer_keeps_its_type_and_differs_from_fp32_by_rounding():
     expected, _ = exact(hidden.float(), padding_mask=types)
     assert output.dtype == torch.bfloat16
     error = (output.float() - expected).norm() / expected.norm()
-    assert error < 0.01  # one bf16 rounding is 2^-9 = 0.002; measured: 0.0038
+    # One bf16 rounding is 2^-9 = 0.002; measured: 0.0038.
+    assert error < 0.01
     output.float().sum().backward()
     assert all(p.grad.isfinite().all() for p in layer.router.parameters())
 

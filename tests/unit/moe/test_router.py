@@ -1,4 +1,4 @@
-"""moe/routers: the gates, the scale of an expert's output, what stays the core's, hooks and parameters."""
+"""The routers of moe/routers: gates, output scale, agreement with megatron-core, hooks, parameters."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SMALL = {"dtr_hidden_size": 4, "dtr_rank": 4}
 
 
 def planes_of(types):
-    """What `EvoMoELayer` and the core make of types [b, s] on their way to the router: [s, b, 2]."""
+    """The form [s, b, 2] in which token types [b, s] reach the router through `EvoMoELayer`."""
     return to_planes(types).transpose(0, 1).bool()
 
 
@@ -40,7 +40,7 @@ def aux_of(router, monkeypatch) -> list[torch.Tensor]:
 
 
 def logits_of(router, hidden, types) -> torch.Tensor:
-    """[T, N], as a hook sees them."""
+    """Logits [T, N] that an observer of the router receives."""
     seen = []
     router.observer = lambda layer, types_T, logits_TN, probs_TN, routing_map_TN: seen.append(logits_TN)
     router(hidden, planes_of(types))
@@ -49,7 +49,7 @@ def logits_of(router, hidden, types) -> torch.Tensor:
 
 
 def test_linear_router_is_the_cores():
-    """Same bits: probs, map, and every gradient with both auxiliary losses on."""
+    """Probabilities, map and every gradient have the same bits, with both auxiliary losses on."""
     moe = MoEConfig(router="linear", router_gate="prob", moe_aux_loss_coeff=0.1, moe_z_loss_coeff=0.1)
     ours = build_router(moe)
     core = TopKRouter(config=transformer_config(moe), pg_collection=get_default_pg_collection())
@@ -62,9 +62,8 @@ def test_linear_router_is_the_cores():
         (probs * torch.arange(probs.numel()).view_as(probs)).sum().backward()
         results.append((probs, routing_map, hidden.grad, router.weight.grad))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-    assert all(
-        torch.equal(a, b) for a, b in zip(ours(hidden), core(hidden), strict=True)
-    )  # and with no types at all
+    # The routers also agree without token types.
+    assert all(torch.equal(a, b) for a, b in zip(ours(hidden), core(hidden), strict=True))
 
 
 def test_modality_linear_applies_each_modalitys_own_map():
@@ -83,9 +82,8 @@ def test_dtr_router_is_the_papers_equation(activation):
     hidden, types = batch()
     is_vision = (types.T == 1).flatten()
     expected = naive_dtr_logits(hidden.flatten(0, 1), is_vision, router.weights(), activation=activation)
-    torch.testing.assert_close(
-        logits_of(router, hidden, types), expected, rtol=0, atol=3e-5
-    )  # measured: 3.8e-6, logits to 10
+    # Measured: 3.8e-6, for logits up to 10.
+    torch.testing.assert_close(logits_of(router, hidden, types), expected, rtol=0, atol=3e-5)
 
 
 def test_no_types_means_all_text_and_a_bool_mask_means_padding():
@@ -119,14 +117,13 @@ def test_straight_through_is_one_with_the_gradient_of_the_probability():
     (probs * direction).sum().backward()
     rho, expert = torch.softmax(hidden.flatten(0, 1) @ router.weight.T, dim=-1).max(dim=-1)
     rho.retain_grad()
-    # d(rho / stopgrad(rho)) = d rho / rho, weighted by what the loss makes of the chosen expert's scale
+    # d(rho / stopgrad(rho)) = d rho / rho, times the loss's gradient by the chosen expert's scale.
     by_hand = torch.autograd.grad(
         rho, [hidden, router.weight], direction.gather(1, expert[:, None])[:, 0] / rho.detach()
     )
-    torch.testing.assert_close(hidden.grad, by_hand[0], rtol=0, atol=1e-7)  # measured: 0, entries to 0.1
-    torch.testing.assert_close(
-        router.weight.grad, by_hand[1], rtol=0, atol=1e-5
-    )  # measured: 0, entries to 11
+    torch.testing.assert_close(hidden.grad, by_hand[0], rtol=0, atol=1e-7)  # measured: 0, entries up to 0.1
+    # Measured: 0, for entries up to 11.
+    torch.testing.assert_close(router.weight.grad, by_hand[1], rtol=0, atol=1e-5)
     assert router.weight.grad.abs().max() > 0.1
 
 
@@ -143,14 +140,14 @@ def test_top_2_straight_through_keeps_post_softmax_weights_and_pre_softmax_gradi
     expected_probs, expected_map = post(hidden)
     assert torch.equal(routing_map, expected_map) and (routing_map.sum(1) == 2).all()
     torch.testing.assert_close(probs, expected_probs, rtol=0, atol=1e-6)  # measured: 6e-8
-    # Unlike the core's post-softmax weights, their sum still has a gradient: the experts not chosen learn
-    # too.
+    # Unlike megatron-core's post-softmax weights, the sum of these weights has a gradient, so the experts
+    # that were not chosen learn too.
     (gradient,) = torch.autograd.grad(probs.sum(), router.weight)
     assert gradient.abs().max() > 0.1
     rho = torch.softmax(hidden.flatten(0, 1) @ router.weight.T, dim=-1)
     mass = (rho * routing_map).sum(1)
     (by_hand,) = torch.autograd.grad((mass / mass.detach()).sum(), router.weight)
-    torch.testing.assert_close(gradient, by_hand, rtol=0, atol=1e-5)  # measured: 0, entries to 7
+    torch.testing.assert_close(gradient, by_hand, rtol=0, atol=1e-5)  # measured: 0, entries up to 7
 
 
 def test_prob_gate_scales_by_the_probability():
@@ -163,12 +160,15 @@ def test_prob_gate_scales_by_the_probability():
 
 @pytest.mark.parametrize("name", ROUTERS)
 def test_aux_loss_is_the_papers_over_real_tokens_only(name, monkeypatch):
-    """α·N·Σ F_i·G_i by hand on the tokens that are not padding; its gradient too, and none for padding."""
+    """The loss is α·N·Σ F_i·G_i over real tokens, and padding gets no gradient.
+
+    Loss and gradient are compared with values computed by hand.
+    """
     router = build_router(MoEConfig(router=name, moe_aux_loss_coeff=0.3))
     attached = aux_of(router, monkeypatch)
     hidden, types = batch()
     probs, routing_map = router(hidden, planes_of(types))
-    (probs * 0).sum().backward()  # leaves the auxiliary loss alone
+    (probs * 0).sum().backward()  # only the auxiliary loss remains
     real = (types.T != 2).flatten()
     logits_TN = router.gating(hidden, types.T).flatten(0, 1)
     share_N = routing_map[real].float().mean(0)
@@ -177,7 +177,8 @@ def test_aux_loss_is_the_papers_over_real_tokens_only(name, monkeypatch):
     torch.testing.assert_close(attached[0], expected, rtol=0, atol=1e-6)  # measured: 0
     assert abs(with_padding - expected) > 1e-4
     (by_hand,) = torch.autograd.grad(expected, hidden)
-    torch.testing.assert_close(hidden.grad, by_hand, rtol=0, atol=1e-8)  # measured: 5e-10, entries to 2e-3
+    # Measured: 5e-10, for entries up to 2e-3.
+    torch.testing.assert_close(hidden.grad, by_hand, rtol=0, atol=1e-8)
     assert hidden.grad[types.T != 2].abs().max() > 1e-5 and not hidden.grad[types.T == 2].any()
 
 
@@ -188,7 +189,7 @@ def test_z_loss_by_hand_over_real_tokens_only():
     (probs * 0).sum().backward()
     logits = router.gating(hidden, types.T)
     (by_hand,) = torch.autograd.grad(0.5 * logits.logsumexp(-1)[types.T != 2].square().mean(), hidden)
-    torch.testing.assert_close(hidden.grad, by_hand, rtol=0, atol=1e-8)  # measured: 0, entries to 0.04
+    torch.testing.assert_close(hidden.grad, by_hand, rtol=0, atol=1e-8)  # measured: 0, entries up to 0.04
     assert hidden.grad.abs().max() > 1e-5
 
 
@@ -213,14 +214,12 @@ def test_capacity_drops_the_least_probable_and_leaves_weights_finite(topk):
     assert probs.isfinite().all() and not probs[~routing_map].any()
     served = routing_map.any(1)
     assert 0 < served.sum() < len(served)
-    torch.testing.assert_close(
-        probs[served].sum(1), torch.ones(int(served.sum())), rtol=0, atol=1e-6
-    )  # measured: 0
+    # Measured: 0.
+    torch.testing.assert_close(probs[served].sum(1), torch.ones(int(served.sum())), rtol=0, atol=1e-6)
     probs.sum().backward()
     assert all(p.grad.isfinite().all() for p in router.parameters())
-    assert torch.equal(
-        router.eval()(hidden, planes_of(types))[1], wanted
-    )  # an answer must not depend on others asked beside it
+    # In evaluation nothing is dropped: an answer must not depend on other questions of its batch.
+    assert torch.equal(router.eval()(hidden, planes_of(types))[1], wanted)
 
 
 def test_straight_through_alone():
@@ -262,7 +261,7 @@ def test_intervention_replaces_the_decision_in_evaluation_only():
 def test_parameters_are_marked_used_and_saved_once(name, count):
     router = build_router(MoEConfig(router=name))
     parameters = dict(router.named_parameters())
-    assert sum(p.numel() for p in parameters.values()) == count  # nothing is left of the base class's map
+    assert sum(p.numel() for p in parameters.values()) == count  # the base class's weight is removed
     hidden, types = batch()
     router(hidden, planes_of(torch.zeros_like(types)))[0].sum().backward()
     assert all(p.grad is not None and p.sequence_parallel is False for p in parameters.values())
@@ -278,7 +277,7 @@ def test_sequence_parallel_mark_follows_the_configuration():
     for name in ROUTERS:
         moe = MoEConfig(router=name)
         config = transformer_config(moe)
-        config.sequence_parallel = True  # set late: TransformerConfig wants TP > 1 for it
+        config.sequence_parallel = True  # set late, because TransformerConfig requires TP > 1
         router = router_builder(moe)(
             config=config, pg_collection=get_default_pg_collection(), is_mtp_layer=False, another=1
         )
@@ -297,9 +296,10 @@ def test_contradictions_are_refused():
 @pytest.mark.parametrize("gate", ["prob", "straight_through"])
 @pytest.mark.parametrize("router", ROUTERS)
 def test_forward_and_backward_never_wait_for_the_device(router, gate):
-    """Tensors without contents: whatever would bring a number or a shape that depends on data to the host
-    fails on them. `gathers` is what a GPU gets; with it on, `test_gathering_is_what_waits` shows that the
-    failure would be seen.
+    """Forward and backward need no device synchronisation.
+
+    Fake tensors have no contents, so reading a number or a data-dependent shape on the host fails. `gathers`
+    is set as on a GPU; `test_gathering_is_what_waits` shows that a synchronisation would be noticed.
     """
     with FakeTensorMode():
         built = build_router(
@@ -315,7 +315,7 @@ def test_forward_and_backward_never_wait_for_the_device(router, gate):
 def test_gathering_is_what_waits():
     with FakeTensorMode(), pytest.raises(DataDependentOutputException):
         built = build_router(MoEConfig(router="dtr", **SMALL))
-        assert built.gathers  # on a CPU, where nothing waits
+        assert built.gathers  # on a CPU, where there is no synchronisation
         built(torch.randn(12, 3, 32), to_planes(torch.randint(0, 3, (12, 3))))
 
 

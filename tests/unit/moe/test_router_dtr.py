@@ -1,4 +1,7 @@
-"""moe/dtr/maths.py: the factored DTR against the paper's equations with Θ built, in float64; its start."""
+"""The factored DTR of moe/dtr/maths.py equals the paper's equations in float64.
+
+The equations build Θ explicitly. The initial values are tested too.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +56,7 @@ def tokens(count, width=C, dtype=torch.float64):
 
 
 def logits_and_grads(function, z, is_vision, weights, **options):
-    """Logits, and the gradients of a random linear form of them in z and every weight."""
+    """Logits, and the gradients of a random linear form of them by z and every weight."""
     logits = function(z, is_vision, weights, **options)
     direction = torch.randn(logits.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(
         logits.dtype
@@ -69,15 +72,15 @@ def test_equals_naive_forward_and_every_gradient(case, activation, gather):
     z, options = tokens(len(is_vision)), dict(activation=activation, dtype=torch.float64)
     expected, expected_grads = logits_and_grads(naive_dtr_logits, z, is_vision, weights, **options)
     logits, grads = logits_and_grads(dtr_logits, z, is_vision, weights, gather=gather, **options)
-    # Worst difference seen over all these cases: 3.6e-14 forward, 1.2e-13 in a gradient (whose entries reach
-    # 200).
+    # The largest difference over all these cases is 3.6e-14 forward, and 1.2e-13 in a gradient, with entries
+    # up to 200.
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-12)
     for grad, expected_grad in zip(grads, expected_grads, strict=True):
         torch.testing.assert_close(grad, expected_grad, rtol=0, atol=1e-12)
 
 
 def test_naive_is_the_papers_equation():
-    """One token, with Θ as one matrix out of one linear map, as Eq. 5 prints it."""
+    """For one token, with Θ as one matrix from one linear map, as in Eq. 5."""
     weights, z = make_weights(), tokens(1)
     w = weights.vision
     W2 = torch.cat(
@@ -131,9 +134,8 @@ def test_bf16_tokens_and_weights_are_computed_in_fp32():
     exact, exact_grads = logits_and_grads(
         dtr_logits, z32, is_vision, DtrWeights(text, vision, weights.phi_NC.detach().float().requires_grad_())
     )
-    assert logits.dtype == torch.float32 and torch.equal(
-        logits, exact
-    )  # the same products and sums, so the same bits
+    # Both runs have the same products and sums, so the bits are equal.
+    assert logits.dtype == torch.float32 and torch.equal(logits, exact)
     assert all(
         grad.dtype == torch.bfloat16 and torch.equal(grad, e.bfloat16())
         for grad, e in zip(grads, exact_grads, strict=True)
@@ -141,9 +143,11 @@ def test_bf16_tokens_and_weights_are_computed_in_fp32():
 
 
 def test_masked_bf16_against_float64():
-    """Logits as near as from fp32, for products of bf16 numbers are exact in fp32 (worst seen: 7.5e-7 of the
-    largest entry); gradients through the projection are rounded to bf16 first, 2⁻⁹ each, and so is what comes
-    out (worst seen: 4.4e-3 in all).
+    """With a mask, bf16 logits are as exact as fp32 logits; gradients are rounded to bf16.
+
+    Products of bf16 numbers are exact in fp32 (largest difference seen: 7.5e-7 of the largest entry).
+    Gradients through the projection are rounded to bf16 before it, 2⁻⁹ each, and so are the results (largest
+    seen in all: 4.4e-3).
     """
     z, weights = tokens(300, 96, torch.bfloat16), make_weights(96, dtype=torch.bfloat16)
     is_vision = torch.arange(300) % 5 < 3
@@ -166,15 +170,17 @@ def off(got, wanted) -> float:
 
 @pytest.mark.parametrize("gather", [True, False], ids=["gather", "mask"])
 def test_saves_no_copy_of_the_tokens(gather):
-    """What autograd keeps beside z and the weights is T·K·J for u and small change; a gathered or up-cast z
-    would add T·C.
+    """Autograd keeps no copy of the tokens.
+
+    Besides z and the weights it keeps T·K·J numbers for u, and little else; a gathered or converted z would
+    add T·C.
     """
     count, width = 64, 512
     z, weights, saved = tokens(count, width, torch.float32), make_weights(width, dtype=torch.float32), []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
         dtr_logits(z, torch.arange(count) % 2 == 0, weights, gather=gather)
     own = {x.untyped_storage().data_ptr() for x in [z, *leaves(weights)]}
-    # of what there is per token: weights joined for the masked product do not grow with T
+    # Only tensors that grow with T count; the weights joined for the masked product do not.
     kept = {
         x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() // 4
         for x in saved
@@ -196,18 +202,20 @@ def test_start_has_usable_logits_and_gradients_at_any_width(width):
     with torch.no_grad():
         E_scale = dtr_logits(z, is_vision, identity).square().mean().sqrt().item()
     logits, grads = logits_and_grads(dtr_logits, z, is_vision, weights)
-    assert 0.5 < E_scale < 0.8  # four seeds at each width: 0.59 to 0.69
-    assert 0.8 < logits.std().item() / (0.6 * 0.02 * width**0.5) < 1.4  # four seeds: 0.94 to 1.22
-    assert 0.1 < logits.std().item() < 1.0  # 0.14 to 0.17 at width 128, 0.51 to 0.58 at 2048
-    # A step of Adam moves the logits by lr·Σ|∂/∂w|: no matrix may lag the leading one by orders of magnitude.
+    assert 0.5 < E_scale < 0.8  # seen with four seeds at each width: 0.59 to 0.69
+    assert 0.8 < logits.std().item() / (0.6 * 0.02 * width**0.5) < 1.4  # seen with four seeds: 0.94 to 1.22
+    assert 0.1 < logits.std().item() < 1.0  # seen: 0.14 to 0.17 at width 128, 0.51 to 0.58 at 2048
+    # A step of Adam moves the logits by lr·Σ|∂/∂w|. No matrix may be orders of magnitude behind the first.
     reach = [grad.abs().sum().item() for grad in grads[1:] if grad.ndim > 1]
-    assert min(reach) > 0.01 * max(reach)  # four seeds: 0.022 (φ, 8192 numbers beside a million)
+    # Seen with four seeds: 0.022 (φ, with 8192 numbers, against matrices of a million).
+    assert min(reach) > 0.01 * max(reach)
     assert all(grad.any() for grad in grads[1:])
 
 
 def test_off_the_cpu_bf16_products_come_out_in_fp32():
-    """The call that a GPU gets, on tensors without contents: its arguments, dtypes and shapes, forward and
-    backward.
+    """The calls made on a GPU have the right arguments, dtypes and shapes, forward and backward.
+
+    Meta tensors, which have no contents, stand for a GPU's tensors.
     """
     z, weights = tokens(300, 96, torch.bfloat16), make_weights(96, dtype=torch.bfloat16)
     z, *parts = (
@@ -220,11 +228,11 @@ def test_off_the_cpu_bf16_products_come_out_in_fp32():
         logits.sum().backward()
     assert logits.dtype == torch.float32 and logits.shape == (300, 4)
     assert z.grad.shape == z.shape and all(part.grad.dtype == torch.bfloat16 for part in parts)
-    assert seen.exact == 3  # forward, tokens' gradient, weights' gradient
+    assert seen.exact == 3  # forward, the tokens' gradient and the weights' gradient
 
 
 class ProductsSeen(TorchDispatchMode):
-    """Counts products of bf16 numbers into fp32."""
+    """Counts the products of bf16 numbers with an fp32 result."""
 
     exact = 0
 

@@ -1,4 +1,4 @@
-"""Who is named when ranks hang: the silent first, then those behind."""
+"""When ranks hang, the message names the silent ranks first, then those behind."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def wait_until(condition):
 def test_a_file_that_cannot_be_written_is_said_once_and_written_again_later(
     tmp_path, one_rank, caplog, monkeypatch
 ):
-    """The folder is missing at first, which fails like a full disk: at the write."""
+    """The folder is missing at first, so the write fails, as on a full disk."""
     monkeypatch.setattr(heartbeat, "_INTERVAL", 0.02)
     folder = tmp_path / "run"
     heart = Heartbeat(folder)

@@ -1,4 +1,4 @@
-"""Every sink, and what resuming does to each."""
+"""Every output of the logger, and the effect of a resume on each."""
 
 import importlib.util
 import io
@@ -79,7 +79,8 @@ def test_a_resumed_file_has_the_steps_of_an_unbroken_one(tmp_path):
     run_stage(resumed, "warmup", 5, start=2)
     resumed.close()
     assert steps(tmp_path / "b/metrics.jsonl") == steps(tmp_path / "a/metrics.jsonl")
-    assert [r["step"] for r in lines(tmp_path / "b/diagnostics.jsonl")] == [1]  # step 2 is measured again
+    # The diagnostics of step 2 are measured again after the resume.
+    assert [r["step"] for r in lines(tmp_path / "b/diagnostics.jsonl")] == [1]
 
 
 def test_appending_to_a_cut_off_file_loses_only_the_cut_line(tmp_path):
@@ -95,8 +96,9 @@ def test_appending_to_a_cut_off_file_loses_only_the_cut_line(tmp_path):
 
 @pytest.mark.parametrize("room", [0, 5])
 def test_a_full_disk_loses_no_line_and_is_said_once(tmp_path, caplog, room):
-    """Lines wait in memory, in order and whole, whether the disk takes nothing of a line or its first
-    bytes.
+    """Lines wait in memory, whole and in order.
+
+    The disk accepts either nothing of a line or only its first bytes.
     """
     full = False
 
@@ -251,7 +253,8 @@ def test_metrics_that_would_overwrite_the_line_or_are_no_numbers_are_refused(tmp
 def test_tensorboard_has_one_run_per_stage(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    for start in (0, 2):  # the second run resumes at 2 what the first wrote up to 4
+    # The second run resumes at step 2, although the first one wrote up to step 4.
+    for start in (0, 2):
         log = logger(tmp_path, tensorboard_dir=str(tmp_path / "tb"))
         run_stage(log, "align", 4, start)
         log.close()
@@ -287,7 +290,8 @@ def test_wandb_resumes_under_the_id_of_the_checkpoint(tmp_path, monkeypatch):
     second.close()
     assert second.wandb_run_id == run_id
     runs = sorted((tmp_path / "wandb").glob("offline-run-*"))
-    assert runs and all(run_id in r.name for r in runs)  # two runs within a second: wandb adds -1
+    # wandb appends -1 to the name if two runs start within a second.
+    assert runs and all(run_id in r.name for r in runs)
     off = logger(tmp_path)
     off.close()
-    assert off.wandb_run_id is None  # never on by default
+    assert off.wandb_run_id is None  # wandb is off by default

@@ -1,4 +1,4 @@
-"""Ranks of a restarted job find each other, whatever the attempt before left in the store."""
+"""The ranks of a restarted job find each other, whatever an earlier attempt left in the store."""
 
 from __future__ import annotations
 
@@ -36,7 +36,10 @@ def test_second_attempt_sees_nothing_of_the_first():
 
 
 def test_names_left_by_dead_ranks_do_not_count():
-    """They asked and died, before or after anyone answered: rank 0 waits for those that take its token."""
+    """Entries of ranks that died do not count as members.
+
+    Those ranks died before or after an answer; rank 0 waits for ranks that confirm its present token.
+    """
     store = dist.HashStore()
     store.set("evomoe/hello/1", "died before an answer")
     store.set("evomoe/hello/2", "died after it")

@@ -1,4 +1,4 @@
-"""Degrees of parallelism: the trainer, the plan and megatron-core's configuration keep one set of rules."""
+"""The trainer, the plan and megatron-core's configuration share the rules for parallel degrees."""
 
 from __future__ import annotations
 

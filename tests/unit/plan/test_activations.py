@@ -1,7 +1,7 @@
-"""The activation estimate against what autograd really saves on a CPU, and against the published formula.
+"""The activation estimate agrees with what autograd saves on a CPU, and with a published formula.
 
-Saved bytes are the storages that `saved_tensors_hooks` sees in one forward, parameters apart. All ratios:
-docs/plan.md.
+Saved bytes are the storages that `saved_tensors_hooks` sees in one forward, without parameters. docs/plan.md
+lists all ratios.
 """
 
 from __future__ import annotations
@@ -25,14 +25,15 @@ EVERYTHING_TRAINS = LayerFlow(
 
 
 def saved_bytes(forward: Callable[[], torch.Tensor], *not_counted: torch.Tensor) -> int:
-    """What autograd keeps of `forward`, storages of `not_counted` apart."""
+    """Bytes that autograd saves in `forward`, without the storages of `not_counted`."""
     left_out = {tensor.untyped_storage().data_ptr() for tensor in not_counted}
     kept: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in left_out:
-            kept[storage.data_ptr()] = storage  # held, so that no address is used twice
+            # The reference keeps the storage alive, so that its address is not reused.
+            kept[storage.data_ptr()] = storage
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -41,7 +42,7 @@ def saved_bytes(forward: Callable[[], torch.Tensor], *not_counted: torch.Tensor)
 
 
 def saved_by_a_microbatch(config, batch: dict, images: torch.Tensor) -> int:
-    """Of `batch`'s two rows of 128."""
+    """Bytes saved by a forward of `batch`, two rows of 128 tokens."""
     model = build_stage(config, config.stages[0]).modules[0].train()
     return saved_bytes(
         lambda: model(batch["tokens"], batch["token_types"], images, labels=batch["labels"]),
@@ -55,9 +56,11 @@ def saved_by_a_microbatch(config, batch: dict, images: torch.Tensor) -> int:
 @pytest.mark.parametrize("recompute", [None, "selective", "full"])
 @pytest.mark.parametrize("kind", ["align", "warmup", "evolve", "route"])
 def test_saved_for_backward(kind, recompute, bf16, norm, low, one_rank):
-    """Measured: planned/saved 0.97 to 0.99 (1.03 where little but logits is kept, whose bf16 gradient the
-    plan adds), but 0.82 to 0.93 in bf16 with RMSNorm, of which PyTorch's CPU version keeps fp32 copies that a
-    fused kernel does not.
+    """The estimate is close to what autograd saves.
+
+    Measured: planned/saved is 0.97 to 0.99. It is 1.03 where little but logits is saved, because the plan
+    adds their bf16 gradient. It is 0.82 to 0.93 in bf16 with RMSNorm, because PyTorch's CPU version keeps
+    fp32 copies that a fused kernel does not keep.
     """
     config = tiny_config(
         kind,
@@ -72,9 +75,9 @@ def test_saved_for_backward(kind, recompute, bf16, norm, low, one_rank):
         train={"bf16": bf16, "recompute_granularity": recompute, "transformer_impl": "local"},
     )
     planned = activations.activation_bytes(config, kind, 0, 1, on_gpu=False)
-    # the block that recompute makes whole again exists in the backward only
+    # The block that recompute restores exists only in the backward.
     planned -= activations.recomputed_block(config, activations.sizes_of(config, on_gpu=False), kind, 0)
-    planned -= activations.images(config, 1)  # pixels are no autograd's
+    planned -= activations.images(config, 1)  # autograd does not save pixels
     batch = rows([1, 1], length=128)
     ratio = planned / saved_by_a_microbatch(config, batch, batch["images"])
     assert low < ratio < 1.04, f"{kind} {recompute}: planned/saved {ratio:.3f}"
@@ -91,11 +94,13 @@ DTR_FORMS = {
 @pytest.mark.parametrize(("bf16", "activation"), [(False, "none"), (True, "none"), (True, "gelu")])
 @pytest.mark.parametrize(("kernel", "on_gpu"), DTR_FORMS.values(), ids=DTR_FORMS)
 def test_what_the_hypernetworks_keep(kernel, on_gpu, bf16, activation):
-    """Beside tokens and parameters, of 256 tokens. Measured: planned/saved 0.987 to 0.996. Not planned are
-    the folded matrices, which do not grow with the tokens, and the mask.
+    """The estimate for the hypernetworks is close to what autograd saves for 256 tokens.
+
+    Tokens and parameters are not counted. Measured: planned/saved is 0.987 to 0.996. The plan leaves out the
+    folded matrices, which do not grow with the tokens, and the mask.
     """
     if kernel == "triton":
-        oldest = None if backend.on_gpu() else "3.7"  # of the interpreter
+        oldest = None if backend.on_gpu() else "3.7"  # required by the interpreter
         pytest.importorskip(
             "triton", minversion=oldest, reason="Triton (for its interpreter: 3.7 or newer) is not installed"
         )
@@ -112,7 +117,7 @@ def test_what_the_hypernetworks_keep(kernel, on_gpu, bf16, activation):
 
 
 def test_a_mixture_keeps_what_its_router_s_form_keeps():
-    """Triton's form keeps no generated matrices [h + 1, N] and no joined weights."""
+    """The Triton form keeps neither generated matrices [h + 1, N] nor joined weights."""
     flow = LayerFlow(
         mixture=True, input_grad=True, trains_attention=False, trains_ffn=False, trains_router=True
     )
@@ -130,7 +135,7 @@ def test_a_mixture_keeps_what_its_router_s_form_keeps():
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("kind", ["align", "route"])
 def test_cached_features_are_kept_once(kind, bf16, one_rank):
-    """They are the step's images and the projector's input, which is saved without a copy."""
+    """Cached features are the step's images and the projector's input, saved without a copy."""
     config = tiny_config(kind, data={"seq_length": 128, "cache_vision_features": True}, train={"bf16": bf16})
     batch = rows([1, 1], length=128)
     features = torch.randn(2, 4, 16, dtype=torch.bfloat16 if bf16 else torch.float32)
@@ -164,15 +169,17 @@ def test_pixels_are_a_byte_a_colour():
 
 
 def published(s: int, b: int, h: int, a: int) -> int:
-    """Korthikanti et al. 2022, one layer, 16 bit: sbh(34 + 5as/h)."""
+    """Korthikanti et al. 2022, one layer in 16 bit: sbh(34 + 5as/h)."""
     return s * b * h * 34 + 5 * a * s * s * b
 
 
 @pytest.mark.parametrize("tp", [1, 2])
 def test_published_layer(tp):
-    """A GPT layer with a GELU FFN of 4h whose attention stores scores. Theirs has two dropout masks (2 of the
-    34 bytes); ours has rotated queries and keys beside the unrotated (4), and per score an fp32 softmax and
-    its bf16 copy (6 bytes) where theirs has a 16-bit softmax, a dropout mask and the dropped-out copy (5).
+    """A GPT layer with a GELU FFN of 4h and stored scores matches the published formula.
+
+    The published layer has two dropout masks (2 of the 34 bytes); ours keeps rotated queries and keys beside
+    the unrotated ones (4 bytes). Per score, ours keeps an fp32 softmax and its bf16 copy (6 bytes), the
+    published one a 16-bit softmax, a dropout mask and the dropped-out copy (5 bytes).
     """
     s, b, h, a = 256, 2, 512, 8
     config = from_mapping(
@@ -200,8 +207,9 @@ def test_published_layer(tp):
 
 
 def test_flash_attention_keeps_no_scores():
-    """Doubling the sequence doubles a layer's bytes exactly with Transformer Engine, and more than doubles
-    them without.
+    """With Transformer Engine a layer's bytes are proportional to the sequence length.
+
+    Without it, doubling the sequence more than doubles them.
     """
 
     def layer_bytes(seq, impl):
@@ -217,7 +225,8 @@ def test_flash_attention_keeps_no_scores():
 @pytest.mark.parametrize(
     ("kind", "grads", "keeps"),
     [
-        ("align", [True] * 4, [True] * 4),  # down to the projector, through a frozen decoder
+        # Gradients pass through the frozen decoder down to the projector.
+        ("align", [True] * 4, [True] * 4),
         ("evolve", [False, False, True, True], [False, True, True, True]),
         ("route", [False, False, True, True], [False, True, True, True]),
     ],

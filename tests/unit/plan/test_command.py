@@ -1,4 +1,4 @@
-"""The command line: what it prints and writes, and how it ends."""
+"""The `plan` command: what it prints and writes, and how it ends."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_arguments_out_of_range_are_refused_by_name(run_yaml, capsys, flags, mes
 
 
 def test_recompute_and_mean_length(run_yaml, tmp_path, capsys):
-    """A shorter mean sample makes steps shorter and leaves memory as it is."""
+    """A shorter mean sample makes steps shorter and does not change the memory."""
     found = []
     for i, extra in enumerate(([], ["--mean-tokens", "1024"])):
         out = tmp_path / f"{i}.json"

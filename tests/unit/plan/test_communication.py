@@ -1,5 +1,6 @@
-"""Volumes by hand, on a model whose sizes are small numbers; and the arithmetic that the step time is made
-of.
+"""Communication volumes and the arithmetic of the step time are compared with hand-worked values.
+
+The model's sizes are small numbers.
 """
 
 from __future__ import annotations
@@ -54,20 +55,22 @@ def test_a_single_rank_is_silent():
 
 
 def test_expert_all_to_all():
-    """4 ranks are DP 4, with 2 microbatches each; 2 mixtures, dispatch and combine, forward and backward, 3/4
-    leave.
+    """Dispatch and combine of two mixtures, forward and backward, move 3/4 of the tokens.
+
+    4 ranks are DP 4, with 2 microbatches each.
     """
     v, _ = volume("route", 4, {EP: 4})
     assert v.ep == 2 * 2 * 2 * 2 * (SEQ * C * 2) * 3 // 4
     assert v.tp == v.pp == 0
     again, _ = volume("route", 4, {EP: 4}, train={"recompute_granularity": "full"})
-    assert again.ep == v.ep * 3 // 2  # the recomputed forward sends as well
+    assert again.ep == v.ep * 3 // 2  # the recomputed forward communicates too
     assert volume("warmup", 4, {EP: 4})[0].ep == 0
 
 
 def test_pipeline():
-    """Hidden states forward from the first stage, gradients back from the last, both from one between; chunks
-    add trips.
+    """The first stage sends hidden states forward, and the last sends gradients back.
+
+    A stage between them sends both; virtual chunks add transfers.
     """
     hidden = SEQ * C * 2
     assert [volume("warmup", 4, {PP: 4}, rank)[0].pp for rank in range(4)] == [
@@ -87,24 +90,25 @@ def test_gradients_and_parameters(distributed):
 def test_both_copies_of_a_tied_matrix_are_added_up():
     tied, s = volume("warmup", 2, {PP: 2})
     assert s.tied == 64 * C and tied.gradients == 4 * s.tied
-    assert volume("route", 2, {PP: 2})[0].gradients == 0  # frozen
+    assert volume("route", 2, {PP: 2})[0].gradients == 0  # the tied matrix is frozen
 
 
 def test_tensor_parallel_layers():
-    """Per layer and microbatch with everything trained: two gathers and two scatters forward, as many
-    backward, and two gathers of inputs for the weights' gradients. At the ends: an all-reduce and a gather of
-    the embedding, a gather and a scatter at the output layer, and the frozen tower's two all-reduces per
-    layer.
+    """Tensor-parallel collectives per layer and microbatch when everything is trained.
+
+    A layer has two gathers and two scatters in the forward, as many in the backward, and two gathers of
+    inputs for the weights' gradients. The ends have an all-reduce and a gather of the embedding, and a gather
+    and a scatter at the output layer. The frozen tower has two all-reduces per layer.
     """
     v, _ = volume("warmup", 2, {TP: 2})
     hidden, tower = SEQ * C * 2 // 2, 2 * 4 * (17 * 64 * 2 // 2)
     assert v.tp == 8 * (LAYERS * 10 * hidden + 3 * hidden + 2 * hidden + tower)
     frozen, _ = volume("align", 2, {TP: 2})
-    assert v.tp - frozen.tp == 8 * LAYERS * 2 * hidden  # no weight needs its input
+    assert v.tp - frozen.tp == 8 * LAYERS * 2 * hidden  # frozen weights do not need their inputs
 
 
 def test_arithmetic_of_a_dense_step():
-    """6 FLOP per weight and token where all trains, 2 for the frozen tower; attention's causal half apart."""
+    """6 FLOP per weight and token for trained parts, 2 for the frozen tower, plus causal attention."""
     config = config_of({}, vision={"num_layers": 2})
     forward, backward = flops(config, "dense", 0)
     s = states_of(config, "dense", world_size=1, pp_rank=0)
@@ -117,7 +121,10 @@ def test_arithmetic_of_a_dense_step():
 
 
 def test_cached_features_need_no_tower_but_its_weights():
-    """A step then runs nothing of it; both differ by its forward."""
+    """A step with cached features does not run the tower, but still holds its weights.
+
+    The volumes and FLOP of the two runs differ by the tower's forward.
+    """
 
     def sections(wanted):
         return {"parallel": {TP: 2}, "data": {"cache_vision_features": wanted}}
@@ -146,7 +153,7 @@ def test_frozen_weights_cost_no_gradient_of_their_own():
 
 
 def test_traffic_inside_a_node_is_fast():
-    """Two TP ranks share a node of 8 and not one of 1."""
+    """Two TP ranks share a node of 8 GPUs, but not a node of 1."""
     config = config_of({TP: 2})
     states = states_of(config, "warmup", world_size=2, pp_rank=0)
     v = volume_of(config, "warmup", states, world_size=2, pp_rank=0)

@@ -1,5 +1,6 @@
-"""FP8's bytes by hand, from what Transformer Engine's code says it keeps. Nothing here has been compared with
-a GPU.
+"""FP8's bytes by hand, from what Transformer Engine's code keeps.
+
+Nothing here has been compared with a GPU.
 """
 
 from __future__ import annotations
@@ -53,15 +54,17 @@ def test_a_trained_weight_is_copied_both_ways_round():
     ("recipe", "elements"), [("delayed", 0), ("tensorwise", 0), ("blockwise", 128 * 128 / 4), ("mxfp8", 32)]
 )
 def test_scales_of_weights(recipe, elements):
-    """An fp32 for each 128 x 128, or a byte for each 32; both copies have their own."""
+    """A scale is an fp32 per 128 x 128 block or a byte per 32 elements, in each of two copies."""
     scales = 2 * LAYERS * DENSE / elements if elements else 0
     assert fp8.weight_bytes(config_of(recipe), "warmup", 0) == 2 * LAYERS * DENSE + scales
 
 
 def test_only_what_passes_a_gradient_on_is_transposed():
-    """`route`: layers 0 and 2 dense, 1 and 3 mixtures, nothing below the first router passes a gradient.
-    There one copy, but two for layers that have a norm fused into them, whose code asks whether gradients are
-    on and not who needs them; and two for the experts' second matrices, whose input carries the router's
+    """Weights of `route` that pass no gradient on have no transposed copy.
+
+    Layers 0 and 2 are dense, 1 and 3 are mixtures, and nothing below the first router passes a gradient.
+    There most weights have one copy. Layers with a fused norm have two, because their code asks only whether
+    gradients are enabled. The experts' second matrices have two, because their input carries the router's
     probability.
     """
     experts = EXPERTS * (FC1 + FC2)
@@ -77,7 +80,7 @@ def test_only_what_passes_a_gradient_on_is_transposed():
 
 
 def test_a_shared_norm_is_fused_into_nothing():
-    """Phi-2's layers in `route`: below the first router one copy each."""
+    """Phi-2's layers have no fused norm: in `route`, one copy each below the first router."""
     config = config_of(language={"parallel_residual": True})
     assert fp8.weight_bytes(config, "evolve", 0) == DENSE + (DENSE + FC2) + 2 * 2 * DENSE
 
@@ -116,9 +119,10 @@ def test_first_and_last_layers_as_the_core_picks_them(start, end):
     ("recipe", "scales"), [("delayed", 0), ("tensorwise", 0), ("blockwise", 4 / 128), ("mxfp8", 1 / 32)]
 )
 def test_linear_layers_keep_fp8_inputs(recipe, scales):
-    """Inputs of qkv and fc1 (C wide), of fc2 (F): one byte in place of two, and their scales. The output
-    projection's is what flash attention keeps in bf16 anyway; `delayed` has an FP8 copy beside it, the others
-    nothing.
+    """The inputs of qkv and fc1 (C wide) and of fc2 (F) take one byte instead of two, plus scales.
+
+    Flash attention keeps the output projection's input in bf16 anyway; `delayed` has an FP8 copy beside it,
+    the other recipes have none.
     """
     saved = _layer(config_of(None), EVERYTHING_TRAINS, False) - _layer(
         config_of(recipe), EVERYTHING_TRAINS, True
@@ -128,7 +132,7 @@ def test_linear_layers_keep_fp8_inputs(recipe, scales):
 
 
 def test_a_norm_shared_in_bf16_is_copied_twice_in_fp8():
-    """Phi-2: one bf16 tensor of two bytes, or two FP8 copies of one."""
+    """Phi-2's shared norm output is one bf16 tensor of two bytes, or two FP8 copies of one byte."""
     language = {"parallel_residual": True}
     saved = _layer(config_of(None, language=language), EVERYTHING_TRAINS, False) - _layer(
         config_of("tensorwise", language=language), EVERYTHING_TRAINS, True
@@ -173,8 +177,9 @@ def planned(held: dict | None = None, **sections):
 
 
 def test_a_plan_counts_the_copies(monkeypatch):
-    """Where neither Transformer Engine nor a GPU is at hand: FP8 and Triton are refused by a run here, not by
-    a plan.
+    """A plan needs neither Transformer Engine nor a GPU.
+
+    On this machine a run refuses FP8 and Triton, but a plan does not.
     """
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     held = {"tp": 1, "pp": 1, "layers_per_chunk": None, "recompute": "none"}
@@ -188,8 +193,10 @@ def test_a_plan_counts_the_copies(monkeypatch):
 
 
 def test_fp8_s_own_rules_refuse_layouts():
-    """5504 over TP 4 is no multiple of 128 rows of a block, but is one of 16: blocks ask it of the
-    sequence.
+    """Layouts are refused where FP8's block sizes do not divide the model's sizes.
+
+    5504 over TP 4 is not a multiple of a block's 128 rows but is one of 16; the blockwise recipe has its rule
+    for the sequence length.
     """
     gpu = {"fp8_format": "e4m3", "fp8_recipe": "blockwise"}
     plan = planned(gpu=gpu, data={"seq_length": 1280})

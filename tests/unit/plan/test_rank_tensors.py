@@ -1,5 +1,6 @@
-"""What the plan counts is what the model has: name by name against models built without memory, and by hand
-for the splits.
+"""The plan counts the tensors that the model has.
+
+Names and sizes are compared with models built without memory, and with hand-worked splits.
 """
 
 from __future__ import annotations
@@ -54,8 +55,10 @@ def test_options_name_by_name(language, router, one_rank):
 
 
 def test_qwen_is_split_as_published():
-    """Qwen-1.8B's 1,836,828,672 parameters over TP 2 x PP 2, with four experts over EP 2: every weight matrix
-    is halved once per degree, norms and the attention bias' norm-side are not.
+    """Qwen-1.8B's 1,836,828,672 parameters are split over TP 2 x PP 2.
+
+    TP halves every weight matrix and the attention bias; norms and routers stay whole. EP 2 gives each rank
+    two of the four experts.
     """
     config = from_mapping(
         {

@@ -1,4 +1,4 @@
-"""What is considered, refused, found too big, and ranked first."""
+"""Which layouts the search considers, refuses, finds too large, and ranks first."""
 
 from __future__ import annotations
 
@@ -75,8 +75,9 @@ def test_a_refusal_has_one_line_whatever_its_numbers():
 
 
 def test_memory_is_respected():
-    """Every layout that fits 80 GiB does so in less, and with 24 GiB cards fewer do, none of them by a hair
-    too much.
+    """Every layout that fits stays within the memory limit.
+
+    Fewer layouts fit on cards of 24 GiB than of 80 GiB, and the others exceed the limit.
     """
     large, small = planned("warmup"), planned("warmup", machine={"gpu_memory": 24})
     assert 0 < len(small.fits) < len(large.fits)
@@ -101,7 +102,7 @@ def test_memory_is_respected():
     ],
 )
 def test_a_remedy_makes_it_fit(sections, fields, gpu_memory, remedy):
-    """Each remedy named, applied, fits."""
+    """Each named remedy makes the layout fit once it is applied."""
     machine, given = {"gpu_memory": gpu_memory}, held(tp=2, **fields)
     if not fields:
         del given["recompute"]
@@ -129,8 +130,10 @@ def test_ranked_by_time_then_memory():
 
 
 def test_a_slower_network_turns_the_ranking():
-    """Reducing 1.8B gradients over 16 replicas costs more than TP 2 inside a node, unless nodes are joined as
-    well as GPUs.
+    """The ranking depends on the network between nodes.
+
+    Reducing 1.8B gradients over 16 replicas costs more than TP 2 inside a node, unless nodes are connected as
+    well as GPUs are.
     """
     slow, fast = (planned("warmup", machine={"inter_bandwidth": b}).fits[0].layout for b in (10, 400))
     assert slow.tp > 1 or slow.pp > 1
@@ -138,7 +141,7 @@ def test_a_slower_network_turns_the_ranking():
 
 
 def test_thousands_of_gpus():
-    """512 nodes: a batch of 8192 samples leaves at most 2048 replicas, and something fits."""
+    """With 512 nodes a batch of 8192 samples allows at most 2048 replicas, and some layouts fit."""
     plan = planned("route", nnodes=512, train={**QWEN["train"], "global_batch_size": 8192})
     assert plan.fits and all(e.data_parallel <= 2048 for e in plan.fits)
     assert any("is not a multiple of micro_batch_size" in r.example for r in plan.refused)
@@ -200,8 +203,9 @@ def test_report_names_what_it_ranks_by():
 
 
 def test_context_parallelism_is_refused_as_the_trainer_does():
-    """Its share of the activations is counted all the same, for the day when samples are split over its
-    ranks.
+    """Context parallelism is refused, but its share of the activations is counted.
+
+    The count is for a later version that splits samples over these ranks.
     """
     from megatron_evomoe.plan.activations import activation_bytes
 

@@ -1,4 +1,4 @@
-"""Bytes by hand; real runs are in tests/distributed/test_plan.py."""
+"""Bytes of states by hand; tests/distributed/test_plan.py compares real runs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ def test_fp32_has_no_master_copy():
 
 def test_the_distributed_optimizer_divides_by_the_replicas():
     s = qwen("warmup", 16)
-    assert s.optimizer_bytes == pytest.approx(12 * (LANGUAGE + PROJECTOR) / 16, rel=1e-6)  # padding
+    # The tolerance is for padding.
+    assert s.optimizer_bytes == pytest.approx(12 * (LANGUAGE + PROJECTOR) / 16, rel=1e-6)
     assert s.gradient_bytes == pytest.approx(4 * (LANGUAGE + PROJECTOR), rel=1e-6)
 
 
@@ -47,8 +48,9 @@ def test_frozen_parameters_have_neither():
 
 
 def test_trained_experts_are_sharded_over_fewer_ranks():
-    """8 ranks, EP 4: one expert per mixture and rank, sharded over the two ranks that share it; everything
-    else over 8.
+    """With EP 4 on 8 ranks, two ranks share each expert's optimizer state.
+
+    Each rank holds one expert per mixture. All other states are sharded over 8 ranks.
     """
     train = {"trainable": ["language", "projector"]}
     s = qwen("route", 8, {"expert_model_parallel_size": 4}, train)
@@ -66,8 +68,10 @@ def test_trained_experts_are_sharded_over_fewer_ranks():
 )
 @pytest.mark.parametrize(("rule", "previous"), [("delta", 2), ("ema", 0)])
 def test_evolved_experts_are_dealt_over_replicas(world, dp_rank, kept, rule, previous):
-    """Experts 2…4 of 12 layers in fp32, and for `delta` expert 1 of the last step in bf16 wherever one of
-    them is.
+    """Evolved experts are distributed over the data-parallel replicas.
+
+    Experts 2…4 of 12 layers are kept in fp32. `delta` also keeps expert 1 of the last step in bf16 on each
+    rank that has any of them.
     """
     config = from_mapping({"preset": "qwen-1.8b", "train": {"bf16": True}, "moe": {"evolution_rule": rule}})
     s = states_of(config, "evolve", world_size=world, pp_rank=0, dp_rank=dp_rank)

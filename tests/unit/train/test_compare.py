@@ -1,5 +1,6 @@
-"""Comparing configurations: every field has a class, every change is found and named, and equal meanings are
-equal.
+"""Comparing configurations: every field has a class, and every change is found and named.
+
+Values with the same meaning are equal.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ UNUSED = {
 
 
 def with_field(config: RunConfig, section: str, field: str, value) -> RunConfig:
-    """A configuration with one field set, whether it could be run or not."""
+    """A configuration with one field set, whether or not it could run."""
     return dataclasses.replace(
         config, **{section: dataclasses.replace(getattr(config, section), **{field: value})}
     )
 
 
 def other_value(section: str, field: str, value, draw):
-    """A value of the field's type that means something else than `value`."""
+    """A value of the field's type whose meaning differs from that of `value`."""
     hint = typing.get_type_hints(SECTIONS[section])[field]
     options = [*typing.get_args(hint)] if typing.get_origin(hint) in (typing.Union,) else [hint]
     literals = [v for option in options for v in typing.get_args(option) if isinstance(v, str)]

@@ -1,4 +1,4 @@
-"""Greedy decoding against the plainest loop, and what counts as a match."""
+"""Batched greedy decoding equals a simple loop, and exact matches are counted correctly."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ IMAGES = torch.randint(0, 256, (4, 3, 16, 16), generator=torch.Generator().manua
 
 
 def plain_greedy(model, sample: EncodedSample, images: torch.Tensor, count: int) -> list[int]:
-    """One row, no padding, one forward a token."""
+    """Greedy decoding of one row, without padding, with one forward per token."""
     tokens, types, out = list(sample.tokens), list(sample.token_types), []
     for _ in range(count):
         with torch.no_grad():
@@ -58,14 +58,14 @@ def test_batched_greedy_equals_row_by_row(model):
     assert len({tuple(w) for w in wanted}) > 1, "prompts that all decode alike would prove nothing"
     with inference([model]):
         assert greedy([model], PROMPTS, IMAGES, stop=set(), max_new_tokens=5, pad_id=0) == wanted
-        # stop at the third token of the first row, wherever else it occurs first
+        # The stop token is the third token of the first row; it may occur earlier in other rows.
         stop = {wanted[0][2]}
         cut = [w[: next((i for i, t in enumerate(w) if t in stop), 5)] for w in wanted]
         assert greedy([model], PROMPTS, IMAGES, stop=stop, max_new_tokens=5, pad_id=0) == cut
 
 
 class _Letters:
-    """Decodes ids to letters; enough of a tokenizer for `exact_match`."""
+    """Decodes ids to numbers in text; `exact_match` needs no more of a tokenizer."""
 
     pad_id = 0
 
@@ -105,7 +105,7 @@ def test_padding_rows_of_the_vocabulary_are_never_chosen(model):
     limit = model.run_config.language.vocab_size
     with inference([model]):
         free = int(next_tokens([model], tokens, types, IMAGES[:0], torch.tensor([8])))
-        model.run_config.language.vocab_size = free  # now the favourite is one of the padding rows
+        model.run_config.language.vocab_size = free  # the favourite is now one of the padding rows
         try:
             assert int(next_tokens([model], tokens, types, IMAGES[:0], torch.tensor([8]))) < free
         finally:

@@ -12,7 +12,7 @@ from tests.programs import ROOT
 
 
 class Named(StepHook):
-    """Appends its name and the moment to a list, and raises at one moment if told to."""
+    """Appends its name and the moment to a list, and can raise at one moment."""
 
     def __init__(self, name: str, said: list[str], raises: str = "") -> None:
         self.name, self.said, self.raises = name, said, raises
@@ -73,7 +73,7 @@ def test_a_metric_has_one_value_per_step():
 
 
 def test_a_hook_can_be_defined_before_the_device_is_prepared():
-    """A script imports `StepHook` at its top, before `backend.prepare` decides what megatron-core sees."""
+    """A script imports `StepHook` at its top, before `backend.prepare` sets up megatron-core."""
     imports = "import sys, megatron_evomoe.train.hooks, megatron_evomoe.commands.train"
     check = "assert not {'torch', 'megatron'} & {*sys.modules}"
     subprocess.run([sys.executable, "-c", f"{imports}; {check}"], check=True, cwd=ROOT)

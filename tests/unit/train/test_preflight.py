@@ -1,4 +1,4 @@
-"""What a stage could not run with is told before the first stage begins."""
+"""What a stage could not run with is reported before the first stage begins."""
 
 from __future__ import annotations
 

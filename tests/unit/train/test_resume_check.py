@@ -1,4 +1,4 @@
-"""A checkpoint held against the present run, on disk and in one process."""
+"""A checkpoint is compared with the current run, on disk and in one process."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ CONFIG = tiny_config("route")
 def saved(
     directory: Path, config: RunConfig, kind: str, *, trained: int = 1, data: dict | None = DATA, **sections
 ) -> Path:
-    """A checkpoint of a stage of `kind` under `config`, after some steps."""
+    """Save a checkpoint of a stage of `kind` under `config`, after some steps."""
     from megatron_evomoe.parallel import rng
 
     _, built = built_for(kind, trained=trained, **sections)
@@ -194,7 +194,10 @@ def test_the_record_keeps_the_data(checkpoint):
 
 @pytest.mark.parametrize(("distributed", "bf16"), [(True, False), (False, False), (False, True)])
 def test_the_optimizer_takes_the_present_values(tmp_path, distributed, bf16):
-    """Betas, epsilon and decay too, not only what the schedule sets; the next update is then another."""
+    """Betas, epsilon and weight decay take the current values, not only what the schedule sets.
+
+    The next update therefore differs.
+    """
 
     def build(**optimizer):
         return built_for("align", optimizer=optimizer, **options)[1]

@@ -1,5 +1,6 @@
-"""One run at a time in a folder; a crash leaves nothing behind, forks hold nothing, and a folder that goes is
-noticed.
+"""Only one run at a time uses a folder.
+
+A crash leaves no lock behind, forks hold no lock, and a deleted folder is noticed.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("one_rank")
 
 @contextlib.contextmanager
 def held(folder):
-    """A process of its own that holds `folder`, with a fork that outlives it; gives its pid."""
+    """Start a process that locks `folder`, with a fork that outlives it, and give its pid."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
@@ -32,7 +33,8 @@ def held(folder):
             lock = RunLock(folder, 1)
             lock._me["pid"] = os.getpid()
             lock._acquire()
-            helper = os.fork()  # as a data worker or a background writer: it has the descriptor
+            # A data worker or a background writer is such a fork: it inherits the descriptor.
+            helper = os.fork()
             if helper == 0:
                 time.sleep(60)
                 os._exit(0)
@@ -55,7 +57,7 @@ def held(folder):
 
 @pytest.fixture(params=["locks", "no locks"])
 def file_system(request, monkeypatch):
-    """The one at hand, and one without locks, with a lease of a fraction of a second."""
+    """Test on this file system, and without file locks; leases last a fraction of a second."""
     if request.param == "no locks":
 
         def no_locks(*args):
@@ -74,7 +76,7 @@ def test_second_run_is_refused_by_the_name_of_the_first_and_let_in_when_that_is_
             pass
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-        with RunLock(tmp_path / "run", 60) as lock:  # the fork lives on, and holds nothing
+        with RunLock(tmp_path / "run", 60) as lock:  # the fork still runs but holds no lock
             lock.verify()
 
 
@@ -90,7 +92,7 @@ def test_end_of_a_run_lets_the_next_in_at_once(tmp_path, file_system, monkeypatc
     monkeypatch.setattr(run_lock, "_STILL", 60)
     for _ in range(2):
         with RunLock(tmp_path / "run", 100) as lock:
-            time.sleep(0.2)  # a lease has been renewed
+            time.sleep(0.2)  # the lease is renewed in this time
             lock.verify()
 
 

@@ -1,5 +1,7 @@
-"""After a resume, rates are those of a run that had the present configuration all along, or those of the
-checkpoint's schedule.
+"""Learning rates after a resume.
+
+They are those of a run that had the current configuration from its start, or those of the checkpoint's
+schedule.
 """
 
 from __future__ import annotations
@@ -21,8 +23,9 @@ KEEP = {"use_checkpoint_opt_param_scheduler": True}
 
 
 def schedule(config: RunConfig, steps: int = 0) -> Schedule:
-    """The schedule of a run that has done `steps`, over a real optimizer whose groups say what the core's
-    do.
+    """The schedule of a run that has done `steps`.
+
+    It uses a real optimizer whose parameter groups have megatron-core's keys.
     """
     optimizer = torch.optim.AdamW(
         [

@@ -1,4 +1,4 @@
-"""What all stages of a run share is refused where a stage says something else."""
+"""Settings that all stages of a run share are refused where a stage differs."""
 
 from __future__ import annotations
 

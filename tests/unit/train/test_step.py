@@ -1,4 +1,4 @@
-"""One optimizer step: what the loss averages over, who gets gradients, what stops a run."""
+"""One optimizer step: the loss's mean, which parameters get gradients, and what stops a run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ def gradients(built):
 
 
 def test_loss_is_the_mean_over_the_global_batch_not_over_microbatches():
-    """Answers of 1 and 9 tokens in different microbatches: a mean of means would weigh the first ninefold."""
+    """Answers of 1 and 9 tokens lie in different microbatches.
+
+    A mean of the microbatches' means would weigh the first answer's token nine times.
+    """
     from megatron_evomoe.train.step import _count, _forward_backward, _reduce_loss
 
     short, long = rows([1], seed=1, answer=(1,)), rows([0], seed=2, answer=(9,))
@@ -43,7 +46,7 @@ def test_loss_is_the_mean_over_the_global_batch_not_over_microbatches():
         results.append((supervised, loss.item(), gradients(built)))
     (n1, loss1, grads1), (n2, loss2, grads2) = results
     assert n1 == n2 == 10
-    # fp32 sums in another order; the largest difference seen was 4e-7 relative
+    # The fp32 sums have another order; the largest relative difference seen is 4e-7.
     assert loss1 == pytest.approx(loss2, rel=1e-5)
     for name in grads1:
         torch.testing.assert_close(grads1[name], grads2[name], rtol=1e-4, atol=1e-6, msg=name)
@@ -65,8 +68,9 @@ def test_loss_equals_cross_entropy_by_hand():
 @pytest.mark.parametrize("kind", ["align", "warmup", "evolve", "route"])
 @pytest.mark.parametrize("images", [[0, 0], [2, 0], [1, 1]])
 def test_every_trained_parameter_gets_a_gradient_whatever_the_images(kind, images):
-    """Autograd must reach every trained parameter also in text-only batches: a rank without images must not
-    fall out of step.
+    """Autograd reaches every trained parameter in text-only batches too.
+
+    Otherwise a rank without images would not join the reduction of those gradients.
     """
     built = built_for(kind)
     batch = rows(images)
@@ -104,7 +108,8 @@ def test_only_the_stage_s_part_trains_and_has_optimizer_state(kind, prefixes):
     reduced = sum(
         p.numel() for w in built.wrapped for b in (*w.buffers, *w.expert_parallel_buffers) for p in b.params
     )
-    assert held == trained == reduced  # what is frozen is in no gradient buffer, which is what ranks reduce
+    # A frozen parameter is in no gradient buffer, and only buffers are reduced over ranks.
+    assert held == trained == reduced
 
 
 @pytest.mark.parametrize(("kind", "first_with_gradient"), [("evolve", 1), ("route", 1), ("warmup", 0)])
@@ -172,9 +177,8 @@ def test_nan_stops_naming_step_rank_and_samples():
     built = built_for("warmup")
     good, bad = rows([0, 0], seed=1), rows([1, 0], seed=2)
     with torch.no_grad():
-        built.modules[0].vision_projection.encoder.linear_fc1.bias[0] = (
-            math.nan
-        )  # reaches only rows with an image
+        # Only rows with an image depend on this bias.
+        built.modules[0].vision_projection.encoder.linear_fc1.bias[0] = math.nan
     with pytest.raises(NonFiniteError) as error:
         take_step(built, step_of(good, bad), 17)
     message = str(error.value)
@@ -215,7 +219,9 @@ def test_clipping_and_schedule():
     ("kind", "moe"), [("warmup", {}), ("evolve", {}), ("route", {}), ("route", {"router": "modality-linear"})]
 )
 def test_every_trained_parameter_belongs_to_a_module_that_is_called(kind, moe, language):
-    """With `overlap_param_gather` the core waits for a parameter's update when the module that owns it is
+    """A trained parameter must belong to a module whose forward is called.
+
+    With `overlap_param_gather` megatron-core waits for a parameter's update when the module that owns it is
     called.
     """
     built = built_for(kind, moe=moe, language=language, train={"trainable": list(PARTS)})

@@ -1,4 +1,4 @@
-"""Figures of a step that no timing enters."""
+"""Figures of a step that do not depend on timing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("one_rank")
 
 @pytest.mark.parametrize("kind", ["warmup", "evolve", "route"])
 def test_params_norm_is_of_every_weight_once(kind):
-    """Under other layouts it is one rank's: tests/distributed compares it as a metric."""
+    """The norm counts every weight once; in other layouts, tests/distributed compares it."""
     config = tiny_config(kind)
     modules = build_stage(config.for_stage(kind), config.stages[0]).modules
     weights = torch.cat([p.detach().double().flatten() for p in modules[0].parameters()])

@@ -1,4 +1,4 @@
-"""What identifies a tower, and the disk it would fill."""
+"""What identifies a vision tower, and the disk space that its features need."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_digest_is_of_every_weight(tower):
 
 
 def test_digest_is_of_every_place(tower):
-    """Equal numbers elsewhere, within a tensor or in the other layer's, are another tower."""
+    """The digest changes when equal numbers change places, in a tensor or between layers."""
     before = vision_cache.weights_digest(tower)
     weight = tower.conv1.weight
     with torch.no_grad():
