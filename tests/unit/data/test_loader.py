@@ -406,7 +406,7 @@ def test_too_many_bad_samples_stop_the_run(tmp_path, sp, processor, workers):
     with pytest.raises(DataError) as error:
         for step in steps:
             taken.append(step)
-    # The third bad sample among 96 already exceeds the rate, which is checked at 104.
+    # 3 bad samples among 96 already exceed the rate; the check comes at 104 samples.
     assert len(taken) == 12
     message = str(error.value)
     assert all(

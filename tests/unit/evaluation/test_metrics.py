@@ -16,9 +16,8 @@ from .helpers import item
 def test_leave_one_out(matches, expected):
     # k of 10 references agree. Leaving one out, k cases see k - 1 matches and 10 - k cases see k matches, so
     # the score is (k min(1, (k-1)/3) + (10-k) min(1, k/3)) / 10.
-
-    # k = 1: (0 + 9/3) / 10 = 0.3; k = 2: (2/3 + 8 * 2/3) / 10 = 0.6; k = 3: (3 * 2/3 + 7) / 10 = 0.9; k ≥ 4:
-    # 1.
+    # k = 1: (0 + 9/3) / 10 = 0.3; k = 2: (2/3 + 8 * 2/3) / 10 = 0.6; k = 3: (3 * 2/3 + 7) / 10 = 0.9.
+    # From k = 4 on the score is 1.
     assert leave_one_out("x", ["x"] * matches + ["y"] * (10 - matches)) == pytest.approx(expected)
 
 
@@ -34,8 +33,7 @@ def test_pope():
 def test_pope_mean_over_categories_and_no_yes_at_all():
     items = [item("a", category="random", answer="yes"), item("b", category="popular", answer="yes")]
     metrics = pope.score(items, {"a": "yes", "b": "no"})
-    # random: every metric is 100. popular: every metric is 0 (precision without positives is 0). The mean is
-    # 50.
+    # random: every metric is 100. popular: every metric is 0 (no positives: precision 0). The mean is 50.
     assert metrics["f1"] == metrics["accuracy"] == metrics["yes_ratio"] == 50
     assert metrics["by_category"]["popular"]["precision"] == 0
 

@@ -139,7 +139,7 @@ def through_processor(directory: str, model: Any, mode: str) -> dict[str, Any]:
         )
         for i in range(3)
     ]
-    # In plain mode transformers 4's own image processor, which drops transparency, is used.
+    # In plain mode transparency is left out: transformers 4's own image processor drops it.
     if mode != "plain":
         pictures[1].putalpha(Image.linear_gradient("L").resize(pictures[1].size))
     parts = {"image": {"type": "image"}, "text": {"type": "text", "text": "Which digit is this?"}}

@@ -62,7 +62,7 @@ def test_attention_is_not_causal():
     tower = build_vision_model(config_of()).eval()
     pixels = torch.randn(1, 3, 32, 32)
     changed = pixels.clone()
-    changed[..., -8:, -8:] += 1  # changes the last patch
+    changed[..., -8:, -8:] += 1  # only the last patch differs
     with torch.no_grad():
         assert not torch.isclose(tower(pixels)[0, 0], tower(changed)[0, 0]).all()
 

@@ -190,7 +190,7 @@ def test_a_cuda_graph_holds_forward_and_backward(fused):
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        fused(z, is_vision, weights, **options).sum().backward()  # compiles
+        fused(z, is_vision, weights, **options).sum().backward()  # compiles the kernels
     torch.cuda.current_stream().wait_stream(side)
     graph, leaves = torch.cuda.CUDAGraph(), list(named_leaves(z, weights).values())
     with torch.cuda.graph(graph):

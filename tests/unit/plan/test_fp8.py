@@ -193,10 +193,10 @@ def test_a_plan_counts_the_copies(monkeypatch):
 
 
 def test_fp8_s_own_rules_refuse_layouts():
-    """Layouts are refused where FP8's block sizes do not divide the model's sizes.
+    """Layouts are refused where FP8's row counts do not divide the sequence or the weights.
 
-    5504 over TP 4 is not a multiple of a block's 128 rows but is one of 16; the blockwise recipe has its rule
-    for the sequence length.
+    5504 over TP 4 is 1376, which is a multiple of 16 and is accepted; the blockwise recipe requires multiples
+    of its 128 rows only of each TP rank's part of the sequence.
     """
     gpu = {"fp8_format": "e4m3", "fp8_recipe": "blockwise"}
     plan = planned(gpu=gpu, data={"seq_length": 1280})

@@ -1,7 +1,6 @@
-"""Learning rates after a resume.
+"""Rates after a resume follow the current configuration, or else the checkpoint's schedule.
 
-They are those of a run that had the current configuration from its start, or those of the checkpoint's
-schedule.
+In the first case they are those of a run that had the current configuration from its start.
 """
 
 from __future__ import annotations
