@@ -1,4 +1,4 @@
-"""What the fuzz tests of configurations draw from."""
+"""The values from which the fuzz tests of configurations draw."""
 
 from __future__ import annotations
 

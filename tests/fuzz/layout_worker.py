@@ -1,8 +1,8 @@
-"""Build the stages of generated configurations as one rank of a world that is not there, for
-tests/fuzz/test_layouts.py.
+"""Builds the stages of generated configurations as one rank of a simulated world.
 
-torch's fake process group has any size and moves nothing, so a rank of eight builds in one process: groups,
-model, gradient buffers, optimizer and what it would save are made for real.
+tests/fuzz/test_layouts.py runs it. torch's fake process group has any size and communicates nothing, so one
+process can build the part of any rank: groups, model, gradient buffers, optimizer and the state to save are
+real.
 """
 
 from __future__ import annotations
@@ -19,16 +19,19 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_evomoe.parallel import backend
 
-WHOLE_VOCABULARY = ("word_embeddings.", "output_layer.")  # padded by TP, which the core lets differ
+# these tensors are padded to a multiple of TP, and megatron-core lets the padding differ between layouts
+WHOLE_VOCABULARY = ("word_embeddings.", "output_layer.")
 
 
 def main(asked: str, answered: str) -> None:
-    """Each case's outcome, as JSON: how it was refused, how it failed, or shapes of what it would save, there
-    and on one rank.
+    """Write each case's outcome as JSON.
+
+    An outcome says how the case was refused or how it failed, or gives the shapes of what it would save under
+    its layout and on one rank.
     """
     backend.prepare()
     new_group = dist.new_group
-    # the core asks for groups over gloo besides: these are as fake as the others
+    # megatron-core also asks for gloo groups, which are faked like the others
     dist.new_group = lambda *args, backend=None, **kwargs: new_group(*args, **kwargs)
     outcomes = [outcome(case) for case in json.loads(Path(asked).read_text())]
     Path(answered).write_text(json.dumps(outcomes))
@@ -54,7 +57,7 @@ def outcome(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def shapes(config: Any, world: int, rank: int) -> dict[str, list[int]]:
-    """Names and whole shapes of the tensors this rank would save."""
+    """Names and unsharded shapes of the tensors that this rank would save."""
     from megatron.core import parallel_state
 
     from megatron_evomoe.checkpoint import store

@@ -1,6 +1,4 @@
-"""What the fuzz tests of records, tars and indices share: samples by the way that training takes, and what
-may come of them.
-"""
+"""What the fuzz tests of records, tars and indices share: samples prepared as in training."""
 
 from __future__ import annotations
 
@@ -25,7 +23,7 @@ _DOCUMENTED = Path(__file__).parents[2] / "docs" / "data.md"
 
 @functools.cache
 def reasons() -> frozenset[str]:
-    """The slugs of the table in docs/data.md: no sample may be left out for another reason."""
+    """The reasons listed in docs/data.md's table; no sample may be left out for any other reason."""
     rows = [line.split("|")[1] for line in _DOCUMENTED.read_text().splitlines() if line.startswith("| `")]
     return frozenset(slug for row in rows for slug in re.findall(r"`([a-z]+(?:-[a-z]+)+)`", row))
 
@@ -49,8 +47,9 @@ def picture(shade: int = 0) -> bytes:
 
 
 def rows(dataset: ShardDataset, *, length: int = 256, template: str = "v1") -> list[Row]:
-    """All samples as training gets them; each one left out has a documented reason and a message of one
-    line.
+    """All samples as training gets them.
+
+    Each sample that is left out must have a documented reason and a message of one line.
     """
     preparer = Preparer(
         dataset, tokenizer(), ImageProcessor(8), template, TOKENS_PER_IMAGE, length, "skip", 10**6

@@ -1,4 +1,4 @@
-"""Damaged and invented checkpoints: records, `.metadata`, and what lies in the folder."""
+"""Damaged and forged checkpoints: their records, their `.metadata`, and the files in their folders."""
 
 from __future__ import annotations
 
@@ -59,8 +59,9 @@ def saved(tmp_path_factory) -> Path:
 
 
 def damaged(draw: random.Random, content: bytes, pieces: list[bytes]) -> bytes:
-    """The same bytes with one to three faults: bits, cuts, repeats, exchanged blocks, and `pieces` in any
-    place.
+    """Return `content` with one to three faults.
+
+    A fault flips bits, cuts, repeats or exchanges blocks, or inserts one of `pieces` anywhere.
     """
     for _ in range(draw.choice([1, 1, 1, 2, 3])):
         a, b, c = sorted(draw.randrange(len(content) + 1) for _ in range(3))
@@ -109,14 +110,14 @@ VALUES = [
 
 
 def places(value: Any) -> list[tuple[dict[str, Any], str]]:
-    """Every name in every object of a JSON value."""
+    """Every key of every object in a JSON value, with the object that holds it."""
     if isinstance(value, list):
         return [place for item in value for place in places(item)]
     return [p for k, v in value.items() for p in [(value, k), *places(v)]] if isinstance(value, dict) else []
 
 
 def invented(draw: random.Random, data: dict[str, Any]) -> dict[str, Any]:
-    """A record with another value somewhere, without its digest, or with one that fits."""
+    """A record with another value somewhere, and either without its digest or with a matching one."""
     data = json.loads(json.dumps(data))
     for _ in range(draw.randint(1, 2)):
         owner, key = draw.choice(places(data))
@@ -136,8 +137,9 @@ def invented(draw: random.Random, data: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_checkpoint_records(saved, tally):
-    """Damage is never another record. Where someone writes a record anew, with a digest, it is what it
-    says.
+    """A damaged record is never read as another record.
+
+    A record that was rewritten together with its digest is read as it is written.
     """
     path = saved / records.FILE_NAME
     content = path.read_bytes()
@@ -186,8 +188,10 @@ OPCODES = [bytes([code]) for code in range(256)] + [
 
 
 def test_checkpoint_metadata(saved, tally):
-    """What is read holds only places inside the files, survives being written and read again, and nothing was
-    looked up.
+    """Whatever is read from `.metadata` is valid.
+
+    It refers only to places inside the files, it stays the same when written and read again, and no name in
+    it was looked up.
     """
     content = (saved / metadata.FILE_NAME).read_bytes()
     sizes = {path.name: path.stat().st_size for path in saved.iterdir()}
@@ -216,7 +220,7 @@ def _changed(draw: random.Random, path: Path) -> None:
 
 
 def _changed_knowingly(draw: random.Random, path: Path) -> None:
-    """With checksum and digest made to fit."""
+    """Damage a file and make its checksum and the digest match again."""
     path.write_bytes(damaged(draw, path.read_bytes(), OPCODES))
     if path.name != records.FILE_NAME:
         record = records.read_unchecked(path.parent)
@@ -247,7 +251,7 @@ FAULTS: list[Callable[[random.Random, Path], Any]] = [
 
 
 def test_checkpoint_folders(saved, tmp_path, tally):
-    """All that a loading run looks at, and then every tensor."""
+    """A damaged folder is read as a run reads it on loading, and then every tensor is read."""
     for i, draw in enumerate(tally.draws(400)):
         folder = Path(shutil.copytree(saved, tmp_path / str(i) / saved.name))
         draw.choice(FAULTS)(draw, draw.choice(sorted(folder.iterdir())))

@@ -1,6 +1,4 @@
-"""Configurations of every kind: a checked `RunConfig` that reads back the same, or one line that says why
-not.
-"""
+"""Any configuration gives a checked `RunConfig` that reads back equal, or an error of one line."""
 
 from __future__ import annotations
 
@@ -102,7 +100,7 @@ GOOD = {"stages": [{"name": "align", "lr": 1e-3}, {"name": "last", "kind": "rout
 
 
 def named(error: ConfigError) -> str:
-    """The outcome of a refusal; it must be one line of a length that can be read."""
+    """The outcome of a refused configuration, whose message must be one line of readable length."""
     message = str(error)
     assert message
     assert "\n" not in message
@@ -111,8 +109,9 @@ def named(error: ConfigError) -> str:
 
 
 def reads_back(config: RunConfig, folder: Path, draw: random.Random) -> None:
-    """The resolved configuration, as a mapping and (in one case of ten, for its time) as a file, is the
-    configuration.
+    """Assert that the resolved configuration reads back equal, as a mapping and as a file.
+
+    Only one case in ten is written to a file, because that takes longer.
     """
     assert from_mapping(config.to_dict()) == config
     if draw.random() > 0.1:
@@ -212,7 +211,7 @@ def _mutated(draw: random.Random) -> bytes:
     for _ in range(draw.choice([1, 1, 2, 4])):
         at = draw.randrange(len(text) + 1)
         kind = draw.randrange(7)
-        if kind > 4:  # another number
+        if kind > 4:  # replace digits by other digits
             text = b"".join(
                 bytes([c]) if c not in b"0123456789" or draw.random() > 0.05 else b"%d" % draw.randrange(10)
                 for c in text
@@ -221,7 +220,7 @@ def _mutated(draw: random.Random) -> bytes:
             text = text[:at] + draw.choice(FRAGMENTS) + text[at:]
         elif kind == 1:
             text = text[:at] + text[at + draw.randrange(1, 30) :]
-        elif kind == 2:  # on a line of its own, or as the value of one
+        elif kind == 2:  # insert a fragment as a line of its own or as the value of a key
             lines = text.split(b"\n")
             lines.insert(
                 draw.randrange(len(lines)), draw.choice([b"", b"  ", b"  x: "]) + draw.choice(FRAGMENTS)
@@ -332,7 +331,7 @@ def test_configuration_flags(tally, tmp_path):
 
 
 def _small(draw: random.Random) -> dict[str, Any]:
-    """A small model with some of its values drawn anew."""
+    """A small model with some of its values replaced by random ones."""
     raw = copy.deepcopy(SMALL)
     for _ in range(draw.choice([1, 2, 3, 5])):
         section = draw.choice(list(VALUES))
@@ -342,7 +341,7 @@ def _small(draw: random.Random) -> dict[str, Any]:
 
 
 def _batch(config: RunConfig) -> dict[str, Any]:
-    """Two rows of text: no image fits every generated length."""
+    """Two rows of text without images, because no image fits every generated sequence length."""
     batch = rows([0, 0], length=min(24, config.data.seq_length))
     batch["tokens"] %= config.language.vocab_size
     batch["labels"] = batch["labels"].where(batch["labels"] < 0, batch["labels"] % config.language.vocab_size)
@@ -351,7 +350,7 @@ def _batch(config: RunConfig) -> dict[str, Any]:
 
 @pytest.mark.usefixtures("one_rank")
 def test_configurations_built(tally):
-    """What the checks accept of small models can be built and takes two steps."""
+    """Every small model that the configuration checks accept can be built and takes two steps."""
     from megatron_evomoe.parallel import topology
     from megatron_evomoe.train import preflight
     from megatron_evomoe.train.built import build_stage
@@ -382,7 +381,7 @@ def test_configurations_built(tally):
 
 @pytest.mark.usefixtures("one_rank")
 def test_configurations_planned(tally):
-    """Whatever the checks accept, of any size, can be planned."""
+    """Every configuration that the checks accept, of any size, can be planned."""
     from megatron_evomoe.plan import report, search
     from megatron_evomoe.plan.step_time import Machine
 

@@ -1,6 +1,4 @@
-"""Pictures of every format and mode, whole and damaged: what comes out is what the bytes mean, or the sample
-is counted.
-"""
+"""Intact and damaged pictures of every format and mode are decoded correctly, or their sample is counted."""
 
 from __future__ import annotations
 
@@ -28,7 +26,7 @@ REASONS = {"corrupt-image", "image-too-large", "image-shape"}
 
 
 def picture(draw: random.Random) -> bytes:
-    """A file of any format, mode, size and orientation, some with transparency outside an alpha channel."""
+    """A file of any format, mode, size and orientation, perhaps with transparency but no alpha channel."""
     kind = draw.choice(sorted(MODES))
     mode = draw.choice(MODES[kind])
     shape = (draw.randrange(1, 60), draw.randrange(1, 60), 4)
@@ -65,7 +63,7 @@ def picture(draw: random.Random) -> bytes:
 
 
 def meaning(data: bytes) -> np.ndarray | None:
-    """Pixels by Pillow and arithmetic on them; none where Pillow cannot read the file."""
+    """The pixels according to Pillow and explicit arithmetic; None where Pillow cannot read the file."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -89,7 +87,7 @@ def meaning(data: bytes) -> np.ndarray | None:
 
 
 def damaged(data: bytes, draw: random.Random) -> bytes:
-    """Cut, flipped, overwritten, or with a header that says another size (its checksum set right)."""
+    """Cut a file, flip bits, overwrite bytes, or state another size in its header, with a valid checksum."""
     out, kind = bytearray(data), draw.choice(["cut", "bit", "bits", "bytes", "head", "size", "tail", "chunk"])
     if kind == "cut":
         del out[draw.randrange(len(out)) :]
@@ -113,8 +111,9 @@ def damaged(data: bytes, draw: random.Random) -> bytes:
 
 
 def _change_png(out: bytearray, draw: random.Random, *, size: bool) -> None:
-    """Another size in the header, or any byte of any chunk; with the chunk's checksum set right, so that it
-    is read.
+    """Change the size in the header, or any byte of any chunk.
+
+    The chunk's checksum is updated so that the chunk is read.
     """
     at, places = 8, []
     while at + 12 <= len(out):
@@ -132,7 +131,7 @@ def _change_png(out: bytearray, draw: random.Random, *, size: bool) -> None:
 
 
 def outcome(data: bytes) -> str:
-    """How decoding ends; what it gives is held against `meaning`."""
+    """How decoding ends; decoded pixels are compared with `meaning`."""
     try:
         pixels = decode_image(data, MAX_PIXELS)
     except SampleError as error:
@@ -146,9 +145,8 @@ def outcome(data: bytes) -> str:
     )
     wanted = meaning(data)
     assert wanted is not None and wanted.shape == pixels.shape
-    assert np.abs(pixels - wanted).max() <= (
-        8 if data[:2] == b"\xff\xd8" else 1
-    )  # JPEG: another build of libjpeg-turbo
+    # JPEG differs a little between builds of libjpeg-turbo
+    assert np.abs(pixels - wanted).max() <= (8 if data[:2] == b"\xff\xd8" else 1)
     return "right"
 
 

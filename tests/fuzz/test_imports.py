@@ -1,9 +1,9 @@
-"""Models to import: headers, indices, pickles and config.json changed at random, through what
-`tools/convert_from_hf.py` calls.
+"""Models to import, with headers, indices, pickles and config.json changed at random.
 
-A try is right if what is written equals, bit for bit, what the unchanged model gives (or what the same change
-means to transformers: a few fields of its configuration have no part in the tensors); it is named if it ends
-in one of the converter's own errors and leaves nothing behind.
+They go through the functions that `tools/convert_from_hf.py` calls. A try is right if the written tensors
+equal, bit for bit, those of the unchanged model, or those that transformers reads from the changed one (a few
+fields of its configuration do not affect the tensors). A try is named if it ends in one of the converter's
+own errors and leaves no files behind.
 """
 
 from __future__ import annotations
@@ -111,13 +111,13 @@ def deep(levels: int) -> Any:
 
 
 def paths_in(value: Any, before: tuple = ()) -> list[tuple]:
-    """Every place in a JSON value, itself included."""
+    """Paths to every place in a JSON value, including the value itself."""
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     return [before, *(place for key, v in inner for place in paths_in(v, (*before, key)))]
 
 
 def changed(value: Any, rng: random.Random) -> Any:
-    """A copy with one place replaced, removed, or joined by another key."""
+    """A copy in which one place is replaced, is removed, or gets another key beside it."""
     value = json.loads(json.dumps(value))
     place = rng.choice(paths_in(value))
     new = rng.choice([*ODD, deep(30)])
@@ -154,7 +154,7 @@ def written(folder: Path, output: Path, what: str = "model") -> dict[str, torch.
 
 
 def outcome(folder: Path, place: Path, reference: dict[str, torch.Tensor], what: str = "model") -> str:
-    """Import a changed source: right, or named with nothing left behind. Anything else is raised."""
+    """Import a changed source; returns right, or named if nothing is left behind. Raises other errors."""
     try:
         found = written(folder, place / "out", what)
     except (ConfigError, CheckpointError) as error:
@@ -178,7 +178,7 @@ def mutants(
     spoil: Callable[[Path, random.Random], None],
     what: str = "model",
 ) -> None:
-    """Copies of a source, each spoilt, each with an outcome."""
+    """Import randomly changed copies of a source and tally their outcomes."""
     reference = written(source, folder / "reference", what)
     for rng in tally.draws(quick):
         copy = folder / "hf"
@@ -209,9 +209,7 @@ def test_config_of_a_decoder(tally, decoder, tmp_path):
 
 
 def test_reading_of_a_configuration(tally):
-    """What is made of a configuration is what transformers' own class makes of it, where that takes it
-    too.
-    """
+    """A configuration is read as transformers' own class reads it, wherever transformers accepts it too."""
     transformers = pytest.importorskip("transformers")
     for rng in tally.draws(250):
         config: Any = {**TEXT, "model_type": rng.choice(KINDS), "layer_norm_eps": 1e-5}
@@ -224,14 +222,14 @@ def test_reading_of_a_configuration(tally):
             continue
         try:
             theirs = transformers.AutoConfig.for_model(**json.loads(json.dumps(config))).to_dict()
-        except Exception:  # of any class; what it refuses says nothing of what we made of it
+        except Exception:  # transformers may raise any class; its refusal says nothing about our reading
             theirs = config
         assert language_section(theirs) == ours, config
         tally.add("right")
 
 
 def spoil_bytes(file: Path, rng: random.Random) -> None:
-    """Flip, cut, double or insert bytes of a text, or of a header."""
+    """Flip, cut, duplicate or insert bytes of a text file, or of the header of a safetensors file."""
     data = bytearray(file.read_bytes())
     end = (
         min(len(data), 8 + int.from_bytes(data[:8], "little")) if file.suffix == ".safetensors" else len(data)
@@ -250,7 +248,7 @@ def spoil_bytes(file: Path, rng: random.Random) -> None:
 
 
 def test_header_of_an_import(tally, source, tmp_path):
-    """Bits and pieces of the header's text, or values of its JSON."""
+    """Damage the bytes of the header's text, or change values of its JSON."""
 
     def spoil(folder: Path, rng: random.Random) -> None:
         file = folder / "model.safetensors"
@@ -284,7 +282,7 @@ def in_shards(source: Path, folder: Path) -> Path:
 
 
 def test_index_of_an_import(tally, source, tmp_path):
-    """Names, files and types of an index; its text; a file that is gone, empty, a folder or another's."""
+    """Change an index's names, files, types or text, or replace or remove one of its files."""
 
     def spoil(folder: Path, rng: random.Random) -> None:
         index, kind = folder / INDEX, rng.random()
@@ -310,8 +308,9 @@ def test_index_of_an_import(tally, source, tmp_path):
 
 
 def test_pickle_of_an_import(tally, source, tmp_path):
-    """pytorch_model.bin with bytes changed: an archive has checksums of its own, a pickle may name
-    anything.
+    """Change bytes of pytorch_model.bin.
+
+    Its archive format has checksums of its own, and a pickle may name any function.
     """
     from safetensors.torch import load_file
 

@@ -1,4 +1,4 @@
-"""The index beside a shard, with damage and forged: the samples are those of the tar, or counted."""
+"""With a damaged or forged index beside a shard, every sample is the one in the tar, or is counted."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .samples import picture, rows, tar
 
 @pytest.fixture
 def shard(tmp_path):
-    """No, one or two images in turn, a caption beside every fifth record."""
+    """A shard of samples with no, one or two images in turn; every fifth record has a caption file too."""
     members = []
     for i in range(12):
         members += [(f"k{i}.{j}.jpg", picture(20 * i + j)) for j in range(i % 3)]
@@ -66,8 +66,9 @@ def test_index_bytes(tally, shard):
 
 
 def test_forged_index(tally, shard):
-    """With a digest that fits, which no accident has. What such an index may do is leave members out
-    (docs/data.md).
+    """An index forged with a matching digest, which no accident produces, may only leave members out.
+
+    docs/data.md states what such an index can do.
     """
     truth = [content(row) for row in rows(ShardDataset(shard))]
     whole = safetensors.numpy.load(index_path(shard).read_bytes())

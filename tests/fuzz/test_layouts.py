@@ -1,5 +1,6 @@
-"""Any degrees, on any model: what is not refused before it starts is built, on every rank, and saves what one
-rank does.
+"""Random parallel degrees on random models.
+
+A layout that is not refused before training must build on every rank, and save what a single rank saves.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ TRIES = 50
 
 
 def draw(random: random.Random) -> dict[str, Any]:
-    """A configuration, the number of ranks, and two of them. About half of them can be laid out."""
+    """Draw a configuration, a number of ranks and two of the ranks; about half of the layouts are valid."""
     tp, pp, ep, etp = (
         random.choice((1, 1, 1, *others)) for others in ((2, 2, 4), (2, 2, 3, 4), (2, 2, 4), (2,))
     )

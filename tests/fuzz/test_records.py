@@ -1,4 +1,4 @@
-"""KEY.json of any content: trained as what it says, or counted with a documented reason."""
+"""A KEY.json of any content is trained on as it states, or counted under a documented reason."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ VALUES = st.recursive(
 
 
 def places(value, path=()):
-    """The paths of everything in a JSON value."""
+    """The paths of all places in a JSON value."""
     yield path
     if isinstance(value, (dict, list)):
         for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
@@ -114,8 +114,9 @@ def places(value, path=()):
 
 
 def changed(record, path, value, added):
-    """`record` with what is at `path` replaced, or, where that is an object or a list, with one more field or
-    member.
+    """Return `record` with the value at `path` replaced.
+
+    Where `added` is given and `path` leads to an object, the object gets one more field instead.
     """
     if not path:
         return {**record, added: value} if isinstance(record, dict) and added else value
@@ -134,7 +135,7 @@ def records(draw):
 
 
 def expected_answers(record):
-    """What the model shall say, by a reading of its own; None where the record has no such form."""
+    """The answers to be trained, read independently of the package; None where a record has no such form."""
     turns = record.get("conversations") or record.get("messages")
     if not turns:
         return [str(record.get("caption")).strip()]
@@ -207,7 +208,7 @@ def test_records(tally, tmp_path):
 
 
 def damaged(body: bytes, rng: random.Random) -> bytes:
-    """A record's bytes with one fault of those that files have."""
+    """A record's bytes with one fault of the kinds that occur in files."""
     at = rng.randrange(len(body))
     kind = rng.randrange(8)
     if kind == 0:
@@ -219,7 +220,7 @@ def damaged(body: bytes, rng: random.Random) -> bytes:
     if kind == 3:
         return body[:at] + rng.randbytes(rng.randrange(1, 9)) + body[at:]
     if kind == 4:
-        return body[:-1] + b"," + body[1:]  # every field twice
+        return body[:-1] + b"," + body[1:]  # the record then has every field twice
     if kind == 5:
         return body.replace(
             b'"id": 1', b'"id": ' + rng.choice([b"9" * 5000, b"NaN", b"-Infinity", b"1e999", b"[" * 10**4])
@@ -242,7 +243,7 @@ def test_record_bytes(tally, tmp_path):
 
 
 def test_made_shards(tally, tmp_path):
-    """What make-shards writes is usable; what it does not write is in its report, which can be printed."""
+    """Samples that make-shards writes are usable, and the others are in its report, which can be printed."""
     pictures, output = tmp_path / "images", tmp_path / "out"
     pictures.mkdir()
     (pictures / "a.jpg").write_bytes(picture())

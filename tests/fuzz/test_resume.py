@@ -1,5 +1,6 @@
-"""A checkpoint's configuration and data with anything in them changed, held against a run's: said, or refused
-by name.
+"""A run's configuration and data compared with randomly changed ones in a checkpoint.
+
+Every difference is either reported or refused by name.
 """
 
 from __future__ import annotations
@@ -65,8 +66,10 @@ def record_of(kind: str, data: TrainingData | None) -> Record:
 
 
 def test_changed_configurations(tally: Tally, tmp_path: Path) -> None:
-    """One to four fields of the configuration in the checkpoint get any value. What must equal and does not
-    is refused with section and field; nothing else is; what may change is in the line.
+    """One to four fields of the checkpoint's configuration get random values.
+
+    A field that must be equal and is not is refused with its section and name, and no other field is refused;
+    a field that may change is named in the printed line.
     """
     for draw in tally.draws(2000):
         kind = draw.choice(STAGE_KINDS)
@@ -104,8 +107,9 @@ def value(config: RunConfig, section: str, field: str) -> Any:
 
 
 def test_changed_data(tally: Tally, tmp_path: Path) -> None:
-    """Shards dropped, added, moved, renewed, renamed; samples dropped. Whatever gives another order of
-    samples is refused, or allowed and said.
+    """Shards are dropped, added, moved, updated or renamed, and samples are dropped.
+
+    Whatever changes the order of samples is refused, or is allowed and reported.
     """
     for draw in tally.draws(2000):
         shards = [
@@ -141,7 +145,7 @@ def data_of(shards: list[tuple[str, int, str]]) -> TrainingData:
 
 
 def changed(draw: random.Random, shards: list[tuple[str, int, str]]) -> list[tuple[str, int, str]]:
-    """The shards after up to two changes; at least one is left."""
+    """The shards after up to two changes; at least one shard remains."""
     found = list(shards)
     for _ in range(draw.randint(0, 2)):
         i = draw.randrange(len(found))

@@ -1,5 +1,6 @@
-"""A save in which one call, or all from some call on, fails in any way: named truthfully, and the newest good
-checkpoint stays.
+"""A save in which one file operation, or every one from some point on, fails in any way.
+
+The error names the true cause, and the newest valid checkpoint remains.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ CALLS = ("fsync", "replace", "rename", "mkdir")
 
 
 class Calls:
-    """Counts what changes files, and fails the call of one number, or all from it on."""
+    """Counts the calls that change files, and fails the call of a given number, or all from that one on."""
 
     def __init__(self, first: int, *, stays: bool, error: Callable[[], Exception]) -> None:
         self.count, self.first, self.stays, self.error, self.met = 0, first, stays, error, False
@@ -51,7 +52,8 @@ def counted(calls: Calls, below: Path) -> Iterator[None]:
 
     def wrapped(name: str) -> Callable[..., object]:
         def call(*args: object, **kwargs: object) -> object:
-            if name != "mkdir" or not os.path.isdir(args[0]):  # one that is there already costs nothing
+            # a folder that exists already is not created, so this call is not counted
+            if name != "mkdir" or not os.path.isdir(args[0]):
                 calls.pass_by()
             return real[name](*args, **kwargs)
 
@@ -73,9 +75,8 @@ def error_of(draw: random.Random) -> Callable[[], Exception]:
     return draw.choice([lambda: of_disk, lambda: MemoryError("injected"), lambda: RuntimeError("injected")])
 
 
-@pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnhandledThreadExceptionWarning"
-)  # torch's second writing thread
+# torch's second writing thread reports an injected error in this way
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_saving(tally, tmp_path, one_rank):
     _, built = built_for("align", trained=1)
     save(tmp_path, built, "align", 1)
@@ -83,9 +84,8 @@ def test_saving(tally, tmp_path, one_rank):
     with counted(probe, tmp_path):
         newest = save(tmp_path, built, "align", 2, keep=2)
     for step, draw in enumerate(tally.draws(25), start=3):
-        number = draw.choice(
-            [draw.randint(1, probe.count), probe.count - draw.randint(0, 7)]
-        )  # the last ones publish
+        # the last calls publish the checkpoint, so half of the draws choose one of them
+        number = draw.choice([draw.randint(1, probe.count), probe.count - draw.randint(0, 7)])
         calls = Calls(number, stays=draw.random() < 0.5, error=error_of(draw))
         final = tmp_path / f"iter_{step:07d}"
         try:

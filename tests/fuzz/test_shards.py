@@ -1,5 +1,6 @@
-"""Tars of every dialect, put together, with holes and with damage: read as `tarfile` reads them, or said to
-be what they are.
+"""Tars of every dialect, concatenated, sparse or damaged.
+
+They are read as `tarfile` reads them, or reported for what they are.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ TYPES = (
 
 
 def info(name: str, size: int, rng: random.Random, form: int) -> tarfile.TarInfo:
-    """A header with numbers as large as the dialect takes."""
+    """A header with numbers as large as the dialect allows."""
     found = tarfile.TarInfo(name)
     found.size = size
     found.mtime = rng.choice([0, 1, 2**33 - 1])
@@ -49,13 +50,13 @@ def info(name: str, size: int, rng: random.Random, form: int) -> tarfile.TarInfo
 
 
 def sealed(header: bytes) -> bytes:
-    """A header block with the checksum that fits it."""
+    """A header block with its checksum updated."""
     header = header[:148] + b" " * 8 + header[156:]
     return header[:148] + b"%06o\0 " % sum(header) + header[156:]
 
 
 def sparse(name: str, data: bytes, rng: random.Random) -> bytes:
-    """A member stored without its holes: GNU's old kind, with up to 40 pieces, or the pax kind."""
+    """A member stored without its holes, in GNU's old format with up to 40 pieces or in a pax format."""
     stored = data + bytes(-len(data) % BLOCK)
     if rng.random() < 0.5:
         fields = {
@@ -84,7 +85,7 @@ def sparse(name: str, data: bytes, rng: random.Random) -> bytes:
 
 
 def any_archive(rng: random.Random) -> bytes:
-    """Members of all kinds and names in one dialect."""
+    """An archive in one dialect, with members of all types and names."""
     form, out = rng.choice(FORMATS), io.BytesIO()
     with tarfile.open(fileobj=out, mode="w", format=form) as archive:
         for i in range(rng.randrange(1, 6)):
@@ -95,9 +96,8 @@ def any_archive(rng: random.Random) -> bytes:
             )
             name = "/".join([f"{i}" + "d" * 48] * (longest // 50)) + f"/{rng.choice('aä')}{i}.json"
             kind = rng.choice(TYPES)
-            if (
-                kind == tarfile.AREGTYPE and longest > 90
-            ):  # tarfile takes one whose name is cut at a slash for a folder
+            # tarfile takes such a member for a folder when its name is cut at a slash
+            if kind == tarfile.AREGTYPE and longest > 90:
                 kind = tarfile.REGTYPE
             data = (
                 rng.randbytes(rng.choice([0, 1, 511, 512, 513, 2000]))
@@ -110,7 +110,7 @@ def any_archive(rng: random.Random) -> bytes:
                 member.linkname = "x" * rng.choice([1, 99, 99 if form == tarfile.USTAR_FORMAT else 120])
             try:
                 archive.addfile(member, io.BytesIO(data))
-            except ValueError:  # too long for ustar
+            except ValueError:  # the name is too long for ustar
                 continue
             if rng.random() < 0.1:
                 out.write(sparse(f"s{i}.jpg", b"x" * 700, rng))
@@ -119,7 +119,7 @@ def any_archive(rng: random.Random) -> bytes:
 
 
 def theirs(data: bytes) -> tuple[list[tuple], bool]:
-    """The members that tarfile finds, and whether it gives up before the end."""
+    """The members that tarfile finds, and whether it stops with an error before the end."""
     found: list[tuple] = []
     try:
         with tarfile.open(fileobj=io.BytesIO(data), ignore_zeros=True) as archive:
@@ -143,7 +143,7 @@ def theirs(data: bytes) -> tuple[list[tuple], bool]:
 
 
 def ours(data: bytes) -> tuple[list[tuple], bool]:
-    """What the project finds, and whether it finds anything odd but archives put together."""
+    """The members that the package finds, and whether it finds a problem other than concatenated archives."""
     found, odd = [], False
     try:
         for one in members(lambda at, size: data[at : at + size], len(data)):
@@ -158,7 +158,7 @@ def ours(data: bytes) -> tuple[list[tuple], bool]:
 
 
 def mutated(data: bytes, rng: random.Random) -> bytes:
-    """One field of one header changed, with a checksum that fits more often than not; or the end cut off."""
+    """Change one field of one header, with a checksum that mostly matches, or cut the end off."""
     starts = [at for at in range(0, len(data), BLOCK) if data[at + 257 : at + 262] == b"ustar"]
     at = rng.choice(starts)
     block = bytearray(data[at : at + BLOCK])
@@ -169,9 +169,10 @@ def mutated(data: bytes, rng: random.Random) -> bytes:
             (124, 136),
             (156, 157),
             (157, 257),
+            # GNU's format uses the bytes of the name's prefix for other fields
             (345, 500) if block[257:263] == b"ustar\0" else (0, 100),
         ]
-    )  # GNU keeps other things there
+    )
     length = field[1] - field[0]
     content = rng.choice(
         [
@@ -187,7 +188,8 @@ def mutated(data: bytes, rng: random.Random) -> bytes:
         ]
     )
     block[field[0] : field[1]] = content[:length].ljust(length, b"\0")
-    if block[156:157] == b"S":  # what tarfile makes of a sparse map that is none depends on its version
+    # what tarfile makes of an invalid sparse map depends on its version
+    if block[156:157] == b"S":
         block[156:157] = b"V"
     changed = bytes(block) if rng.random() < 0.2 else sealed(bytes(block))
     out = data[:at] + changed + data[at + BLOCK :]
@@ -214,8 +216,9 @@ def test_damaged_headers_against_tarfile(tally):
 
 
 def sample_archive(rng: random.Random, first: int, form: int) -> bytes:
-    """Three samples, with names, order and neighbours of many kinds; some with a member that makes them
-    unusable.
+    """Three samples with various names, orders and neighbouring members.
+
+    Some samples have a member that makes them unusable.
     """
     out, parts = io.BytesIO(), []
     for i in range(first, first + 3):
@@ -240,12 +243,11 @@ def sample_archive(rng: random.Random, first: int, form: int) -> bytes:
 
 
 def with_fault(data: bytes, rng: random.Random) -> bytes:
-    """As it is; cut; a flipped bit in a header; or a member turned to zeros, headers and all."""
+    """Return the data unchanged, cut, with a flipped bit in a header, or with a whole member set to zeros."""
     kind = rng.randrange(4)
     if kind == 1:
-        return data[
-            : rng.randrange(BLOCK, len(data)) // BLOCK * BLOCK + 1
-        ]  # a cut between two archives cannot be told
+        # a cut exactly between two archives cannot be detected
+        return data[: rng.randrange(BLOCK, len(data)) // BLOCK * BLOCK + 1]
     with tarfile.open(fileobj=io.BytesIO(data), ignore_zeros=True) as archive:
         files = [member for member in archive if member.isreg() and not member.issparse()]
     chosen = rng.choice(files)
@@ -261,8 +263,9 @@ def with_fault(data: bytes, rng: random.Random) -> bytes:
 
 
 def judge(tally, dataset: ShardDataset, expected: int) -> None:
-    """Each sample is the one of its key, or counted; one that is not there is among the problems of the
-    shard.
+    """Assert that each sample is the one of its key, or is counted.
+
+    A missing sample must be covered by the problems that the shard reports.
     """
     found = rows(dataset)
     for row in found:

@@ -1,6 +1,4 @@
-"""A damaged tokenizer is refused by name, or is the same tokenizer, or is told from it by checksum and by
-fingerprint.
-"""
+"""A damaged tokenizer is refused by name, is unchanged, or differs by checksum and by fingerprint."""
 
 from __future__ import annotations
 
@@ -43,7 +41,7 @@ VALUES: list[Any] = [
 
 
 def damaged(data: bytes, draw: random.Random) -> bytes:
-    """One kind of damage that a disk, a transfer or an editor does."""
+    """Apply one kind of damage that a disk, a transfer or an editor can do."""
     out, at = bytearray(data), draw.randrange(len(data))
     kind = draw.choice(["bit", "bit", "bit", "bytes", "cut", "insert", "zeros", "swap"])
     if kind == "bit":
@@ -63,12 +61,11 @@ def damaged(data: bytes, draw: random.Random) -> bytes:
 
 
 def rewritten(data: bytes, draw: random.Random) -> bytes:
-    """One node of a JSON file taken out or given another value."""
+    """Remove one node of a JSON file or give it another value."""
     whole = json.loads(data)
     places = list(_places(whole))
-    few = [
-        (parent, key) for parent, key in places if isinstance(parent, dict) and len(parent) < 20
-    ]  # not mostly the vocabulary
+    # without this list, nearly all changes would be in the vocabulary
+    few = [(parent, key) for parent, key in places if isinstance(parent, dict) and len(parent) < 20]
     parent, key = draw.choice(draw.choice([places, few]))
     if draw.random() < 0.4:
         del parent[key]
@@ -85,7 +82,7 @@ def _places(value: Any):
 
 
 def outcome(path: Path, good: Any) -> str:
-    """How building the tokenizer at `path` ends, held against the undamaged one."""
+    """Build the tokenizer at `path` and compare it with the undamaged one; returns the outcome."""
     try:
         found = build_tokenizer(path)
         fingerprint = found.fingerprint()
@@ -93,7 +90,7 @@ def outcome(path: Path, good: Any) -> str:
         assert str(path) in str(error) and "\n" not in str(error)
         return "named"
     if not same_tokenizer(good.fingerprint(), fingerprint):
-        return "another"  # a valid tokenizer: a checkpoint of the run refuses it
+        return "another"  # a valid but different tokenizer: resuming the run would refuse it
     assert [found.encode(text) for text in TEXTS] == [good.encode(text) for text in TEXTS]
     assert all(found.decode(good.encode(text)) == good.decode(good.encode(text)) for text in TEXTS)
     assert (found.bos_id, found.eos_id, found.pad_id, found.vocab_size, found.text_prefix) == (
