@@ -1,6 +1,7 @@
-"""Makes what this folder keeps of a version: run with a checkout of that version. README.md has the command.
+"""Makes the files in this folder for a version, from a checkout of that version; README.md has the command.
 
-The version's own code trains, reads its configurations and its checkpoints; nothing here imports another.
+The version's own code trains and reads its configurations and checkpoints; this script imports no other
+version.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 EXAMPLES = {"DATA": "/data", "TOKENIZER": "/data/tokenizer.model"}
-"""Variables of the examples' configurations."""
+"""The variables that the examples' configurations use."""
 
 DATA = """
 import sys
@@ -54,7 +55,7 @@ print("FOUND" + json.dumps(found))
 
 
 def python(checkout: Path, folder: Path, *arguments: str | Path) -> Any:
-    """Run the version's code; what it printed as JSON after FOUND, if anything."""
+    """Run the version's code; returns what it printed as JSON after FOUND, or None."""
     env = {
         **os.environ,
         **EXAMPLES,
@@ -75,7 +76,7 @@ def python(checkout: Path, folder: Path, *arguments: str | Path) -> Any:
 
 
 def main(checkout: Path, version: str) -> None:
-    """Write `version`.tar.xz and `version`.json beside this file."""
+    """Write `version`.tar.xz and `version`.json to this folder."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         python(checkout, folder, "-c", DATA, folder / "data")

@@ -1,4 +1,4 @@
-"""What a GPU test needs, as marks that skip it with the reason."""
+"""Marks that skip a GPU test, with the reason, where its requirements are missing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FP8 learns as bf16 does: 200 steps of the quickstart's `warmup`, on its data."""
+"""Training in FP8 learns as in bf16: 200 steps of the quickstart's `warmup`, on its data."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def run(*argv: object) -> None:
 
 
 def losses(data: Path, folder: Path, steps: int = STEPS, **gpu: str) -> list[float]:
-    """Loss of each step of one process in bf16, from fresh weights; `gpu` is the configuration's section."""
+    """The loss of each step of one bf16 process, from fresh weights; `gpu` is the configuration's section."""
     config = yaml.safe_load((ROOT / "examples/digits/quickstart.yaml").read_text())
     config["data"] |= {
         "tokenizer": str(data / "tokenizer.model"),

@@ -1,6 +1,4 @@
-"""Transformer Engine's layers against the local ones: the same weights and batch, losses and gradients in
-bf16.
-"""
+"""Transformer Engine's layers match the local ones: same weights and batch, losses and gradients in bf16."""
 
 from __future__ import annotations
 
@@ -12,12 +10,12 @@ from megatron_evomoe.parallel import backend, topology
 from tests.gpu import needs
 
 pytestmark = [needs.cuda, needs.transformer_engine, pytest.mark.usefixtures("one_rank")]
-# bf16 keeps 8 bits; a few layers of other rounding, summed
+# bf16 has 8 significant bits, and a few layers that round differently add up
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 0.01, 0.05
 
 
 def build(kind: str, implementation: str):
-    """A model of the tiny preset, and its configuration."""
+    """A model of the tiny preset and its configuration."""
     from megatron_evomoe.model.build import build_modules
 
     config = from_mapping(
@@ -35,7 +33,7 @@ def build(kind: str, implementation: str):
 
 @torch.no_grad()
 def copy_weights(source: torch.nn.Module, target: torch.nn.Module) -> None:
-    """Transformer Engine keeps some norms in the linear layer after them."""
+    """Copy the weights; Transformer Engine keeps some norms inside the linear layer that follows them."""
     given = dict(source.named_parameters())
     for name, parameter in target.named_parameters():
         apart = name.replace(".linear_qkv.layer_norm_", ".input_layernorm.").replace(
@@ -46,7 +44,7 @@ def copy_weights(source: torch.nn.Module, target: torch.nn.Module) -> None:
 
 
 def loss_and_gradients(model: torch.nn.Module, images: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Mean loss of one batch, and gradients of what both implementations name alike."""
+    """The mean loss of a batch, and the gradients of parameters that both implementations name alike."""
     generator = torch.Generator().manual_seed(2)
     tokens, labels = torch.randint(0, 256, (2, 2, 64), generator=generator).to(backend.device())
     types = torch.zeros_like(tokens)
@@ -72,8 +70,7 @@ def test_losses_and_gradients_agree(kind):
     )
     assert got.item() == pytest.approx(wanted.item(), rel=LOSS_TOLERANCE)
     for name in local_grads.keys() & fused_grads.keys():
-        if (
-            ".mlp." not in name or kind == "warmup"
-        ):  # one token that goes to another expert changes the experts' gradients
+        # one token that is routed to another expert changes the experts' gradients
+        if ".mlp." not in name or kind == "warmup":
             error = (fused_grads[name] - local_grads[name]).norm() / local_grads[name].norm().clamp(min=1e-6)
             assert error < GRADIENT_TOLERANCE, f"{name}: {error:.3f}"

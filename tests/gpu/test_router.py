@@ -1,7 +1,7 @@
-"""DTR as a GPU computes it, masked and on Triton kernels, with training's sizes, against the paper's
-equations in float64.
+"""The DTR on a GPU, masked and with Triton kernels, against the paper's equations in float64.
 
-`tests/unit/moe/test_dtr_triton.py` has the corner cases, with small tiles; on a GPU it runs there too.
+The sizes are those of training. `tests/unit/moe/test_dtr_triton.py` has the corner cases, with small tiles;
+on a GPU it runs there too.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from tests.gpu import needs
 
 pytestmark = needs.cuda
 FORMS = ["masked", pytest.param("triton", marks=needs.triton)]
-# of a tensor's largest entry; bf16 results have 8 bits
+# relative to a tensor's largest entry; bf16 results have 8 significant bits
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2.0**-7}
 
 
 def problem(T: int, C: int, h: int, r: int, N: int, dtype: torch.dtype):
-    """Tokens, modalities and weights as a run starts with."""
+    """Tokens, modalities and the weights with which a run starts."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> torch.Tensor:
@@ -68,7 +68,7 @@ def test_logits_and_gradients_equal_float64(shape, dtype, form):
         naive_dtr_logits(exact_z, is_vision, exact, dtype=torch.float64),
     )
     direction = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(1)).to("cuda")
-    assert_near(logits, wanted, TOLERANCE[torch.float32])  # from bf16 too: its products are exact
+    assert_near(logits, wanted, TOLERANCE[torch.float32])  # for bf16 inputs too: their products are exact
     grads = torch.autograd.grad((logits * direction).sum(), leaves(z, weights))
     wanted_grads = torch.autograd.grad((wanted * direction.double()).sum(), leaves(exact_z, exact))
     for got, expected in zip(grads, wanted_grads, strict=True):

@@ -1,4 +1,4 @@
-"""The CPU adaptations stay where they belong."""
+"""The adaptations for CPUs do not reach beyond the process and the backend they are meant for."""
 
 from __future__ import annotations
 
@@ -56,8 +56,9 @@ assert torch.zeros(1, device="cuda").device.type == "cpu"
 
 
 def test_a_single_process_listens_on_loopback_only():
-    """Also where the host's name leads to an address of the network, which gloo takes unless told
-    otherwise.
+    """A single process listens on the loopback interface alone.
+
+    This also holds where the host's name resolves to a network address, which gloo would use by default.
     """
     code = """
 import psutil, torch
@@ -79,7 +80,7 @@ for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
 
 
 def test_a_child_does_not_inherit_the_loopback_of_a_single_process():
-    """A program that trains alone may start torchrun on several nodes afterwards; the user's choice stays."""
+    """A program that trains alone may start torchrun on several nodes later; a user's setting is kept."""
     child = """
 import os, sys
 from megatron_evomoe.parallel import backend

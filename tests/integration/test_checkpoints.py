@@ -1,4 +1,4 @@
-"""Whose a checkpoint is, and what a hostile one does to a run: through the command line."""
+"""Which run a checkpoint belongs to, and what a hostile checkpoint does, through the command line."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ STAGES = [{"name": "align", "train_iters": 2}, {"name": "warmup"}]
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, tiny_yaml) -> Path:
-    """A run of two stages that was told to end in the second after 4 of 6 steps, with checkpoints of its
-    steps 2 and 4.
+    """A run of two stages that was told to end in the second one, after 4 of 6 steps.
+
+    The second stage has checkpoints of steps 2 and 4.
     """
     folder = tmp_path_factory.mktemp("begun")
     tiny_yaml(folder, stages=STAGES, data={"eval_data": []})
@@ -38,7 +39,7 @@ def copy(finished, tmp_path) -> Path:
 
 
 def copied(source: Path, folder: Path) -> Path:
-    """A copy of a run, whose configuration leads to the copy."""
+    """A copy of a run, whose configuration points to the copy."""
     shutil.copytree(source / "run", folder / "run")
     (folder / "run.yaml").write_text(
         (source / "run.yaml").read_text().replace(str(source / "run"), str(folder / "run"))
@@ -47,7 +48,7 @@ def copied(source: Path, folder: Path) -> Path:
 
 
 def train(folder: Path, *flags: str, expect: int = 0) -> str:
-    """What the run says."""
+    """Train and return what the run printed."""
     done = run("train", "--config", str(folder / "run.yaml"), *flags, expect=expect)
     return done.stdout + done.stderr
 
@@ -140,7 +141,7 @@ CLASS = name("torch.distributed.checkpoint.metadata", "MetadataIndex")
 
 @pytest.mark.parametrize("kind", ["state on a class", "a call", "an object in the tensors"])
 def test_a_hostile_checkpoint_runs_nothing_and_is_named(copy, tmp_path, kind):
-    """As weights to start from: by its folder and by itself."""
+    """A stage starts from the checkpoint's weights, named by the stage's folder and by its own folder."""
     canary, path = tmp_path / "ran", copy / "run" / "align" / "iter_0000002"
     harm = Shell(f"touch {canary}")
     found = metadata.read(path)
@@ -152,9 +153,8 @@ def test_a_hostile_checkpoint_runs_nothing_and_is_named(copy, tmp_path, kind):
             place, offset=data.stat().st_size, length=len(content)
         )
         data.write_bytes(data.read_bytes() + content)
-    if (
-        kind == "state on a class"
-    ):  # the first reader's way to another meaning: a setter of state that is getattr
+    # an earlier reader of `.metadata` could be misled by an object whose `__setstate__` is getattr
+    if kind == "state on a class":
         content = (
             b"\x80\x04" + CLASS + b"N}" + text("__setstate__") + GETATTR + b"s\x86b0" + unframed(found)[2:]
         )

@@ -1,4 +1,4 @@
-"""The command line's other commands and its errors."""
+"""The other commands of the command line, and their errors."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_another_tokenizer_than_the_checkpoint_s(digits, tiny_yaml, tmp_path):
 
 
 def test_too_many_bad_samples_stop_the_run(digits, tiny_yaml, tmp_path):
-    """A sequence length that hardly any sample fits: every one is counted, and the run says so and stops."""
+    """Hardly any sample fits the sequence length: samples are counted and the run stops with an error."""
     done = run(
         "train", "--config", str(tiny_yaml(tmp_path)), "--seq-length", "20", "--train-iters", "60", expect=2
     )
@@ -65,7 +65,9 @@ def test_too_many_bad_samples_stop_the_run(digits, tiny_yaml, tmp_path):
 
 
 def test_polyglot_recipe_both_ways(tiny_yaml, tmp_path):
-    """`bash examples/evomoe_llava.sh` starts torchrun itself; `torchrun --nnodes=2` runs the same file with
+    """The example script runs under bash and under torchrun.
+
+    `bash examples/evomoe_llava.sh` starts torchrun itself; `torchrun --nnodes=2` runs the same file with
     Python.
     """
     script = str(ROOT / "examples" / "evomoe_llava.sh")
@@ -105,7 +107,7 @@ def test_polyglot_recipe_both_ways(tiny_yaml, tmp_path):
     for node in nodes:
         printed, _ = node.communicate(timeout=300)
         assert node.returncode == 0, printed[-3000:]
-    # both layouts have two replicas, so both must have trained alike
+    # both layouts have two data-parallel replicas, so both must have trained alike
     losses = [[x["lm loss"] for x in metrics(folder / "run")] for folder in (tmp_path, tmp_path / "nodes")]
     assert losses[0] == losses[1] and len(losses[0]) == 2
 

@@ -1,4 +1,4 @@
-"""Converting something large: memory is bounded by the largest tensor."""
+"""Converting a large model: memory is bounded by the largest tensor."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ GIGABYTES = 4.1
 
 @pytest.mark.slow
 def test_memory(tmp_path):
-    """Peak memory of the whole process: at most three times the largest tensor and 500 MB, in both directions
-    of a 4 GB model.
+    """Converting a 4 GB model needs little memory, in both directions.
 
-    Speed is for `benchmarks/convert.py` to measure.
+    The peak memory of the whole process is at most three times the largest tensor plus 500 MB. Speed is
+    measured by `benchmarks/convert.py`.
     """
     if shutil.disk_usage(tmp_path).free < 4 * GIGABYTES * 1e9:
         pytest.skip("not enough disk")

@@ -1,5 +1,6 @@
-"""What an earlier version wrote is still read, and means the same: configurations, flags and checkpoints
-(tests/golden/README.md says how the files were made).
+"""Configurations, flags and checkpoints of an earlier version are still read and mean the same.
+
+tests/golden/README.md says how the files were made.
 """
 
 from __future__ import annotations
@@ -34,13 +35,14 @@ from tests.runs import metrics, run
 GOLDEN = ROOT / "tests" / "golden"
 VERSION = "0.1.0"
 EXPECTED = json.loads((GOLDEN / f"{VERSION}.json").read_text())
-# Measured on the machine that made the files: equal to the last bit. The bound is that of layouts.
+# On the machine that made the files, the metrics are equal to the last bit. The bound is that of
+# tests/distributed/test_layouts.py.
 METRICS = 1e-5
 
 
 @pytest.fixture
 def unpacked(tmp_path, monkeypatch) -> Path:
-    """The version's files, and the environment that its configurations refer to."""
+    """The version's files, unpacked, and the environment variables that its configurations use."""
     with tarfile.open(GOLDEN / f"{VERSION}.tar.xz") as archive:
         archive.extractall(tmp_path, filter="data")
     (tmp_path / "tests").mkdir()
@@ -55,8 +57,9 @@ def unpacked(tmp_path, monkeypatch) -> Path:
 
 
 def present_value(config: RunConfig, section: str, field: str) -> Any:
-    """The value of a field of that version, under the name that it has now."""
-    if field == "evolution_beta":  # since then, none stands for ranges that depend on the number of experts
+    """The value of a field of that version, under its present name."""
+    # the field now defaults to none, which stands for ranges that depend on the number of experts
+    if field == "evolution_beta":
         return [list(limits) for limits in config.moe.evolution_ranges]
     name = flat_name(section, field)
     present_section, present_field = FLAT[renamed_fields.RENAMED.get(name, name)]
@@ -97,7 +100,7 @@ def test_a_checkpoint_holds_the_same_tensors(path, unpacked):
 
 
 def test_its_stages_go_on_and_begin(unpacked):
-    """`warmup` resumes after its second step, `route` begins from `evolve`, with the losses of then."""
+    """`warmup` resumes after its second step and `route` begins from `evolve`, with the recorded losses."""
     config = str(GOLDEN / f"{VERSION}.yaml")
     for stage in ("warmup", "route"):
         done = run("train", "--config", config, "--stage", stage, GOLDEN=str(unpacked))
@@ -111,7 +114,7 @@ def test_its_stages_go_on_and_begin(unpacked):
 
 @pytest.fixture
 def a_renamed_field(monkeypatch):
-    """`clip_grad` was once called `gradient_limit`, and the tower's depth `depth`."""
+    """Pretend that `clip_grad` was once `gradient_limit`, and the vision tower's layer count `depth`."""
     names = {"gradient_limit": "clip_grad", "vision_depth": "vision_num_layers"}
     monkeypatch.setattr(renamed_fields, "RENAMED", names)
     monkeypatch.setattr("megatron_evomoe.config.flags.RENAMED", names)

@@ -1,4 +1,4 @@
-"""A trained run through export: Megatron and transformers give the same answers to held-out questions."""
+"""Export of a trained run: Megatron and transformers give the same answers to held-out questions."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MOST = 200
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, tiny_yaml):
-    """A run of all four stages, long enough for answers that depend on the question."""
+    """A run of all four stages, long enough for its answers to depend on the question."""
     folder = tmp_path_factory.mktemp("trained")
     path = tiny_yaml(
         folder,
@@ -46,7 +46,7 @@ def trained(tmp_path_factory, tiny_yaml):
 
 
 def held_out(config):
-    """(turns before the answer, pictures, the prompt and pixels of training) of held-out questions."""
+    """Yield held-out questions: turns before the answer, pictures, and training's prompt and pixels."""
     tokenizer, processor = build_tokenizer(config.data.tokenizer), processor_for(config)
     data = ShardDataset(config.data.eval_data[0])
     try:
@@ -86,7 +86,7 @@ def message(turn: dict[str, str]) -> dict[str, Any]:
 
 
 def transformers_answers(exported: Exported) -> list[str]:
-    """Pictures and questions through AutoProcessor, a left-padded batch, `generate` with a cache."""
+    """Answer with transformers: AutoProcessor, a left-padded batch, and `generate` with a cache."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     register()
@@ -144,7 +144,7 @@ def test_the_command_after_training(trained, tmp_path):
     ids=["TP 2", "PP 2", "EP 2"],
 )
 def test_every_layout_exports(tiny_yaml, parallel, tmp_path):
-    """Two processes train; the export of what they saved is compared with the checkpoint loaded on one."""
+    """Two processes train; the export of their checkpoint is compared with the checkpoint loaded on one."""
     path = tiny_yaml(
         tmp_path, parallel=parallel, checkpoint={"save": str(tmp_path / "run"), "save_interval": 0}
     )

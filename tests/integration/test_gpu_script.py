@@ -1,5 +1,6 @@
-"""``benchmarks/gpu.sh`` on tiny models: its steps, what it reports of them, and how it installs. Nothing here
-is a measurement.
+"""``benchmarks/gpu.sh`` on tiny models: its steps, its report of them, and its installation.
+
+Nothing here is a measurement.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def results(out: Path) -> tuple[dict, str]:
 
 
 def wheel(folder: Path, name: str) -> Path:
-    """A package of one empty module."""
+    """A wheel of a package with one empty module."""
     folder.mkdir(exist_ok=True)
     info = f"{name}-1.0.dist-info"
     files = {
@@ -53,7 +54,7 @@ def test_without_a_gpu_it_says_so_and_ends_well(tmp_path):
 
 
 def test_all_steps_fit_the_limit_of_the_whole():
-    """So that none is cut short by those before it."""
+    """All steps' time limits fit the script's overall limit, so that no step is cut short by earlier ones."""
     script = SCRIPT.read_text()
     full = (
         script[: script.index('if [ -n "$TINY" ]; then\n    ROUTER')]

@@ -1,4 +1,4 @@
-"""A user's hook in a real run: what it is told, what it logs, and what its exception leaves behind."""
+"""A user's hook in a real run: its events, its log entries, and the effect of an exception in it."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ if __name__ == "__main__":  # helper processes of a run import the script again
 
 
 def train(folder: Path, config: Path, *flags: str, ranks: int = 0, expect: int = 0) -> str:
-    """What a run with a `Recorder` prints; its moments are in `folder`."""
+    """Train with a `Recorder` hook, which records its events in `folder`; returns what the run prints."""
     script = folder / "script.py"
     script.write_text(SCRIPT)
     argv = (str(script), "--folder", str(folder), "--config", str(config), *flags)
@@ -90,7 +90,10 @@ def moments(folder: Path, rank: int = 0) -> list[list]:
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory, tiny_yaml) -> Path:
-    """The folder of a finished run. By `ema` with β 0 experts 2…N equal expert 1 after each step."""
+    """The folder of a finished run.
+
+    Its rule `ema` with β = 0 makes experts 2…N equal to expert 1 after each step.
+    """
     folder = tmp_path_factory.mktemp("hooked")
     config = tiny_yaml(folder, stages=STAGES, moe=COPIES, train={"eval_samples": 2})
     train(folder, config)
@@ -102,7 +105,7 @@ def test_a_hook_is_told_of_every_moment_in_order(unbroken):
     wanted = [["begin_stage", 0]]
     for step, loss in enumerate(losses, start=1):
         wanted += [["begin_step", step], ["after_data", [4, 2]], ["after_step", step, loss]]
-        if step in (2, 4):  # save_interval 2, and the last step
+        if step in (2, 4):  # saves of `save_interval` 2, of which the second is also the last step
             wanted += [["before_save", step], ["after_save", f"iter_{step:07d}"]]
     wanted += [["after_measure", ["accuracy", "blind"]], ["end_stage", 4]]
     assert len(losses) == 4 and moments(unbroken) == wanted
@@ -114,13 +117,14 @@ def test_a_hooks_numbers_are_in_the_steps_line(unbroken):
 
 
 def test_a_hook_sees_the_experts_that_followed_the_update(unbroken):
-    """Before evolution they would still be those of the step before."""
+    """A hook that ran before evolution would still see the experts of the previous step."""
     assert [line["my/distance"] for line in metrics(unbroken / "run")] == [0, 0, 0, 0]
 
 
 def test_an_exception_in_a_hook_is_an_exception_of_the_step(unbroken, tiny_yaml, tmp_path):
-    """Every rank ends with the message of the one that failed, its hooks are closed, what was saved stays
-    good, and the same command resumes from it.
+    """A hook's exception ends all ranks with its message.
+
+    The hooks of every rank are closed, the checkpoints stay valid, and the same command resumes from them.
     """
     config = tiny_yaml(tmp_path, stages=STAGES, moe=COPIES, train={"eval_samples": 2})
     said = train(tmp_path, config, "--fails-at", "3", ranks=2, expect=1)

@@ -1,6 +1,4 @@
-"""An imported model goes into training by the very command that the import prints, under a layout of its
-own.
-"""
+"""An imported model is trained by the very command that the import prints, under a layout of its own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several nodes by torchrun alone: one agent per node, found through c10d, all on this machine."""
+"""Several nodes with torchrun alone: one agent per node, with c10d rendezvous, all on this machine."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SCRIPT = str(ROOT / "examples" / "evomoe_llava.sh")
 
 
 def start(config: Path, nodes: int, *train_flags: str) -> list[subprocess.Popen[str]]:
-    """`torchrun --nnodes=N examples/evomoe_llava.sh`, once per node."""
+    """Start `torchrun --nnodes=N examples/evomoe_llava.sh` once per node."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -54,7 +54,7 @@ def start(config: Path, nodes: int, *train_flags: str) -> list[subprocess.Popen[
 
 
 def wait_for_line(file: Path, part: str, nodes: list[subprocess.Popen[str]]) -> None:
-    """Wait until a line of `file` has `part`, which must happen while `nodes` run."""
+    """Wait for a line of `file` that contains `part`; it must come while all `nodes` run."""
     deadline = time.monotonic() + 400
     while not (file.exists() and part in file.read_text()):
         assert time.monotonic() < deadline, f"no {part} in {file}"
@@ -63,7 +63,7 @@ def wait_for_line(file: Path, part: str, nodes: list[subprocess.Popen[str]]) -> 
 
 
 def test_four_nodes_train_like_four_processes_of_one(tiny_yaml, tmp_path):
-    """All four stages with the experts spread over the nodes: the same bits as in one node."""
+    """All four stages, with the experts spread over the nodes, give the same bits as on one node."""
     (tmp_path / "one").mkdir()
     (tmp_path / "four").mkdir()
     layout = {"parallel": {"expert_model_parallel_size": 4}, "data": {"eval_data": []}}
@@ -77,7 +77,7 @@ def test_four_nodes_train_like_four_processes_of_one(tiny_yaml, tmp_path):
 
 
 def test_a_signal_on_one_node_ends_all_and_the_run_goes_on(tiny_yaml, tmp_path):
-    """Only the second node is told to stop, and all ranks save at the same step."""
+    """Only the second node gets the signal, and all ranks save at the same step."""
     for name in ("unbroken", "stopped"):
         (tmp_path / name).mkdir()
     setting = {
@@ -95,7 +95,7 @@ def test_a_signal_on_one_node_ends_all_and_the_run_goes_on(tiny_yaml, tmp_path):
     wait_for_line(out / "metrics.jsonl", '"step": 10, "stage": "warmup"', nodes)
     nodes[1].send_signal(signal.SIGTERM)
     wait_for_line(out / "events.jsonl", '"event": "stop"', nodes[:1])
-    # the other node's workers are done, but its torchrun would wait five minutes for the one that was
+    # the first node's workers have ended, but its torchrun would wait five minutes for the node that was
     # signalled
     nodes[0].send_signal(signal.SIGTERM)
     said = [node.communicate(timeout=400)[0] for node in nodes]

@@ -1,5 +1,6 @@
-"""A run whose weights are gathered during the forward pass saves, measures and logs what one without that
-does.
+"""A run that gathers weights during the forward pass gives the results of a run that does not.
+
+They are compared in what they save, measure and log.
 """
 
 from __future__ import annotations
@@ -38,8 +39,10 @@ def train(folder: Path, tiny_yaml, **parallel: Any) -> Path:
 
 @pytest.mark.slow
 def test_nothing_reads_weights_that_are_still_on_their_way(tmp_path, tiny_yaml, one_rank):
-    """Two replicas: a save within each stage (step 1, before the norm is logged) and at its end, evolution,
-    and the measurement.
+    """With two replicas, every reader of the weights waits until they are gathered.
+
+    The weights are read by a save within each stage (at step 1, before the norm is logged), a save at its
+    end, evolution, and the evaluation.
     """
     runs = []
     for name, overlaps in (("plain", False), ("overlapped", True)):

@@ -1,6 +1,4 @@
-"""``--profile``: the trace of the steps asked for, with their phases, and a run that is otherwise the
-same.
-"""
+"""``--profile`` traces the requested steps with their phases and leaves the run otherwise unchanged."""
 
 from __future__ import annotations
 
@@ -21,7 +19,7 @@ EVOLVE = [{"name": "evolve", "train_iters": 5}]
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, tiny_yaml) -> tuple[Path, Path]:
-    """The run directories of one process, profiled in steps 2 and 3 and not."""
+    """The run directories of one process, profiled in steps 2 and 3, and of one that is not profiled."""
     found = []
     for name, flags in (
         ("profiled", ["--profile", "--profile-step-start", "2", "--profile-step-end", "4"]),
@@ -46,7 +44,7 @@ def test_the_trace_holds_the_phases_of_the_steps_asked_for(runs):
     names = names_in(runs[0] / "profile" / "evolve-rank0-steps2-3.json.gz")
     assert {n for n in names if re.fullmatch(r"step \d+", n)} == {"step 2", "step 3"}
     assert set(profile.PHASES) <= set(names)
-    # 8 samples a step in microbatches of 2; one save in steps 2 and 3
+    # each of the two steps has 8 samples in microbatches of 2, and one of the steps saves
     assert [names.count(n) for n in ("forward", "backward", "optimizer", "save")] == [8, 8, 2, 1]
 
 
@@ -74,7 +72,10 @@ def test_a_stage_that_never_gets_there_says_so(tmp_path, tiny_yaml):
 
 
 def test_pipeline_stages_are_profiled_where_asked(tmp_path, tiny_yaml):
-    """Two chunks on each of two stages; the core's own ranges (messages between stages) lie among ours."""
+    """With two chunks on each of two pipeline stages, one rank is profiled.
+
+    Its trace also contains megatron-core's own ranges, for messages between stages.
+    """
     path = tiny_yaml(
         tmp_path,
         stages=[{"name": "warmup", "train_iters": 3}],
@@ -96,12 +97,10 @@ def test_pipeline_stages_are_profiled_where_asked(tmp_path, tiny_yaml):
         processes=2,
     )
     found = sorted(p.name for p in (tmp_path / "run" / "profile").iterdir())
-    assert found == [
-        "warmup-rank1-steps3-3.json.gz",
-        "warmup-rank1-steps3-3.txt",
-    ]  # the stage ends before the window does
+    # the stage ends before the profiled window does
+    assert found == ["warmup-rank1-steps3-3.json.gz", "warmup-rank1-steps3-3.txt"]
     names = names_in(tmp_path / "run" / "profile" / found[0])
-    # four microbatches through two chunks
+    # four microbatches, each through two chunks
     assert names.count("forward") == names.count("backward") == 8 and names.count("forward-backward") == 1
 
 

@@ -1,4 +1,4 @@
-"""Every command line of the README is run, as written."""
+"""Every command line of the README is run as it is written there."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ELSEWHERE = {
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory, digits) -> Path:
-    """A folder that looks like a checkout with a user's data in it: what the README's commands assume."""
+    """A folder that looks like a checkout with a user's data, as the README's commands assume."""
     folder = tmp_path_factory.mktemp("readme")
     for name in (
         "examples",
@@ -61,7 +61,7 @@ def checkout(tmp_path_factory, digits) -> Path:
 
 
 def gqa_questions(folder: Path, pictures: list[Path]) -> None:
-    """A benchmark's files as they are published, about pictures of ours."""
+    """The files of a benchmark as it is published, with questions about our own pictures."""
     from PIL import Image
 
     (folder / "images").mkdir(parents=True)
@@ -81,7 +81,7 @@ def gqa_questions(folder: Path, pictures: list[Path]) -> None:
 
 
 def pretrained_llava(folder: Path, corpus: list[str]) -> None:
-    """A small random LLaVA as transformers saves it, with a tokenizer that has seen `corpus`."""
+    """A small random LLaVA as transformers saves it, with a tokenizer trained on `corpus`."""
     import tokenizers
     import transformers
 
@@ -130,7 +130,8 @@ def test_readme_has_commands():
 def test_command_runs(command, checkout, digits, tmp_path_factory):
     extra = {"SMOKE": "1", "VENV": sys.prefix, "PYTHON": sys.executable, "GPUS_PER_NODE": "2"}
     extra["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    if "evomoe_llava" in command:  # the paper's sizes on a laptop's data: only the amounts change
+    # the recipe is for the paper's model and data; here it runs with a tiny preset and little data
+    if "evomoe_llava" in command:
         small = tmp_path_factory.mktemp("recipe")
         for name in ("llava-558k", "hybrid-pt", "llava-mix-665k"):
             (small / name).symlink_to(digits / ("captions" if name == "llava-558k" else "instruct"))
@@ -157,7 +158,7 @@ def test_command_runs(command, checkout, digits, tmp_path_factory):
 
 
 def test_wheel_is_complete(tmp_path):
-    """`pip install .` packs every module, and the mark that the package has types."""
+    """The wheel contains every module, and the marker file of a typed package."""
     subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(tmp_path), str(ROOT)],
         check=True,

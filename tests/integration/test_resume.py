@@ -1,4 +1,4 @@
-"""What a resume, and a beginning stage, compare: refused, said or silent, through the command line."""
+"""Differences between run and checkpoint that a resume, or a new stage, refuses, reports or ignores."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ STAGES = [{"name": "warmup"}]
 
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory, tiny_yaml) -> Path:
-    """A run of one stage of 6 steps that was told to end after 4."""
+    """A run of one stage of 6 steps that was told to end after step 4."""
     folder = tmp_path_factory.mktemp("begun")
     tiny_yaml(folder, stages=STAGES, data={"eval_data": []}, optimizer={"lr": 1e-3, "min_lr": 1e-5})
     resume(folder, "--exit-interval", "4")
@@ -26,7 +26,7 @@ def begun(tmp_path_factory, tiny_yaml) -> Path:
 
 @pytest.fixture
 def copy(begun, tmp_path) -> Path:
-    """A copy of it, whose configuration leads to the copy."""
+    """A copy of the run, whose configuration points to the copy."""
     shutil.copytree(begun / "run", tmp_path / "run")
     text = (begun / "run.yaml").read_text().replace(str(begun / "run"), str(tmp_path / "run"))
     (tmp_path / "run.yaml").write_text(text)
@@ -34,7 +34,7 @@ def copy(begun, tmp_path) -> Path:
 
 
 def resume(folder: Path, *flags: str, expect: int = 0) -> str:
-    """What the run says."""
+    """Resume and return what the run printed."""
     done = run("train", "--config", str(folder / "run.yaml"), *flags, expect=expect)
     return done.stdout + done.stderr
 

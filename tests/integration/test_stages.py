@@ -1,4 +1,4 @@
-"""All four stages through the command line on real shards: one process, two processes, killed and resumed."""
+"""All four stages through the command line on real shards: on one process, on two, and killed and resumed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STAGES = ("align", "warmup", "evolve", "route")
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory, tiny_yaml) -> Path:
-    """A finished run of two processes with expert parallel 2."""
+    """A finished run of two processes with expert parallel size 2."""
     folder = tmp_path_factory.mktemp("two")
     path = tiny_yaml(folder, parallel={"expert_model_parallel_size": 2})
     run("train", "--config", str(path), processes=2)
@@ -48,7 +48,7 @@ def test_routing_is_measured(two_ranks):
     route = [x for x in metrics(out) if x["stage"] == "route"]
     shares = [route[1][f"moe/share_vision/layer_1/expert_{e}"] for e in range(4)]
     assert sum(shares) == pytest.approx(1) and "load_balancing_loss" in route[1]
-    # E Σ F·G is 1 for an even split and at most 4 for a collapse
+    # the loss E Σ F·G is 1 for an even split and at most 4 for a collapse
     assert 0.99 < route[1]["load_balancing_loss"] <= 4.0
     kinds = [json.loads(line)["kind"] for line in (out / "diagnostics.jsonl").read_text().splitlines()]
     assert kinds == ["shares", "logits", "similarity"]
@@ -76,24 +76,22 @@ def test_finished_run_is_not_run_again_and_plots(two_ranks, tmp_path):
 
 
 def test_killed_in_every_stage_and_resumed_gives_the_same_bits(two_ranks, tiny_yaml, tmp_path):
-    """SIGKILL of all processes once per stage; every later step must equal the unbroken run's, to the last
-    bit.
-    """
+    """Kill all processes once per stage; every later step must equal the unbroken run's to the last bit."""
     path = tiny_yaml(tmp_path, parallel={"expert_model_parallel_size": 2})
     out = tmp_path / "run"
     for stage in ("warmup", "evolve", "route"):
         _run_until(path, out, stage, step=3)
     run("train", "--config", str(path), processes=2)
     resumed, unbroken = metrics(out), metrics(two_ranks / "run")
-    # routing metrics sum over the steps since the last line, so the interval of 2 divides the resume points
-    # of 2
+    # Routing metrics are summed over the steps since the last logged line; the resume points are multiples of
+    # the logging interval, 2, so no partial sum is lost.
     assert steady(resumed) == steady(unbroken)
     events = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
     assert [e["stage"] for e in events if e["event"] == "resume"] == ["warmup", "evolve", "route"]
 
 
 def _run_until(path: Path, out: Path, stage: str, step: int) -> None:
-    """Start the job and kill every rank of it as soon as `stage` has logged `step`."""
+    """Start the job and kill all of its ranks as soon as `stage` has logged `step`."""
     log = path.with_name("log.txt")
     ranks = programs.start_ranks(2, "-m", "megatron_evomoe", "train", "--config", str(path), output=log)
     try:
@@ -151,7 +149,7 @@ def test_limits_end_a_run_saved_and_the_same_command_goes_on(two_ranks, tiny_yam
 
 
 def test_baselines_run_from_a_dense_checkpoint(two_ranks, tiny_yaml, tmp_path):
-    """MoE-LLaVA's setting: replicated experts, one linear router, both trained; and the dense control."""
+    """MoE-LLaVA's setting (replicated experts and one linear router, both trained), and the dense control."""
     warmup = str(two_ranks / "run" / "warmup")
     path = tiny_yaml(
         tmp_path,

@@ -1,4 +1,4 @@
-"""Training from cached features gives the loss that training from pixels gives, under any layout."""
+"""Training from cached features gives the loss of training from pixels, under any layout."""
 
 from __future__ import annotations
 
@@ -18,15 +18,14 @@ LAYOUTS = {
     "PP 2": {"pipeline_model_parallel_size": 2},
 }
 STEPS = 4
-# A matrix product over 32 images and one over those of a microbatch may sum in another order. Measured here:
-# 0 on one thread (metrics equal to the last bit); the bound is that of layouts
-# (tests/distributed/test_layouts.py).
+# A matrix product over 32 images and one over a microbatch's images may sum in another order. Here the
+# metrics are equal to the last bit on one thread; the bound is that of tests/distributed/test_layouts.py.
 METRICS = 1e-5
 
 
 @pytest.fixture(scope="module")
 def shards(digits, tmp_path_factory):
-    """Shards in which every sixth sample has an image that is none."""
+    """Shards in which every sixth sample has an invalid image."""
     data = tmp_path_factory.mktemp("data") / "shards"
     dataset = ShardDataset([str(digits / "instruct")])
     raw = [dataset.read(i) for i in range(60)]
@@ -57,7 +56,10 @@ def from_pixels(tmp_path_factory, tiny_yaml, shards) -> Path:
 
 @pytest.fixture(scope="module")
 def cached(tmp_path_factory, tiny_yaml, shards) -> tuple[Path, str]:
-    """A run from cached features by two replicas, and what it said; its cache is in `run/vision_features`."""
+    """Train from cached features on two replicas; returns the run's folder and its output.
+
+    The cache is in `run/vision_features`.
+    """
     folder = tmp_path_factory.mktemp("cached")
     done = train(
         folder, tiny_yaml, shards, "--cache-vision-features", "--num-workers", "2", **LAYOUTS["two replicas"]
@@ -78,9 +80,8 @@ def test_loss_is_that_of_pixels(from_pixels, cached):
     assert [line.get("samples") for line in metrics(cached[0])] == [
         line.get("samples") for line in metrics(from_pixels)
     ]
-    assert (
-        metrics(cached[0])[STEPS - 1]["samples"]["skipped"]["corrupt-image"] > 0
-    )  # images that are none were met
+    # samples with an invalid image were met
+    assert metrics(cached[0])[STEPS - 1]["samples"]["skipped"]["corrupt-image"] > 0
 
 
 def test_second_stage_finds_the_features_of_the_first(cached):
@@ -92,8 +93,9 @@ def test_second_stage_finds_the_features_of_the_first(cached):
 def test_other_layouts_find_the_same_features_and_make_what_is_missing(
     layout, from_pixels, cached, tiny_yaml, shards, tmp_path
 ):
-    """They read what two replicas wrote, but for a part that is gone and one that is cut short: these they
-    write themselves.
+    """Other layouts read the cache that two replicas wrote and compute only what is missing.
+
+    One part of the cache is deleted and one is cut short.
     """
     folder = tmp_path / "features"
     shutil.copytree(cached[0] / "vision_features", folder)
@@ -111,9 +113,8 @@ def test_other_layouts_find_the_same_features_and_make_what_is_missing(
         **LAYOUTS[layout],
     )
     said = re.findall(r"computing (\d+) of (\d+) images", done.stdout)
-    assert len(said) == 1 and 0 < int(said[0][0]) < int(
-        said[0][1]
-    )  # another name for the tower would mean all of them
+    # if the layout had changed the tower's name in the cache, all images would be computed
+    assert len(said) == 1 and 0 < int(said[0][0]) < int(said[0][1])
     compare(from_pixels, tmp_path / "run")
     assert [path.stat().st_size for path in (gone, cut)] == sizes
 
