@@ -1,9 +1,9 @@
-"""A GPT of megatron-core's own parts alone, shaped as a run's decoder: what a stage's overhead is measured
-against.
+"""A GPT of megatron-core's own parts, the baseline for a stage's overhead.
 
-The core's layer specs, data-parallel wrapper, optimizer and schedule; no tower, no token types, a linear
-router. It trains what the stage trains. In `align` that is the projector, for which a vector added to the
-embeddings stands, so that gradients go all the way down as they do there.
+It has the shape of a run's decoder and uses the core's layer specs, data-parallel wrapper, optimizer and
+schedule. It has no vision tower, no token types, and a linear router. It trains the parameters that the stage
+trains. In `align` these are the projector's, in place of which a learned vector is added to the embeddings:
+gradients then flow through all layers, as they do in the stage.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from megatron_evomoe.train import optimizer as optim
 
 
 class Offset(torch.nn.Module):
-    """Adds one learned vector to every position."""
+    """Add one learned vector to every position."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class Offset(torch.nn.Module):
 
 
 class BareGpt(MegatronModule):
-    """Parts carry `LlavaModel`'s names, so that the stage's rule of what trains reads them."""
+    """A GPT whose parts have `LlavaModel`'s names, because `freeze` selects what trains by name."""
 
     def __init__(self, config: RunConfig, kind: str) -> None:
         core = _core_config(config, kind)
@@ -65,10 +65,10 @@ class BareGpt(MegatronModule):
         self.vision_projection = Offset(lm.hidden_size)
 
     def set_input_tensor(self, input_tensor: Any) -> None:
-        """Called by the schedule; there is one pipeline stage."""
+        """Do nothing. The schedule calls it, but there is only one pipeline stage."""
 
     def forward(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Loss per position."""
+        """Loss per position, [b, s]."""
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         embedded = self.vision_projection(
             self.language_model.embedding(input_ids=tokens, position_ids=positions)
@@ -86,8 +86,9 @@ def _core_config(config: RunConfig, kind: str) -> TransformerConfig:
 
 
 def build(config: RunConfig, kind: str, step: Step) -> Callable[[], float]:
-    """A bare model of `config` (resolved for its stage); what is returned takes one optimizer step on `step`
-    and gives the loss.
+    """Function that takes one optimizer step of a bare model on `step` and returns the loss.
+
+    `config` is resolved for the stage `kind`.
     """
     model = BareGpt(config, kind).to(backend.device(), dtype=torch.bfloat16 if config.train.bf16 else None)
     freeze(model, config, kind, 0)
@@ -104,7 +105,7 @@ def build(config: RunConfig, kind: str, step: Step) -> Callable[[], float]:
 
         def loss_func(losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             loss = (losses.float() * supervised).sum() / supervised.sum()
-            return loss, {"loss": loss.detach().clone()}  # the schedule divides the returned loss in place
+            return loss, {"loss": loss.detach().clone()}  # clone: the schedule divides the loss in place
 
         return chunk(step.tokens[i], step.labels[i]), loss_func
 

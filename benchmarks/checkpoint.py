@@ -1,10 +1,10 @@
-"""What saving and loading cost beside a plain torch.save and torch.load of the same tensors, in the same run.
+"""Time and memory of saving and loading, compared with torch.save and torch.load of the same tensors.
 
     python benchmarks/checkpoint.py [--hidden 1024] [--layers 6] [--rounds 3] [--folder DIR] [--output FILE]
 
-One rank, stage `warmup` with Adam's moments. Rounds alternate; medians and their ratio are printed as
-Markdown. Peak memory is the process's high-water mark above what it held before, children included in "with
-writers" (megatron-core forks them).
+One rank saves and loads the stage `warmup` with Adam's moments. Every round runs all four actions once; the
+medians and their ratios are printed as Markdown. Peak memory is the largest proportional set size of the
+process and its children (megatron-core forks writers) above the value at the start of the action.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from megatron_evomoe.parallel import backend  # noqa: E402
 
 
 def build(args: argparse.Namespace) -> Any:
-    """A stage with optimizer state allocated."""
+    """The stage `warmup` after one optimizer step, which allocates the optimizer's state."""
     from megatron_evomoe.config import from_mapping
     from megatron_evomoe.parallel import topology
     from megatron_evomoe.train.built import build_stage
@@ -62,7 +62,7 @@ def build(args: argparse.Namespace) -> Any:
 
 
 def tensors_of(tree: Any) -> Iterator[torch.Tensor]:
-    """What a checkpoint of `tree` holds."""
+    """Tensors that a checkpoint of `tree` holds."""
     if isinstance(tree, dict):
         for value in tree.values():
             yield from tensors_of(value)
@@ -74,7 +74,7 @@ def tensors_of(tree: Any) -> Iterator[torch.Tensor]:
 
 
 def measure(action: Callable[[], Any]) -> tuple[float, float]:
-    """Seconds, and the peak of proportional memory (this process and its children) above the start, bytes."""
+    """Seconds of `action`, and its peak memory above the start in bytes, children included."""
     gc.collect()
     me = psutil.Process()
 
@@ -97,7 +97,7 @@ def measure(action: Callable[[], Any]) -> tuple[float, float]:
     watcher.start()
     started = time.perf_counter()
     action()
-    os.sync()  # both ways end on the disk
+    os.sync()  # so that both formats are timed until the data is on the disk
     seconds = time.perf_counter() - started
     done.set()
     watcher.join()
@@ -105,7 +105,7 @@ def measure(action: Callable[[], Any]) -> tuple[float, float]:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The table of a report, made from nothing else."""
+    """Markdown table of a report."""
     seconds, size = report["seconds"], report["bytes"]
     rows = [
         [name, f"{s:.2f}", f"{size / 1e9 / s:.2f}", f"{report['peak_bytes'][name] / size:.2f}"]
@@ -161,7 +161,8 @@ def main() -> None:
     def load() -> None:
         store.load_training_state(find.resolve(folder / "ours"), **parts, record=record)
 
-    def plain_save() -> None:  # beside the old file, as any save must that can be interrupted
+    # Written to a new name and renamed, as a save must be that may be interrupted.
+    def plain_save() -> None:
         torch.save(plain, folder / "plain.new")
         (folder / "plain.new").replace(folder / "plain.pt")
 

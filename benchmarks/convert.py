@@ -1,11 +1,10 @@
-"""What a conversion costs beside a plain copy of the same bytes, in the same run: time, and peak memory of
-its process.
+"""Time and peak memory of conversions, compared with a plain copy of the same bytes.
 
     python benchmarks/convert.py [--gigabytes 4] [--rounds 3] [--folder DIR]
 
-A synthetic LLaVA in bfloat16, imported, and exported again. Rounds alternate; medians are printed as
-Markdown. Peak memory is VmHWM of the converting process, interpreter and libraries included; their import is
-left out of the time. Needs three times the size on the disk.
+A synthetic LLaVA in bfloat16 is imported and exported again. Each conversion is followed by a copy of its
+output; the medians are printed as Markdown. Peak memory is VmHWM of the converting process and includes the
+interpreter and libraries. The time excludes their import. The disk needs three times the size of the model.
 """
 
 from __future__ import annotations
@@ -71,22 +70,22 @@ _CONFIG = {
 
 @dataclass
 class Measured:
-    """One direction."""
+    """Measurements of one direction, import or export."""
 
     seconds: list[float] = field(default_factory=list)
     copying: list[float] = field(default_factory=list)
-    """The same bytes by shutil.copyfile, after each conversion."""
+    """Seconds of copying the same bytes with shutil.copyfile, after each conversion."""
     peak: int = 0
     bytes: int = 0
 
     @property
     def speed(self) -> float:
-        """Conversion's share of the copy's speed, by medians."""
+        """Speed of the conversion as a share of the copy's speed, by medians."""
         return statistics.median(self.copying) / statistics.median(self.seconds)
 
 
 def synthetic(folder: Path, gigabytes: float) -> int:
-    """Write a LLaVA of at least that size; bytes of its largest tensor."""
+    """Write a LLaVA of at least that size and return the bytes of its largest tensor."""
     per_layer = 2 * (4 * 2048**2 + 3 * 2048 * 8192)
     layers = max(1, -int(-(gigabytes * 1e9 - 4 * 64000 * 2048) // per_layer))
     config = {**_CONFIG, "text_config": {**_CONFIG["text_config"], "num_hidden_layers": layers}}
@@ -105,8 +104,9 @@ def synthetic(folder: Path, gigabytes: float) -> int:
 
 
 def convert(tool: str, *arguments: str) -> dict[str, float]:
-    """Run a tool in a process of its own; its time without that of importing libraries, and its peak
-    memory.
+    """Run a tool in its own process and return its time and peak memory.
+
+    The time excludes the import of libraries.
     """
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
@@ -121,7 +121,7 @@ def convert(tool: str, *arguments: str) -> dict[str, float]:
 
 
 def copy(source: Path, target: Path) -> tuple[float, int]:
-    """Seconds and bytes of copying every file of a directory."""
+    """Copy every file of a directory and return the seconds and bytes."""
     files = [p for p in source.rglob("*") if p.is_file()]
     target.mkdir()
     start = time.perf_counter()
@@ -133,7 +133,7 @@ def copy(source: Path, target: Path) -> tuple[float, int]:
 
 
 def measure(run: Callable[[Path], dict[str, float]], output: Path, rounds: int) -> Measured:
-    """Convert to `output` and copy what came out, `rounds` times; the last output stays."""
+    """Convert to `output` and copy the result, `rounds` times. The last output stays."""
     measured = Measured()
     for _ in range(rounds):
         shutil.rmtree(output, ignore_errors=True)
@@ -146,7 +146,7 @@ def measure(run: Callable[[Path], dict[str, float]], output: Path, rounds: int) 
 
 
 def benchmark(folder: Path, gigabytes: float, rounds: int) -> tuple[dict[str, Measured], int]:
-    """Both directions, and the bytes of the largest tensor."""
+    """Measurements of both directions, and the bytes of the largest tensor."""
     largest = synthetic(folder / "hf", gigabytes)
     tokenizer = train_sentencepiece(
         ["USER: <image>\nWhich? ASSISTANT: This."] * 20, folder / "tokenizer.model", 300
@@ -177,7 +177,7 @@ def benchmark(folder: Path, gigabytes: float, rounds: int) -> tuple[dict[str, Me
 
 
 def main() -> None:
-    """Print the table."""
+    """Print the table of both directions."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

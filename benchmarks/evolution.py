@@ -1,13 +1,13 @@
-"""What expert evolution adds to a training step of stage II, at the paper's sizes.
+"""Share of a stage II training step that expert evolution takes, at the paper's sizes.
 
     python benchmarks/evolution.py [--tokens 1024] [--json evolution.json]
 
-Times ``EvolvingMLP.evolve()`` for every rule, and the forward and backward it is added to: of the evolving
-layer (attention frozen, FFN trained) and of the frozen dense layer beside it, since the paper evolves every
-second layer. Embeddings, vision tower, loss and the optimizer's own step are left out of the denominator, so
-the shares are upper bounds. On a CPU T tokens are timed and the time per token taken as constant (the second
-figure, at half as many, shows how true that is); attention over longer sequences would make the share
-smaller.
+Times ``EvolvingMLP.evolve()`` for every rule, and the forward and backward pass of two layers: the evolving
+layer (attention frozen, FFN trained) and the frozen dense layer next to it, since the paper evolves every
+second layer. The denominator leaves out embeddings, vision tower, loss and the optimizer's own step, so the
+shares are upper bounds. On a CPU, T tokens are timed and the time per token is taken as constant; a second
+measurement at half as many tokens shows how well that holds. Attention over longer sequences would make the
+share smaller.
 
 Prints Markdown; ``--json`` writes the numbers as well.
 """
@@ -35,15 +35,16 @@ import torch  # noqa: E402
 from megatron_evomoe.parallel import backend  # noqa: E402
 
 TOKENS_FULL = 64 * 2048 // 8
-"""The paper's stage II on 8 GPUs: 64 samples of at most 2048 tokens a step, 8 samples per GPU."""
+"""Tokens per GPU and step of the paper's stage II on 8 GPUs: 64 samples of at most 2048 tokens."""
 TOKENS_USUAL = 64 * 800 // 8
-"""The same at about 800 tokens a sample (576 of an image and a short dialogue), a deliberately low guess for
-LLaVA-mix-665k.
+"""Tokens per GPU and step at about 800 tokens per sample, 576 of an image and a short dialogue.
+
+For LLaVA-mix-665k this is a deliberately low estimate.
 """
 
 
 def build(args: argparse.Namespace, evolves: bool, rule: str = "delta") -> Any:
-    """A decoder layer of megatron-core's own parts: frozen, but for an evolving FFN if `evolves`."""
+    """A frozen decoder layer of megatron-core's own parts; its FFN trains and evolves if `evolves`."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer.spec_utils import build_module
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -81,13 +82,14 @@ def build(args: argparse.Namespace, evolves: bool, rule: str = "delta") -> Any:
 
 
 def seconds(work: Callable[[], Any], repeats: int) -> float:
-    """The least of several times: wall time on a GPU, CPU seconds of all threads on a CPU.
+    """Least of several times of `work`: wall time on a GPU, CPU seconds of all threads on a CPU.
 
-    CPU seconds, because a neighbour on the machine stretches a long step's wall time more than a short one's.
+    CPU seconds, because another process on the machine stretches a long step's wall time more than a short
+    one's.
     """
     clock = time.perf_counter if backend.on_gpu() else time.process_time
     best = float("inf")
-    for _ in range(repeats + 1):  # one more: the first allocates
+    for _ in range(repeats + 1):  # one more, because the first allocates memory
         start = clock()
         work()
         if backend.on_gpu():
@@ -97,8 +99,9 @@ def seconds(work: Callable[[], Any], repeats: int) -> float:
 
 
 def step_seconds(layer: Any, tokens: int, hidden: int, repeats: int) -> float:
-    """Forward and backward of one layer over one sequence of `tokens`; the input needs a gradient, as in a
-    stack.
+    """Seconds of forward and backward of one layer over one sequence of `tokens`.
+
+    The input requires a gradient, as it does within a stack of layers.
     """
     dtype = next(layer.parameters()).dtype
     x = torch.randn(tokens, 1, hidden, device=backend.device(), dtype=dtype, requires_grad=True)
@@ -114,7 +117,7 @@ def step_seconds(layer: Any, tokens: int, hidden: int, repeats: int) -> float:
 
 
 def evolve_seconds(args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """rule -> experts kept -> seconds of one `evolve()`."""
+    """Seconds of one `evolve()`, by rule and number of experts kept on the rank."""
     from megatron_evomoe.moe.evolution_rules import RULES
     from megatron_evomoe.moe.evolving_mlp import EvolvingMLP
 

@@ -1,15 +1,15 @@
-"""One MoE layer as a run builds it (router, dispatch, experts), forward and backward: what DTR adds to the
-linear router.
+"""Cost that DTR adds to one MoE layer (router, dispatch, experts), compared with a linear router.
 
     python benchmarks/layer.py                              # GPU: bf16, 4k and 16k tokens; CPU: fp32, 1k
     python benchmarks/layer.py --train router experts --models 1.8b 7b --output layer.json
     python benchmarks/layer.py --tiny  # a layer of a few kilobytes: shows that the script works
 
-Half of the tokens, at random, are image tokens. `--train router` is the stage `route`: experts frozen,
-gradients for the router and the hidden states. All routers share one set of experts and run in turn, in every
-round; times are medians, peak memory is that above weights and inputs, gradients included, and kept memory
-what the graph holds between forward and backward. FLOP, counted by router_work.py, say what a router would
-add if all products ran equally fast.
+The layer is built as in a run; forward and backward are timed. Half of the tokens, at random, are image
+tokens. `--train router` is the stage `route`: experts are frozen, and the router and the hidden states get
+gradients. All routers share one set of experts, and each runs once per round. Times are medians. Peak memory
+is counted above weights and inputs and includes gradients; kept memory is what the graph holds between
+forward and backward. The FLOP columns, counted by router_work.py, show the increase that would be expected if
+all matrix products ran equally fast.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ ROUTERS: dict[str, dict[str, str]] = {
     "dtr triton": {"router": "dtr", "dtr_kernel": "triton"},
 }
 FORMS = {"linear": "linear", "dtr torch": "masked" if backend.on_gpu() else "factored", "dtr triton": "fused"}
-"""What a router is in `router_work`."""
+"""Name in `router_work` of the form that each router computes."""
 REACH = {"seconds": 0.03, "peak_bytes": 0.05}
-"""The most that DTR may add to the linear router's layer."""
+"""Largest increase that DTR may cause over the layer with a linear router, as a share."""
 
 
 def parse_args() -> argparse.Namespace:
@@ -78,12 +78,12 @@ def parse_args() -> argparse.Namespace:
 
 
 def run_config(args: argparse.Namespace, model: str, router: dict[str, str]) -> Any:
-    """A run whose `route` has this layer."""
+    """Configuration of a run whose stage `route` has this layer."""
     import shapes
     from step import have_transformer_engine
 
     moe = {**router, "moe_grouped_gemm": have_transformer_engine()}
-    seq_length = 64 if args.tiny else 2048  # of no effect on one layer
+    seq_length = 64 if args.tiny else 2048  # has no effect on a single layer
     return shapes.model_config(
         model,
         2,
@@ -97,14 +97,14 @@ def run_config(args: argparse.Namespace, model: str, router: dict[str, str]) -> 
 
 
 def build_layer(config: Any) -> torch.nn.Module:
-    """The mixture of a decoder layer, trained outside megatron-core's data-parallel wrapper."""
+    """The MoE layer of a decoder layer, to be trained without megatron-core's data-parallel wrapper."""
     from megatron.core.transformer.spec_utils import build_module
 
     from megatron_evomoe.model.transformer_config import language_transformer_config, resolve_transformer_impl
     from megatron_evomoe.moe.layer import moe_layer_spec
 
     core = language_transformer_config(config)
-    core.gradient_accumulation_fusion = False  # its kernel adds to the wrapper's buffers
+    core.gradient_accumulation_fusion = False  # its kernel adds to buffers of the wrapper
     spec = moe_layer_spec(config.moe, use_te=resolve_transformer_impl(config) == "transformer_engine")
     layer = build_module(spec, config=core) if hasattr(spec, "module") else spec(config=core)
     layer.set_layer_number(1)
@@ -112,7 +112,10 @@ def build_layer(config: Any) -> torch.nn.Module:
 
 
 def build_layers(args: argparse.Namespace, model: str, skipped: dict[str, str]) -> dict[str, torch.nn.Module]:
-    """Router -> layer, all with the first one's experts. What cannot run here joins `skipped`."""
+    """One layer per router, all with the experts of the first one.
+
+    Routers that cannot run here are added to `skipped`.
+    """
     from megatron_evomoe.config import ConfigError
     from megatron_evomoe.moe.dtr import kernel as dtr_kernel
 
@@ -129,21 +132,21 @@ def build_layers(args: argparse.Namespace, model: str, skipped: dict[str, str]) 
 
 
 class Subject:
-    """A layer and what it is run on."""
+    """A layer with its input, token types and output gradient."""
 
     def __init__(self, layer: torch.nn.Module, hidden: Tensor, types: Tensor, gradient: Tensor) -> None:
         self.layer, self.hidden, self.types, self.gradient = layer, hidden, types, gradient
 
     def forward(self) -> Tensor:
-        """[T, 1, C]."""
+        """Output of the layer, [T, 1, C]."""
         return self.layer(self.hidden, padding_mask=self.types)[0]
 
     def run(self) -> None:
-        """Forward and backward."""
+        """Run forward and backward."""
         self.forward().backward(self.gradient)
 
     def busiest_share(self) -> float:
-        """Share of the tokens that the expert with the most gets."""
+        """Share of the tokens that the busiest expert gets."""
         seen: list[Tensor] = []
         self.layer.router.observer = lambda number, types, logits, probs, routing_map: seen.append(
             routing_map.float().mean(0)
@@ -162,7 +165,7 @@ def measure_layers(
     train: str,
     skipped: dict[str, str],
 ) -> list[dict[str, Any]]:
-    """One row per router."""
+    """Measured rows, one per router."""
     layers["linear"].experts.requires_grad_(train == "experts")
     options = dict(device=backend.device(), dtype=measure.DTYPES[args.precision])
     hidden = torch.randn(tokens, 1, layers["linear"].config.hidden_size, **options).requires_grad_()
@@ -191,7 +194,7 @@ def measure_layers(
 
 
 def figures(subject: Subject, seconds: list[float], own: list[Tensor]) -> dict[str, Any]:
-    """What is measured, in seconds and bytes; `own` are all weights and inputs."""
+    """Measured figures in seconds and bytes; `own` are all weights and inputs."""
     return {
         "seconds": statistics.median(seconds),
         "seconds_range": [min(seconds), max(seconds)],
@@ -203,7 +206,7 @@ def figures(subject: Subject, seconds: list[float], own: list[Tensor]) -> dict[s
 
 
 def flop(router: str, layer: torch.nn.Module, tokens: int, train: str) -> int:
-    """Of the products in router and experts; none is dropped."""
+    """FLOP of the matrix products in router and experts; no token is dropped."""
     core, moe = layer.config, layer.router.moe
     shape = router_work.Shape(
         T=tokens,
@@ -218,8 +221,9 @@ def flop(router: str, layer: torch.nn.Module, tokens: int, train: str) -> int:
 
 
 def add_ratios(rows: list[dict[str, Any]]) -> None:
-    """What a router adds to the linear one's layer, as a share of that; whether both shares are within
-    `REACH`.
+    """Add to each row its increase over the linear router's layer, as a share.
+
+    `within_reach` says whether both time and peak memory are within `REACH`.
     """
     linear = {(r["model"], r["T"], r["train"]): r for r in rows if r["router"] == "linear"}
     for r in rows:
@@ -234,7 +238,7 @@ def add_ratios(rows: list[dict[str, Any]]) -> None:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The table of a report, made from nothing else."""
+    """Markdown table of a report."""
     header = [
         "widths of",
         "T",

@@ -1,4 +1,4 @@
-"""What the benchmarks share: circumstances, alternating rounds, memory, ceilings, tables."""
+"""Parts that the benchmarks share: circumstances, rounds, memory, ceilings and tables."""
 
 from __future__ import annotations
 
@@ -32,22 +32,25 @@ DATA_SHEET_TFLOPS: dict[str, dict[str, float]] = {
     "H100": {"bf16": 989, "fp8": 1979},
     "A100": {"bf16": 312},
 }
-"""NVIDIA's data sheets, without sparsity; the first key that a device's name contains counts."""
+"""Peak TFLOP/s from NVIDIA's data sheets, without sparsity.
+
+The first key that the device's name contains is used.
+"""
 
 
 def synchronize() -> None:
-    """Wait for the device."""
+    """Wait until the GPU has finished, if there is one."""
     if ON_GPU:
         torch.cuda.synchronize()
 
 
 def device_name() -> str:
-    """The GPU's, or the CPU's cores and kind."""
+    """Name of the GPU, or the CPU's number of cores and architecture."""
     return torch.cuda.get_device_name() if ON_GPU else f"{os.cpu_count()}-core CPU, {platform.machine()}"
 
 
 def data_sheet_tflops(precision: str) -> float | None:
-    """The device's peak by its name; none for a device or precision that is not in the list."""
+    """The device's peak TFLOP/s; None if the device or the precision is not in the list."""
     name = device_name()
     return next(
         (peaks.get(precision) for key, peaks in DATA_SHEET_TFLOPS.items() if ON_GPU and key in name), None
@@ -85,10 +88,10 @@ def alternate(
     prepare: Callable[[], Any] = lambda: None,
     clock: Clock = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Seconds of each action in each of `rounds` rounds; within a round all run once, so that a busy machine
-    slows all alike.
+    """Seconds of each action in each of `rounds` rounds.
 
-    `prepare` runs before every action and is not timed.
+    Every action runs once per round, so that other load on the machine slows all of them alike. `prepare`
+    runs before every action and is not timed.
     """
     seconds: dict[str, list[float]] = {name: [] for name in actions}
     for _ in range(rounds):
@@ -103,8 +106,10 @@ def alternate(
 
 
 def working(actions: dict[str, Callable[[], Any]], skipped: dict[str, str]) -> dict[str, Callable[[], Any]]:
-    """Those that run; their first two times, which compile, are not measured. The others join `skipped` with
-    what they raised.
+    """The actions that run without an error.
+
+    Each action runs twice here, because the first runs compile and should not be measured. Actions that fail
+    are added to `skipped` with their error.
     """
     found = {}
     for name, action in actions.items():
@@ -112,7 +117,7 @@ def working(actions: dict[str, Callable[[], Any]], skipped: dict[str, str]) -> d
             action()
             action()
             synchronize()
-        except Exception as error:  # whatever a compiler may raise: the rest is measured all the same
+        except Exception as error:  # compilers raise many types, and the other actions are still measured
             skipped[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         else:
             found[name] = action
@@ -120,19 +125,20 @@ def working(actions: dict[str, Callable[[], Any]], skipped: dict[str, str]) -> d
 
 
 def forget_gradients(leaves: Iterable[Tensor]) -> None:
-    """As at the start of a step."""
+    """Remove gradients, as at the start of a step."""
     for leaf in leaves:
         leaf.grad = None
 
 
 def allocated() -> int:
-    """Bytes of live tensors on the GPU; 0 on a CPU, which does not count them."""
+    """Bytes of live tensors on the GPU; 0 on a CPU, where torch does not count them."""
     return torch.cuda.memory_allocated() if ON_GPU else 0
 
 
 def peak_bytes(action: Callable[[], Any], *, on_cpu: bool = False) -> int | None:
-    """The most that `action` allocates above what is there when it starts; on a CPU none, or with `on_cpu`
-    the profiler's count.
+    """Largest number of bytes that `action` allocates above what is allocated when it starts.
+
+    On a CPU it is None, or the profiler's count with `on_cpu`.
     """
     if not ON_GPU:
         return _profiled_peak_bytes(action) if on_cpu else None
@@ -157,8 +163,9 @@ def _profiled_peak_bytes(action: Callable[[], Any]) -> int:
 
 
 def kept_bytes(forward: Callable[[], Any], own: Iterable[Tensor]) -> int:
-    """What the graph holds between forward and backward beside `own` (inputs and weights): what every layer
-    adds.
+    """Bytes that the graph holds between forward and backward, without `own` (inputs and weights).
+
+    Every layer of a model adds these bytes.
     """
     saved: dict[int, int] = {}
 
@@ -176,11 +183,10 @@ def kept_bytes(forward: Callable[[], Any], own: Iterable[Tensor]) -> int:
 def gemm_tflops(
     precision: str, size: int | None = None, rounds: int = 20, clock: Clock = time.perf_counter
 ) -> float | None:
-    """What one square matrix product reaches here, in TFLOP/s: the ceiling of a model made of them. No TF32
-    in fp32.
+    """Measured TFLOP/s of one square matrix product, a ceiling for models made of them.
 
-    Random numbers, since zeros switch fewer transistors and run faster; three sets in turn. None for FP8
-    where torch or the device has no product of it.
+    fp32 is measured without TF32. The factors are random, because zeros switch fewer transistors and run
+    faster, and three sets of them take turns. None for FP8 where torch or the device has no FP8 product.
     """
     size = size or (8192 if ON_GPU else 1024)
     try:
@@ -206,8 +212,9 @@ def _product(precision: str, size: int) -> Callable[[], Any]:
 
 
 def copy_gbytes(size: int | None = None, rounds: int = 20, clock: Clock = time.perf_counter) -> float:
-    """GB/s, read and written together, of copying `size` bytes in the device's memory; three sets in turn,
-    larger than caches.
+    """GB/s, read and written together, of copying `size` bytes in the device's memory.
+
+    Three pairs of tensors, larger than caches, take turns.
     """
     size, device = size or (2**30 if ON_GPU else 2**27), "cuda" if ON_GPU else "cpu"
     pairs = [(torch.empty(size // 4, device=device), torch.randn(size // 4, device=device)) for _ in range(3)]
@@ -225,7 +232,7 @@ def _median_in_turn(actions: Sequence[Callable[[], Any]], rounds: int, clock: Cl
 def ceilings(
     precisions: Sequence[str], clock: Clock = time.perf_counter
 ) -> dict[str, dict[str, float | None]]:
-    """Per precision the measured matrix product and the data sheet, in TFLOP/s."""
+    """Measured matrix product and data sheet peak of each precision, in TFLOP/s."""
     return {
         p: {"gemm_tflops": gemm_tflops(p, clock=clock), "data_sheet_tflops": data_sheet_tflops(p)}
         for p in precisions
@@ -233,16 +240,16 @@ def ceilings(
 
 
 def ratio(a: float | None, b: float | None) -> float | None:
-    """a / b where both are known."""
+    """The quotient a / b, or None if one is unknown or b is 0."""
     return a / b if a is not None and b else None
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Markdown."""
+    """Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def shown(value: float | None, form: str = ".1f", scale: float = 1.0) -> str:
-    """A number as text; a dash for one that was not measured."""
+    """A number as text, or a dash if it was not measured."""
     return "–" if value is None else format(value * scale, form)

@@ -1,14 +1,14 @@
-"""Our training step against a peer's: the same model, stage and batch written from transformers' modules
-(peer_model.py).
+"""Speed of our training step compared with a peer's: the same model, built of transformers' modules.
 
     python benchmarks/peer.py --output peer.json
     python benchmarks/peer.py --train router  # as `route`; default: router and experts, as MoE-LLaVA
     python benchmarks/peer.py --tiny
 
-Both start from the same weights and first take --loss-steps steps whose losses must agree to --tolerance.
-Then each takes one optimizer step in turn, in every round: the peer with both ways to dispatch, eager and
-compiled. Like DeepSpeed, and like us, the peer keeps fp32 copies of the bf16 weights that it trains: without
-them most updates are rounded away, and losses differ.
+The peer is in peer_model.py; stage and batch are the same too. Both sides start from the same weights and
+first take --loss-steps steps, whose losses must agree to --tolerance. Then each side takes one optimizer step
+per round, the peer with both ways of dispatch, eager and compiled. Like DeepSpeed and like this package, the
+peer keeps fp32 copies of the bf16 weights that it trains. Without them most updates would be rounded away,
+and the losses would differ.
 """
 
 from __future__ import annotations
@@ -62,7 +62,10 @@ def parse_args() -> argparse.Namespace:
 
 
 def run_config(args: argparse.Namespace) -> Any:
-    """Our side: linear router, top-2, renormalised weights, as the peer computes them; nothing dropped."""
+    """Configuration of our side, which computes what the peer computes.
+
+    It has a linear router, top-2 routing and renormalised weights, and drops no token.
+    """
     import shapes
 
     from megatron_evomoe.model.transformer_config import resolve_transformer_impl
@@ -88,7 +91,7 @@ def run_config(args: argparse.Namespace) -> Any:
 
 
 class PeerTraining:
-    """Fused AdamW over what a peer trains, in fp32."""
+    """Training of the peer: AdamW, fused on a GPU, over fp32 copies of the trained weights."""
 
     def __init__(self, peer: Any, trained: tuple[str, ...], config: Any, step: Any) -> None:
         self.peer, self.step = peer, step
@@ -105,7 +108,7 @@ class PeerTraining:
         )
 
     def take_step(self, forward: Callable[..., Any], dispatch: str) -> float:
-        """Forward and backward over the microbatches, clip, update; the mean loss."""
+        """Take one optimizer step with gradient clipping over the microbatches; return the mean loss."""
         self.peer.use(dispatch)
         m, losses = len(self.step.tokens), []
         for i in range(m):
@@ -129,15 +132,15 @@ class PeerTraining:
 def build_peer(
     config: Any, trained: tuple[str, ...], ours: Any, step: Any
 ) -> tuple[dict[str, Run], dict[str, str]]:
-    """Name -> one optimizer step, all on one model that starts from our weights; and what does not work here,
-    with the reason.
+    """The peer's optimizer step by name, and the reason for each one that does not work here.
+
+    All steps train one model, which starts from our weights.
     """
     import peer_model
 
     peer = peer_model.Peer(config).to(backend.device())
-    for parameter in (
-        peer.parameters() if config.train.bf16 else ()
-    ):  # and no buffer: RoPE's frequencies need fp32
+    # Only parameters are converted, not buffers: RoPE's frequencies need fp32.
+    for parameter in peer.parameters() if config.train.bf16 else ():
         parameter.data = parameter.data.bfloat16()
     peer_model.load(peer, ours, config)
     training = PeerTraining(peer, trained, config, step)
@@ -151,7 +154,7 @@ def build_peer(
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The table of a report, made from nothing else."""
+    """Markdown table of a report."""
     c, seconds = report["circumstances"], report["seconds"]
     fastest = min(
         (name for name in seconds if name != "ours"), key=lambda name: seconds[name], default="none"

@@ -1,10 +1,10 @@
-"""A LLaVA with top-2 experts written from transformers' modules, the way MoE-LLaVA writes it: what a user
-could pick instead.
+"""A LLaVA with top-2 experts built of transformers' modules as in MoE-LLaVA, an alternative to this package.
 
-CLIP, two linear maps and Qwen2 are transformers' own with SDPA; every k-th FFN becomes a linear router and
-experts of its kind. They get their tokens by a loop, or by DeepSpeed's products with one-hot dispatch and
-combine tensors. No token is dropped: the latter's capacity is that of the fullest expert. DeepSpeed's noise
-in the second choice is left out, so that losses can be compared.
+CLIP, the two linear maps and Qwen2 are transformers' own, with SDPA. Every k-th FFN is replaced by a linear
+router and experts of the FFN's architecture. Tokens are dispatched by a loop, or as in DeepSpeed by products
+with one-hot dispatch and combine tensors. No token is dropped: the capacity of the one-hot tensors is the
+number of tokens of the fullest expert. DeepSpeed's noise in the second choice is left out, so that losses can
+be compared.
 
 T tokens · C width · N experts · K capacity.
 """
@@ -27,7 +27,7 @@ from megatron_evomoe.hf.tensor_map import Entry, NameMap
 
 
 def by_loop(x_TC: Tensor, weights_T2: Tensor, chosen_T2: Tensor, experts: nn.ModuleList) -> Tensor:
-    """Each expert on its tokens, one after the other."""
+    """Apply each expert to its tokens, one expert after the other."""
     out = torch.zeros_like(x_TC)
     for i, expert in enumerate(experts):
         token, place = (chosen_T2 == i).nonzero(as_tuple=True)
@@ -36,8 +36,9 @@ def by_loop(x_TC: Tensor, weights_T2: Tensor, chosen_T2: Tensor, experts: nn.Mod
 
 
 def by_einsum(x_TC: Tensor, weights_T2: Tensor, chosen_T2: Tensor, experts: nn.ModuleList) -> Tensor:
-    """Tokens to [N, K, C] and back by dense products with one-hot tensors [T, N, K]; first choices take their
-    places first.
+    """Dispatch tokens to [N, K, C] and back by dense products with one-hot tensors [T, N, K].
+
+    First choices are placed before second choices.
     """
     T, N = len(x_TC), len(experts)
     mask_2TN = F.one_hot(chosen_T2.t(), N)
@@ -57,8 +58,9 @@ DISPATCH: dict[str, Callable[..., Tensor]] = {"loop": by_loop, "einsum": by_eins
 
 
 class TopTwo(nn.Module):
-    """Two experts per token, weighted by their renormalised probabilities; keeps its load-balancing loss in
-    `balance`.
+    """MoE layer with two experts per token, weighted by their renormalised probabilities.
+
+    `balance` holds the load-balancing loss of the last forward.
     """
 
     def __init__(self, width: int, experts: list[nn.Module]) -> None:
@@ -79,7 +81,7 @@ class TopTwo(nn.Module):
 
 
 class Peer(nn.Module):
-    """Tower, projector and decoder. Parameters carry the names of our Hugging Face exports."""
+    """Vision tower, projector and decoder, with the parameter names of our Hugging Face exports."""
 
     def __init__(self, config: RunConfig) -> None:
         super().__init__()
@@ -96,7 +98,7 @@ class Peer(nn.Module):
         ]
 
     def forward(self, tokens: Tensor, types: Tensor, pixels: Tensor, labels: Tensor) -> Tensor:
-        """Mean loss over what is supervised; `balance` is to be added to it."""
+        """Mean loss over the supervised tokens, to which the caller adds `balance`."""
         first, second = self.multi_modal_projector["linear_1"], self.multi_modal_projector["linear_2"]
         with torch.no_grad():
             features = self.vision_tower(self.normalize(pixels, first.weight.dtype)).last_hidden_state
@@ -107,16 +109,16 @@ class Peer(nn.Module):
         return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX)
 
     def balance(self) -> Tensor:
-        """The last forward's load-balancing loss, with its coefficient."""
+        """Load-balancing loss of the last forward, times its coefficient."""
         return self.coefficient * sum(mixture.balance for mixture in self.mixtures)
 
     def use(self, dispatch: str) -> None:
-        """One of `DISPATCH`, in all mixtures."""
+        """Use this dispatch, a key of `DISPATCH`, in all MoE layers."""
         for mixture in self.mixtures:
             mixture.dispatch = dispatch
 
     def train_parts(self, parts: tuple[str, ...]) -> list[nn.Parameter]:
-        """Let `router` or `experts` or both learn and nothing else; what learns."""
+        """Train only these parts (`router`, `experts` or both) and return their parameters."""
         self.requires_grad_(False)
         for mixture in self.mixtures:
             for part in parts:
@@ -170,24 +172,24 @@ def load(peer: Peer, ours: nn.Module, config: RunConfig) -> None:
     named: dict[str, Tensor] = {}
     for entry in NameMap(config, "route").entries:
         named |= entry.to_hf(_core_tensor(entry, weights).detach())
-    if not any(
-        ".vision_model." in name for name in peer.state_dict()
-    ):  # transformers 5 dropped a level of names
+    # transformers 5 dropped a level of the tower's names.
+    if not any(".vision_model." in name for name in peer.state_dict()):
         named = {
             name.replace("vision_tower.vision_model.", "vision_tower."): value
             for name, value in named.items()
         }
     result = peer.load_state_dict(named, strict=False)
-    missing = [
-        name for name in result.missing_keys if "post_layernorm" not in name
-    ]  # CLIP's, after the features
+    # CLIP's post_layernorm comes after the layer whose output is the feature, so it needs no weights.
+    missing = [name for name in result.missing_keys if "post_layernorm" not in name]
     if missing or result.unexpected_keys:
         raise ValueError(f"weights do not fit: {missing} are missing, {result.unexpected_keys} are too many")
 
 
 def _core_tensor(entry: Entry, weights: Mapping[str, Any]) -> Tensor:
-    """By its name in the module: experts lie apart or in a grouped product, norms apart or in the linear
-    layer after them.
+    """Parameter of our module that holds `entry`.
+
+    Its name depends on the layers: experts are separate modules or one grouped product, and norms are
+    separate or part of the linear layer after them.
     """
     apart = entry.core.replace(".self_attention.linear_qkv.layer_norm_", ".input_layernorm.")
     names = [entry.core, apart, apart.replace(".mlp.linear_fc1.layer_norm_", ".pre_mlp_layernorm.")]

@@ -1,15 +1,15 @@
-"""Time, memory and work of one router layer, forward and backward, beside one frozen expert FFN of the same
-width.
+"""Time, memory and work of one router layer, forward and backward, compared with one frozen expert FFN.
 
     python benchmarks/router.py                                   # the main case: T=1024, C=2048, h=r=16
     python benchmarks/router.py --tokens 512 2048 --rank 8 16 32 --output router.json
     python benchmarks/router.py --dtype bf16 --tokens 4096 16384
 
-Runs on the GPU where there is one (CUDA_VISIBLE_DEVICES= hides it). Every combination of --tokens, --width,
---hidden and --rank is measured. In each round all subjects run once, in turn, so that a busy machine slows
-all alike; times are medians over rounds. Peak memory is that above inputs and weights, gradients included;
-kept memory is what the graph holds between forward and backward. What each must multiply and move
-(router_work.py) over its time is set against a matrix product and a copy measured before.
+The FFN has the width of the router. The benchmark uses the GPU if there is one (CUDA_VISIBLE_DEVICES= hides
+it). Every combination of --tokens, --width, --hidden and --rank is measured. All subjects run once per round,
+so that other load on the machine slows all of them alike; times are medians over rounds. Peak memory is
+counted above inputs and weights and includes gradients; kept memory is what the graph holds between forward
+and backward. FLOP and bytes of each subject (router_work.py), divided by its time, are compared with a matrix
+product and a copy that are measured first.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def missing(subject: str) -> str | None:
-    """Why a subject cannot be measured here."""
+    """Reason why a subject cannot be measured here, if there is one."""
     if subject != "fused":
         return None
     if not measure.ON_GPU:
@@ -98,13 +98,13 @@ def missing(subject: str) -> str | None:
 
 
 def fused_logits(z_TC: Tensor, is_vision_T: Tensor, weights: maths.DtrWeights) -> Tensor:
-    from megatron_evomoe.moe.dtr import triton as dtr_triton  # imports Triton
+    from megatron_evomoe.moe.dtr import triton as dtr_triton  # imported here because it imports Triton
 
     return dtr_triton.dtr_logits(z_TC, is_vision_T, weights)
 
 
 def autograd_logits(z_TC: Tensor, is_vision_T: Tensor, weights: maths.DtrWeights) -> Tensor:
-    """`maths.dtr_logits` without its hand-written backward: what that is worth."""
+    """`maths.dtr_logits` with autograd in place of its hand-written backward, to show what that gains."""
     halves, indices = [], [(~is_vision_T).nonzero()[:, 0], is_vision_T.nonzero()[:, 0]]
     for index, hyper in zip(indices, (weights.text, weights.vision), strict=True):
         hyper = maths.HyperWeights(*(w.float() for w in hyper))
@@ -116,7 +116,7 @@ def autograd_logits(z_TC: Tensor, is_vision_T: Tensor, weights: maths.DtrWeights
 
 
 def naive_tuned_logits(z_TC: Tensor, is_vision_T: Tensor, weights: maths.DtrWeights) -> Tensor:
-    """`maths.naive_dtr_logits`, made as fast as it gets without giving up Θ."""
+    """`maths.naive_dtr_logits`, optimised as far as possible while Θ is still built."""
     halves, indices = [], [(~is_vision_T).nonzero()[:, 0], is_vision_T.nonzero()[:, 0]]
     for index, hyper in zip(indices, (weights.text, weights.vision), strict=True):
         hyper = maths.HyperWeights(*(w.float() for w in hyper))
@@ -134,7 +134,7 @@ def naive_tuned_logits(z_TC: Tensor, is_vision_T: Tensor, weights: maths.DtrWeig
 def make_subjects(
     args: argparse.Namespace, s: Shape
 ) -> tuple[dict[str, Callable[[], Tensor]], list[Tensor], list[Tensor]]:
-    """Name -> forward, all tensors that gather gradients, and those that do not."""
+    """Forward of each subject by name, the tensors that get gradients, and those that do not."""
     torch.manual_seed(0)
     options = dict(device=DEVICE, dtype=measure.DTYPES[args.dtype])
 
@@ -172,13 +172,13 @@ def make_subjects(
 
 
 def run_once(forward: Callable[[], Tensor]) -> None:
-    """One forward and backward."""
+    """Run one forward and backward."""
     output = forward()
     output.backward(torch.ones_like(output))
 
 
 def measure_shape(args: argparse.Namespace, s: Shape, skipped: dict[str, str]) -> list[dict[str, Any]]:
-    """One row per subject that works; the others join `skipped`."""
+    """Measured rows, one per subject that works; the others are added to `skipped`."""
     forwards, leaves, frozen = make_subjects(args, s)
     forget, failed = functools.partial(measure.forget_gradients, leaves), {}
     runs = measure.working(
@@ -205,8 +205,10 @@ def row_of(subject: str, s: Shape, dtype: str, seconds: list[float]) -> dict[str
 
 
 def add_ratios(rows: list[dict[str, Any]], ceilings: dict[str, Any]) -> None:
-    """Speeds and their shares of the ceilings, which of these is nearer, and times against `naive` and
-    `ffn`.
+    """Add derived figures to each row.
+
+    These are the speeds and their shares of the ceilings, the nearer ceiling, and the times relative to
+    `naive` and `ffn`.
     """
     found = {(r["T"], r["C"], r["h"], r["r"], r["subject"]): r["seconds"] for r in rows}
     for r in rows:
@@ -222,7 +224,7 @@ def add_ratios(rows: list[dict[str, Any]], ceilings: dict[str, Any]) -> None:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The table of a report, made from nothing else."""
+    """Markdown table of a report."""
     c, ceilings = report["circumstances"], report["ceilings"]
     products = ", ".join(
         f"{p} {measure.shown(v['gemm_tflops'], '.3g')} TFLOP/s" for p, v in ceilings["products"].items()

@@ -1,13 +1,15 @@
-"""What one router layer multiplies and moves, forward and backward, counted from its formulas: what
-`router.py` divides by seconds.
+"""FLOP and bytes of one router layer, forward and backward, counted from its formulas.
 
-**FLOP** are 2 per multiplication and addition of matrix products, as each form does them: forms that take
-more work for the same logits count more. Element-wise operations, a few per number, are left out.
+`router.py` divides them by the measured seconds.
 
-**Bytes** are compulsory traffic, a floor that no schedule of the same form falls below while caches hold
-nothing from one pass to the next. Forward and backward each read tokens and weights once; logits and the
-gradients of tokens and weights are written once, the logits' gradient is read once. What one pass leaves for
-the other could be computed again, so it counts nothing. Forms that build Θ write it once, read it in both
+**FLOP** are 2 per multiplication and addition of matrix products, as each form computes them: a form that
+takes more work for the same logits has a higher count. Element-wise operations, a few per number, are left
+out.
+
+**Bytes** are compulsory traffic: no schedule of the same form needs less while caches hold nothing from one
+pass to the next. Forward and backward each read tokens and weights once; logits and the gradients of tokens
+and weights are written once, and the gradient of the logits is read once. What the forward leaves for the
+backward could be computed again, so it is not counted. Forms that build Θ write it once, read it in both
 passes, and write and read its gradient.
 
 Shapes as in `megatron_evomoe/moe/dtr/maths.py`: T tokens · C width · h, r inner sizes · K = h + 1 · N
@@ -26,7 +28,7 @@ ITEM_BYTES = {"fp32": 4, "bf16": 2}
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """One row of the benchmark."""
+    """Shape of the router layer in one row of the benchmark."""
 
     T: int
     C: int
@@ -34,37 +36,37 @@ class Shape:
     r: int
     N: int
     ffn: int
-    """Inner width of the expert."""
+    """Inner width of the expert FFN."""
 
     @property
     def projected(self) -> int:
-        """Columns that the factored form projects a token to: e and u."""
+        """Number of columns, e and u, to which the factored form projects a token."""
         return self.h + (self.h + 1) * 2 * self.r
 
 
 def precision(subject: str, dtype: str) -> str:
-    """In what the products of a subject are computed, given tokens and weights in `dtype`: whose ceiling is
-    its own.
+    """Precision of a subject's matrix products, given tokens and weights in `dtype`.
+
+    The subject's speed is compared with the ceiling of this precision.
     """
     return dtype if subject in ("fused", "ffn") or (subject == "masked" and ON_GPU) else "fp32"
 
 
 def flop(subject: str, s: Shape) -> int:
-    """Forward and backward. Every product has two in the backward, but those with frozen weights, which have
-    one.
+    """FLOP of forward and backward.
+
+    Every product has two products in the backward, or one if its weights are frozen.
     """
     passes = 2 if subject == "ffn" else 3
     return 2 * passes * _forward_products(subject, s)
 
 
 def _forward_products(subject: str, s: Shape) -> int:
-    """Multiplications."""
+    """Multiplications of the matrix products in the forward."""
     K, theta = s.h + 1, 3 * s.r * s.C
     project = s.T * s.projected * s.C
-    mix, up = (
-        s.T * K * (2 * s.r + s.N),
-        s.T * K * s.r * s.N,
-    )  # of each token's eu: sums over k, and s·(φ·Θ_up)
+    # Products with each token's eu: sums over k, and s·(φ·Θ_up).
+    mix, up = (s.T * K * (2 * s.r + s.N), s.T * K * s.r * s.N)
     folded = 2 * K * s.r * s.C * s.N  # φ·Θ_up of both modalities
     return {
         "linear": s.T * s.C * s.N,
@@ -79,17 +81,18 @@ def _forward_products(subject: str, s: Shape) -> int:
 
 
 def weights(subject: str, s: Shape) -> int:
-    """Numbers that the layer learns, or that the expert holds."""
+    """Number of weights that the layer learns, or of the expert FFN."""
     if subject in ("linear", "ffn"):
         return s.N * s.C if subject == "linear" else 3 * s.C * s.ffn
     return 2 * (s.h * s.C + s.h + (s.h + 1) * 3 * s.r * s.C) + s.N * s.C
 
 
 def traffic(subject: str, s: Shape, dtype: str) -> int:
-    """Compulsory bytes, forward and backward. Logits and Θ are fp32."""
+    """Compulsory bytes of forward and backward; logits and Θ are fp32."""
     item = ITEM_BYTES[dtype]
-    tokens = 3 * s.T * s.C * item  # read twice, the gradient written
-    if subject == "ffn":  # frozen: weights have no gradient; outputs are as wide as tokens
+    tokens = 3 * s.T * s.C * item  # read twice, and their gradient is written once
+    # The expert FFN is frozen, so its weights have no gradient; its outputs are as wide as tokens.
+    if subject == "ffn":
         return tokens + 2 * weights(subject, s) * item + 2 * s.T * s.C * item
     theta = 5 * s.T * 3 * s.r * s.C * 4 if subject in BUILD_THETA else 0
     return tokens + 3 * weights(subject, s) * item + 2 * s.T * s.N * 4 + theta

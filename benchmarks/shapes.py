@@ -18,12 +18,13 @@ from megatron_evomoe.plan.activations import activation_bytes
 from megatron_evomoe.plan.states import states_of
 
 MODELS = {"1.8b": "qwen-1.8b", "7b": "openchat-7b"}
-"""Name in a table -> preset."""
+"""Preset of each model, by its name in the tables."""
 
 STAGES = ("align", "warmup", "evolve", "route")
 USABLE = 0.85
-"""Share of the device's memory that models are cut to fit: the rest is for the allocator and for what is
-there for a moment.
+"""Share of the device's memory that the models may fill; their layers are cut until they fit.
+
+The rest is for the allocator and for short-lived tensors.
 """
 
 
@@ -38,8 +39,9 @@ def model_config(
     precision: str = "bf16",
     **sections: Any,
 ) -> RunConfig:
-    """A run of the four stages; `tiny` takes the smallest preset whatever the model's name. `sections` go
-    over the rest.
+    """Configuration of a run of the four stages.
+
+    `tiny` takes the smallest preset whatever `model` is. `sections` override the other arguments.
     """
     raw: dict[str, Any] = {
         "preset": "tiny" if tiny else MODELS[model],
@@ -62,8 +64,9 @@ def model_config(
 
 
 def random_step(config: RunConfig) -> Step:
-    """One optimizer step of full sequences: an image, then text whose second half is supervised; no
-    padding.
+    """Samples of one optimizer step: full sequences without padding.
+
+    Each sequence is an image followed by text, whose second half is supervised.
     """
     generator = torch.Generator().manual_seed(0)
     b, s = config.train.micro_batch_size, config.data.seq_length
@@ -86,13 +89,15 @@ def random_step(config: RunConfig) -> Step:
 
 
 def planned_bytes(config: RunConfig, kind: str) -> int:
-    """`plan`'s prediction for one device: states, activations, and FP8's copies of weights."""
+    """Bytes on one device that `plan` predicts: states, activations, and the FP8 copies of weights."""
     return _held_bytes(config, kind) + activation_bytes(config, kind, 0, layout.microbatches(config, 1))
 
 
 def layers_that_fit(model: str, memory: float, precisions: Sequence[str], **options: Any) -> int:
-    """The most layers, in steps of two, of which a bare model in bf16, one model per precision and one
-    model's activations fit side by side in every stage.
+    """Largest number of layers, in steps of two, with which every stage fits the device.
+
+    These must fit side by side: a bare model in bf16, one model per precision, and the activations of one
+    model.
     """
     layers = LANGUAGE_PRESETS[MODELS[model]]["num_layers"]
     while layers > 2:
@@ -112,5 +117,5 @@ def _side_by_side(configs: list[RunConfig], kind: str) -> int:
 
 
 def _held_bytes(config: RunConfig, kind: str) -> int:
-    """What there is between steps."""
+    """Bytes that a model holds between steps."""
     return states_of(config, kind, world_size=1, pp_rank=0).total_bytes + fp8.weight_bytes(config, kind, 0)

@@ -1,13 +1,13 @@
-"""Training steps of every stage on one GPU: tokens/s, TFLOP/s, MFU, memory, and what a stage adds to
-megatron-core's bare GPT.
+"""Speed and memory of training steps of every stage on one GPU, compared with megatron-core's bare GPT.
 
     python benchmarks/step.py --output step.json
     python benchmarks/step.py --models 7b --layers 8 --stages warmup route --precisions bf16
     python benchmarks/step.py --tiny  # a model of a few kilobytes, on a CPU too: shows that the script works
 
-Models have the published widths; layers are cut until bare model, bf16 and FP8 fit the device side by side,
-by `plan`'s figures, or to --layers. In each round all of them take one optimizer step in turn; figures are
-medians. docs/performance.md has the formulas.
+Reports tokens/s, TFLOP/s, MFU, memory, and the overhead of each stage. Models have the published widths.
+Their layers are cut to --layers, or until the bare model, bf16 and FP8 fit the device side by side according
+to `plan`. All of them take one optimizer step per round, and figures are medians. docs/performance.md has the
+formulas.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def fp8_missing() -> str | None:
-    """Why FP8 cannot be measured here."""
+    """Reason why FP8 cannot be measured here, if there is one."""
     if not backend.on_gpu():
         return "no GPU"
     if backend.capability() < (8, 9):
@@ -74,14 +74,14 @@ def fp8_missing() -> str | None:
 
 
 def have_transformer_engine() -> bool:
-    """Whether the stages will run on its layers."""
+    """Whether the stages run on Transformer Engine's layers here."""
     from megatron.core.extensions.transformer_engine import HAVE_TE
 
     return backend.on_gpu() and HAVE_TE
 
 
 class Subject:
-    """Something that takes optimizer steps, and the GPU memory it holds between them."""
+    """Model that takes optimizer steps, and the GPU memory that it holds between them."""
 
     def __init__(self, build: Callable[[], Callable[[], float]]) -> None:
         before = measure.allocated()
@@ -91,13 +91,16 @@ class Subject:
         self.held = measure.allocated() - before
 
     def peak_bytes(self) -> int | None:
-        """The most it needs, what it holds included and the others' left out; none on a CPU."""
+        """Peak memory of this subject, without that of the other subjects; None on a CPU.
+
+        It includes what the subject holds between steps.
+        """
         above = measure.peak_bytes(self.run)
         return None if above is None else self.held + above
 
 
 def ours(config: Any, kind: str, step: Any, built: dict[str, Any]) -> Callable[[], float]:
-    """A stage as it is trained; leaves what was built in `built`."""
+    """Function that takes one optimizer step of a stage, whose parts it adds to `built`."""
     from megatron_evomoe.train.built import build_stage
     from megatron_evomoe.train.step import take_step
 
@@ -119,7 +122,7 @@ def ours(config: Any, kind: str, step: Any, built: dict[str, Any]) -> Callable[[
 
 
 def images_alone(built: Any, step: Any) -> Callable[[], None]:
-    """Tower and projector, forward only, on all images of the step."""
+    """Function that runs vision tower and projector, forward only, on all images of the step."""
 
     def run() -> None:
         with torch.no_grad():
@@ -132,14 +135,14 @@ def images_alone(built: Any, step: Any) -> Callable[[], None]:
 def measure_stage(
     args: argparse.Namespace, model: str, kind: str, layers: int, precisions: list[str]
 ) -> list[dict[str, Any]]:
-    """One row per precision."""
+    """Measured rows, one per precision."""
     import bare
     import shapes
 
     from megatron_evomoe.parallel import topology
     from megatron_evomoe.train.routing_metrics import forget_auxiliary_losses
 
-    forget_auxiliary_losses()  # the core's record is as long as the last model was deep
+    forget_auxiliary_losses()  # the core's record has one entry per layer of the last model
     options = dict(
         tiny=args.tiny,
         seq_length=args.seq_length,
@@ -212,7 +215,7 @@ def row_of(
 
 
 def add_ratios(rows: list[dict[str, Any]], ceilings: dict[str, dict[str, float | None]]) -> None:
-    """MFU by both ceilings; against bf16 of the stage, and against `warmup` of the precision."""
+    """Add MFU by both ceilings, and ratios to the stage in bf16 and to `warmup` in the same precision."""
     speed = {(r["model"], r["stage"], r["precision"]): r["tokens_per_s"] for r in rows}
     for r in rows:
         for name in ("gemm", "data_sheet"):
@@ -223,7 +226,7 @@ def add_ratios(rows: list[dict[str, Any]], ceilings: dict[str, dict[str, float |
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The table of a report, made from nothing else."""
+    """Markdown table of a report."""
     header = [
         "model (layers)",
         "stage",
@@ -266,7 +269,7 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def title(report: dict[str, Any]) -> str:
-    """What was measured where."""
+    """Heading of a report: what was measured, and on which device."""
     c = report["circumstances"]
     peaks = ", ".join(
         f"{p} {measure.shown(v['gemm_tflops'], '.4g')} (data sheet: "

@@ -1,7 +1,8 @@
-"""The results of `gpu.sh` in one JSON file and one Markdown file made from it; the exit status says whether
-all steps ended well.
+"""Collect the results of `gpu.sh` in one JSON file and one Markdown file.
 
-python benchmarks/summary.py FOLDER [--tiny]
+    python benchmarks/summary.py FOLDER [--tiny]
+
+The Markdown is made from the JSON. The exit status says whether all steps succeeded.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ TABLES = {
 
 
 def collect(folder: Path) -> dict[str, Any]:
-    """What the steps left in `folder`."""
+    """Results of all steps in `folder`."""
     with (folder / "steps.tsv").open() as file:
         rows = list(csv.reader(file, delimiter="\t"))
     steps = [
@@ -58,7 +59,7 @@ def collect(folder: Path) -> dict[str, Any]:
         "tests": _tests(folder / "tests.xml"),
         **reports,
     }
-    # results are to be read elsewhere, where this machine's paths mean nothing
+    # Replace this machine's paths, which mean nothing to a reader elsewhere.
     return json.loads(json.dumps(report).replace(str(folder), "$OUT").replace(sys.executable, "python"))
 
 
@@ -68,7 +69,7 @@ def _last_line(folder: Path, name: str) -> str:
 
 
 def _tests(path: Path) -> dict[str, Any] | None:
-    """Counts, and why tests were skipped."""
+    """Counts of the tests by result, and the reasons why tests were skipped."""
     if not path.exists():
         return None
     suite = ET.parse(path).getroot().find("testsuite")
@@ -80,7 +81,7 @@ def _tests(path: Path) -> dict[str, Any] | None:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """All tables of a report, made from nothing else."""
+    """Markdown with all tables of a report."""
     c = report["circumstances"]
     versions = ", ".join(f"{name} {version}" for name, version in c["versions"].items() if version)
     steps = [
