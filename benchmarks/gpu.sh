@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, on a machine without a network: install, tests/gpu, then the benchmarks, within 20 minutes.
+# Run everything that needs a GPU, in at most 20 minutes and without a network: installation, tests/gpu, benchmarks.
 #   bash benchmarks/gpu.sh [--tiny] [WHEELS]
-# WHEELS     folder of wheels to install, all of them and nothing else (also as a variable); without one nothing is installed
-# OUT        where results go: results.json, results.md, and what each step printed (benchmarks/results; runs/gpu-tiny)
-# PYTHON     interpreter to start from (python3); VENV the environment to make (.venv-gpu)
+# WHEELS     folder of wheels, an argument or a variable: exactly these are installed. Without it nothing is installed.
+# OUT        folder for results.json, results.md and the output of each step (benchmarks/results; with --tiny runs/gpu-tiny)
+# PYTHON     interpreter to start from (python3)
+# VENV       environment to create (.venv-gpu)
 # ONLY       names of the steps to run (all: tests router router-long layer step peer checkpoint)
-# --tiny     tiny models, with or without a GPU: shows that the script works, and measures nothing
-# A step that fails or takes too long is reported and does not stop the others; the exit status is 1 then.
+# --tiny     tiny models, with or without a GPU; shows that the script works and measures nothing
+# A step that fails or takes too long is reported and does not stop the other steps; the exit status is then 1.
 set -euo pipefail
 TINY=""
 if [ "${1:-}" = "--tiny" ]; then
@@ -31,21 +32,22 @@ fi
 
 install_wheels() {
     local torch site
-    # the folder of packages that has torch, if there is one
+    # The folder of packages that contains torch, if torch is installed.
     torch="$("$PYTHON" -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).parents[1])' 2> /dev/null || true)"
     "$PYTHON" -m venv ${torch:+--system-site-packages} "$VENV"
     site="$("$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
-    # an interpreter that lives in an environment hands on the packages below that environment, not those in it
+    # If PYTHON is itself in an environment, --system-site-packages gives the base installation's packages, not that
+    # environment's. A .pth file then adds the folder with torch.
     [ -z "$torch" ] || "$VENV/bin/python" -c 'import torch' 2> /dev/null || echo "$torch" > "$site/base.pth"
-    # one command: two of Transformer Engine's wheels share a folder
+    # One command for all wheels, because two of Transformer Engine's wheels share a folder.
     "$VENV/bin/python" -m pip install -q --no-index --no-deps --find-links "$WHEELS" "$WHEELS"/*.whl
-    # Transformer Engine looks for CUDA's libraries in the environment's own folder alone
+    # Transformer Engine looks for CUDA's libraries only in the environment's own folder.
     [ ! -d "$torch/nvidia" ] || [ -e "$site/nvidia" ] || ln -s "$torch/nvidia" "$site/nvidia"
 }
 
 mkdir -p "$OUT"
 rm -f "$OUT"/steps.tsv "$OUT"/tests.xml "$OUT"/{router,router-long,layer,step,peer,checkpoint,results}.json
-# step NAME SECONDS COMMAND…: run it for so long at most, and never beyond the limit of the whole
+# step NAME SECONDS COMMAND…: run a command for at most SECONDS, and never beyond the time limit of the whole script.
 step() {
     local name="$1" seconds="$2" left=$((LIMIT - (SECONDS - STARTED))) before=$SECONDS rc=0
     shift 2
@@ -87,7 +89,7 @@ else
     ROUTER=(--dtype bf16 --width 2048 4096)
     step tests 300 "$PYTHON" "${TESTS[@]}" tests/unit/moe/test_dtr_triton.py
     step router 120 "$PYTHON" benchmarks/router.py "${ROUTER[@]}" --tokens 4096 16384 --output "$OUT/router.json"
-    # 64k tokens' Θ may take more than a GPU has: that row is then left out
+    # Θ of 64k tokens may need more memory than the GPU has; that row is then left out.
     step router-long 60 "$PYTHON" benchmarks/router.py "${ROUTER[@]}" --tokens 65536 \
         --subjects linear naive masked factored fused ffn --output "$OUT/router-long.json"
     step layer 60 "$PYTHON" benchmarks/layer.py --models 1.8b 7b --train router experts --output "$OUT/layer.json"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Install this package beside what an image brings. Nothing that is there is replaced: pip is held to the versions present and
-# stops where the package needs others.
+# Install this package next to an image's own packages, without replacing any of them: pip is constrained to the installed
+# versions, and fails if the package needs others.
 #   bash docker/install.sh MEGATRON_CORE_VERSION EXTRAS
 set -euo pipefail
 CORE="$1" EXTRAS="$2" PYTHON="${PYTHON:-python3}"

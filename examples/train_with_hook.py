@@ -1,4 +1,4 @@
-"""Training with a hook: code of your own that runs at the moments of a stage.
+"""Train with a hook: your own code, called at fixed moments of a stage.
 
     python examples/train_with_hook.py --config run.yaml                        # takes the flags of `train`
     torchrun --nproc-per-node 8 examples/train_with_hook.py --config run.yaml
@@ -17,18 +17,18 @@ from megatron_evomoe.train.hooks import StepHook
 
 
 class LossSpikes(StepHook):
-    """Logs each step's loss relative to its running mean, and prints a line where it jumps."""
+    """Log each step's loss relative to its running mean, and print a line when the ratio is large."""
 
     def __init__(self, limit: float = 1.5, memory: float = 0.9) -> None:
         self.limit, self.memory = limit, memory
         self.mean = None
 
     def begin_stage(self, run):
-        """Start anew: another stage has another loss."""
+        """Forget the running mean, because another stage has another loss."""
         self.mean = None
 
     def after_step(self, run, result):
-        """`result.loss` is the same number on every rank."""
+        """Update the running mean with `result.loss`, which is the same number on every rank."""
         if self.mean is not None:
             ratio = result.loss / self.mean
             run.add_metrics({"loss-ratio": ratio})  # in metrics.jsonl, TensorBoard and wandb
@@ -48,5 +48,5 @@ def main() -> int:
         return 2
 
 
-if __name__ == "__main__":  # needed: the helper processes of a run import this file again
+if __name__ == "__main__":  # needed because the helper processes of a run import this file again
     sys.exit(main())

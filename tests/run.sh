@@ -1,22 +1,23 @@
 #!/usr/bin/env bash
-# Style, types and the test suite, in an environment this script makes.
-#   bash tests/run.sh                    everything but the slow tests, in two processes
-#   bash tests/run.sh PATH or options    these tests alone, in one process: pytest's arguments
-#   bash tests/run.sh --full             the slow tests too: the whole matrix of layouts, the chaos run, Slurm, several nodes
-#   bash tests/run.sh --coverage         as without arguments, and the share of lines that the tests run
-#   bash tests/run.sh --versions         the tests on Python 3.12 with megatron-core 0.19.2 where a python3.12 runs, and those of
-#                                        Hugging Face in and out on the newest transformers 4
-# Arguments after a mode go to pytest. The 20 slowest tests are listed at the end.
+# Check style and types and run the test suite, in an environment that this script creates.
+#   bash tests/run.sh                    everything except the slow tests, in two processes
+#   bash tests/run.sh PATH or options    only the tests that these pytest arguments select, in one process
+#   bash tests/run.sh --full             the slow tests too: all layouts, the chaos run, Slurm, several nodes
+#   bash tests/run.sh --coverage         the same as without arguments, and the share of lines that the tests run
+#   bash tests/run.sh --versions         the tests on Python 3.12 with megatron-core 0.19.2, if python3.12 is installed, and the
+#                                        tests of Hugging Face imports and exports on the newest transformers 4
+# Arguments after a mode are passed to pytest. The 20 slowest tests are listed at the end.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 MODE=""
 case "${1:-}" in --full | --versions | --coverage) MODE="$1"; shift ;; esac
 export OMP_NUM_THREADS=1
 LISTED=(--durations=20)
-# a file's tests stay together, because they share what they trained; long files come first, in the folders' order
+# loadfile keeps the tests of a file in one process, because they share trained models. Without reordering, the files keep
+# the order of the folders, in which long files come first.
 PARALLEL=(-n 2 --dist loadfile --no-loadscope-reorder)
 
-# repeat INTERPRETER VENV CONSTRAINTS [pytest arguments]: the tests that are not slow, in another environment
+# repeat INTERPRETER VENV CONSTRAINTS [pytest arguments]: run the tests that are not slow in another environment.
 repeat() {
     BASE_PYTHON="$1" VENV="$2" CONSTRAINTS="$PWD/$3" \
         bash -c 'source examples/setup_venv.sh && "$PYTHON" -m pytest -m "not slow" "$@"' run "${PARALLEL[@]}" "${LISTED[@]}" "${@:4}"

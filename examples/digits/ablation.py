@@ -1,4 +1,4 @@
-"""Where do the experts come from, and who routes? Same budget, several seeds, one table.
+"""Compare sources of experts and routers at the same training budget, over several seeds, in one table.
 
     python examples/digits/ablation.py --data DIR --tower DIR --output DIR --seeds 1 2 3 [--jobs 2]
     python examples/digits/ablation.py --output DIR --report       the table again, from what is on disk
@@ -9,7 +9,7 @@ Every seed trains `align` and `warmup` once; each row then continues from there 
     replicate + ROUTER    2 x STEPS steps of router and experts (MoE-LLaVA's setting)
     RULE + ROUTER         STEPS steps of `evolve` under RULE, then STEPS steps of the router alone
 
-Each seed is one process with one thread; `--jobs` run at a time.
+Each seed is one process with one thread; `--jobs` of them run at a time.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ROUTERS = ("linear", "dtr")
 
 
 def stages(steps: int, warmup: int) -> list[dict[str, Any]]:
-    """The tree of stages: warmup, its continuations, and the rule's routers."""
+    """Tree of stages: warmup, its continuations, and the routed stages that follow each rule."""
     tuned = {"kind": "route", "load": "warmup", "trainable": ["router", "experts"], "train_iters": 2 * steps}
     out: list[dict[str, Any]] = [
         {"name": "align", "train_iters": 60, "conversation_template": "plain"},
@@ -66,7 +66,7 @@ def stages(steps: int, warmup: int) -> list[dict[str, Any]]:
 
 
 def configuration(args: argparse.Namespace, seed: int) -> dict[str, Any]:
-    """One seed's run."""
+    """Configuration of one seed's run."""
     run = yaml.safe_load((HERE / "quickstart.yaml").read_text())
     run["data"] |= {
         "tokenizer": str(args.data / "tokenizer.model"),
@@ -88,7 +88,7 @@ def configuration(args: argparse.Namespace, seed: int) -> dict[str, Any]:
 
 
 def train(args: argparse.Namespace) -> None:
-    """All seeds, `--jobs` at a time; a seed that was begun goes on where it was."""
+    """Train all seeds, `--jobs` at a time. A seed that was interrupted resumes."""
     waiting, running = list(args.seeds), []
     while waiting or running:
         while waiting and len(running) < args.jobs:
@@ -115,7 +115,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def read_seed(folder: Path) -> dict[str, dict[str, float]]:
-    """Stage name -> measures, in per cent and cosines."""
+    """Measures of each stage by name, in per cent and as cosines."""
     rows = {row["stage"]: row for row in json.loads((folder / "summary.json").read_text())}
     found: dict[str, dict[str, float]] = {}
     for name, row in rows.items():
@@ -139,7 +139,7 @@ def read_seed(folder: Path) -> dict[str, dict[str, float]]:
 
 
 def report(args: argparse.Namespace) -> str:
-    """The table, mean ± standard deviation over the seeds on disk."""
+    """Markdown table with mean ± standard deviation over the seeds on disk."""
     seeds = [read_seed(p) for p in sorted(args.output.glob("seed*")) if (p / "diagnostics.jsonl").exists()]
     names = [
         s["name"] for s in stages(1, 1) if s["name"] != "align" and all(s["name"] in seed for seed in seeds)

@@ -1,10 +1,10 @@
-"""Visual question answering on real scans, made from the handwritten digits that ship with scikit-learn.
+"""Build visual question answering data from the handwritten digits that ship with scikit-learn.
 
     python examples/digits/build_data.py --output DIR
 
-1797 scans of 8 x 8 grey levels (UCI, Alpaydin and Kaynak) become pictures of one digit or of a 2 x 2 grid,
-with questions of several kinds; text-only arithmetic is mixed in. Scans are split before anything is composed
-of them, so no scan in a held-out picture was ever seen in training. Writes
+The 1797 scans of 8 x 8 grey levels (UCI, Alpaydin and Kaynak) become pictures of one digit or of a 2 x 2
+grid, with questions of several kinds; text-only arithmetic is mixed in. The scans are split before pictures
+are composed of them, so no scan in a held-out picture was seen in training. The script writes:
 
     DIR/captions DIR/instruct  training shards for `align` and for the other stages
     DIR/heldout                held-out shards; a sample's `kind` is for the report, the model never sees it
@@ -35,28 +35,28 @@ TEST_SHARE = 0.2
 
 @dataclass
 class Picture:
-    """A composed image and what is on it."""
+    """A composed image and the digits that it shows."""
 
     pixels: np.ndarray
-    """uint8 [32, 32]"""
+    """Grey levels, uint8 [32, 32]."""
     digits: list[int]
-    """one, or four in the order of PLACES"""
+    """One digit, or four in the order of `PLACES`."""
 
 
 class Composer:
-    """Draws pictures from one split of the scans."""
+    """Source of random pictures from one split of the scans."""
 
     def __init__(self, scans: np.ndarray, labels: np.ndarray, seed: int) -> None:
         self.scans, self.labels, self.rng = scans, labels, np.random.default_rng(seed)
         self.by_digit = [np.flatnonzero(labels == d) for d in range(10)]
 
     def scan_of(self, digit: int) -> np.ndarray:
-        """Some scan of `digit`, enlarged to one cell, uint8 [16, 16]."""
+        """Random scan of `digit`, enlarged to one cell, uint8 [16, 16]."""
         scan = self.scans[self.rng.choice(self.by_digit[digit])]
         return np.asarray(Image.fromarray(scan).resize((CELL, CELL), Image.Resampling.BILINEAR))
 
     def single(self) -> Picture:
-        """One digit, in the middle or in a corner."""
+        """Picture of one digit, in the middle or in a corner."""
         digit = int(self.rng.integers(10))
         canvas = np.zeros((SIDE, SIDE), np.uint8)
         y, x = self.rng.choice([0, 8, 16], size=2)
@@ -64,12 +64,12 @@ class Composer:
         return Picture(canvas, [digit])
 
     def grid(self, digits: list[int]) -> Picture:
-        """Four digits."""
+        """Picture of four digits."""
         cells = [self.scan_of(d) for d in digits]
         return Picture(np.block([[cells[0], cells[1]], [cells[2], cells[3]]]), digits)
 
     def grid_with_pair(self) -> tuple[Picture, tuple[int, int]]:
-        """Four digits of which exactly two are equal, and where those are."""
+        """Picture of four digits of which exactly two are equal, and the places of those two."""
         values = self.rng.choice(10, size=3, replace=False).tolist()
         first, second = sorted(self.rng.choice(4, size=2, replace=False).tolist())
         others = iter(values[1:])
@@ -80,11 +80,11 @@ class Composer:
 
 
 Turn = tuple[str, str, str]
-"""kind, question, answer"""
+"""Kind, question and answer."""
 
 
 def single_turns(picture: Picture) -> list[Turn]:
-    """The questions about one digit."""
+    """Questions about a picture of one digit."""
     digit = picture.digits[0]
     return [
         ("single: which", "Which digit is this?", str(digit)),
@@ -106,7 +106,7 @@ def grid_turns(picture: Picture, pair: tuple[int, int], rng: np.random.Generator
 
 
 def arithmetic(rng: np.random.Generator) -> Turn:
-    """A text-only sum or difference."""
+    """Question about a sum or difference, without a picture."""
     a, b = (int(n) for n in rng.integers(0, 10, size=2))
     if rng.integers(2):
         return "text: arithmetic", f"What is {a} plus {b}?", str(a + b)
@@ -114,21 +114,24 @@ def arithmetic(rng: np.random.Generator) -> Turn:
 
 
 def caption(picture: Picture) -> str:
-    """What an alignment caption says."""
+    """Caption of a picture, for `align`."""
     if len(picture.digits) == 1:
         return f"the digit {picture.digits[0]}"
     return ", ".join(f"{place} {digit}" for place, digit in zip(PLACES, picture.digits, strict=True))
 
 
 def png(picture: Picture) -> bytes:
-    """Lossless RGB."""
+    """Lossless RGB file of a picture."""
     buffer = io.BytesIO()
     Image.fromarray(picture.pixels).convert("RGB").save(buffer, "PNG")
     return buffer.getvalue()
 
 
 def conversation(turns: list[Turn], *, with_image: bool) -> list[dict[str, str]]:
-    """LLaVA's format; the empty system turn keeps the tiny model's sequences short."""
+    """Conversation in LLaVA's format.
+
+    Its empty system turn keeps the tiny model's sequences short.
+    """
     out = [{"from": "system", "value": ""}]
     for i, (_, question, answer) in enumerate(turns):
         text = f"<image>\n{question}" if with_image and i == 0 else question
@@ -140,8 +143,9 @@ Sample = tuple[dict[str, Any], list[bytes]]
 
 
 def instruct(composer: Composer, count: int) -> Iterator[Sample]:
-    """Training samples: 3/8 single, 1/2 grids (all their questions in one conversation, in any order), 1/8
-    text only.
+    """Training samples: 3/8 single digits, 1/2 grids, 1/8 text only.
+
+    A grid has all its questions in one conversation, in random order.
     """
     for i in range(count):
         turns, picture = _draw(composer, i % 8)
@@ -154,7 +158,7 @@ def instruct(composer: Composer, count: int) -> Iterator[Sample]:
 
 
 def heldout(composer: Composer, count: int) -> Iterator[Sample]:
-    """One question a sample, so that no answer can lean on another's."""
+    """Held-out samples with one question each, so that no answer can depend on another question's."""
     for i in range(count):
         turns, picture = _draw(composer, i % 8)
         turn = turns[int(composer.rng.integers(len(turns)))]
@@ -173,7 +177,7 @@ def _draw(composer: Composer, sort: int) -> tuple[list[Turn], Picture | None]:
 
 
 def captions(composer: Composer, count: int) -> Iterator[Sample]:
-    """Picture and caption, for `align`."""
+    """Samples of a picture and its caption, for `align`."""
     for i in range(count):
         picture = composer.single() if i % 2 else composer.grid_with_pair()[0]
         turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": caption(picture)}]
@@ -181,8 +185,9 @@ def captions(composer: Composer, count: int) -> Iterator[Sample]:
 
 
 def labelled_grids(composer: Composer, count: int) -> dict[str, np.ndarray]:
-    """Grids and what each cell shows, to pretrain the tower on: uint8 [count, 32, 32] and int64 [count,
-    4].
+    """Grids and the digit in each of their cells, on which the tower is pretrained.
+
+    The arrays are uint8 [count, 32, 32] and int64 [count, 4].
     """
     drawn = [composer.grid(composer.rng.integers(10, size=4).tolist()) for _ in range(count)]
     return {"pixels": np.stack([p.pixels for p in drawn]), "labels": np.array([p.digits for p in drawn])}
@@ -196,7 +201,7 @@ def build(
     heldout_samples: int,
     tower_pictures: int,
 ) -> None:
-    """Write everything under `output`."""
+    """Write all shards, the tower's pictures and the tokenizer under `output`."""
     scans, labels = load_digits(return_X_y=True)
     scans = np.round(scans.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
     order = np.random.default_rng(seed).permutation(len(scans))
@@ -209,17 +214,17 @@ def build(
     training = list(instruct(train, instruct_samples))
     described = list(captions(train, caption_samples))
     lines = [turn["value"] for record, _ in described for turn in record["conversations"]]
-    for record, _ in training[
-        :2000
-    ]:  # as the v1 template lays them out, so that its words become pieces of their own
+    # Texts are laid out as in the v1 template, so that the template's words become pieces of their own.
+    for record, _ in training[:2000]:
         turns = [turn["value"] for turn in record["conversations"][1:]]
         lines += [f"USER: {q} ASSISTANT: {a}" for q, a in zip(turns[::2], turns[1::2], strict=True)]
+    # BPE makes pieces of whole words.
     train_sentencepiece(
         (line.replace("<image>\n", "") for line in lines),
         output / "tokenizer.model",
         vocab_size=400,
         model_type="bpe",
-    )  # whole words become pieces
+    )
     write_shards(training, output / "instruct", samples_per_shard=2000)
     write_shards(described, output / "captions", samples_per_shard=2000)
     write_shards(heldout(test, heldout_samples), output / "heldout", samples_per_shard=2000)

@@ -1,13 +1,12 @@
-"""Pretrain the small vision tower that stands for CLIP in the quickstart, and save it as a checkpoint to
-start from.
+"""Pretrain the small vision tower that replaces CLIP in the quickstart, and save it as a checkpoint.
 
     python examples/digits/pretrain_tower.py --config examples/digits/quickstart.yaml --data DIR/tower.npz
     --output DIR
 
-The tower (megatron-core's ViT, the one the model uses) learns to name the digit in each quarter of a grid of
-*training* scans, once from that quarter's patches and once from the average of all patches, so that a patch
-says what it shows and where, as CLIP's do. The heads are thrown away. Nothing here sees a held-out scan or a
-question.
+The tower (megatron-core's ViT, which the model uses too) learns to classify the digit in each quarter of a
+grid of *training* scans, once from that quarter's patches and once from the average of all patches. The
+feature of a patch then represents both content and position, as CLIP's do. The classification heads are
+discarded. Held-out scans and questions are not used.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from torch.nn import functional as F
 from megatron_evomoe.config import load_config
 from megatron_evomoe.parallel import backend
 
-CELLS = 2  # per side
+CELLS = 2  # cells per side of a grid
 
 
 def main() -> None:
@@ -77,8 +76,10 @@ def main() -> None:
 
 
 class Heads(torch.nn.Module):
-    """Digit logits [n, 4, 10] from patch features [n, p, C]: by each quarter's average, and by the whole
-    picture's.
+    """Classification heads: digit logits from patch features [n, p, C].
+
+    One head uses the average of each quarter and returns [n, 4, 10]; so does the other, from the average of
+    the whole picture.
     """
 
     def __init__(self, width: int) -> None:
@@ -96,7 +97,7 @@ def pretrain(
     labels: torch.Tensor,
     args: argparse.Namespace,
 ) -> float:
-    """Train tower and head; returns training accuracy over the last batches."""
+    """Train tower and head, and return the training accuracy over the last batches."""
     optimizer = torch.optim.AdamW([*tower.parameters(), *head.parameters()], lr=args.lr, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps, pct_start=0.1)
     generator, started, right = torch.Generator().manual_seed(0), time.perf_counter(), []

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# One job per stage, each waiting for the one before it to succeed:
+# Submit one job per stage; each job waits until the previous one has succeeded:
 #
 #   bash examples/slurm/submit_stages.sh [sbatch flags] [-- train flags]
 #   bash examples/slurm/submit_stages.sh --nodes=4 --gpus-per-node=8 -- --expert-model-parallel-size 4
 #
-# A stage that fails takes the later ones out of the queue. The same line again skips what is finished and goes on.
-# STAGES names others than the recipe's: "align warmup evolve route".
+# If a stage fails, Slurm removes the jobs of later stages. The same command again skips finished stages and resumes.
+# STAGES replaces the list of stages, by default the recipe's "align warmup evolve route".
 set -euo pipefail
 
 HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
@@ -29,6 +29,6 @@ for stage in ${STAGES:-align warmup evolve route}; do
     fi
     after="$(sbatch --parsable --job-name="evomoe-$stage" "${waits[@]}" "${sbatch_flags[@]}" "$HERE/evomoe_llava.sbatch" \
         --stage "$stage" "$@")"
-    after="${after%%;*}" # a federation answers id;cluster
+    after="${after%%;*}" # in a federation sbatch prints id;cluster
     echo "$stage: job $after"
 done

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# A real Slurm cluster of two nodes on this machine, for tests: Debian's packages, started by hand, root only.
+# Start a real Slurm cluster of two nodes on this machine, for tests, from Debian's packages. Needs root.
 #
-#   bash tests/slurm/cluster.sh install          what apt lacks of them; exit 3 and a reason where it cannot be had
-#   bash tests/slurm/cluster.sh serve FOLDER     starts it, prints "ready", and takes it down when its standard input closes
+#   bash tests/slurm/cluster.sh install          installs missing packages; prints the reason and exits with 3 if it cannot
+#   bash tests/slurm/cluster.sh serve FOLDER     starts the cluster, prints "ready", and stops it when standard input closes
 #   bash tests/slurm/cluster.sh in FOLDER CMD…   runs a command (sbatch, squeue …) as if on the login node
 #
-# The controller and both nodes each have network, host name and /etc/hosts of their own, joined by a bridge, so a
-# rendezvous crosses a wire and nothing outside FOLDER and those namespaces changes. They are named after FOLDER (letters,
-# digits, hyphens), so that two clusters never meet. Tied to standard input because that closes however the caller dies.
+# The controller and both nodes have their own networks, host names and /etc/hosts. A bridge joins the networks, so that a
+# rendezvous crosses a network. Only FOLDER and these namespaces change. Their names contain FOLDER's (letters, digits,
+# hyphens), so that clusters do not collide. Standard input ends the cluster because it closes however the caller dies.
 set -euo pipefail
 
 refuse() {
@@ -38,8 +38,9 @@ install() {
 
 configure() {
     local folder="$1" name="$2" tracking=proctrack/pgid
-    # the way real clusters track processes: a signal reaches only a task's first process. Version 1 hierarchies alone,
-    # because Debian's Slurm wants systemd for version 2. Process groups come nearest to it: torchrun's workers have their own
+    # Real clusters track processes with cgroups, and a signal reaches only a task's first process. Only cgroup version 1 is
+    # used, because Debian's Slurm needs systemd for version 2. Without it, process groups behave most similarly, because
+    # torchrun's workers have groups of their own.
     if mkdir "/sys/fs/cgroup/freezer/probe-$$" 2>/dev/null; then
         rmdir "/sys/fs/cgroup/freezer/probe-$$"
         tracking=proctrack/cgroup
@@ -53,7 +54,7 @@ CgroupAutomount=no
 ConstrainCores=no
 ConstrainRAMSpace=no
 CONF
-    # cred_expire: a requeued job waits that long. KillWait: a busy machine takes its time to save
+    # cred_expire is short because a requeued job waits that long. KillWait is long because saving is slow on a busy machine.
     cat > "$folder/slurm.conf" <<CONF
 ClusterName=test
 SlurmctldHost=$name-ctl(10.77.0.1)
@@ -88,12 +89,12 @@ PartitionName=main Nodes=$name-n1,$name-n2 Default=YES MaxTime=INFINITE State=UP
 CONF
 }
 
-# daemon FOLDER HOST CMD…: in HOST's namespaces, as a child of this script
+# daemon FOLDER HOST CMD…: start a daemon in HOST's namespaces, as a child of this script.
 daemon() {
     local folder="$1" host="$2"
     shift 2
-    # not `ip netns exec`, which hides the cgroup mount from slurmd
-    # shellcheck disable=SC2016  # expanded inside
+    # `ip netns exec` would hide the cgroup mount from slurmd.
+    # shellcheck disable=SC2016  # the inner bash expands the variables
     nsenter --net="/run/netns/$host" unshare --mount --uts \
         bash -c 'mount --bind "$1" /etc/hosts; hostname "$2"; shift 2; exec "$@"' daemon "$folder/hosts" "$host" "$@" \
         < /dev/null >> "$folder/log/$host" 2>&1 &
@@ -110,7 +111,7 @@ stop() {
     local name="$1" host group
     for host in "$name-n1" "$name-n2" "$name-ctl"; do
         [ -e "/run/netns/$host" ] || continue
-        # daemons, steps and whatever a job left behind: all that lives in the node's network
+        # Kill every process in the node's network: daemons, steps and what a job left behind.
         while [ -n "$(ip netns pids "$host")" ]; do
             ip netns pids "$host" | xargs --no-run-if-empty kill -KILL 2>/dev/null || true
             sleep 0.1
@@ -143,7 +144,7 @@ serve() {
         ip -n "$node" address add "10.77.0.1$number/24" dev eth0
         ip -n "$node" link set eth0 up
     done
-    # own key and socket: a munge of the machine's is left alone
+    # munged gets its own key and socket, so that the machine's munge is not affected.
     (umask 077 && head -c 128 /dev/urandom > "$folder/munge.key")
     daemon "$folder" "$name-ctl" munged --foreground --force --socket="$folder/munge.socket" --key-file="$folder/munge.key" \
         --pid-file="$folder/munge.pid" --seed-file="$folder/munge.seed" --log-file="$folder/log/munged"
@@ -155,7 +156,7 @@ serve() {
     for _ in $(seq 150); do
         if [ "$(inside "$folder" sinfo --noheader --states=idle --format=%D 2>/dev/null)" = 2 ]; then
             echo ready
-            cat > /dev/null # until standard input closes
+            cat > /dev/null # wait until standard input closes
             exit 0
         fi
         sleep 0.2
