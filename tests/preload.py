@@ -1,6 +1,7 @@
-"""What the processes that tests fork have imported already (tests/programs.py)."""
+"""The modules that are imported before tests/programs.py forks the tests' processes."""
 
-import pytest  # noqa: F401 - the module that pytest was started as is imported again in every process
+# multiprocessing imports the main module, which is pytest, again in every process
+import pytest  # noqa: F401
 
 from megatron_evomoe.parallel import backend
 

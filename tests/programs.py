@@ -1,9 +1,9 @@
 """Python programs in processes of their own, for tests of what runs on a command line.
 
-`start` and `run` take the arguments of ``python``. Without a GPU the processes are forked from one that has
-imported everything, so that a command takes one second instead of the five that a new interpreter takes.
-CUDA cannot be forked; there they are interpreters. Programs that torchrun starts are interpreters, too.
-Tests of what an interpreter imports do not use this module.
+`start` and `run` take the arguments of ``python``. Without a GPU, the processes are forked from a process
+that has imported everything, so that a command takes one second instead of the five that a new interpreter
+needs. A process that uses CUDA cannot be forked, so with a GPU every program gets a new interpreter. Programs
+that torchrun starts also get new interpreters. Tests of what an interpreter imports do not use this module.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _server.set_forkserver_preload(["tests.preload"])
 def environment(**extra: str) -> dict[str, str]:
     """The environment that pytest was started with, the checkout importable, and one thread per process."""
     path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)
-    # a group of one rank in this process has set variables for itself
+    # a group of one rank in this process has set variables that its children must not inherit
     own = (backend.SET_BY, *os.environ.get(backend.SET_BY, "").split()[1:])
     inherited = {name: value for name, value in os.environ.items() if name not in own}
     return {**inherited, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", **extra}
@@ -47,14 +47,14 @@ class Forked:
 
     @property
     def returncode(self) -> int | None:
-        """The exit status, minus the signal's number for one that was killed, none while it runs."""
+        """The exit status: minus the signal's number after a signal, None while the program runs."""
         return self._process.exitcode
 
     def poll(self) -> int | None:
         return self._process.exitcode
 
     def wait(self, timeout: float | None = None) -> int:
-        """The exit status. Raises `subprocess.TimeoutExpired`."""
+        """Wait for the program to end and return its exit status. Raises `subprocess.TimeoutExpired`."""
         self._process.join(timeout)
         if self._process.exitcode is None:
             raise subprocess.TimeoutExpired("a forked program", timeout or 0)
@@ -79,8 +79,10 @@ def start(
     env: dict[str, str] | None = None,
     cwd: Path = ROOT,
 ) -> Program:
-    """Start ``python ARGV``: ``-m MODULE …`` or a file. What it prints is appended to `output`; `errors`, if
-    given, takes what goes to stderr. `typed` is a file for stdin.
+    """Start ``python ARGV``, where ARGV is ``-m MODULE …`` or a file and its arguments.
+
+    What the program prints is appended to `output`; `errors`, if given, takes what goes to stderr. `typed` is
+    a file for stdin.
     """
     env = environment() if env is None else env
     streams = (typed or Path(os.devnull), output, errors or output)
@@ -97,7 +99,7 @@ def start(
 def start_ranks(
     world: int, *argv: str, output: Path, errors: Path | None = None, env: dict[str, str] | None = None
 ) -> list[Program]:
-    """The same program `world` times, as the ranks of one node."""
+    """Start the same program `world` times, as the ranks of one node."""
     common = {
         **(environment() if env is None else env),
         "WORLD_SIZE": str(world),
@@ -111,14 +113,14 @@ def start_ranks(
 
 
 def wait(programs: list[Program], timeout: float) -> list[int]:
-    """The exit statuses. When one program fails or time is up, the others are killed, as torchrun does it."""
+    """Return the exit statuses; when a program fails or time is up, kill the others, as torchrun does."""
     deadline = time.monotonic() + timeout
     try:
         while any(p.poll() is None for p in programs) and not any(p.poll() for p in programs):
             if time.monotonic() > deadline:
                 break
             time.sleep(0.01)
-        grace = time.monotonic() + 10  # the others may be about to say the same
+        grace = time.monotonic() + 10  # the other ranks may be about to report the same failure
         while any(p.poll() is None for p in programs) and any(p.poll() for p in programs):
             if time.monotonic() > grace:
                 break
@@ -153,8 +155,10 @@ def run(
 
 
 def free_port() -> int:
-    """A port for a rendezvous. Below those that the system gives to connections, and in a range of each
-    pytest-xdist worker's own, so that nobody else takes it before the program does.
+    """Return a free port for a rendezvous.
+
+    It is below the ports that the system assigns to connections, and each pytest-xdist worker has its own
+    range, so that nothing else takes the port before the program does.
     """
     for port in _ports:
         with socket.socket() as probe:
@@ -176,7 +180,7 @@ _ports = _ports_of_this_worker()
 
 
 def _main(argv: tuple[str, ...], env: dict[str, str], cwd: str, typed: str, output: str, errors: str) -> None:
-    """In the forked process: become ``python ARGV``."""
+    """Run ``python ARGV`` in the forked process, in place of what it was."""
     import torch
 
     os.environ.clear()

@@ -1,4 +1,4 @@
-"""Training runs through the command line, and what they leave behind."""
+"""Starts training runs through the command line and reads the files that they write."""
 
 from __future__ import annotations
 
@@ -19,32 +19,34 @@ VOLATILE = {
     "straggler/seconds",
     "straggler/median-seconds",
 }
-"""Fields of a metric line that two runs of the same never share."""
+"""The fields of a metric line that differ between two runs of the same configuration."""
 
 
 def run(
     *argv: str, processes: int = 0, expect: int | None = 0, **extra: str
 ) -> subprocess.CompletedProcess[str]:
-    """``python -m megatron_evomoe ARGV``, as several ranks if `processes` is given. Checks the exit status,
-    which is 1 if any rank fails.
+    """Run ``python -m megatron_evomoe ARGV``, as several ranks if `processes` is given.
+
+    Checks the exit status, which is 1 if any rank fails.
     """
     env = programs.environment(**extra)
     return programs.run("-m", "megatron_evomoe", *argv, ranks=processes, expect=expect, env=env)
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The run's metric lines."""
+    """The metric lines of a run."""
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 def steady(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Metric lines without what differs between two runs of the same."""
+    """Metric lines without the fields that differ between two runs of the same configuration."""
     return [{k: v for k, v in line.items() if k not in VOLATILE} for line in lines]
 
 
 def four_stages(digits: Path, folder: Path, **changes: Any) -> dict[str, Any]:
-    """The configuration of a small model's four stages on the data of `digits`, saved in `folder`, with
-    `changes` merged into its sections.
+    """The configuration of a small model's four stages on the data of `digits`.
+
+    The run is saved in `folder`, and `changes` are merged into the configuration's sections.
     """
     raw: dict[str, Any] = {
         "language": {"num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 2},

@@ -16,7 +16,10 @@ IMAGE_TOKENS = 4
 
 
 def tiny_config(kind: str = "warmup", **sections: Any) -> RunConfig:
-    """Two layers (the second a mixture), 32 wide; one stage of `kind`. `sections` are merged over that."""
+    """The configuration of a tiny model with one stage of `kind`.
+
+    The model has two layers (the second a mixture), 32 wide. `sections` are merged over the configuration.
+    """
     raw: dict[str, Any] = {
         "language": {
             "num_layers": 2,
@@ -47,8 +50,9 @@ def tiny_config(kind: str = "warmup", **sections: Any) -> RunConfig:
 def rows(
     images_per_row: list[int], *, seed: int = 0, length: int = 24, answer: tuple[int, ...] = (3,)
 ) -> dict[str, Any]:
-    """One microbatch: each row has its images first, then text, then padding; the last `answer[i]` text
-    tokens are supervised.
+    """One microbatch whose rows each have their images first, then text, then padding.
+
+    The last `answer[i]` text tokens of a row are supervised.
     """
     g = torch.Generator().manual_seed(seed)
     b = len(images_per_row)
@@ -72,7 +76,7 @@ def rows(
 
 
 def step_of(*microbatches: dict[str, Any]) -> Step:
-    """One optimizer step."""
+    """One optimizer step of the given microbatches."""
     return Step(
         tokens=torch.stack([m["tokens"] for m in microbatches]),
         labels=torch.stack([m["labels"] for m in microbatches]),

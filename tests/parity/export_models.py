@@ -1,6 +1,4 @@
-"""Randomly initialised models of every shape an export must carry, saved as the checkpoints it starts
-from.
-"""
+"""Random models of every shape that an export must support, saved as the checkpoints it reads."""
 
 from __future__ import annotations
 
@@ -19,7 +17,8 @@ from megatron_evomoe.model.build import build_modules
 from megatron_evomoe.model.llava import LlavaModel
 from tests.unit.hf.fresh_process import BATCH, IMAGES, answer_of, pixels
 
-TOLERANCE = 1e-5  # of the largest logit; measured: 3e-6 at most, from sums in another order
+# relative to the largest logit; measured: at most 3e-6, from sums in another order
+TOLERANCE = 1e-5
 LLAMA: dict[str, Any] = {
     "num_layers": 3,
     "hidden_size": 64,
@@ -73,7 +72,7 @@ MOE = {"moe_layer_freq": [0, 1, 1], "dtr_hidden_size": 3, "dtr_rank": 5, "moe_ro
 
 @dataclass
 class Saved:
-    """A model in memory and the folder of its checkpoint."""
+    """A model in memory, its configuration, and the folder of its checkpoint."""
 
     model: LlavaModel
     folder: Path
@@ -91,7 +90,7 @@ def saved_model(
     template: str = "v1",
     data: dict[str, Any] | None = None,
 ) -> Saved:
-    """A random model of stage `kind` with all norms and biases non-trivial, saved as a run saves it."""
+    """A random model of stage `kind`, with no norm or bias left at 1 or 0, saved as a run saves it."""
     tok = build_tokenizer(tokenizer)
     config = from_mapping(
         {
@@ -154,10 +153,10 @@ def _move_experts_apart(model: LlavaModel) -> None:
 
 @torch.no_grad()
 def core_answer(saved: Saved, image_token: int, stage: str = "") -> dict[str, torch.Tensor]:
-    """What `fresh_process.answer_of` says of an export, from megatron-core's model: logits at real positions
-    and chosen experts.
+    """The answer of megatron-core's model, in the form of `fresh_process.answer_of`.
 
-    Rows are right-padded here and left-padded there; padding is cut out of both.
+    It consists of the logits at all positions that are not padding, and the chosen experts. Rows are
+    right-padded here and left-padded there, so padding is cut out of both.
     """
     chosen: dict[int, torch.Tensor] = {}
     for module in saved.model.modules():
@@ -167,16 +166,15 @@ def core_answer(saved: Saved, image_token: int, stage: str = "") -> dict[str, to
             )
     tokens, types = _right_padded(image_token)
     images = torch.cat([pixels(i) for i in range(IMAGES)])
-    # normalised pixels: the model's own normalisation is compared elsewhere
+    # the pixels are normalised already; the model's own normalisation is compared elsewhere
     saved.model._normalize = lambda given, dtype: given.to(dtype)
     logits = saved.model(tokens, types, images)
     real = types != TokenType.PADDING
     out = {"logits": logits[real][:, : saved.config.language.vocab_size]}
     rows, length = tokens.shape
     for i, layer in enumerate(sorted(chosen)):
-        routing = (
-            chosen[layer][0].view(length, rows, -1).transpose(0, 1)
-        )  # the core's tokens go by position, then row
+        # megatron-core orders tokens by position, then by row
+        routing = chosen[layer][0].view(length, rows, -1).transpose(0, 1)
         out[f"experts.{i}"] = routing[real]
     return out
 

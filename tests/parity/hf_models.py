@@ -1,6 +1,4 @@
-"""Tiny random transformers models of every architecture that can be imported, saved by transformers
-itself.
-"""
+"""Tiny random transformers models of every architecture that can be imported, saved by transformers."""
 
 from __future__ import annotations
 
@@ -63,7 +61,7 @@ LANGUAGE: dict[str, tuple[str, dict[str, Any]]] = {
     "phi": ("PhiConfig", {"partial_rotary_factor": 0.5, "resid_pdrop": 0.0, "embd_pdrop": 0.0}),
 }
 
-# name: (language model, tower, arguments of LlavaConfig)
+# name: (language model, vision tower, arguments of LlavaConfig)
 LLAVA: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llava": ("llama", "clip", {}),
     "llava-mistral-class-token": ("mistral", "clip", {"vision_feature_select_strategy": "full"}),
@@ -81,11 +79,11 @@ LLAVA: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 
 def randomised(module: torch.nn.Module, seed: int = 7) -> torch.nn.Module:
-    """Larger matrices, so that softmaxes are not flat, and norms and biases away from 1 and 0."""
+    """Scale matrices up, so that softmaxes are not flat, and move norms and biases away from 1 and 0."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
-            if parameter.ndim == 1:  # a large bias of the output layer would make all answers alike
+            if parameter.ndim == 1:  # a large bias of the output layer would make all answers the same
                 scale = 0.02 if name == "lm_head.bias" else 0.3
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
             else:
@@ -102,14 +100,14 @@ def language_config(name: str) -> Any:
 
 
 def tower_config(kind: str) -> Any:
-    """transformers' configuration of a tower."""
+    """transformers' configuration of a vision tower."""
     import transformers
 
     return getattr(transformers, {"clip": "CLIPVisionConfig", "siglip": "SiglipVisionConfig"}[kind])(**TOWER)
 
 
 def language_model(name: str) -> Any:
-    """A decoder with its output layer."""
+    """A random decoder with its output layer."""
     import transformers
 
     return randomised(
@@ -118,7 +116,7 @@ def language_model(name: str) -> Any:
 
 
 def tower(kind: str) -> Any:
-    """A tower alone."""
+    """A random vision tower alone."""
     import transformers
 
     model = {"clip": "CLIPVisionModel", "siglip": "SiglipVisionModel"}[kind]
@@ -126,7 +124,7 @@ def tower(kind: str) -> Any:
 
 
 def llava(name: str) -> Any:
-    """A whole LLaVA model."""
+    """A random LLaVA model: vision tower, projector and language model."""
     import transformers
 
     text, kind, arguments = LLAVA[name]
@@ -141,6 +139,6 @@ def llava(name: str) -> Any:
 
 
 def save(model: Any, folder: Path) -> Path:
-    """By transformers."""
+    """Save a model with transformers' own function."""
     model.save_pretrained(folder)
     return folder

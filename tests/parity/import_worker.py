@@ -1,5 +1,6 @@
-"""One rank of `test_import.py`: loads imported checkpoints under a layout and runs them; rank 0 writes logits
-and answers.
+"""One rank of `test_import.py`: loads imported checkpoints under a layout and runs the models.
+
+Rank 0 writes the logits and the answers.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from megatron_evomoe.parallel import backend
 
 
 def main(asked: str, answered: str) -> None:
-    """Every job of `asked` under its layout; the results, by name, go to `answered`."""
+    """Run every job in the file `asked` under its layout and write the results, by name, to `answered`."""
     backend.prepare()
     torch.set_num_threads(1)
     backend.init_process_group(timeout_minutes=2)
@@ -84,7 +85,7 @@ def prompts(given: dict[str, Any]) -> list[Any]:
 
 
 def all_logits(chunks: list[Any], given: dict[str, Any], config: Any) -> torch.Tensor:
-    """Of every position, on every rank; the vocabulary's padding cut off. Communicates."""
+    """The logits of all positions, on every rank, without the vocabulary's padding. Communicates."""
     from megatron.core import parallel_state as ps
     from megatron.core import tensor_parallel
     from megatron.core.pipeline_parallel import get_forward_backward_func

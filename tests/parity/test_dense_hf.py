@@ -1,10 +1,11 @@
-"""Our builders against transformers: tiny random models, the same weights, fp32 on CPU.
+"""Our builders against transformers: tiny random models with the same weights, in fp32 on a CPU.
 
-Norms and biases are randomised, since fresh ones (1 and 0) would hide most errors. Tolerance: measured on
-torch 2.13 CPU with transformers 5.23 and megatron-core 0.16.1 and 0.19.2, logits and features are
-bit-identical but for Phi's (2.7e-7 of the largest: its tanh GELU is written out), gradients differ by at most
-6e-7 (sums in another order). 5e-6 leaves room for other BLAS builds, and is well below the smallest known
-mistake, 5e-5 (`test_a_wrong_detail_shows`, exact for tanh GELU).
+Norms and biases are randomised, because fresh ones (1 and 0) would hide most errors. Measured on torch 2.13
+with transformers 5.23 and megatron-core 0.16.1 and 0.19.2, logits and features are bit-identical except for
+Phi's, which differ by 2.7e-7 of the largest because its tanh GELU is written out. Gradients differ by at most
+6e-7, because sums are in another order. The tolerance of 5e-6 leaves room for other BLAS builds and is well
+below the effect of the smallest known mistake, 5e-5, which is exact GELU in place of tanh GELU
+(`test_a_wrong_detail_shows`).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from megatron_evomoe.model.vision import build_vision_model
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra [hf])")
 pytestmark = pytest.mark.usefixtures("one_rank")
 
-TOLERANCE = 5e-6  # of the largest value
+TOLERANCE = 5e-6  # relative to the largest value
 VOCAB, LAYERS, HIDDEN, FFN, HEADS = 140, 3, 64, 96, 4
 
 HF_BASE = {
@@ -89,7 +90,7 @@ LANGUAGE = {
 
 
 def randomised(module: torch.nn.Module) -> torch.nn.Module:
-    """Larger matrices, so that softmaxes are not flat, and norms and biases away from 1 and 0."""
+    """Scale matrices up, so that softmaxes are not flat, and move norms and biases away from 1 and 0."""
     torch.manual_seed(7)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -101,7 +102,7 @@ def randomised(module: torch.nn.Module) -> torch.nn.Module:
 
 
 def fuse_qkv(parts: list[torch.Tensor], groups: int) -> torch.Tensor:
-    """Per key/value group: its queries, its key, its value."""
+    """Concatenate, for each key/value group, its queries, its key and its value."""
     return torch.cat([p.reshape(groups, -1, *p.shape[1:]) for p in parts], dim=1).reshape(
         -1, *parts[0].shape[1:]
     )
@@ -145,7 +146,7 @@ def core_language_weights(hf: dict[str, torch.Tensor], config: RunConfig) -> dic
 
 
 def load_all(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> torch.nn.Module:
-    """Load, and accept no difference in keys but the core's empty extra states."""
+    """Load the weights; no key may be missing or unexpected, except megatron-core's empty extra states."""
     result = model.load_state_dict(weights, strict=False)
     missing = [k for k in result.missing_keys if "_extra_state" not in k]
     assert not missing and not result.unexpected_keys, (missing, result.unexpected_keys)
@@ -193,7 +194,7 @@ def test_logits_and_gradients_agree(name):
     ],
 )
 def test_a_wrong_detail_shows(name, change, at_least):
-    """The comparison can tell apart what it must: each of these is the only difference."""
+    """The comparison detects each of these single differences."""
     hf, model = language_pair(name, **change)
     with torch.no_grad():
         assert relative_error(model(IDS, POSITIONS, None), hf(input_ids=IDS).logits) > at_least
@@ -278,7 +279,7 @@ def test_features_agree(kind, select, feature_layer):
 
 
 def test_projector_is_llavas():
-    """Exact GELU: the core's fused bias+GELU, the tanh one, would differ by 5e-5."""
+    """The projector uses exact GELU; megatron-core's fused bias+GELU, the tanh form, would differ by 5e-5."""
     config = from_mapping({"language": OUR_BASE})
     reference = randomised(
         torch.nn.Sequential(torch.nn.Linear(64, HIDDEN), torch.nn.GELU(), torch.nn.Linear(HIDDEN, HIDDEN))
@@ -303,10 +304,8 @@ def test_projector_is_llavas():
 PUBLISHED = {
     "qwen2-0.5b": ("Qwen2Config", {"num_key_value_heads": 2}),
     "stablelm-2-1.6b": ("StableLmConfig", {"use_qkv_bias": True, "num_key_value_heads": 32}),
-    "qwen-1.8b": (
-        "Qwen2Config",
-        {"num_key_value_heads": 16},
-    ),  # its own class is remote code; Qwen2's has the same parts
+    # Qwen's own class is remote code; Qwen2's has the same parts
+    "qwen-1.8b": ("Qwen2Config", {"num_key_value_heads": 16}),
     "phi-2": ("PhiConfig", {}),
     "openchat-7b": ("MistralConfig", {"num_key_value_heads": 8}),
 }
@@ -334,7 +333,7 @@ def test_presets_have_transformers_parameter_counts(name):
 
 @pytest.mark.parametrize("name", VISION_PRESETS)
 def test_towers_have_transformers_parameter_counts(name):
-    """Ours is theirs less the last layer, the norm after it and the pooling head."""
+    """Our tower is transformers' tower without the last layer, the norm after it, and the pooling head."""
     config = from_mapping({"vision": VISION_PRESETS[name]})
     vision = config.vision
     config_name, model_name = TOWERS[vision.model_type]

@@ -1,5 +1,6 @@
-"""Exports compute what megatron-core computes: logits, each token's expert in each layer, in every way of
-loading them.
+"""Exports compute what megatron-core computes, in every way of loading them.
+
+Compared are the logits and each token's expert in each layer.
 """
 
 from __future__ import annotations
@@ -40,7 +41,10 @@ def tokenizer_path(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def make(tmp_path, tokenizer_path):
-    """(kind, Request fields, model fields) to a saved model and its export."""
+    """A function that saves a model of a stage kind and exports it; returns both.
+
+    It takes the kind, the fields of the export's `Request`, and the fields of the model.
+    """
 
     def build(kind, *, export=None, **model):
         saved = saved_model(tmp_path / "run", tokenizer_path, kind, **model)
@@ -52,7 +56,7 @@ def make(tmp_path, tokenizer_path):
 
 
 def load_here(path: Path):
-    """In this process, through the package's registered classes."""
+    """Load an export in this process, through the classes that the package registers."""
     from transformers import AutoModelForImageTextToText
 
     register()
@@ -128,7 +132,7 @@ def test_evolving_models_compute_with_their_first_expert(make, export):
 
 
 def fresh(path: Path, mode: str, tmp_path: Path, python: str = sys.executable) -> dict:
-    """What `fresh_process.py` says; its environment knows neither the checkout nor a cache of remote code."""
+    """The answer of `fresh_process.py`, whose environment has neither the checkout nor cached remote code."""
     root = str(FRESH.parents[3])
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     env |= {
@@ -167,7 +171,7 @@ def check_fresh(found, wanted, config, mode):
 
 
 def check_processor(found, config):
-    """Ids equal training's; pixels come through another bicubic filter that rounds differently."""
+    """Token ids equal training's; pixels differ a little, because a different bicubic filter resizes them."""
     from megatron_evomoe.data.conversation import encode_prompt
     from megatron_evomoe.data.image import processor_for
     from megatron_evomoe.data.picture import as_rgb

@@ -1,11 +1,10 @@
-"""transformers' models, imported, loaded through megatron-core under several layouts: the same logits, the
-same greedy text.
+"""Imported transformers models give the same logits and the same greedy text in megatron-core.
 
-fp32 on a CPU. The weights are random, norms and biases too. Tolerance: measured with torch 2.13, transformers
-5.23 and megatron-core 0.16.1, the logits are bit-identical on one rank and under PP 2 but for Phi's (3.6e-7
-of the largest: its tanh GELU is written out there), and differ by at most 9.8e-7 under TP 2, which sums in
-another order. 5e-6 leaves room for other BLAS builds; the smallest mistake of `test_a_wrong_detail_shows` is
-far above.
+They are loaded under several layouts, in fp32 on a CPU. All weights are random, including norms and biases.
+Measured with torch 2.13, transformers 5.23 and megatron-core 0.16.1, the logits are bit-identical on one rank
+and under PP 2, except for Phi's, which differ by 3.6e-7 of the largest because its tanh GELU is written out
+there. Under TP 2, which sums in another order, they differ by at most 9.8e-7. The tolerance of 5e-6 leaves
+room for other BLAS builds; the effect of the smallest mistake in `test_a_wrong_detail_shows` is far above it.
 """
 
 from __future__ import annotations
@@ -31,14 +30,14 @@ from tests.parity.hf_models import IMAGE_TOKEN, LANGUAGE, LLAVA, PATCHES, SIDE
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra [hf])")
 
 ROOT = Path(__file__).resolve().parents[2]
-TOLERANCE = 5e-6  # of the largest logit
+TOLERANCE = 5e-6  # relative to the largest logit
 LAYOUTS = {"TP 1": {}, "TP 2": {"tensor_model_parallel_size": 2}, "PP 2": {"pipeline_model_parallel_size": 2}}
 QUICK = ("llava", "llama3", "phi")
 NAMES = (*LLAVA, *LANGUAGE)
 
 
 def question(tokens_per_image: int | None) -> dict[str, Any]:
-    """Two rows of one length, of different images, or of text alone."""
+    """Two rows of the same length, each with an image at another position, or of text alone."""
     g = torch.Generator().manual_seed(5)
     rows, length = 2, 24
     tokens = torch.randint(3, IMAGE_TOKEN, (rows, length), generator=g)
@@ -62,7 +61,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def imported(folder):
-    """Name -> (transformers' model, imported folder); made once each."""
+    """A function from a model's name to transformers' model and the imported folder; each is made once."""
     made: dict[str, tuple[Any, Path]] = {}
 
     def get(name: str) -> tuple[Any, Path]:
@@ -87,7 +86,7 @@ def asked_of(name: str) -> dict[str, Any]:
 
 @torch.no_grad()
 def wanted(model: Any, name: str) -> dict[str, Any]:
-    """transformers' logits and greedy answers."""
+    """transformers' logits and greedy answers for the questions that the model can take."""
     from megatron_evomoe.config import RunConfig
     from megatron_evomoe.data.image import processor_for
 
@@ -101,7 +100,7 @@ def wanted(model: Any, name: str) -> dict[str, Any]:
 
 
 def run(jobs: dict[str, Path], layout: str, folder: Path) -> dict[str, Any]:
-    """`import_worker` on as many processes as the layout fills."""
+    """Run `import_worker` on as many processes as the layout has ranks."""
     world = 1 if layout == "TP 1" else 2
     tag = layout.replace(" ", "") + "-" + str(len(jobs))
     asked, answered, questions = (folder / f"{tag}.{x}" for x in ("json", "results", "questions"))
@@ -140,7 +139,7 @@ def agree(names: tuple[str, ...], layout: str, imported: Any, folder: Path) -> N
     ("name", "change"), [("llama3", {"rope_scaling_type": None}), ("llama", {"norm_epsilon": 1e-4})]
 )
 def test_a_wrong_detail_shows(name, change, imported, folder, tmp_path):
-    """Each change of the configuration is the only difference, and the comparison sees it."""
+    """The comparison detects each change of the configuration, which is the only difference."""
     model, good = imported(name)
     bad = tmp_path / "bad"
     shutil.copytree(good, bad)
@@ -156,7 +155,7 @@ def rows_of(request: Request) -> list[Any]:
 
 
 def test_more_ranks_than_groups_are_refused(imported):
-    """Two key/value heads cannot be shared out to four ranks without Transformer Engine."""
+    """Without Transformer Engine, two key/value heads cannot be divided among four tensor-parallel ranks."""
     from megatron_evomoe.model.transformer_config import language_transformer_config
 
     _, path = imported("llama3")
@@ -208,7 +207,7 @@ def test_verify_of_parts(one_rank, imported, folder, tmp_path):
 
 
 def test_verify_sees_a_changed_source(one_rank, imported, folder, tmp_path):
-    """One weight of the source moved after the import."""
+    """Verification detects that one weight of the source was changed after the import."""
     from safetensors.torch import load_file, save_file
 
     imported("llama")
@@ -224,7 +223,7 @@ def test_verify_sees_a_changed_source(one_rank, imported, folder, tmp_path):
     assert not logits.good
 
 
-# of a model that was stretched from 1024, and 8192, positions; every number but RoPE's is the same
+# RoPE scalings of models extended from 1024 and 8192 positions; all other fields are the same
 STRETCHED = {
     "linear": ({"rope_type": "linear", "factor": 3.0}, 3072),
     "llama3": (
@@ -269,7 +268,7 @@ def test_verify_looks_where_rope_is_stretched(one_rank, tmp_path, kind):
     ],
 )
 def test_verify_sees_another_stretch(one_rank, tmp_path, kind, change):
-    """One that differs little enough is seen at long positions alone."""
+    """A small change of the RoPE scaling is detected only at long positions."""
     request = Request(language_model=stretched(kind, tmp_path), output=str(tmp_path / "out"))
     done = import_model(request)
     done.config = replace(done.config, language=replace(done.config.language, **change))
@@ -280,7 +279,7 @@ def test_verify_sees_another_stretch(one_rank, tmp_path, kind, change):
 
 
 def test_verify_of_a_grown_embedding(one_rank, tmp_path):
-    """Old rows are compared with the source's model, new ones with their rule."""
+    """Old embedding rows are compared with the source's model, new rows with their initialisation rule."""
     from megatron_evomoe.data.tokenizer import train_sentencepiece
     from tests.unit.data import helpers
 

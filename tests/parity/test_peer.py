@@ -1,4 +1,4 @@
-"""The benchmarks' peer and their fitting of models to a device: what is compared must be the same model."""
+"""The benchmarks' peer is the same model as ours, and the benchmarks fit models to a device's memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 @pytest.fixture(scope="module", autouse=True)
 def benchmarks():
-    """The scripts' folder importable, as it is for the scripts themselves."""
+    """Make the benchmarks' folder importable, as it is for the scripts themselves."""
     sys.path.insert(0, str(BENCHMARKS))
     yield
     sys.path.remove(str(BENCHMARKS))
@@ -33,7 +33,8 @@ def test_both_ways_to_dispatch_agree():
         torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(5)),
     )
     weights, chosen = torch.rand(23, 5).softmax(-1).topk(2)
-    chosen = chosen.clamp(max=3)  # the last expert gets no token, and some tokens the same expert twice
+    # the last expert gets no token, and some tokens have the same expert twice
+    chosen = chosen.clamp(max=3)
     results = []
     for dispatch in peer_model.DISPATCH.values():
         out = dispatch(tokens, weights, chosen, experts)
@@ -61,7 +62,8 @@ def test_the_peer_computes_our_loss():
     ours, peer = build_modules(config, "route")[0], peer_model.Peer(config)
     with torch.no_grad():
         for parameter in ours.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)  # fresh biases are zero and fresh norms one
+            # fresh biases are zero and fresh norms are one, which would hide errors
+            parameter.add_(torch.randn_like(parameter) * 0.1)
     peer_model.load(peer, ours, config)
     step = shapes.random_step(
         shapes.model_config("1.8b", 2, tiny=True, seq_length=48, micro_batch=2, microbatches=1)

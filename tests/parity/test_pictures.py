@@ -1,5 +1,6 @@
-"""`AutoProcessor` on an opened file gives training's pixels: every mode of Pillow, every EXIF orientation,
-both kinds of export.
+"""`AutoProcessor` gives training's pixels for an opened file, in both export formats.
+
+The files have every mode of Pillow and every EXIF orientation.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ RGBA = Image.fromarray(np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 4)
 
 
 def _indexed(transparency: bytes | int) -> bytes:
-    """A PNG with a palette, its transparency one byte an entry or one index."""
+    """A PNG with a palette; `transparency` is one byte per palette entry, or the index of one entry."""
     return _file(RGBA.convert("RGB").quantize(16), "PNG", transparency=transparency)
 
 
@@ -83,7 +84,7 @@ TRANSPARENT = {
 
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory):
-    """Format and aspect ratio -> an export's processor, its folder, and training's."""
+    """A function from format and ratio to an export's processor and folder and training's processor."""
     found, folder = {}, tmp_path_factory.mktemp("pictures")
     tokenizer = train_sentencepiece(
         ["USER: <image>\nWhich digit is this? ASSISTANT: It is seven."] * 20, folder / "t.model", 300
@@ -109,7 +110,7 @@ def exports(tmp_path_factory):
 
 
 def pixels(processor, picture) -> torch.Tensor:
-    """What the model would get, [3, S, S]."""
+    """The pixels that the model would get, [3, S, S]."""
     return processor(text="<image>\nWhich?", images=picture, return_tensors="pt")["pixel_values"][0]
 
 
@@ -126,8 +127,8 @@ def test_opened_files_give_trainings_pixels(exports, name, ratio, tmp_path):
         opened = Image.open(io.BytesIO(data))
         assert opened.mode == name.split("-")[0] or name == "RGBA-gif" or name == "RGBA-bmp"
         if form == "llava" and (opened.mode == "I;16" or (name in TRANSPARENT and not WHITE_ITSELF)):
-            opened = as_rgb(opened)  # what the model card says
-        # of the model's own size, so that nothing is resized
+            opened = as_rgb(opened)  # the model card tells users to do this
+        # the picture has the model's own size, so nothing is resized
         assert (pixels(processor, opened) - trained_on(ours, data)).abs().max() < 1e-5, form
     path = tmp_path / "picture"
     path.write_bytes(data)
@@ -143,7 +144,8 @@ def test_transparency_is_white(name):
     )
     got = decode_image(FILES[name]())
     assert clear.any() and (got[clear] == 255).all()
-    assert name == "1-tRNS" or not (got[~clear] == 255).all()  # what is not black there is white anyhow
+    # in "1-tRNS" the other pixels may all be white: black is the transparent colour
+    assert name == "1-tRNS" or not (got[~clear] == 255).all()
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -166,8 +168,9 @@ def test_orientation_is_applied_by_the_processor(exports, kind, orientation):
 
 @pytest.mark.parametrize("mode", sorted(Image.MODES))
 def test_every_mode_in_memory(exports, mode):
-    """Also those that no file has which training opens; `as_rgb` knows what LLaVA's own processor does
-    not.
+    """Every mode is converted, even modes that no file opened by training has.
+
+    `as_rgb` handles those that LLaVA's own processor does not.
     """
     if mode.startswith("I;16"):
         picture = Image.frombytes(

@@ -1,4 +1,4 @@
-"""Export, then import: the checkpoint's own tensors again, bit for bit, whatever the stage and the format."""
+"""Exporting and importing again gives the checkpoint's tensors, bit for bit, in every stage and format."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_nothing_is_lost(tmp_path, tokenizer_path, kind, export, model):
 
 
 def test_an_import_can_be_exported_again(tmp_path, tokenizer_path):
-    """And gives the same weights file."""
+    """The second export's weights file is the same as the first one's."""
     saved = saved_model(tmp_path / "run", tokenizer_path, "route")
     exporting.export_model(exporting.Request(checkpoint=str(saved.folder), output=str(tmp_path / "hf")))
     importing.import_model(importing.Request(model=str(tmp_path / "hf"), output=str(tmp_path / "back")))
@@ -100,7 +100,10 @@ def test_an_import_can_be_exported_again(tmp_path, tokenizer_path):
     ids=["custom code", "plain LLaVA", "dense in custom code"],
 )
 def test_an_export_s_import_can_be_verified(tmp_path, tokenizer_path, kind, export):
-    """Its image token is behind the vocabulary: where nothing is padded, no row of the core's embedding."""
+    """An import of an export can be verified when the vocabulary is not padded.
+
+    The export's image token lies beyond the vocabulary, so it then has no row in megatron-core's embedding.
+    """
     saved = saved_model(tmp_path / "run", tokenizer_path, kind, language={"make_vocab_size_divisible_by": 1})
     exporting.export_model(
         exporting.Request(checkpoint=str(saved.folder), output=str(tmp_path / "hf"), **export)

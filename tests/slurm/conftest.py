@@ -18,12 +18,12 @@ import pytest
 from tests.programs import ROOT, environment
 
 SCRIPT = str(ROOT / "tests" / "slurm" / "cluster.sh")
-_CANNOT_BE_HAD = 3  # cluster.sh's status where this machine cannot run Slurm
+_CANNOT_BE_HAD = 3  # exit status of cluster.sh on a machine that cannot run Slurm
 
 
 @dataclass
 class Cluster:
-    """Slurm's commands, run as if on the login node."""
+    """Runs Slurm's commands as on the login node."""
 
     folder: Path
 
@@ -45,7 +45,7 @@ class Cluster:
         return dict(re.findall(r"(\S+?)=(\S*)", self("scontrol", "show", "job", "--oneliner", number)))
 
     def wait(self, number: str) -> dict[str, str]:
-        """The record of the job once it has ended for good."""
+        """Wait until the job has ended for good; returns its record."""
         ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
         return wait_for(lambda: self.has_state(number, *ended), f"the end of job {number}")
 
@@ -56,7 +56,7 @@ class Cluster:
 
 
 def wait_for(condition: Callable[[], Any], what: str, seconds: float = 400) -> Any:
-    """Poll until `condition` holds; returns its value."""
+    """Poll until `condition` returns a true value; returns that value."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if value := condition():
@@ -67,18 +67,17 @@ def wait_for(condition: Callable[[], Any], what: str, seconds: float = 400) -> A
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    """A running cluster, taken down with everything that ran in it."""
+    """A running cluster, which is stopped afterwards together with everything that runs in it."""
     done = subprocess.run(["bash", SCRIPT, "install"], capture_output=True, text=True, timeout=900)
     if done.returncode == _CANNOT_BE_HAD:
         pytest.skip(done.stderr.strip())
     assert done.returncode == 0, done.stderr
-    with tempfile.TemporaryDirectory(
-        prefix="evomoe-"
-    ) as parent:  # a short path, because a socket's name is limited
+    # a short path, because the length of a socket's name is limited
+    with tempfile.TemporaryDirectory(prefix="evomoe-") as parent:
         folder = Path(parent) / f"slurm-{os.getpid()}"
         folder.mkdir()
-        # its own session, so that an interrupt of the tests does not reach it before the end of its input
-        # does
+        # The server has its own session, so that it does not get an interrupt of the tests; it stops when its
+        # standard input closes.
         server = subprocess.Popen(
             ["bash", SCRIPT, "serve", str(folder)],
             stdin=subprocess.PIPE,

@@ -1,5 +1,6 @@
-"""The batch script on a real Slurm: time limit, requeue, cancel, and a chain of stages, on two nodes of one
-process each.
+"""The batch script on a real Slurm of two nodes with one process each.
+
+Tested are the time limit, requeueing, cancelling, and a chain of stages.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ pytestmark = pytest.mark.slow
 
 BATCH = str(ROOT / "examples" / "slurm" / "evomoe_llava.sbatch")
 CHAIN = str(ROOT / "examples" / "slurm" / "submit_stages.sh")
-STEPS = 80  # long enough that a signal sent at step 10 arrives before the last
+STEPS = 80  # enough for a signal sent at step 10 to arrive before the last step
 STAGES = ("align", "warmup", "evolve", "route")
 
 
 @pytest.fixture(scope="module")
 def configuration(tiny_yaml) -> Callable[[Path], Path]:
-    """Writes the four stages, saved only at their ends and when a signal asks."""
+    """A function that writes a configuration of four stages, saved only at their ends and on a signal."""
 
     def write(folder: Path) -> Path:
         return tiny_yaml(
@@ -49,7 +50,7 @@ def configuration(tiny_yaml) -> Callable[[Path], Path]:
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory, configuration) -> list[dict]:
-    """What the same run logs without Slurm and never interrupted."""
+    """The metric lines of the same run without Slurm and without interruption."""
     folder = tmp_path_factory.mktemp("unbroken")
     run("train", "--config", str(configuration(folder)), processes=2)
     return steady(metrics(folder / "run"))
@@ -71,7 +72,7 @@ def submit(cluster: Cluster, config: Path, *train_flags: str, **extra: str) -> s
 
 
 def printed(config: Path, job: str) -> str:
-    """What the job has written so far, over all its slices."""
+    """The output of the job so far, from all its starts."""
     file = config.parent / f"{job}.out"
     return file.read_text() if file.exists() else ""
 
@@ -89,13 +90,13 @@ def reach(config: Path, stage: str, step: int) -> None:
 
 
 def events(config: Path, name: str) -> list[dict]:
-    """The run's events of one name."""
+    """The run's events of the given name."""
     lines = [json.loads(line) for line in (config.parent / "run" / "events.jsonl").read_text().splitlines()]
     return [x for x in lines if x["event"] == name]
 
 
 def wandb_ids(config: Path) -> list[str]:
-    """The wandb id of every start of the run."""
+    """The wandb ids of all starts of the run."""
     return [p.name.rsplit("-", 1)[1] for p in sorted((config.parent / "run" / "wandb").glob("offline-run-*"))]
 
 
@@ -103,7 +104,7 @@ def first_rank(config: Path) -> psutil.Process:
     """The process that trains as rank 0."""
     for process in psutil.process_iter(["cmdline"]):
         argv = process.info["cmdline"] or []
-        # torchrun's own command line has the flags too, and so may a helper's environment
+        # torchrun's own command line has these flags too, and so may a helper process
         if (
             str(config) in argv
             and "torch.distributed.run" not in argv
@@ -114,16 +115,18 @@ def first_rank(config: Path) -> psutil.Process:
 
 
 def test_time_limit_and_requeue_leave_no_trace_in_the_metrics(cluster, configuration, unbroken, tmp_path):
-    """The time limit strikes in `warmup`, someone else's `scontrol requeue` in `evolve`; Slurm goes on with
-    the job twice.
+    """The run is interrupted by the time limit in `warmup` and by `scontrol requeue` in `evolve`.
+
+    Slurm restarts the job both times, and the metrics equal those of the uninterrupted run.
     """
     config = configuration(tmp_path)
     job = submit(cluster, config)
     reach(config, "warmup", 10)
-    # Slurm looks at time limits twice a minute only; meanwhile the run stands still
+    # Slurm checks time limits only twice a minute, so the run is suspended until then
     rank = first_rank(config)
     rank.suspend()
-    cluster("scontrol", "update", f"JobId={job}", "TimeLimit=4")  # nearer than the script's 300 s
+    # the script asks for its signal 300 s before the limit, so a limit of four minutes makes it due at once
+    cluster("scontrol", "update", f"JobId={job}", "TimeLimit=4")
     wait_for(
         lambda: "USR1: the time limit is near" in printed(config, job), "the signal before the time limit"
     )
@@ -150,7 +153,7 @@ def test_time_limit_and_requeue_leave_no_trace_in_the_metrics(cluster, configura
 
 
 def test_gives_up_when_told_and_obeys_scancel(cluster, configuration, unbroken, tmp_path):
-    """Neither ends in a requeue, both are saved, and the same line goes on."""
+    """A job that gives up or is cancelled is saved and not requeued; the same command line resumes it."""
     config = configuration(tmp_path)
     stages = ("--stage", "align", "--stage", "warmup")
     job = submit(cluster, config, *stages, MAX_RESTARTS="0")
@@ -177,7 +180,7 @@ def test_gives_up_when_told_and_obeys_scancel(cluster, configuration, unbroken, 
 
 
 def chain(cluster: Cluster, config: Path, *train_flags: str) -> list[str]:
-    """Submit the stages one behind the other; returns the jobs' numbers."""
+    """Submit the stages as dependent jobs; returns the jobs' numbers."""
     said = cluster(
         "bash",
         CHAIN,
