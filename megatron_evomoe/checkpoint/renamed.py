@@ -1,8 +1,8 @@
-"""Tensors that had another name in an earlier version: checkpoints with the old name are read as if they had
-the present one.
+"""Tensors that had another name in an earlier version.
 
-Whoever renames a tensor adds a line to `RENAMED` in the same commit. The line stays as long as checkpoints of
-that version are promised to load (the next major version at least).
+Checkpoints with the old name are read as if they had the present one. Whoever renames a tensor adds a line to
+`RENAMED` in the same commit. The line stays as long as checkpoints of that version are promised to load (the
+next major version at least).
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import re
 from torch.distributed.checkpoint.metadata import Metadata
 
 RENAMED: dict[str, str] = {}
-"""Old -> present name: whole segments of a key, such as ``mlp.router.weight``; the optimizer's state of a
-parameter follows its name.
+"""Present name by old name: whole segments of a key, such as ``mlp.router.weight``.
+
+The optimizer's state of a parameter is renamed with the parameter.
 """
 
 

@@ -1,8 +1,8 @@
-"""Fields that had another name in an earlier version. Files and flags with the old name are still read, and
-a warning gives the present name.
+"""Fields that had another name in an earlier version.
 
-Whoever renames a field adds a line to `RENAMED` in the same commit. The line stays for at least two minor
-versions and is removed in a release whose notes say so.
+Files and flags with the old name are still read, and a warning gives the present name. Whoever renames a
+field adds a line to `RENAMED` in the same commit. The line stays for at least two minor versions and is
+removed in a release whose notes say so.
 """
 
 from __future__ import annotations

@@ -19,12 +19,14 @@ class OnResume(enum.Enum):
     """What a resume does where a field of the configuration differs from the checkpoint."""
 
     MUST_EQUAL = "refused unless allowed on purpose"
-    """For fields whose change would give results that neither configuration gives alone: the model, the
-    samples and their order, the seed.
+    """For fields that define the results: the model, the samples and their order, the seed.
+
+    A change would give results that neither configuration gives alone.
     """
     LOGGED = "may change; one line in the log and an event"
-    """For optimization, layout, precision and kernels; and for paths, whose contents are compared by their
-    fingerprints.
+    """For optimization, layout, precision, kernels and paths.
+
+    The contents of paths are compared by their fingerprints.
     """
     FREE = "may change"
     """For fields on which no computed number depends: logs, worker processes, save intervals, time limits."""

@@ -41,8 +41,9 @@ class MicroBatch(TypedDict):
     token_types: torch.Tensor
     """int64 [b, s] of `TokenType`."""
     images: torch.Tensor
-    """uint8 pixels [n, 3, S, S], or features [n, t, C] from a cache; row by row in order of occurrence, n may
-    be 0.
+    """Pixels, uint8 [n, 3, S, S], or features from a cache, [n, t, C].
+
+    Images are ordered by row and then by occurrence; n may be 0.
     """
     keys: list[str]
     """The keys of the b samples, also of unusable ones."""

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 WHOLE = 16384
 """Members of at most this size, in bytes, are read whole; nearly every record is one of them."""
 BLOCK = 512
-"""Bytes that are read at the start, in the middle and at the end of a larger member. Two images of the same
-size differ at least in the middle or at the end.
+"""Bytes that are read at the start, in the middle and at the end of a larger member.
+
+Two images of the same size differ at least in the middle or at the end.
 """
 
 

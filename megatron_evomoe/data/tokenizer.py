@@ -56,8 +56,9 @@ class Tokenizer(Protocol):
     pad_id: int
     """The id at positions of padding and of images."""
     text_prefix: str
-    """What the published tokenizer puts before a text; the templates put it before the first word of a
-    sequence.
+    """Prefix that the published tokenizer puts before a text.
+
+    The templates put it before the first word of a sequence.
     """
 
     def encode(self, text: str) -> list[int]:

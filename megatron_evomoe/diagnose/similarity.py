@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 CHUNK = 1 << 20
-"""Weights per expert that are converted to float64 at a time. An expert of the 7B model has 10⁸ weights,
-and a float64 copy of all of them would not fit beside it.
+"""Weights per expert that are converted to float64 at a time.
+
+An expert of the 7B model has 10⁸ weights, and a float64 copy of all of them would not fit beside it.
 """
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 OWN_KEY = "evomoe_config"
-"""Key of an export's ``config.json`` under which it keeps this package's configuration and the stage kind, so
-that an import loses nothing.
+"""Key of an export's ``config.json`` for this package's configuration and the stage kind.
+
+An import reads them, so that no information is lost.
 """
 EMBEDDING = "language_model.model.embed_tokens.weight"
 OUTPUT = "language_model.lm_head.weight"

@@ -20,8 +20,10 @@ from megatron_evomoe.config.kinds import StageKind
 from megatron_evomoe.parallel.single_rank import one_rank
 
 LOGITS = 1e-4
-"""Largest accepted difference, relative to the largest value. Tiny models differ by 3e-6, from sums in
-another order; the difference grows with width and depth.
+"""Largest accepted difference, relative to the largest value.
+
+Tiny models differ by 3e-6, because sums are computed in another order. The difference grows with width and
+depth.
 """
 NOTHING = re.compile(r"(?!)")
 """Matches no tensor."""

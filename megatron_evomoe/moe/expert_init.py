@@ -31,8 +31,10 @@ from megatron_evomoe.moe import initial_draws
 _EXPERT_KEY = re.compile(
     r"^(?P<before>(?:.*\.)?)experts\.experts\.(?:(?P<index>\d+)\.)?(?P<name>linear_fc[12]\..+)$"
 )
-"""A checkpoint's key of an expert. The expert's index is an axis of the tensor, or stands in the key if
-megatron-core's ``singleton_local_shards`` is set.
+"""Pattern of an expert's key in a checkpoint.
+
+The expert's index is an axis of the tensor, or is part of the key if megatron-core's
+``singleton_local_shards`` is set.
 """
 
 

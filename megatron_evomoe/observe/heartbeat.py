@@ -108,8 +108,10 @@ class Heartbeat:
             self._write(json.dumps({**place, "ranks": describe(self._everyone(), place["beat"])}))
 
     def _write(self, text: str) -> None:
-        """Replace the file. A full disk or a lost folder does not end the thread; it is logged once, and once
-        more when the file can be written again.
+        """Replace the file.
+
+        A full disk or a lost folder does not end the thread. The failure is logged once, and so is the first
+        write that succeeds again.
         """
         try:
             jsonl.replace(self._path, text)
@@ -175,8 +177,10 @@ def _root(error: BaseException) -> BaseException:
 
 
 def failed_collective(error: BaseException) -> str | None:
-    """The function of torch.distributed that raised `error` and the function of this package that called it,
-    for a message; none for another error.
+    """Part of a message that names the functions in which a collective failed; None for another error.
+
+    They are the function of torch.distributed that raised `error` and the function of this package that
+    called it.
     """
     error = _root(error)
     frames = traceback.extract_tb(error.__traceback__)

@@ -1,5 +1,6 @@
-"""Files with one JSON object per line, from which plots and tables are made. They survive a killed process
-and hold any float.
+"""Files with one JSON object per line, from which plots and tables are made.
+
+They survive a killed process and hold any float.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ log = logging.getLogger(__name__)
 
 
 def plain(value: Any) -> Any:
-    """`value` in types that JSON has. Tensors and numpy values become numbers or lists, non-finite floats the
-    strings "nan", "inf" and "-inf", which `float` and `numpy.asarray(…, dtype=float)` read back.
+    """Convert `value` to types that JSON has.
+
+    Tensors and numpy values become numbers or lists. Non-finite floats become the strings "nan", "inf" and
+    "-inf", which `float` and `numpy.asarray(…, dtype=float)` read back.
 
     Raises:
         TypeError: `value` holds an object of another type.
@@ -91,8 +94,9 @@ def replace(path: Path, text: str) -> None:
 
 
 def rewind(path: Path, stage: str, step: int) -> None:
-    """Remove the records of `stage` after `step`, and a last line that was cut off. Replaces the file
-    atomically.
+    """Remove the records of `stage` after `step`, and a last line that was cut off.
+
+    Replaces the file atomically.
     """
     if not path.exists():
         return

@@ -85,8 +85,10 @@ class RunLogger:
         self._console.start_stage(name, total_steps, start_step)
 
     def rewind(self, stage: str, step: int) -> None:
-        """On a resume, remove the stage's metrics after `step` and its diagnostics from `step` on, because
-        they will be written again. Other stages' lines stay, and so does events.jsonl, which is a history.
+        """Remove the lines of a resumed stage that will be written again.
+
+        These are its metrics after `step` and its diagnostics from `step` on. Other stages' lines stay, and
+        so does events.jsonl, which is a history.
         """
         if not self.is_main:
             return

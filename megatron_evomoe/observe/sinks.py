@@ -40,8 +40,9 @@ class TensorBoardSink:
 
 
 class WandbSink:
-    """One wandb run for all stages. Metrics are `STAGE/name` over `STAGE/step`, because each stage counts its
-    steps from 1.
+    """One wandb run for all stages.
+
+    Metrics are `STAGE/name` over `STAGE/step`, because each stage counts its steps from 1.
     """
 
     def __init__(

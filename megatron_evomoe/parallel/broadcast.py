@@ -33,8 +33,9 @@ class Step:
     token_types: torch.Tensor
     """int64 [M, b, s]; values of `config.token_types.TokenType`."""
     images: list[torch.Tensor]
-    """One tensor per microbatch: uint8 pixels [n, 3, S, S], or kept features [n, t, C]. The list is empty on
-    ranks outside the first pipeline stage.
+    """One tensor per microbatch: uint8 pixels [n, 3, S, S], or cached features [n, t, C].
+
+    The list is empty on ranks outside the first pipeline stage.
     """
     keys: list[list[str]] = field(default_factory=list)
     """The samples' keys, one list per microbatch; empty on ranks that do not read."""

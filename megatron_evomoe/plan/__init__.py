@@ -1,3 +1,1 @@
-"""What a run needs before it is started: memory per rank, communication, and which layouts fit
-(docs/plan.md).
-"""
+"""Predicts memory per rank, communication, and which layouts fit, before a run starts (docs/plan.md)."""

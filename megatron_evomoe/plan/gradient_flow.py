@@ -68,8 +68,9 @@ def chunk_flow(config: RunConfig, kind: StageKind, pp_rank: int, chunk: int) -> 
 
 
 def in_fp8(config: RunConfig, layer: int) -> bool:
-    """Whether decoder layer `layer` (global, from 0) computes in FP8; megatron-core asks
-    `fp8_utils.is_first_last_bf16_layer`.
+    """Whether decoder layer `layer` (global, from 0) computes in FP8.
+
+    megatron-core decides the same with `fp8_utils.is_first_last_bf16_layer`.
     """
     gpu = config.gpu
     if gpu.fp8_format is None or not gpu.first_last_layers_bf16:

@@ -1,5 +1,4 @@
-"""A layout: how the ranks are split, and what is recomputed. Which ones to consider, and which cannot run at
-all.
+"""Layouts: how the ranks are split, what is recomputed, which layouts to consider and which cannot run.
 
 Nothing here allocates or communicates. The rules of feasibility are the trainer's own: `degrees.validate`,
 `degrees.virtual_stages`, `evolution_rules.check_rule` and megatron-core's `TransformerConfig`.
@@ -20,15 +19,17 @@ from megatron_evomoe.parallel import degrees
 
 RECOMPUTE = ("none", "selective", "full")
 MOST_CHUNKS = 4
-"""Chunks per rank beyond this gain little bubble for a lot of point-to-point traffic, and are not
-searched.
+"""Largest number of chunks per rank that the search considers.
+
+More chunks reduce the pipeline bubble little and need much more point-to-point traffic.
 """
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Degrees as in `ParallelConfig`, and the activation recompute. Data parallelism is what is left of the
-    world.
+    """Degrees of parallelism as in `ParallelConfig`, and the activation recompute.
+
+    The data-parallel degree is the number of ranks divided by the other degrees.
     """
 
     tp: int = 1
@@ -132,8 +133,9 @@ def check(config: RunConfig, kind: StageKind, world_size: int) -> None:
 
 
 def _check_core(config: RunConfig) -> None:
-    """megatron-core's own refusals. Neither Transformer Engine nor a GPU need be here, so what only they can
-    do is taken out first.
+    """Run megatron-core's own checks of the configuration.
+
+    The plan may be made without Transformer Engine or a GPU, so options that need them are removed first.
     """
     assume_te = transformer_engine(config)
     language, moe, parallel = config.language, replace(config.moe, dtr_kernel="torch"), config.parallel
@@ -156,8 +158,9 @@ def _check_core(config: RunConfig) -> None:
 
 
 def transformer_engine(config: RunConfig) -> bool:
-    """Whether the planned run has Transformer Engine: `auto` is taken to find it, wherever the plan itself is
-    made.
+    """Whether the planned run has Transformer Engine.
+
+    `auto` is assumed to find it, even if the machine that makes the plan does not have it.
     """
     return config.train.transformer_impl != "local"
 

@@ -30,8 +30,9 @@ class RankTensor(NamedTuple):
     expert_parallel: bool = False
     """Reduced over the ranks that hold the same experts, rather than over all replicas."""
     own_bucket: bool = False
-    """Whether it is the tied matrix under PP, which megatron-core gives a gradient bucket of its own, so that
-    both copies are sharded alike.
+    """Whether it is the tied matrix under PP.
+
+    megatron-core gives this matrix a gradient bucket of its own, so that both copies are sharded alike.
     """
 
 

@@ -144,8 +144,10 @@ class _Search:
         self._estimates: dict[Layout, Estimate] = {}
 
     def check(self, layout: Layout) -> None:
-        """Raises `ConfigError` if it cannot run. Recompute alone refuses nothing that its own degrees do
-        not.
+        """Check that the layout can run; the result is kept per layout.
+
+        Raises:
+            ConfigError: the layout cannot run.
         """
         key = (layout.degrees, layout.recompute)
         if key not in self._checked:
@@ -188,8 +190,9 @@ def estimate(
     seq_length: int | None = None,
     states: list[States] | None = None,
 ) -> Estimate:
-    """Memory, traffic and time of a feasible layout; `config` has the stage's overrides but not the
-    layout.
+    """Memory, traffic and time of a feasible layout.
+
+    `config` has the stage's overrides but not the layout.
     """
     config, world = layouts.applied(config, layout), machine.world_size
     states = all_states(config, kind, machine) if states is None else states

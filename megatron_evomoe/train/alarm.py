@@ -34,8 +34,9 @@ _POLL = 0.5
 _GRACE = 5.0
 """Seconds that a rank has to end by itself after another one failed."""
 _PATIENCE = 5.0
-"""Seconds that a failing rank waits for the others to read its message. After a failed collective it waits
-less, because then another rank is dead or hangs.
+"""Seconds that a failing rank waits for the others to read its message.
+
+After a failed collective it waits less, because then another rank is dead or hangs.
 """
 USER_ERRORS = (ConfigError, CheckpointError, DataError, NonFiniteError, OSError)
 """Errors whose message is enough for a user: printed without a traceback, with exit status 2."""
@@ -157,8 +158,9 @@ class Alarm:
             self._ended.set()
 
     def _settle(self, error: BaseException) -> Failure:
-        """Print and return the failure that this rank ends with: the first of all ranks, unless this rank met
-        another error of its own.
+        """Print and return the failure that this rank ends with.
+
+        It is the first failure of all ranks, unless this rank had an error of its own.
         """
         first, mine = self._heard, self._sounded
         assert mine is not None, "settled after `sound`"
@@ -168,8 +170,9 @@ class Alarm:
         return first
 
     def _wait_until_heard(self) -> None:
-        """Wait until the others have read the message: torchrun kills them once this rank ends, and this rank
-        may host the store.
+        """Wait until the other ranks have read the message.
+
+        torchrun kills them once this rank ends, and this rank may host the store.
         """
         assert self._sounded is not None, "waited for after `sound`"
         deadline = time.monotonic() + (_PATIENCE if self._sounded.status != 3 else 4 * _POLL)

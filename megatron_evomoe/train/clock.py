@@ -41,6 +41,7 @@ class StepClock:
 
     def report(self) -> dict[str, float]:
         """The slowest rank since the last report, its mean seconds per step, and the median rank's.
+
         Communicates.
         """
         mean = torch.tensor([self._total / max(1, self._steps)], dtype=torch.float64, device=backend.device())

@@ -116,8 +116,9 @@ def next_tokens(
     images: torch.Tensor,
     at: torch.Tensor,
 ) -> torch.Tensor:
-    """The greedy choice after position `at` [b] of every row, int64 [b], on every rank of the replica.
-    Communicates.
+    """The greedy choice after position `at` [b] of every row, int64 [b].
+
+    Every rank of the replica gets it. Communicates.
     """
     b, s = tokens.shape
     vocab_size = _unwrap(chunks[0]).run_config.language.vocab_size

@@ -108,8 +108,9 @@ def exact_match(
 
 
 def measure(run: StageRun) -> dict[str, Score]:
-    """Held-out accuracy with images, with blanked images and, for a mixture, with shuffled routing; a
-    mixture's routing is written to `diagnostics.jsonl`. Communicates.
+    """Held-out accuracy with images, with blanked images and, for a mixture, with shuffled routing.
+
+    A mixture's routing is written to `diagnostics.jsonl`. Communicates.
 
     Returns:
         Scores by name: `accuracy`, `blind`, `shuffled 1`, …; none without `eval_data`.

@@ -1,5 +1,7 @@
-"""What runs in a rank's helper process. Only the standard library is imported here, because the helper is
-a new interpreter and the rank waits until it has started.
+"""Code that runs in a rank's helper process.
+
+Only the standard library is imported here, because the helper is a new interpreter and the rank waits until
+it has started.
 """
 
 from __future__ import annotations

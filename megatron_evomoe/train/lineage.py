@@ -24,8 +24,9 @@ def finished_checkpoint(session: Session, stage: StageConfig) -> Path | None:
 
 
 def own_checkpoint(session: Session, stage: StageConfig, config: RunConfig) -> Path | None:
-    """The checkpoint that the stage resumes from: its newest good one under `save`, else under `load`; none
-    if it begins. Communicates.
+    """The checkpoint that the stage resumes from, or None if the stage begins.
+
+    It is the stage's newest good checkpoint under `save`, or else under `load`. Communicates.
     """
     step, load = config.checkpoint.ckpt_step, config.checkpoint.load
     own = stage_dir(session.run_dir, stage)

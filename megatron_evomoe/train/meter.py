@@ -72,8 +72,9 @@ class MeterHook(StepHook):
 
 
 def flop_per_gpu(config: RunConfig, kind: StageKind, seq_length: int) -> float:
-    """FLOP of one optimizer step per GPU, without recompute, counting padding and one image per row
-    (plan/flops.py).
+    """FLOP of one optimizer step per GPU, without recompute.
+
+    Padding is counted, and so is one image per row (plan/flops.py).
     """
     config = replace(config, train=replace(config.train, recompute_granularity=None))
     stages = config.parallel.pipeline_model_parallel_size

@@ -33,8 +33,9 @@ def wrap(chunks: Sequence[torch.nn.Module], config: RunConfig) -> list[Distribut
 
 
 def build_optimizer(chunks: list[DistributedDataParallel], config: RunConfig) -> MegatronOptimizer:
-    """Adam with decoupled weight decay over the parameters that require gradients; fp32 master weights under
-    bf16.
+    """Adam with decoupled weight decay over the parameters that require gradients.
+
+    With bf16 it keeps fp32 master weights.
     """
     o, bf16 = config.optimizer, config.train.bf16
     core = CoreOptimizerConfig(
@@ -54,11 +55,11 @@ def build_optimizer(chunks: list[DistributedDataParallel], config: RunConfig) ->
 
 
 class Schedule(OptimizerParamScheduler):
-    """megatron-core's schedule, which after a resume follows either the configuration or the checkpoint, and
-    records how the two differ.
+    """megatron-core's schedule, which records how the configuration and the checkpoint differ on a resume.
 
-    The learning rate is a function of the step alone. So after a resume under another configuration, every
-    rate equals that of a run which had this configuration from its first step on.
+    After a resume it follows either the configuration or the checkpoint. The learning rate is a function of
+    the step alone. So after a resume under another configuration, every rate equals that of a run which had
+    this configuration from its first step on.
     """
 
     _COMPARED = ("max_lr", "min_lr", "lr_warmup_steps", "lr_decay_steps", "lr_decay_style", "start_wd")
@@ -110,8 +111,9 @@ class Schedule(OptimizerParamScheduler):
 
 
 def build_scheduler(optimizer: MegatronOptimizer, config: RunConfig) -> Schedule:
-    """Linear warmup from 0, then `lr_decay_style` towards `min_lr`. It is stepped after each update, so that
-    step 1 has the rate of position 0.
+    """Linear warmup from 0, then `lr_decay_style` towards `min_lr`.
+
+    It is stepped after each update, so that step 1 has the rate of position 0.
     """
     o, steps = config.optimizer, config.optimizer.lr_decay_iters or config.train.train_iters
     # rounded up, as in Hugging Face's schedules, which MoE-LLaVA uses

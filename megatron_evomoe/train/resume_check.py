@@ -209,8 +209,9 @@ def compare_source(
 
 
 def goes_on(session: Session, folder: Path, stage: StageConfig, config: RunConfig) -> bool:
-    """Whether a finished stage has steps left under the present configuration; changes are logged.
-    Communicates.
+    """Whether a finished stage has steps left under the present configuration.
+
+    Changes are logged. Communicates.
 
     Raises:
         CheckpointError: on every rank: the stage has steps left, and later stages began from its end.

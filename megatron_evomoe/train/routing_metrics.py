@@ -47,8 +47,9 @@ def routing_metrics(watch: Watch, config: RunConfig, *, steps: int) -> dict[str,
 
 
 def forget_auxiliary_losses() -> None:
-    """Clear megatron-core's sums of auxiliary losses, which it keeps per process and would carry from one
-    stage into the next.
+    """Clear megatron-core's sums of auxiliary losses.
+
+    megatron-core keeps them per process and would carry them from one stage into the next.
     """
     newer = getattr(moe_utils, "get_moe_metrics_tracker", None)  # from 0.17 on
     (newer().metrics if newer else moe_utils.get_moe_layer_wise_logging_tracker()).clear()

@@ -187,8 +187,9 @@ class RunLock:
         )
 
     def _recognise(self) -> None:
-        """Accept a file with a new inode number if it holds this run's token: some file systems renumber
-        files. Closing the file after reading drops the lock, so it is taken again.
+        """Accept a file with a new inode number if it holds this run's token.
+
+        Some file systems renumber files. Closing the file after reading drops the lock, so it is taken again.
         """
         token = json.loads(self._path.read_text() or "{}").get("token")
         if token != self._me["token"]:
@@ -199,8 +200,9 @@ class RunLock:
             fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def _read(self) -> dict[str, Any]:
-        """What the file says about its holder. It is read through the one descriptor, because closing another
-        one would drop the lock.
+        """Text of the lock file, which describes its holder.
+
+        It is read through the one descriptor, because closing another one would drop the lock.
         """
         try:
             found = json.loads(os.pread(self._descriptor, _SIZE, 0) or b"{}")

@@ -94,8 +94,9 @@ def run_folder(config: RunConfig) -> Path:
 
 
 def open_session(config: RunConfig, hooks: Sequence[StepHook], check_folder: Callable[[], None]) -> Session:
-    """Set up process groups, logger, tokenizer and the run's id. Communicates: every rank calls it once,
-    after `init_process_group`.
+    """Set up process groups, logger, tokenizer and the run's id.
+
+    Communicates: every rank calls it once, after `init_process_group`.
 
     Args:
         hooks: the user's.

@@ -32,8 +32,10 @@ def _rows(session: Session) -> list[dict[str, Any]]:
 
 
 def write_row(run: StageRun, scores: dict[str, Score], figures: dict[str, float]) -> None:
-    """Write the stage's row of `summary.json` and its `eval` event. The figures of its steps are read from
-    metrics.jsonl, so a stage that was interrupted and resumed has the same row as one that was not.
+    """Write the stage's row of `summary.json` and its `eval` event.
+
+    The figures of its steps are read from metrics.jsonl, so a stage that was interrupted and resumed has the
+    same row as one that was not.
 
     Args:
         figures: further cells of the row.

@@ -57,8 +57,9 @@ class StageRun:
         return self.step >= self.config.train.train_iters
 
     def open_samples(self) -> str | None:
-        """Open the stage's samples from the record's position on, and compute the vision features that the
-        configuration keeps. Communicates.
+        """Open the stage's samples from the record's position on, and compute the cached vision features.
+
+        Features are computed only if the configuration keeps them. Communicates.
 
         Returns:
             Why the run was asked to end before all features were there, or none.
@@ -132,8 +133,9 @@ class StageRun:
         self._announce(path)
 
     def poll_saves(self, *, wait: bool = False) -> None:
-        """Publish a background save that is complete, or `wait` until it is. Communicates while one is under
-        way.
+        """Publish a background save that is complete, or `wait` until it is.
+
+        Communicates while a save is under way.
         """
         self._announce(self.session.saver.poll(wait=wait))
 

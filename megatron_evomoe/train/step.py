@@ -1,6 +1,4 @@
-"""One optimizer step: forward and backward over the microbatches, reduction of what is logged, and the
-update.
-"""
+"""One optimizer step: forward and backward over microbatches, reduction of logged figures, and update."""
 
 from __future__ import annotations
 

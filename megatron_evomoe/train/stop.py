@@ -1,5 +1,6 @@
-"""Ends a run early and on all ranks at the same step: by a signal, a time limit, a number of steps, or the
-death of the launcher.
+"""Ends a run early, on all ranks at the same step.
+
+A signal, a time limit, a number of steps, or the death of the launcher ends the run.
 """
 
 from __future__ import annotations
@@ -78,8 +79,10 @@ class StopRequests:
 
 
 def _shield_helpers() -> None:
-    """Keep signals meant for this rank from its helpers. torchrun signals a rank's whole process group, and a
-    save or a loader whose helper has died fails, so that nothing would be saved.
+    """Keep signals meant for this rank from its helpers.
+
+    torchrun signals a rank's whole process group. A save or a loader whose helper has died fails, so that
+    nothing would be saved.
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 

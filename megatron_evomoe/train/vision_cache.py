@@ -137,8 +137,9 @@ def _no_room(cache: FeatureCache, images: int) -> str | None:
 
 
 class _Extraction:
-    """Runs the missing parts through the tower, in rounds of one part per replica, so that a request to stop
-    is met after at most one part.
+    """Runs the missing parts through the tower, in rounds of one part per replica.
+
+    A request to stop is therefore met after at most one part.
     """
 
     def __init__(
@@ -180,8 +181,9 @@ class _Extraction:
         return None
 
     def _compute(self, part: Part) -> None:
-        """Compute one part on the first pipeline stage's ranks of a replica; the rank that reads the images
-        writes the features. Communicates over TP.
+        """Compute one part on the first pipeline stage's ranks of a replica.
+
+        The rank that reads the images writes the features. Communicates over TP.
         """
         features: list[torch.Tensor] = []
         problems: dict[int, SampleError] = {}
@@ -196,8 +198,9 @@ class _Extraction:
             self.cache.write(part, torch.cat(features), problems)
 
     def _next_batch(self, count: int) -> tuple[torch.Tensor, dict[int, SampleError]]:
-        """Images as uint8 [count, 3, S, S] on every TP rank, and on the reading rank the error of each row
-        that could not be read. Communicates over TP.
+        """Images as uint8 [count, 3, S, S] on every TP rank.
+
+        The reading rank also gets the error of each row that could not be read. Communicates over TP.
         """
         pixels = torch.empty(count, 3, self.side, self.side, dtype=torch.uint8, device=backend.device())
         problems: dict[int, SampleError] = {}

@@ -32,8 +32,9 @@ class CopiedTokenizer:
     """A tokenizer that was copied, or the reason why there is none."""
 
     path: str | None = None
-    """Path for ``data.tokenizer``, relative to the folder; ``""`` is the folder itself. None without a
-    tokenizer.
+    """Path for ``data.tokenizer``, relative to the folder; ``""`` is the folder itself.
+
+    None without a tokenizer.
     """
     size: int = 0
     """Largest token id + 1."""

@@ -53,8 +53,9 @@ class Request:
     """An ``iter_…`` folder, or a stage's folder, whose newest checkpoint is taken."""
     output: str
     format: Literal["auto", "evomoe", "llava"] = "auto"
-    """`evomoe` is custom code, `llava` transformers' own class. `auto` takes the latter for every model that
-    it can compute.
+    """`evomoe` is custom code, `llava` is transformers' own class.
+
+    `auto` chooses `llava` for every model that it can compute.
     """
     dense: bool = False
     """Whether to export only the first expert of an evolving model, as a dense model."""

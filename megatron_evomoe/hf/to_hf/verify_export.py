@@ -29,8 +29,9 @@ PIXELS = 1.0
 """Largest accepted mean difference of pixels, out of 255. transformers resizes with PIL, training with torch.
 """
 AGREEMENT = 0.999
-"""Smallest accepted share of positions with the same most likely token, or the same experts. Of two nearly
-equal logits either may be the larger one.
+"""Smallest accepted share of positions with the same most likely token, or the same experts.
+
+Of two nearly equal logits either may be the larger one.
 """
 _QUESTION = "What is in this picture?"
 _IMAGES = (1, 0, 2)

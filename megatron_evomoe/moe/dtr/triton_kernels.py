@@ -98,8 +98,9 @@ def weight_gradient(
 
 @triton.jit
 def _term(eu_T, bias_ptr, exists_T, modality, k, h, ACTIVATION: tl.constexpr):
-    """ê_k of every row, and its derivative by e_k. The last, ê_h, is the constant 1 that stands for W2's
-    bias.
+    """ê_k of every row, and its derivative by e_k.
+
+    The last one, ê_h, is the constant 1, whose weight is the bias of W2.
     """
     x_T = tl.load(eu_T + k, mask=exists_T & (k < h), other=0.0) + tl.load(
         bias_ptr + modality * h + k, mask=k < h, other=0.0
@@ -182,10 +183,10 @@ def mix_backward(
     num_tokens, P, h, r, N,
     ACTIVATION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """∂eu, sorted, and this tile's share of ∂folded and ∂bias: partial[tile, k, :r·N] and partial[tile, k,
-    r·N].
+    """∂eu, sorted, and this tile's share of ∂folded and ∂bias.
 
-    Shares are added up outside, in a fixed order: atomics would make runs differ in the last bits.
+    The shares are partial[tile, k, :r·N] and partial[tile, k, r·N]. They are added up outside in a fixed
+    order, because atomics would make runs differ in the last bits.
     """
     tile = tl.program_id(0)
     rows_T, exists_T, modality = _tile(tile, num_text_ptr, num_tokens, BLOCK_T)

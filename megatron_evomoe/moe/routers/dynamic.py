@@ -24,8 +24,9 @@ class HyperNetwork(nn.Module):
     weight2_up: Tensor
 
     def forward(self) -> maths.HyperWeights:
-        """The parameters. Call the module for them: only a call makes `overlap_param_gather` wait for their
-        last update.
+        """The parameters of this hypernetwork.
+
+        Call the module to get them: only a call makes `overlap_param_gather` wait for their last update.
         """
         return maths.HyperWeights(self.weight1, self.bias1, self.weight2_down, self.weight2_up)
 
