@@ -180,7 +180,7 @@ _ports = _ports_of_this_worker()
 
 
 def _main(argv: tuple[str, ...], env: dict[str, str], cwd: str, typed: str, output: str, errors: str) -> None:
-    """Run ``python ARGV`` in the forked process, in place of what it was."""
+    """The entry point of a forked process: set up its streams and environment, then run ``python ARGV``."""
     import torch
 
     os.environ.clear()

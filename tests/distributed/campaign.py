@@ -35,8 +35,8 @@ STAGES = {
         },
     ),
     # Where tokens are dropped, some gradients are zero up to rounding, yet Adam's first steps are as long for
-    # them as for any other. At the usual learning rate, the gradient norm of a stage with the DTR
-    # router would differ by 2e-5 after three steps.
+    # them as for any other. At the usual learning rate, the gradient norm of a stage with the DTR would
+    # differ by 2e-5 after three steps.
     "route, capacity": Stage(
         kind="route",
         sections={

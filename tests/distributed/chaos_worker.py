@@ -1,6 +1,6 @@
 """`python -m megatron_evomoe` with injected faults.
 
-A trigger file names the fault and the rank that has it; the fault lasts as long as the file exists.
+A trigger file names the fault and the rank that has it; the fault lasts as long as the file exists. Examples:
 
 {"rank": 1, "kind": "nan"}                                      a gradient that turns NaN, once
 {"rank": 0, "kind": "write", "files": "common.pt*", "errno": 28}  files that cannot be written

@@ -155,7 +155,7 @@ def test_state_moves_between_any_two_layouts(campaign, source, row):
 @pytest.mark.slow
 @pytest.mark.parametrize("experts", EXPERTS)
 def test_combined_layouts_agree_with_one_rank(tmp_path, experts, row):
-    """Combined degrees give the results of one rank where these depend on how tokens are laid out on ranks.
+    """Combined degrees agree with one rank in settings that depend on how tokens are laid out on ranks.
 
     State is also moved from one rank to these layouts and back.
     """

@@ -154,7 +154,7 @@ def written(folder: Path, output: Path, what: str = "model") -> dict[str, torch.
 
 
 def outcome(folder: Path, place: Path, reference: dict[str, torch.Tensor], what: str = "model") -> str:
-    """Import a changed source; returns right, or named if nothing is left behind. Raises other errors."""
+    """Import a changed source and return the outcome: right, or named if no files are left behind."""
     try:
         found = written(folder, place / "out", what)
     except (ConfigError, CheckpointError) as error:
