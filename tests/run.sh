@@ -3,7 +3,7 @@
 #   bash tests/run.sh                    everything except the slow tests, in two processes
 #   bash tests/run.sh PATH or options    only the tests that these pytest arguments select, in one process
 #   bash tests/run.sh --full             the slow tests too: all layouts, the chaos run, Slurm, several nodes
-#   bash tests/run.sh --coverage         the same as without arguments, and the share of lines that the tests run
+#   bash tests/run.sh --coverage         the share of lines that the unit and parity tests and four files of tests/integration run
 #   bash tests/run.sh --versions         the tests on Python 3.12 with megatron-core 0.19.2, if python3.12 is installed, and the
 #                                        tests of Hugging Face imports and exports on the newest transformers 4
 # Arguments after a mode are passed to pytest. The 20 slowest tests are listed at the end.
@@ -16,6 +16,9 @@ LISTED=(--durations=20)
 # loadfile keeps the tests of a file in one process, because they share trained models. Without reordering, the files keep
 # the order of the folders, in which long files come first.
 PARALLEL=(-n 2 --dist loadfile --no-loadscope-reorder)
+
+# The other tests kill their processes or train dozens of layouts, which takes far longer while lines are traced.
+TRACED=(tests/integration/test_{stages,export,resume,commands}.py tests/parity tests/unit --ignore tests/unit/docs)
 
 # repeat INTERPRETER VENV CONSTRAINTS [pytest arguments]: run the tests that are not slow in another environment.
 repeat() {
@@ -45,6 +48,6 @@ fi
 "$PYTHON" -m mypy
 case "$MODE" in
     --full) exec "$PYTHON" -m pytest "${LISTED[@]}" "$@" ;;
-    --coverage) exec "$PYTHON" -m pytest -m "not slow" "${PARALLEL[@]}" "${LISTED[@]}" --cov "$@" ;;
+    --coverage) exec "$PYTHON" -m pytest -m "not slow" "${PARALLEL[@]}" "${LISTED[@]}" --cov "${TRACED[@]}" "$@" ;;
     *) exec "$PYTHON" -m pytest -m "not slow" "${PARALLEL[@]}" "${LISTED[@]}" ;;
 esac
