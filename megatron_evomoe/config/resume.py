@@ -24,7 +24,7 @@ class OnResume(enum.Enum):
     A change would give results that neither configuration gives alone.
     """
     LOGGED = "may change; one line in the log and an event"
-    """For optimization, layout, precision, kernels and paths.
+    """For fields of optimization, layout, precision, kernels and paths.
 
     The contents of paths are compared by their fingerprints.
     """

@@ -45,7 +45,7 @@ _IMAGE_PLACEHOLDER = "<image>"
 
 
 class Tokenizer(Protocol):
-    """What the package needs of a tokenizer."""
+    """The interface that the package requires of a tokenizer."""
 
     vocab_size: int
     """The largest id + 1."""

@@ -42,9 +42,9 @@ class Tensor(NamedTuple):
     split: int | None
     """The dimension that is divided over TP ranks, for an expert over expert-TP ranks; None if none is."""
     part: str
-    """What trains or freezes it, one of `config.recipe.PARTS`."""
+    """The part of the model that the tensor is trained or frozen with, one of `config.recipe.PARTS`."""
     place: Place
-    """Which pipeline stage holds it: the first, that of its layer, or the last."""
+    """The pipeline stage that holds the tensor: the first, that of its layer, or the last."""
     key: str
     """Name in a checkpoint. A mixture's experts share one key and are stacked along a first axis."""
     layer: int | None = None

@@ -38,7 +38,7 @@ class RouterTensor(NamedTuple):
     """One tensor of a router. All of them are whole on every rank."""
 
     name: str
-    """As in the router's `named_parameters()`."""
+    """The tensor's name in the router's `named_parameters()`."""
     shape: tuple[int, ...]
     exported: str
     """Its name in a Hugging Face export, below ``mlp.router.``."""

@@ -49,11 +49,11 @@ class LayerWeights(NamedTuple):
     """Weights of one rank that a token meets in a layer."""
 
     attention: int
-    """And the norms."""
+    """Weights of the attention and of the layer's norms."""
     ffn: int
-    """Of a mixture, those of K experts."""
+    """Weights of the FFN; in a mixture, those of the K experts that a token is sent to."""
     router: float
-    """Of what serves one modality, half."""
+    """Weights of the router; a tensor that serves one modality alone counts half."""
 
 
 def _weights(config: RunConfig, kind: StageKind, layer: int) -> LayerWeights:

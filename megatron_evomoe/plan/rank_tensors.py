@@ -23,7 +23,7 @@ class RankTensor(NamedTuple):
     name: str
     numel: int
     part: str
-    """As in `config.recipe.PARTS`."""
+    """The part of the model that the tensor belongs to, one of `config.recipe.PARTS`."""
     trains: bool
     layer: int
     """Decoder layer, global, from 0; −1 outside the decoder's layers."""

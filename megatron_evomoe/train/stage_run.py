@@ -24,7 +24,7 @@ class StageRun:
     """One stage while it runs. `beginning.open_stage` makes it; the loop and the hooks are given it."""
 
     session: Session
-    """What all stages share: logger, topology, tokenizer, saver."""
+    """The objects that all stages share: logger, topology, tokenizer, saver."""
     stage: StageConfig
     config: RunConfig
     """The run's configuration with the stage's own values in place."""

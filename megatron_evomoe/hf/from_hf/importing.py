@@ -46,7 +46,7 @@ _LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 @dataclass(kw_only=True)
 class Request:
-    """What to import, and into what."""
+    """An import that is asked for: the source models, the target directory and the form."""
 
     output: str
     model: Optional[str] = None

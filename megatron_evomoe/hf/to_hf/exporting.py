@@ -47,7 +47,7 @@ from megatron_evomoe.hf.to_hf.tokenizer_json import TokenizerFiles, check_ids, t
 
 @dataclass(kw_only=True)
 class Request:
-    """What to export, and how."""
+    """An export that is asked for: the checkpoint, the target directory and the form."""
 
     checkpoint: str
     """An ``iter_…`` folder, or a stage's folder, whose newest checkpoint is taken."""

@@ -1,4 +1,4 @@
-"""What `inspect-data` shows agrees with the labels."""
+"""`inspect-data` marks the same text as supervised that the labels supervise."""
 
 from __future__ import annotations
 

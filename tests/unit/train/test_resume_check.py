@@ -20,7 +20,7 @@ from megatron_evomoe.config.resume import OnResume, on_resume
 from megatron_evomoe.config.run import FLAT
 from megatron_evomoe.train import compare, resume_check
 from tests.tiny import tiny_config
-from tests.unit.checkpoint.test_store import built_for, train
+from tests.unit.checkpoint.test_store import built_for, record_for, train
 from tests.unit.train.test_compare import other_value, with_field
 
 pytestmark = pytest.mark.usefixtures("one_rank")
@@ -40,21 +40,8 @@ def saved(
     directory: Path, config: RunConfig, kind: str, *, trained: int = 1, data: dict | None = DATA, **sections
 ) -> Path:
     """Save a checkpoint of a stage of `kind` under `config`, after some steps."""
-    from megatron_evomoe.parallel import rng
-
     _, built = built_for(kind, trained=trained, **sections)
-    record = Record(
-        stage=kind,
-        kind=kind,
-        step=trained,
-        position=4 * trained,
-        finished=False,
-        layout=rng.layout(),
-        vocab_size=64,
-        tokenizer_fingerprint="abc",
-        num_experts=4 if kind in ("evolve", "route") else 0,
-        data=data,
-    )
+    record = dataclasses.replace(record_for(kind, trained), data=data)
     return store.Saver(CheckpointConfig(keep=0)).save(
         directory,
         modules=built.modules,
