@@ -14,6 +14,28 @@ from megatron_evomoe.parallel.broadcast import Step
 VOCAB = 64
 IMAGE_TOKENS = 4
 
+SMALL: dict[str, dict[str, Any]] = {
+    "language": {
+        "num_layers": 2,
+        "hidden_size": 32,
+        "ffn_hidden_size": 48,
+        "num_attention_heads": 2,
+        "vocab_size": VOCAB,
+    },
+    "vision": {
+        "image_size": 16,
+        "patch_size": 8,
+        "hidden_size": 16,
+        "num_layers": 2,
+        "num_attention_heads": 2,
+        "ffn_hidden_size": 32,
+    },
+    "moe": {"dtr_hidden_size": 4, "dtr_rank": 4},
+    "data": {"seq_length": 64},
+    "train": {"micro_batch_size": 2, "global_batch_size": 4, "train_iters": 10},
+}
+"""A model of two layers (the second a mixture), 32 wide, and what it trains on; read only."""
+
 
 def tiny_config(kind: str = "warmup", **sections: Any) -> RunConfig:
     """The configuration of a tiny model with one stage of `kind`.
@@ -21,25 +43,8 @@ def tiny_config(kind: str = "warmup", **sections: Any) -> RunConfig:
     The model has two layers (the second a mixture), 32 wide. `sections` are merged over the configuration.
     """
     raw: dict[str, Any] = {
-        "language": {
-            "num_layers": 2,
-            "hidden_size": 32,
-            "ffn_hidden_size": 48,
-            "num_attention_heads": 2,
-            "vocab_size": VOCAB,
-        },
-        "vision": {
-            "image_size": 16,
-            "patch_size": 8,
-            "hidden_size": 16,
-            "num_layers": 2,
-            "num_attention_heads": 2,
-            "ffn_hidden_size": 32,
-        },
-        "moe": {"dtr_hidden_size": 4, "dtr_rank": 4},
-        "data": {"seq_length": 64},
+        **SMALL,
         "optimizer": {"lr": 1e-2, "lr_decay_style": "constant", "lr_warmup_fraction": 0.0},
-        "train": {"micro_batch_size": 2, "global_batch_size": 4, "train_iters": 10},
         "stages": [{"name": kind}],
     }
     for name, values in sections.items():

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_evomoe.moe.router import ROUTERS
-from tests.tiny import VOCAB
 
 BOTH = [False, True]
 
@@ -38,27 +37,6 @@ stages:
     kind: route
     lr: 5e-4
 """
-
-SMALL: dict[str, dict[str, Any]] = {
-    "language": {
-        "num_layers": 2,
-        "hidden_size": 32,
-        "ffn_hidden_size": 48,
-        "num_attention_heads": 2,
-        "vocab_size": VOCAB,
-    },
-    "vision": {
-        "image_size": 16,
-        "patch_size": 8,
-        "hidden_size": 16,
-        "num_layers": 2,
-        "num_attention_heads": 2,
-        "ffn_hidden_size": 32,
-    },
-    "moe": {"dtr_hidden_size": 4, "dtr_rank": 4},
-    "data": {"seq_length": 64},
-    "train": {"micro_batch_size": 2, "global_batch_size": 4, "train_iters": 10},
-}
 
 VALUES: dict[str, dict[str, list[Any]]] = {
     "language": {

@@ -23,8 +23,8 @@ from megatron_evomoe.config import (
     load_config,
 )
 from megatron_evomoe.config.run import FLAT, STAGE_SECTIONS
-from tests.fuzz.config_values import FILE, SMALL, VALUES
-from tests.tiny import VOCAB, rows, step_of
+from tests.fuzz.config_values import FILE, VALUES
+from tests.tiny import SMALL, VOCAB, rows, step_of
 
 _RECURSIVE: list[Any] = []
 _RECURSIVE.append(_RECURSIVE)

@@ -55,7 +55,16 @@ def record_for(kind: str, step: int) -> Record:
     )
 
 
-def save(directory: Path, built, kind: str, step: int, **config) -> Path:
+def save(
+    directory: Path,
+    built,
+    kind: str,
+    step: int,
+    *,
+    record: Record | None = None,
+    config_yaml: str = "{}\n",
+    **config,
+) -> Path:
     from megatron_evomoe.checkpoint import store
 
     return store.Saver(CheckpointConfig(**{"keep": 0, **config})).save(
@@ -63,8 +72,21 @@ def save(directory: Path, built, kind: str, step: int, **config) -> Path:
         modules=built.modules,
         optimizer=built.optimizer,
         scheduler=built.scheduler,
-        record=record_for(kind, step),
-        config_yaml="{}\n",
+        record=record or record_for(kind, step),
+        config_yaml=config_yaml,
+    )
+
+
+def load_state(path: Path, built, record: Record | None = None) -> None:
+    """Load the checkpoint `path` into what was built; `record` is read from the folder unless it is given."""
+    from megatron_evomoe.checkpoint import store
+
+    store.load_training_state(
+        path,
+        modules=built.modules,
+        optimizer=built.optimizer,
+        scheduler=built.scheduler,
+        record=record or records.read(path),
     )
 
 
@@ -86,7 +108,6 @@ def test_resumed_steps_have_the_same_bits(tmp_path, kind):
 
     One step is not enough: with a wrong optimizer state the first loss after a resume still looks right.
     """
-    from megatron_evomoe.checkpoint import store
 
     _, built = built_for(kind, trained=3)
     path = save(tmp_path, built, kind, 3)
@@ -94,13 +115,7 @@ def test_resumed_steps_have_the_same_bits(tmp_path, kind):
     weights = {n: t.clone() for n, t in built.modules[0].state_dict().items() if torch.is_tensor(t)}
     experts = [t.clone() for mlp in built.evolving for _, ts in mlp.local_experts() for t in ts.values()]
     _, again = built_for(kind, train={"seed": 99})
-    store.load_training_state(
-        path,
-        modules=again.modules,
-        optimizer=again.optimizer,
-        scheduler=again.scheduler,
-        record=records.read(path),
-    )
+    load_state(path, again)
     assert train(again, 4, 8) == unbroken
     for name, tensor in again.modules[0].state_dict().items():
         assert not torch.is_tensor(tensor) or torch.equal(tensor, weights[name]), name
@@ -113,19 +128,11 @@ def test_random_generators_continue(tmp_path):
 
     import numpy as np
 
-    from megatron_evomoe.checkpoint import store
-
     _, built = built_for("align", trained=1)
     path = save(tmp_path, built, "align", 1)
     drawn = (random.random(), float(np.random.rand()), torch.rand(3).tolist())
     topology.seed_everything(7)
-    store.load_training_state(
-        path,
-        modules=built.modules,
-        optimizer=built.optimizer,
-        scheduler=built.scheduler,
-        record=records.read(path),
-    )
+    load_state(path, built)
     assert (random.random(), float(np.random.rand()), torch.rand(3).tolist()) == drawn
 
 
@@ -280,7 +287,7 @@ def test_no_code_is_run_from_a_checkpoint(tmp_path, monkeypatch, place, is_check
 
     This holds too on a rank that reads another file than the one that was checked.
     """
-    from megatron_evomoe.checkpoint import metadata, store
+    from megatron_evomoe.checkpoint import metadata
 
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     _, built = built_for("align", trained=1)
@@ -310,13 +317,7 @@ def test_no_code_is_run_from_a_checkpoint(tmp_path, monkeypatch, place, is_check
         torch.save({"scheduler": Payload(trace)}, harmful)
         rewrite(path / "common.pt", harmful.getvalue())
     with pytest.raises(CheckpointError, match=r"nothing was loaded"):
-        store.load_training_state(
-            find.resolve(path) if is_checked else path,
-            modules=built.modules,
-            optimizer=built.optimizer,
-            scheduler=built.scheduler,
-            record=records.read(path),
-        )
+        load_state(find.resolve(path) if is_checked else path, built, records.read(path))
     assert not trace.exists()
 
 
@@ -325,7 +326,6 @@ def test_torchs_own_openers_are_not_used(tmp_path, monkeypatch):
 
     An environment variable can change torch's default.
     """
-    from megatron_evomoe.checkpoint import store
     from megatron_evomoe.train.transition import start_from
 
     config, built = built_for("warmup", trained=1)
@@ -339,29 +339,15 @@ def test_torchs_own_openers_are_not_used(tmp_path, monkeypatch):
         lambda *args, **kwargs: opened.append(kwargs.get("weights_only")) or load(*args, **kwargs),
     )
     start_from(find.resolve(path), built, config.for_stage("warmup"), config.stages[0], fingerprint="abc")
-    store.load_training_state(
-        find.resolve(path),
-        modules=built.modules,
-        optimizer=built.optimizer,
-        scheduler=built.scheduler,
-        record=records.read(path),
-    )
+    load_state(find.resolve(path), built, records.read(path))
     assert set(opened) <= {True, False} and True in opened, "always said"
 
 
 def test_a_record_of_another_step_is_refused(tmp_path):
-    from megatron_evomoe.checkpoint import store
-
     _, built = built_for("align", trained=1)
     path = save(tmp_path, built, "align", 2)
     with pytest.raises(CheckpointError, match="its record is of step 2, its schedule of 1"):
-        store.load_training_state(
-            path,
-            modules=built.modules,
-            optimizer=built.optimizer,
-            scheduler=built.scheduler,
-            record=records.read(path),
-        )
+        load_state(path, built)
 
 
 def test_background_save_is_published_when_written_and_holds_the_step_it_was_asked_at(tmp_path):
@@ -385,13 +371,7 @@ def test_background_save_is_published_when_written_and_holds_the_step_it_was_ask
     assert (tmp_path / records.TRACKER).read_text() == "2"
     _, again = built_for("warmup", train={"seed": 99})
     path = find.resolve(tmp_path)
-    store.load_training_state(
-        path,
-        modules=again.modules,
-        optimizer=again.optimizer,
-        scheduler=again.scheduler,
-        record=records.read(path),
-    )
+    load_state(path, again)
     for name, parameter in again.modules[0].named_parameters():
         assert torch.equal(parameter, wanted[name]), name
     unbroken = train(built, 4, 5)

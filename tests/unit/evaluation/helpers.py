@@ -71,30 +71,35 @@ def _tokenizer() -> Any:
     return tokenizer
 
 
+_TOWER = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 8,
+}
+
+
+def _decoder(vocabulary: int, positions: int) -> dict[str, Any]:
+    return {
+        "vocab_size": vocabulary,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": positions,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 3,
+        "initializer_range": 0.3,
+    }
+
+
 def _llava(vocabulary: int, image_id: int, positions: int) -> Any:
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-    vision = CLIPVisionConfig(
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=16,
-        patch_size=8,
-        projection_dim=16,
-    )
-    text = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=positions,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=3,
-        initializer_range=0.3,
-    )
+    vision = CLIPVisionConfig(**_TOWER, num_hidden_layers=2, projection_dim=16)
+    text = LlamaConfig(**_decoder(vocabulary, positions))
     return LlavaForConditionalGeneration(
         LlavaConfig(
             vision_config=vision.to_dict(),
@@ -112,29 +117,8 @@ def _evomoe(vocabulary: int, image_id: int, positions: int) -> Any:
     from megatron_evomoe.hf.remote_code.configuration_evomoe import EvoMoeConfig
     from megatron_evomoe.hf.remote_code.modeling_evomoe import EvoMoeForConditionalGeneration
 
-    vision = dict(
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        image_size=16,
-        patch_size=8,
-    )
-    text = dict(
-        vocab_size=vocabulary,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=positions,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=3,
-        initializer_range=0.3,
-        moe_layers=[1],
-        dtr_hidden_size=4,
-        dtr_rank=4,
-    )
+    vision = {**_TOWER, "num_hidden_layers": 1}
+    text = {**_decoder(vocabulary, positions), "moe_layers": [1], "dtr_hidden_size": 4, "dtr_rank": 4}
     return EvoMoeForConditionalGeneration(
         EvoMoeConfig(vision, text, image_token_id=image_id, image_seq_length=4)
     )

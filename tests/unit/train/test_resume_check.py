@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from megatron_evomoe.checkpoint import record as records
 from megatron_evomoe.checkpoint import store
 from megatron_evomoe.checkpoint.record import CheckpointError, Record
-from megatron_evomoe.config import SECTIONS, CheckpointConfig, RunConfig
+from megatron_evomoe.config import SECTIONS, RunConfig
 from megatron_evomoe.config.resume import OnResume, on_resume
 from megatron_evomoe.config.run import FLAT
 from megatron_evomoe.train import compare, resume_check
 from tests.tiny import tiny_config
-from tests.unit.checkpoint.test_store import built_for, record_for, train
+from tests.unit.checkpoint.test_store import built_for, record_for, save, train
 from tests.unit.train.test_compare import other_value, with_field
 
 pytestmark = pytest.mark.usefixtures("one_rank")
@@ -42,14 +42,7 @@ def saved(
     """Save a checkpoint of a stage of `kind` under `config`, after some steps."""
     _, built = built_for(kind, trained=trained, **sections)
     record = dataclasses.replace(record_for(kind, trained), data=data)
-    return store.Saver(CheckpointConfig(keep=0)).save(
-        directory,
-        modules=built.modules,
-        optimizer=built.optimizer,
-        scheduler=built.scheduler,
-        record=record,
-        config_yaml=config.to_yaml(),
-    )
+    return save(directory, built, kind, trained, record=record, config_yaml=config.to_yaml())
 
 
 @pytest.fixture(scope="module")
