@@ -97,17 +97,18 @@ def build(config: RunConfig, kind: str, step: Step) -> Callable[[], float]:
     scheduler = optim.build_scheduler(optimizer, config)
     model.config.finalize_model_grads_func = finalize_model_grads
     model.config.grad_scale_func, model.config.no_sync_func = optimizer.scale_loss, wrapped[0].no_sync
-    m, b, s = step.tokens.shape
+    m = len(step.microbatches)
+    b, s = step.microbatches[0].tokens.shape
 
     def forward_step(batches: Any, chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
-        i = next(batches)
-        supervised = step.labels[i] != IGNORE_INDEX
+        micro = step.microbatches[next(batches)]
+        supervised = micro.labels != IGNORE_INDEX
 
         def loss_func(losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             loss = (losses.float() * supervised).sum() / supervised.sum()
             return loss, {"loss": loss.detach().clone()}  # clone: the schedule divides the loss in place
 
-        return chunk(step.tokens[i], step.labels[i]), loss_func
+        return chunk(micro.tokens, micro.labels), loss_func
 
     def take_step() -> float:
         wrapped[0].zero_grad_buffer()

@@ -110,11 +110,9 @@ class PeerTraining:
     def take_step(self, forward: Callable[..., Any], dispatch: str) -> float:
         """Take one optimizer step with gradient clipping over the microbatches; return the mean loss."""
         self.peer.use(dispatch)
-        m, losses = len(self.step.tokens), []
-        for i in range(m):
-            loss = forward(
-                self.step.tokens[i], self.step.token_types[i], self.step.images[i], self.step.labels[i]
-            )
+        m, losses = len(self.step.microbatches), []
+        for micro in self.step.microbatches:
+            loss = forward(micro.tokens, micro.token_types, micro.images, micro.labels)
             ((loss + self.peer.balance()) / m).backward()
             losses.append(loss.detach())
         self._update()
@@ -219,7 +217,7 @@ def main() -> None:
             micro_batch=args.micro_batch,
             microbatches=args.microbatches,
         ),
-        "tokens": step.tokens.numel(),
+        "tokens": sum(micro.tokens.numel() for micro in step.microbatches),
         "seconds": {name: statistics.median(values) for name, values in seconds.items()},
         "seconds_range": {name: [min(values), max(values)] for name, values in seconds.items()},
         "losses": losses,

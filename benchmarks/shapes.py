@@ -10,6 +10,7 @@ import torch
 from megatron_evomoe.config import RunConfig, from_mapping
 from megatron_evomoe.config.presets import LANGUAGE_PRESETS
 from megatron_evomoe.config.token_types import TokenType
+from megatron_evomoe.data.batch import MicroBatch
 from megatron_evomoe.data.conversation import IGNORE_INDEX
 from megatron_evomoe.parallel import backend
 from megatron_evomoe.parallel.broadcast import Step
@@ -80,11 +81,12 @@ def random_step(config: RunConfig) -> Step:
         0, 256, (m, b, 3, *(config.vision.image_size,) * 2), dtype=torch.uint8, generator=generator
     )
     where = backend.device()
+    parts = zip(tokens.to(where), labels.to(where), types.to(where), pixels.to(where), strict=True)
     return Step(
-        tokens=tokens.to(where),
-        labels=labels.to(where),
-        token_types=types.to(where),
-        images=list(pixels.to(where)),
+        microbatches=[
+            MicroBatch(tokens=t, labels=labels_of, token_types=types_of, images=images_of)
+            for t, labels_of, types_of, images_of in parts
+        ]
     )
 
 

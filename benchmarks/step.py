@@ -126,8 +126,8 @@ def images_alone(built: Any, step: Any) -> Callable[[], None]:
 
     def run() -> None:
         with torch.no_grad():
-            for pixels in step.images:
-                built.modules[0].encode_images(pixels)
+            for micro in step.microbatches:
+                built.modules[0].encode_images(micro.images)
 
     return run
 

@@ -8,6 +8,7 @@ import torch
 
 from megatron_evomoe.config import RunConfig, from_mapping
 from megatron_evomoe.config.token_types import TokenType
+from megatron_evomoe.data.batch import MicroBatch
 from megatron_evomoe.data.conversation import IGNORE_INDEX
 from megatron_evomoe.parallel.broadcast import Step
 
@@ -82,10 +83,4 @@ def rows(
 
 def step_of(*microbatches: dict[str, Any]) -> Step:
     """One optimizer step of the given microbatches."""
-    return Step(
-        tokens=torch.stack([m["tokens"] for m in microbatches]),
-        labels=torch.stack([m["labels"] for m in microbatches]),
-        token_types=torch.stack([m["token_types"] for m in microbatches]),
-        images=[m["images"] for m in microbatches],
-        keys=[m["keys"] for m in microbatches],
-    )
+    return Step(microbatches=[MicroBatch(**m) for m in microbatches])

@@ -67,6 +67,16 @@ class DataConfig:
     """Pad every batch to `seq_length`. Otherwise each step is padded to its own longest sequence, which is
     less work, but gives tensors of varying shapes.
     """
+    packing: Logged[Literal["none", "sort", "pack"]] = "none"
+    """How the samples of a step become microbatches (docs/data.md). `none` takes them in their order and pads
+    them to the longest of the step; `sort` puts samples of like length together; `pack` puts several samples
+    into one row of at most `seq_length` positions, with attention within each sample alone.
+    """
+    packing_replicas: Logged[Optional[Few]] = None
+    """For `pack`: the microbatches of a step are a multiple of this number. With a common multiple of all
+    data-parallel sizes that a run may have, the same samples share a microbatch under all of them, and so do
+    auxiliary losses and capacity. None means the data-parallel size.
+    """
     long_samples: Fixed[Literal["skip", "truncate"]] = "skip"
     """What happens to a sample longer than `seq_length`: `skip` leaves it out and counts it; `truncate` cuts
     its end off, or leaves it out if no answer would remain.

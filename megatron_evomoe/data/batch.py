@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple
 
 import torch
 
@@ -31,22 +31,34 @@ from megatron_evomoe.data.shards import RawSample, ShardDataset
 from megatron_evomoe.data.tokenizer import Tokenizer
 
 
-class MicroBatch(TypedDict):
-    """The inputs of the model; a row without a sample is padding and has no labels and no images."""
+@dataclass(kw_only=True)
+class MicroBatch:
+    """The inputs of one forward pass; positions without a sample are padding and have no labels."""
 
     tokens: torch.Tensor
-    """int64 [b, s]."""
+    """int32 or int64 [b, s]."""
     labels: torch.Tensor
-    """int64 [b, s], already shifted; -100 where nothing is supervised."""
+    """int32 or int64 [b, s], already shifted; -100 where nothing is supervised."""
     token_types: torch.Tensor
-    """int64 [b, s] of `TokenType`."""
-    images: torch.Tensor
+    """int32 or int64 [b, s] of `TokenType`."""
+    images: torch.Tensor | None
     """Pixels, uint8 [n, 3, S, S], or features from a cache, [n, t, C].
 
-    Images are ordered by row and then by occurrence; n may be 0.
+    Images are ordered by row and then by occurrence; n may be 0. None on ranks that do not need them.
     """
-    keys: list[str]
-    """The keys of the b samples, also of unusable ones."""
+    segments: tuple[int, ...] | None = None
+    """For a packed row (b = 1): the lengths of its segments, whose sum is s.
+
+    A segment is one sample, or padding. None if each row is one sample and its padding.
+    """
+    keys: list[str] = field(default_factory=list)
+    """The keys of the samples, also of unusable ones; empty on ranks that do not read samples."""
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """The lengths of the sequences within which attention is computed, padding included."""
+        b, s = self.tokens.shape
+        return (s,) * b if self.segments is None else self.segments
 
 
 @dataclass
@@ -190,9 +202,9 @@ def truncate(sample: EncodedSample, seq_length: int, tokens_per_image: int) -> t
 def collate(rows: Sequence[Row], images: torch.Tensor, length: int, pad_id: int) -> MicroBatch:
     """Rows to tensors of `length` positions; `images` are all rows' images, as in `MicroBatch`."""
     shape = (len(rows), length)
-    tokens = torch.full(shape, pad_id, dtype=torch.int64)
-    labels = torch.full(shape, IGNORE_INDEX, dtype=torch.int64)
-    token_types = torch.full(shape, TokenType.PADDING, dtype=torch.int64)
+    tokens = torch.full(shape, pad_id, dtype=torch.int32)
+    labels = torch.full(shape, IGNORE_INDEX, dtype=torch.int32)
+    token_types = torch.full(shape, TokenType.PADDING, dtype=torch.int32)
     for i, row in enumerate(rows):
         if row.sample is not None:
             n = len(row.sample.tokens)

@@ -114,6 +114,7 @@ class LlavaModel(MegatronModule):
         token_types: torch.Tensor,
         images: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        segments: tuple[int, ...] | None = None,
     ) -> torch.Tensor:
         """Run this pipeline stage.
 
@@ -123,11 +124,13 @@ class LlavaModel(MegatronModule):
             images: uint8 pixels [n, 3, S, S], or features [n, t, C] that were kept of them, in the order in
                 which their positions occur row by row; needed on the first pipeline stage only.
             labels: int64 [b, s], already shifted; IGNORE_INDEX where nothing is supervised.
+            segments: lengths of the segments of a packed row (b = 1), as in `data.batch.MicroBatch`.
 
         Returns:
             float [b, s] loss per position (undefined where ignored), or [b, s, V] logits without labels;
             before the last stage hidden states [s, b, C].
         """
+        assert segments is None
         decoder_input = None
         if self.pre_process:
             assert images is not None

@@ -164,6 +164,8 @@ def language_transformer_config(config: RunConfig) -> TransformerConfig:
         # use a group for each direction.
         overlap_p2p_comm=virtual_stages(config) is not None,
         batch_p2p_comm=virtual_stages(config) is None,
+        # `sort` and `pack` give microbatches of different lengths; the stages then tell each other the shapes
+        variable_seq_lengths=_has_varying_lengths(config),
         context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
@@ -189,6 +191,12 @@ def language_transformer_config(config: RunConfig) -> TransformerConfig:
             capability=backend.capability(),
         ),
     )
+
+
+def _has_varying_lengths(config: RunConfig) -> bool:
+    data = config.data
+    pipelined = config.parallel.pipeline_model_parallel_size > 1
+    return pipelined and data.packing != "none" and not data.pad_to_seq_length
 
 
 def _check_language(config: RunConfig) -> None:

@@ -5,20 +5,22 @@ so that every pipeline stage knows the token types of each microbatch beforehand
 TP group of the first pipeline stage.
 
 M microbatches per step · b rows per microbatch · s positions · n images in a microbatch · S pixels per side ·
-t tokens per image · C width of a feature.
+t tokens per image · C width of a feature. b, s and n may differ between microbatches.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 
 from megatron_evomoe.config import RunConfig
+from megatron_evomoe.data.batch import MicroBatch
 from megatron_evomoe.data.feature_cache import image_form
 from megatron_evomoe.parallel import backend
-from megatron_evomoe.parallel.degrees import microbatches
 from megatron_evomoe.parallel.topology import Topology
 
 
@@ -26,19 +28,8 @@ from megatron_evomoe.parallel.topology import Topology
 class Step:
     """The samples of one optimizer step on this rank."""
 
-    tokens: torch.Tensor
-    """int64 [M, b, s]"""
-    labels: torch.Tensor
-    """int64 [M, b, s]; −100 where nothing is supervised."""
-    token_types: torch.Tensor
-    """int64 [M, b, s]; values of `config.token_types.TokenType`."""
-    images: list[torch.Tensor]
-    """One tensor per microbatch: uint8 pixels [n, 3, S, S], or cached features [n, t, C].
-
-    The list is empty on ranks outside the first pipeline stage.
-    """
-    keys: list[list[str]] = field(default_factory=list)
-    """The samples' keys, one list per microbatch; empty on ranks that do not read."""
+    microbatches: list[MicroBatch]
+    """On the device, after `to_replica`: int64 tensors; images on the first pipeline stage only."""
 
 
 def to_replica(step: Step | None, topology: Topology, config: RunConfig) -> Step:
@@ -52,40 +43,95 @@ def to_replica(step: Step | None, topology: Topology, config: RunConfig) -> Step
     """
     where = backend.device()
     if dist.get_world_size(topology.model_group) * topology.context.size > 1:
-        step = _broadcast(step, topology, config, where)
+        return _broadcast(step, topology, config, where)
     assert step is not None
-    for name in ("tokens", "labels", "token_types"):
-        setattr(step, name, getattr(step, name).to(where, non_blocking=True))
-    step.images = [i.to(where, non_blocking=True) for i in step.images]
-    return step
+    return Step(microbatches=[_on_device(m, where) for m in step.microbatches])
+
+
+def _on_device(micro: MicroBatch, where: torch.device) -> MicroBatch:
+    def moved(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(where, non_blocking=True).long()
+
+    assert micro.images is not None
+    return replace(
+        micro,
+        tokens=moved(micro.tokens),
+        labels=moved(micro.labels),
+        token_types=moved(micro.token_types),
+        images=micro.images.to(where, non_blocking=True),
+    )
 
 
 def _broadcast(step: Step | None, topology: Topology, config: RunConfig, where: torch.device) -> Step:
     group = topology.model_group
-    b = config.train.micro_batch_size
-    m = microbatches(config, topology.data.size)
-    # One message whose length all ranks know: s, the number of images in each microbatch, then tokens, labels
-    # and token types. It is int32, which halves the bytes.
-    message = torch.zeros(1 + m + 3 * m * b * config.data.seq_length, dtype=torch.int32, device=where)
+    source = dist.get_global_rank(group, 0)
+    sizes = torch.zeros(2, dtype=torch.int64, device=where)
     if topology.reads_data:
         assert step is not None
-        head = torch.tensor([step.tokens.shape[2], *(len(i) for i in step.images)])
-        flat = torch.cat([head, step.tokens.flatten(), step.labels.flatten(), step.token_types.flatten()])
-        message[: len(flat)].copy_(flat)
-    dist.broadcast(message, dist.get_global_rank(group, 0), group=group)
-    s, *counts = message[: 1 + m].tolist()
-    tokens, labels, token_types = message[1 + m : 1 + m + 3 * m * b * s].long().view(3, m, b, s)
-    images: list[torch.Tensor] = []
+        shapes, payload = _message(step)
+        sizes.copy_(torch.tensor([len(shapes), len(payload)]))
+    dist.broadcast(sizes, source, group=group)
+    head, body = sizes.tolist()
+    message = torch.empty(head + body, dtype=torch.int32, device=where)
+    if topology.reads_data:
+        message[:head].copy_(torch.tensor(shapes, dtype=torch.int32))
+        message[head:].copy_(payload)
+    dist.broadcast(message, source, group=group)
+    received, images = _read(message[:head].tolist(), message[head:].long())
     if topology.first_stage:
-        tp_group = topology.tensor.group
-        shape, dtype = image_form(config)
-        stacked = torch.empty(sum(counts), *shape, dtype=dtype, device=where)
-        if topology.reads_data:
-            assert step is not None
-            stacked.copy_(torch.cat(step.images))
-        if topology.tensor.size > 1 and len(stacked):
-            dist.broadcast(stacked, dist.get_global_rank(tp_group, 0), group=tp_group)
-        images = list(stacked.split(counts))
-    return Step(
-        tokens=tokens, labels=labels, token_types=token_types, images=images, keys=step.keys if step else []
-    )
+        for micro, pixels in zip(received, _send_images(step, images, topology, config, where), strict=True):
+            micro.images = pixels
+    if step is not None:
+        for micro, mine in zip(received, step.microbatches, strict=True):
+            micro.keys = mine.keys
+    return Step(microbatches=received)
+
+
+def _message(step: Step) -> tuple[list[int], torch.Tensor]:
+    """The numbers that describe each microbatch, and tokens, labels and token types in one int32 tensor.
+
+    The numbers of a microbatch are b, s, n, the number of segments (−1 without), and their lengths.
+    """
+    shapes: list[int] = []
+    parts: list[torch.Tensor] = []
+    for micro in step.microbatches:
+        assert micro.images is not None
+        segments = micro.segments
+        shapes += [*micro.tokens.shape, len(micro.images), -1 if segments is None else len(segments)]
+        shapes += segments or ()
+        parts += [tensor.flatten() for tensor in (micro.tokens, micro.labels, micro.token_types)]
+    return shapes, torch.cat(parts).to(torch.int32)
+
+
+def _read(shapes: list[int], payload: torch.Tensor) -> tuple[list[MicroBatch], list[int]]:
+    """The microbatches of a message without their images, and the number of images of each."""
+    numbers = iter(shapes)
+    found: list[MicroBatch] = []
+    images: list[int] = []
+    start = 0
+    for b in numbers:
+        s, n, count = next(numbers), next(numbers), next(numbers)
+        segments = None if count < 0 else tuple(itertools.islice(numbers, count))
+        end = start + 3 * b * s
+        tokens, labels, types = payload[start:end].view(3, b, s)
+        found.append(
+            MicroBatch(tokens=tokens, labels=labels, token_types=types, images=None, segments=segments)
+        )
+        images.append(n)
+        start = end
+    return found, images
+
+
+def _send_images(
+    step: Step | None, counts: list[int], topology: Topology, config: RunConfig, where: torch.device
+) -> Sequence[torch.Tensor]:
+    """The images of each microbatch, on the ranks of the first pipeline stage. Communicates over TP."""
+    group = topology.tensor.group
+    shape, dtype = image_form(config)
+    stacked = torch.empty(sum(counts), *shape, dtype=dtype, device=where)
+    if topology.reads_data:
+        assert step is not None
+        stacked.copy_(torch.cat([micro.images for micro in step.microbatches]))
+    if topology.tensor.size > 1 and len(stacked):
+        dist.broadcast(stacked, dist.get_global_rank(group, 0), group=group)
+    return stacked.split(counts)

@@ -130,6 +130,14 @@ def _check_options(config: RunConfig) -> None:
 def _check_batch(config: RunConfig, world_size: int) -> None:
     train, pp = config.train, config.parallel.pipeline_model_parallel_size
     replicas = data_parallel_size(config, world_size)
+    if config.data.packing == "pack":  # each step has as many microbatches as its samples need
+        groups = config.data.packing_replicas
+        if groups is not None and groups % replicas:
+            raise ConfigError(
+                f"packing_replicas {groups} is not a multiple of data parallel {replicas}; use a common "
+                "multiple of all data-parallel sizes that the run may have, or leave it out"
+            )
+        return
     samples = train.micro_batch_size * replicas
     if train.global_batch_size % samples:
         raise ConfigError(

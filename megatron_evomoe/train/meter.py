@@ -33,6 +33,7 @@ class MeterHook(StepHook):
     def begin_stage(self, run: StageRun) -> None:
         """Prepare the counts of a step's FLOP, and watch the routers of a mixture."""
         self._stage_began = time.perf_counter()
+        self._microbatches = 0  # since routing was last measured
         self._flop = functools.cache(functools.partial(flop_per_gpu, run.config, run.stage.kind))
         self._watch = Watch(run.config, with_logits=False) if run.stage.kind.has_router else None
         for layer in run.built.mixtures():
@@ -53,13 +54,15 @@ class MeterHook(StepHook):
             "batch-size": run.config.train.global_batch_size,
             "iteration-time": seconds,
             "tokens/s": result.tokens / seconds,
-            "throughput": self._flop(result.seq_length) / seconds / 1e12,
+            "throughput": self._flop(result.positions // run.config.train.global_batch_size) / seconds / 1e12,
             "supervised-tokens": result.supervised_tokens,
         }
         if backend.on_gpu():
             metrics["mem-max-allocated-bytes"] = torch.cuda.max_memory_allocated()
+        self._microbatches += result.microbatches
         if self._watch is not None and run.step % log.moe_metrics_interval == 0:
-            metrics |= routing_metrics(self._watch, run.config, steps=log.moe_metrics_interval)
+            metrics |= routing_metrics(self._watch, run.config, microbatches=self._microbatches)
+            self._microbatches = 0
         if run.step % log.log_interval == 0 and log.log_params_norm:
             metrics["params-norm"] = params_norm(run.built.gather_weights())
         run.add_metrics(metrics)

@@ -10,15 +10,18 @@ from megatron.core.transformer.moe import moe_utils
 from megatron_evomoe.config import RunConfig
 from megatron_evomoe.diagnose.collect import Watch
 from megatron_evomoe.diagnose.routing import share_metrics
-from megatron_evomoe.parallel import backend, degrees, topology
+from megatron_evomoe.parallel import backend, topology
 
 
-def routing_metrics(watch: Watch, config: RunConfig, *, steps: int) -> dict[str, float]:
-    """Shares by modality and auxiliary losses of the last `steps` steps. Resets `watch`. Communicates."""
+def routing_metrics(watch: Watch, config: RunConfig, *, microbatches: int) -> dict[str, float]:
+    """Shares by modality, and auxiliary losses, since the last call. Resets `watch`. Communicates.
+
+    Args:
+        microbatches: forward passes of this replica since then; the auxiliary losses are their means.
+    """
     counts = watch.total()
     watch.shares.reset()
     place = topology.current()
-    microbatches = degrees.microbatches(config, place.data.size)
     captured = _Capture()
     names = ["load_balancing_loss"] if config.moe.moe_aux_loss_coeff else []
     names += ["z_loss"] if config.moe.moe_z_loss_coeff else []
@@ -34,7 +37,7 @@ def routing_metrics(watch: Watch, config: RunConfig, *, steps: int) -> dict[str,
                 reduce_group=place.tensor_and_context_group,
             )
         moe_utils.track_moe_metrics(
-            loss_scale=1 / (microbatches * steps),
+            loss_scale=1 / microbatches,
             iteration=0,
             writer=captured,
             per_layer_logging=True,

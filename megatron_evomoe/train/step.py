@@ -35,8 +35,12 @@ class StepResult:
     supervised_tokens: int
     tokens: int
     """positions that are not padding, image positions included"""
-    seq_length: int
-    """positions per row, padding included"""
+    microbatches: int
+    """forward passes of this replica, the same number on all replicas"""
+    positions: int
+    """positions computed by all replicas, padding included"""
+    squares: int
+    """sum over all sequences (rows, or segments of packed rows) of their length squared"""
 
 
 def take_step(built: Built, step: Step, number: int) -> StepResult:
@@ -51,7 +55,7 @@ def take_step(built: Built, step: Step, number: int) -> StepResult:
         NonFiniteError: on every rank alike.
     """
     counts = _count(step)
-    supervised = max(1, int(counts[0]))
+    supervised = max(1, counts[0])
     losses = _forward_backward(built, step, supervised)
     loss = _reduce_loss(losses) / supervised
     if not torch.isfinite(loss):
@@ -69,15 +73,25 @@ def take_step(built: Built, step: Step, number: int) -> StepResult:
         loss=float(loss),
         grad_norm=grad_norm,
         learning_rate=learning_rate,
-        supervised_tokens=int(counts[0]),
-        tokens=int(counts[1]),
-        seq_length=step.tokens.shape[2],
+        supervised_tokens=counts[0],
+        tokens=counts[1],
+        microbatches=len(step.microbatches),
+        positions=counts[2],
+        squares=counts[3],
     )
 
 
-def _count(step: Step) -> list[float]:
-    """Supervised tokens of the global batch, and its tokens without padding. Communicates over replicas."""
-    counts = torch.stack([(step.labels != IGNORE_INDEX).sum(), (step.token_types != TokenType.PADDING).sum()])
+def _count(step: Step) -> list[int]:
+    """Sums over the global batch. Communicates over replicas.
+
+    Supervised tokens, tokens without padding, positions, and squares of the lengths of sequences.
+    """
+    micro = step.microbatches
+    supervised = torch.stack([(m.labels != IGNORE_INDEX).sum() for m in micro]).sum()
+    real = torch.stack([(m.token_types != TokenType.PADDING).sum() for m in micro]).sum()
+    lengths = [length for m in micro for length in m.lengths]
+    work = torch.tensor([sum(lengths), sum(length**2 for length in lengths)], device=real.device)
+    counts = torch.cat([supervised[None], real[None], work])
     dist.all_reduce(counts, group=topology.current().data.group)
     return counts.tolist()
 
@@ -87,16 +101,19 @@ def _forward_backward(built: Built, step: Step, supervised: int) -> list[torch.T
     for wrapped in built.wrapped:
         wrapped.zero_grad_buffer()
     built.optimizer.zero_grad()
-    m, b, s = step.tokens.shape
+    m = len(step.microbatches)
+    # the shapes of all microbatches, or megatron-core's schedules ask the neighbouring stage for each one's
+    b, s = step.microbatches[0].tokens.shape
     scale = m * topology.current().data.size / supervised
 
     def forward_step(batches: Iterator[int], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
-        i = next(batches)
-        images = step.images[i] if step.images else None
-        output = model(step.tokens[i], step.token_types[i], images, labels=step.labels[i])
+        micro = step.microbatches[next(batches)]
+        output = model(
+            micro.tokens, micro.token_types, micro.images, labels=micro.labels, segments=micro.segments
+        )
 
         def loss_func(losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-            total = (losses.float() * (step.labels[i] != IGNORE_INDEX)).sum()
+            total = (losses.float() * (micro.labels != IGNORE_INDEX)).sum()
             # a clone, because the schedule divides the returned loss in place
             return total * scale, {"loss_sum": total.detach().clone()}
 
@@ -132,7 +149,7 @@ def _explain(what: str, value: float, step: Step, losses: list[torch.Tensor], nu
     mine = {
         "rank": dist.get_rank(),
         "microbatches": bad,
-        "keys": [k for i in bad if i < len(step.keys) for k in step.keys[i]],
+        "keys": [key for i in bad for key in step.microbatches[i].keys],
     }
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)

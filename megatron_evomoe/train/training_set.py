@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 import torch.distributed as dist
 
 from megatron_evomoe.checkpoint.record import TrainingData
@@ -107,12 +106,5 @@ def next_step(batches: Iterator[StepBatch] | None, place: Topology, config: RunC
     """
     step = None
     if batches is not None:
-        micro = next(batches).microbatches
-        step = broadcast.Step(
-            tokens=torch.stack([m["tokens"] for m in micro]),
-            labels=torch.stack([m["labels"] for m in micro]),
-            token_types=torch.stack([m["token_types"] for m in micro]),
-            images=[m["images"] for m in micro],
-            keys=[m["keys"] for m in micro],
-        )
+        step = broadcast.Step(microbatches=next(batches).microbatches)
     return broadcast.to_replica(step, place, config)

@@ -77,7 +77,7 @@ def run_job(job: Job) -> list[dict[str, float]]:
         if number % 2 == 0:
             measured["params norm"] = params_norm(built.gather_weights())
         if watch is not None:
-            measured |= routing_metrics(watch, config, steps=1)
+            measured |= routing_metrics(watch, config, microbatches=result.microbatches)
         steps.append(measured)
     check_ranks_agree(steps)
     if job.save:
@@ -170,6 +170,7 @@ def replica_step(number: int, config: Any) -> Any:
     Microbatch c of the global batch goes to replica c mod DP, so every DP size computes the same
     microbatches.
     """
+    from megatron_evomoe.data.batch import MicroBatch
     from megatron_evomoe.parallel import broadcast, topology
 
     place = topology.current()
@@ -179,11 +180,16 @@ def replica_step(number: int, config: Any) -> Any:
         mine = range(place.data.rank, ROWS // size, place.data.size)
         chunks = [slice(c * size, (c + 1) * size) for c in mine]
         step = broadcast.Step(
-            tokens=torch.stack([batch["tokens"][c] for c in chunks]),
-            labels=torch.stack([batch["labels"][c] for c in chunks]),
-            token_types=torch.stack([batch["types"][c] for c in chunks]),
-            images=[torch.cat(batch["pixels"][c]) for c in chunks],
-            keys=[[f"{number}-{i}" for i in range(c.start, c.stop)] for c in chunks],
+            microbatches=[
+                MicroBatch(
+                    tokens=batch["tokens"][c],
+                    labels=batch["labels"][c],
+                    token_types=batch["types"][c],
+                    images=torch.cat(batch["pixels"][c]),
+                    keys=[f"{number}-{i}" for i in range(c.start, c.stop)],
+                )
+                for c in chunks
+            ]
         )
     return broadcast.to_replica(step, place, config)
 

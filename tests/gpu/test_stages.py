@@ -14,9 +14,9 @@ KINDS = ("align", "warmup", "evolve", "route")
 
 
 def on_device(step: Step) -> Step:
-    for name in ("tokens", "labels", "token_types"):
-        setattr(step, name, getattr(step, name).to(backend.device()))
-    step.images = [i.to(backend.device()) for i in step.images]
+    for micro in step.microbatches:
+        for name in ("tokens", "labels", "token_types", "images"):
+            setattr(micro, name, getattr(micro, name).to(backend.device()))
     return step
 
 

@@ -41,7 +41,7 @@ class Recorder(StepHook):
         self.say("begin_step", step)
 
     def after_data(self, run, batch):
-        self.say("after_data", list(batch.tokens.shape[:2]))
+        self.say("after_data", [len(batch.microbatches), len(batch.microbatches[0].tokens)])
 
     def after_step(self, run, result):
         self.say("after_step", run.step, result.loss)

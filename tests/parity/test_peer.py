@@ -68,8 +68,8 @@ def test_the_peer_computes_our_loss():
     step = shapes.random_step(
         shapes.model_config("1.8b", 2, tiny=True, seq_length=48, micro_batch=2, microbatches=1)
     )
-    arguments = step.tokens[0], step.token_types[0], step.images[0]
-    labels = step.labels[0]
+    micro = step.microbatches[0]
+    arguments, labels = (micro.tokens, micro.token_types, micro.images), micro.labels
     with torch.no_grad():
         losses = ours(*arguments, labels=labels)[labels != IGNORE_INDEX]
         assert peer(*arguments, labels).item() == pytest.approx(losses.mean().item(), rel=1e-5)

@@ -142,14 +142,14 @@ def test_a_runs_configuration_shows_what_the_run_sees(run_yaml, tmp_path, capsys
             2,
         )
         batches = [batch for step in steps for batch in step.microbatches][:3]
-        places = [text.index(f"{batch['keys'][0]} of ") for batch in batches]
+        places = [text.index(f"{batch.keys[0]} of ") for batch in batches]
         assert (
             places == sorted(places)
             and {"align": "<image>⟦There are", "warmup": "ASSISTANT:⟦ There are"}[name] in text
         )
         for batch in batches:
-            png = np.asarray(Image.open(tmp_path / "png" / name / f"{batch['keys'][0]}.0.png"))
-            assert np.array_equal(png, batch["images"][0].permute(1, 2, 0).numpy())
+            png = np.asarray(Image.open(tmp_path / "png" / name / f"{batch.keys[0]}.0.png"))
+            assert np.array_equal(png, batch.images[0].permute(1, 2, 0).numpy())
 
 
 def test_one_stage_flags_and_held_out_questions(run_yaml, shards, tmp_path, capsys):

@@ -27,14 +27,12 @@ from .helpers import TOKENS_PER_IMAGE, chat, jpeg, loader, samples, take
 
 
 def keys_of(steps):
-    return [key for step in steps for micro in step.microbatches for key in micro["keys"]]
+    return [key for step in steps for micro in step.microbatches for key in micro.keys]
 
 
 def same(a, b):
-    return (
-        all(torch.equal(a[k], b[k]) for k in ("tokens", "labels", "token_types", "images"))
-        and a["keys"] == b["keys"]
-    )
+    tensors = ("tokens", "labels", "token_types", "images")
+    return a.keys == b.keys and all(torch.equal(getattr(a, name), getattr(b, name)) for name in tensors)
 
 
 # ---- order
@@ -84,7 +82,7 @@ def test_replicas_tile_the_global_batch():
 def test_microbatch_contents(dataset, sp, processor):
     (step,) = take(loader(dataset, sp, processor), 1)
     assert len(step.microbatches) == 4 and step.position == 8 and step.epoch == 0 and step.skipped == {}
-    lengths = {micro["tokens"].shape for micro in step.microbatches}
+    lengths = {micro.tokens.shape for micro in step.microbatches}
     assert len(lengths) == 1  # the whole step is padded to one length
     longest = 0
     for m, micro in enumerate(step.microbatches):
@@ -92,24 +90,24 @@ def test_microbatch_contents(dataset, sp, processor):
         for row in range(2):
             i = SampleOrder(50, seed=5).index(2 * m + row)
             record, data = samples(50)[i]
-            assert micro["keys"][row] == f"{i:09d}"
-            kinds = micro["token_types"][row]
+            assert micro.keys[row] == f"{i:09d}"
+            kinds = micro.token_types[row]
             n = int((kinds != TokenType.PADDING).sum())
             longest = max(longest, n)
-            assert (kinds[:n] != TokenType.PADDING).all() and (micro["tokens"][row, n:] == sp.pad_id).all()
-            assert (micro["labels"][row, n:] == IGNORE_INDEX).all()
+            assert (kinds[:n] != TokenType.PADDING).all() and (micro.tokens[row, n:] == sp.pad_id).all()
+            assert (micro.labels[row, n:] == IGNORE_INDEX).all()
             assert int((kinds == TokenType.VISION).sum()) == TOKENS_PER_IMAGE * len(data)
-            answer = micro["labels"][row][micro["labels"][row] != IGNORE_INDEX]
+            answer = micro.labels[row][micro.labels[row] != IGNORE_INDEX]
             assert sp.decode(answer[:-1].tolist()).strip() == record["conversations"][1]["value"]
             images += [processor(decode_image(d)) for d in data]
-        assert micro["images"].dtype == torch.uint8 and micro["images"].shape == (
+        assert micro.images.dtype == torch.uint8 and micro.images.shape == (
             len(images),
             3,
             8,
             8,
         )
-        assert all(torch.equal(a, b) for a, b in zip(micro["images"], images, strict=True))
-        assert micro["tokens"].dtype == micro["labels"].dtype == micro["token_types"].dtype == torch.int64
+        assert all(torch.equal(a, b) for a, b in zip(micro.images, images, strict=True))
+        assert micro.tokens.dtype == micro.labels.dtype == micro.token_types.dtype == torch.int32
     assert next(iter(lengths)) == (2, longest)
 
 
@@ -117,18 +115,18 @@ def test_padding(dataset, sp, processor):
     (plain,) = take(loader(dataset, sp, processor), 1)
     (rounded,) = take(loader(dataset, sp, processor, pad_to_multiple_of=64), 1)
     (full,) = take(loader(dataset, sp, processor, pad_to_seq_length=True), 1)
-    s = plain.microbatches[0]["tokens"].shape[1]
+    s = plain.microbatches[0].tokens.shape[1]
     assert (
-        rounded.microbatches[0]["tokens"].shape[1] == -(-s // 64) * 64
-        and full.microbatches[0]["tokens"].shape[1] == 512
+        rounded.microbatches[0].tokens.shape[1] == -(-s // 64) * 64
+        and full.microbatches[0].tokens.shape[1] == 512
     )
-    assert torch.equal(full.microbatches[0]["tokens"][:, :s], plain.microbatches[0]["tokens"])
+    assert torch.equal(full.microbatches[0].tokens[:, :s], plain.microbatches[0].tokens)
 
 
 def test_text_only_microbatch_has_no_images(tmp_path, sp, processor):
     write_shards([({"conversations": chat("1 + 1?", "2")}, [])] * 4, tmp_path)
     (step,) = take(loader(ShardDataset(tmp_path), sp, processor, global_batch_size=2), 1)
-    assert step.microbatches[0]["images"].shape == (0, 3, 8, 8)
+    assert step.microbatches[0].images.shape == (0, 3, 8, 8)
 
 
 @pytest.mark.parametrize(
@@ -213,7 +211,7 @@ def test_no_descriptors_or_processes_are_left_over(dataset, sp, processor):
     deadline = time.monotonic() + 5
     while count() != before and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert count() == before and kept[0].microbatches[0]["images"].float().mean() > 0
+    assert count() == before and kept[0].microbatches[0].images.float().mean() > 0
 
 
 def _gloo_rank(rank, port, folder, sp_path, queue):
@@ -327,13 +325,9 @@ def test_bad_samples_keep_their_slot_and_are_counted_and_logged_once(
     assert step.skipped == train.skipped == dict.fromkeys(BAD, 1) and train.read == 10
     assert keys_of([step]) == [f"{i:09d}" for i in range(10)]
     for i, micro in enumerate(step.microbatches):
-        assert (micro["token_types"][1] == TokenType.PADDING).all() and (
-            micro["labels"][1] == IGNORE_INDEX
-        ).all()
-        assert (micro["tokens"][1] == sp.pad_id).all() and (
-            micro["token_types"][0] != TokenType.PADDING
-        ).any()
-        assert len(micro["images"]) == len(samples(20)[i][1])
+        assert (micro.token_types[1] == TokenType.PADDING).all() and (micro.labels[1] == IGNORE_INDEX).all()
+        assert (micro.tokens[1] == sp.pad_id).all() and (micro.token_types[0] != TokenType.PADDING).any()
+        assert len(micro.images) == len(samples(20)[i][1])
         reason = list(BAD)[i]
         lines = [r.getMessage() for r in caplog.records if f"{2 * i + 1:09d}" in r.getMessage()]
         assert len(lines) == 1 and reason in lines[0] and "shard-000000.tar" in lines[0]
@@ -350,14 +344,14 @@ def test_bad_json_too_many_pixels_and_missing_answer(tmp_path, sp, processor):
     (step,) = take(train, 1)
     assert step.skipped == {"image-too-large": 1, "bad-json": 1}
     # A microbatch in which every sample is bad still has its full set of tensors.
-    assert step.microbatches[0]["images"].shape[0] == 0
-    assert (step.microbatches[0]["token_types"] == TokenType.PADDING).all()
+    assert step.microbatches[0].images.shape[0] == 0
+    assert (step.microbatches[0].token_types == TokenType.PADDING).all()
 
 
 def test_every_sample_of_a_step_may_be_bad(tmp_path, sp, processor):
     write_shards([BAD["no-conversation"]] * 8, tmp_path)
     (step,) = take(loader(ShardDataset(tmp_path), sp, processor, pad_to_multiple_of=4), 1)
-    assert [tuple(micro["tokens"].shape) for micro in step.microbatches] == [(2, 4)] * 4 and step.skipped == {
+    assert [tuple(micro.tokens.shape) for micro in step.microbatches] == [(2, 4)] * 4 and step.skipped == {
         "no-conversation": 8
     }
 
@@ -378,8 +372,8 @@ def test_long_samples_are_cut_when_asked(tmp_path, sp, processor):
         1,
     )
     micro = step.microbatches[0]
-    assert micro["tokens"].shape == (2, 512) and (micro["labels"][0] != IGNORE_INDEX).sum() > 100
-    assert len(micro["images"]) == 1
+    assert micro.tokens.shape == (2, 512) and (micro.labels[0] != IGNORE_INDEX).sum() > 100
+    assert len(micro.images) == 1
     assert step.skipped == {"too-long": 1}  # truncation would have removed the second's whole answer
 
 

@@ -41,7 +41,7 @@ def test_loss_is_the_mean_over_the_global_batch_not_over_microbatches():
     results = []
     for step in (step_of(short, long), step_of(both)):
         built = built_for("warmup")
-        supervised, _ = _count(step)
+        supervised, *_ = _count(step)
         loss = _reduce_loss(_forward_backward(built, step, supervised)) / supervised
         results.append((supervised, loss.item(), gradients(built)))
     (n1, loss1, grads1), (n2, loss2, grads2) = results
