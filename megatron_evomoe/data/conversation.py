@@ -17,8 +17,8 @@ token:
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from megatron_evomoe.config import ConfigError
@@ -194,11 +194,21 @@ def check_length(turns: Sequence[Turn], length: int) -> None:
         SampleError: too-long; there are more answers than positions, or more than 64 characters for each
             position.
     """
-    answers, characters = sum(turn.role == "gpt" for turn in turns), sum(len(turn.text) for turn in turns)
-    if answers > length or characters > _MAX_CHARACTERS * length:
+    if least_length(turns) > length:
+        answers, characters = _answers_and_characters(turns)
         raise SampleError(
             "too-long", f"{characters} characters and {answers} answers cannot fit into seq_length {length}"
         )
+
+
+def least_length(turns: Sequence[Turn]) -> int:
+    """The smallest length that `check_length` accepts for a conversation."""
+    answers, characters = _answers_and_characters(turns)
+    return max(answers, -(-characters // _MAX_CHARACTERS))
+
+
+def _answers_and_characters(turns: Sequence[Turn]) -> tuple[int, int]:
+    return sum(turn.role == "gpt" for turn in turns), sum(len(turn.text) for turn in turns)
 
 
 def encode(
@@ -221,14 +231,27 @@ def encode(
             turn.
         ConfigError: the template is unknown, or needs tokens that the tokenizer lacks.
     """
+    turns = turns_to_learn(conversations, num_images, max_length=max_length)
+    return _encode_pieces(
+        list(pieces_of(turns, template_named(template))),
+        tokenizer,
+        template_named(template),
+        tokens_per_image,
+    )
+
+
+def turns_to_learn(conversations: Any, num_images: int, *, max_length: int | None = None) -> list[Turn]:
+    """The checked turns of a training sample.
+
+    Raises:
+        SampleError: as for `encode`.
+    """
     turns = parse_turns(conversations, num_images)
     if max_length is not None:
         check_length(turns, max_length)
     if not any(turn.role == "gpt" for turn in turns):
         raise SampleError("no-conversation", "no gpt turn, so nothing to learn from")
-    return _encode_pieces(
-        list(pieces_of(turns, _template(template))), tokenizer, _template(template), tokens_per_image
-    )
+    return turns
 
 
 def encode_prompt(
@@ -247,10 +270,10 @@ def encode_prompt(
         ConfigError: as for `encode`.
     """
     turns = parse_turns(conversations, num_images)
-    pieces = list(pieces_of(turns, _template(template)))
+    pieces = list(pieces_of(turns, template_named(template)))
     if turns[-1].role == "gpt":
         pieces = pieces[: max(i for i, piece in enumerate(pieces) if piece.first_of_answer)]
-    sample = _encode_pieces(pieces, tokenizer, _template(template), tokens_per_image)
+    sample = _encode_pieces(pieces, tokenizer, template_named(template), tokens_per_image)
     return EncodedSample(sample.tokens, [IGNORE_INDEX] * len(sample.tokens), sample.token_types)
 
 
@@ -261,7 +284,7 @@ def stop_ids(tokenizer: Tokenizer, template: str) -> set[int]:
 
 def end_id(tokenizer: Tokenizer, template: str) -> int:
     """The id of the end-of-turn token."""
-    return _end_id(tokenizer, _template(template))
+    return _end_id(tokenizer, template_named(template))
 
 
 def check_template(tokenizer: Tokenizer, template: str) -> None:
@@ -270,12 +293,19 @@ def check_template(tokenizer: Tokenizer, template: str) -> None:
     Raises:
         ConfigError: the tokenizer lacks a special token of the template.
     """
-    lacking = [piece for piece in _template(template).markup if tokenizer.special_id(piece) is None]
+    lacking = [piece for piece in template_named(template).markup if tokenizer.special_id(piece) is None]
     if lacking:
         raise ConfigError(
             f"conversation template {template!r} needs the special tokens {', '.join(lacking)}, which this "
             "tokenizer lacks; use template v1, or a tokenizer that has them"
         )
+
+
+def template_named(name: str) -> Template:
+    """The template of a name. Raises `ConfigError` if there is none."""
+    if name not in TEMPLATES:
+        raise ConfigError(f"unknown conversation template {name!r}; known: {', '.join(TEMPLATES)}")
+    return TEMPLATES[name]
 
 
 def pieces_of(turns: Sequence[Turn], template: Template) -> Iterator[Piece]:
@@ -327,37 +357,41 @@ def _encode_pieces(
 ) -> EncodedSample:
     tokens: list[int] = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     token_types, supervised = [TokenType.TEXT] * len(tokens), [False] * len(tokens)
-    for i, (text, is_answer, kind) in enumerate(_merge(pieces)):
-        if kind == "image":
+    for piece in merged(pieces, tokenizer):
+        if piece.kind == "image":
             ids = [tokenizer.pad_id] * tokens_per_image
-        elif kind == "end":
+        elif piece.kind == "end":
             ids = [_end_id(tokenizer, template)]
-        elif kind == "special":
-            ids = [_special_id(tokenizer, text)]
+        elif piece.kind == "special":
+            ids = [_special_id(tokenizer, piece.text)]
         else:
-            # a tokenizer that puts a space before every text was pretrained with one at the start only
-            ids = tokenizer.encode((getattr(tokenizer, "text_prefix", "") if i == 0 else "") + text)
+            ids = tokenizer.encode(piece.text)
         tokens += ids
-        token_types += [TokenType.VISION if kind == "image" else TokenType.TEXT] * len(ids)
-        supervised += [is_answer] * len(ids)
+        token_types += [TokenType.VISION if piece.kind == "image" else TokenType.TEXT] * len(ids)
+        supervised += [piece.answer] * len(ids)
     following = zip(tokens[1:], supervised[1:], strict=True)
     labels = [token if answer else IGNORE_INDEX for token, answer in following]
     return EncodedSample(tokens, [*labels, IGNORE_INDEX] if tokens else [], token_types)
 
 
-def _merge(pieces: Sequence[Piece]) -> Iterator[tuple[str, bool, str]]:
-    """Join neighbouring texts of the prompt, which are tokenized as one text; answers stay separate."""
-    pending = ""
+def merged(pieces: Iterable[Piece], tokenizer: Tokenizer) -> Iterator[Piece]:
+    """The pieces with neighbouring texts of the prompt as one text each; answers stay separate.
+
+    Each text that comes out is one call of the tokenizer.
+    """
+    # a tokenizer that puts a space before every text was pretrained with one at the start only
+    prefix, pending = getattr(tokenizer, "text_prefix", ""), ""
     for piece in pieces:
         if piece.kind == "text" and not piece.answer:
             pending += piece.text
             continue
         if pending:
-            yield pending, False, "text"
-            pending = ""
-        yield piece.text, piece.answer, piece.kind
+            yield Piece("text", prefix + pending)
+            prefix, pending = "", ""
+        yield replace(piece, text=prefix + piece.text) if prefix and piece.kind == "text" else piece
+        prefix = ""
     if pending:
-        yield pending, False, "text"
+        yield Piece("text", prefix + pending)
 
 
 def _end_id(tokenizer: Tokenizer, template: Template) -> int:
@@ -375,9 +409,3 @@ def _special_id(tokenizer: Tokenizer, piece: str) -> int:
             "template v1"
         )
     return found
-
-
-def _template(name: str) -> Template:
-    if name not in TEMPLATES:
-        raise ConfigError(f"unknown conversation template {name!r}; known: {', '.join(TEMPLATES)}")
-    return TEMPLATES[name]
