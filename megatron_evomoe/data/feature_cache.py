@@ -25,7 +25,8 @@ from safetensors import SafetensorError, safe_open
 
 from megatron_evomoe.config import RunConfig
 from megatron_evomoe.data.errors import DataError, SampleError
-from megatron_evomoe.data.shards import ShardDataset, write_atomically
+from megatron_evomoe.data.files import write_atomically
+from megatron_evomoe.data.shards import ShardDataset
 
 PART_IMAGES = 256
 _VERSION = 2  # changes when the same file gives other pixels than before; since 2, transparency is white

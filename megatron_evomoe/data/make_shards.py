@@ -40,7 +40,8 @@ from megatron_evomoe.data.image import decode_image
 from megatron_evomoe.data.media import short
 from megatron_evomoe.data.sample_record import MAX_RECORD_BYTES, image_names, load_json, usable_record
 from megatron_evomoe.data.shard_index import load_index
-from megatron_evomoe.data.shards import tar_bytes, write_atomically
+from megatron_evomoe.data.files import write_atomically
+from megatron_evomoe.data.shards import tar_bytes
 
 _PROGRESS = ".make-shards"
 _EXAMPLES_PER_REASON = 3

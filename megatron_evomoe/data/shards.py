@@ -27,6 +27,7 @@ import numpy as np
 
 from megatron_evomoe.config import ConfigError
 from megatron_evomoe.data.errors import SampleError
+from megatron_evomoe.data.files import write_atomically
 from megatron_evomoe.data.fingerprint import shard_digest
 from megatron_evomoe.data.sample_record import (
     MAX_RECORD_BYTES,
@@ -314,20 +315,6 @@ def tar_bytes(samples: Iterable[tuple[str, Mapping[str, Any], Sequence[bytes]]])
                 info.size = len(data)
                 archive.addfile(info, io.BytesIO(data))
     return buffer.getvalue()
-
-
-def write_atomically(path: Path, data: bytes, *, sync: bool = True) -> None:
-    """Replace the file `path` atomically; with `sync`, the replacement also survives a power failure."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            if sync:
-                file.flush()
-                os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_shards(

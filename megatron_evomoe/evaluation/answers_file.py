@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_evomoe.data.shards import write_atomically
+from megatron_evomoe.data.files import write_atomically
 from megatron_evomoe.evaluation.item import BenchmarkError
 from megatron_evomoe.evaluation.published_files import field
 

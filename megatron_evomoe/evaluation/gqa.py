@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_evomoe.data.shards import write_atomically
+from megatron_evomoe.data.files import write_atomically
 from megatron_evomoe.evaluation.item import Answers, Benchmark, BenchmarkError, Item, Metrics, Source
 from megatron_evomoe.evaluation.normalize import gqa_answer
 from megatron_evomoe.evaluation.prompts import short_answer

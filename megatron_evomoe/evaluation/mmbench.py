@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_evomoe.data.shards import write_atomically
+from megatron_evomoe.data.files import write_atomically
 from megatron_evomoe.evaluation.item import Answers, Benchmark, BenchmarkError, Item, Metrics, Source
 from megatron_evomoe.evaluation.normalize import mmbench_letter
 from megatron_evomoe.evaluation.prompts import LETTERS, OPTION_LETTER, OPTION_LETTER_CHINESE, option_lines

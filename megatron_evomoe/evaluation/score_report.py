@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from megatron_evomoe.data.shards import write_atomically
+from megatron_evomoe.data.files import write_atomically
 from megatron_evomoe.evaluation.item import Benchmark, BenchmarkError, Item, Metrics
 
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from megatron_evomoe.data.shards import write_atomically
+from megatron_evomoe.data.files import write_atomically
 from megatron_evomoe.evaluation.item import Answers, Benchmark, Item, Metrics, Source
 from megatron_evomoe.evaluation.normalize import evalai_answer
 from megatron_evomoe.evaluation.prompts import SHORT_ANSWER, short_answer
