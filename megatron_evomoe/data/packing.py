@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import bisect
 import heapq
+import itertools
 from typing import Literal
 
 import numpy as np
@@ -21,6 +22,8 @@ Packing = Literal["none", "sort", "pack"]
 _BISECTIONS = 6
 """Attempts at balancing full bins; each halves the difference between the best known and the least possible
 length of the longest bin."""
+_EVEN = 1.01
+"""Bins whose work is at most this many times the mean are not evened out further."""
 
 
 def plan_step(
@@ -67,11 +70,9 @@ def plan_step(
         assert group % replicas == 0, (packing_replicas, rounds, replicas)
         capacity = micro_batch_size * seq_length
         bins = _packed(lengths, _work(lengths, attention_cost), capacity, group)
-        work = [
-            float(_rounded(lengths[held].sum(), multiple) + attention_cost * (lengths[held] ** 2).sum())
-            for held in bins
-        ]
-        return _dealt(bins, work, replicas)
+        squares = _sums(lengths.astype(np.float64) ** 2, bins)
+        work = _rounded(_sums(lengths, bins), multiple) + attention_cost * squares
+        return _dealt(bins, work.tolist(), replicas)
     assert len(lengths) % (micro_batch_size * replicas) == 0, (len(lengths), micro_batch_size, replicas)
     if packing == "none":
         return np.arange(len(lengths)).reshape(-1, micro_batch_size).tolist()
@@ -83,6 +84,13 @@ def plan_step(
 def _work(lengths: np.ndarray, attention_cost: float) -> np.ndarray:
     """Work of rows or segments of these lengths, in positions, float64."""
     return lengths + attention_cost * lengths.astype(np.float64) ** 2
+
+
+def _sums(values: np.ndarray, bins: list[list[int]]) -> np.ndarray:
+    """The sum of `values` over each of K bins of indices, float64 [K]."""
+    of_bin = np.repeat(np.arange(len(bins)), [len(held) for held in bins])
+    indices = np.fromiter(itertools.chain.from_iterable(bins), dtype=np.int64, count=len(of_bin))
+    return np.bincount(of_bin, weights=values[indices], minlength=len(bins))
 
 
 def _rounded(lengths: np.ndarray, multiple: int) -> np.ndarray:
@@ -109,18 +117,21 @@ def _dealt(microbatches: list[list[int]], work: list[float], replicas: int) -> l
 def _packed(lengths: np.ndarray, work: np.ndarray, capacity: int, group: int) -> list[list[int]]:
     """K bins of offsets, K a multiple of `group`; no bin holds more than `capacity` tokens.
 
-    Best fit decides K. Where that leaves room, samples are spread by work, the largest first, each to the bin
-    that has the least. Where a sample does not fit there, best fit into as short bins as possible replaces it.
+    Best fit decides K. Where that leaves room, samples are spread by work, the largest first, each to the
+    bin that has the least. Where a sample does not fit there, best fit into as short bins as possible
+    replaces it. At last, exchanges even out the work that is left.
     """
     order = np.argsort(-lengths, kind="stable")
-    order = order[: np.count_nonzero(lengths)].tolist()
-    longest_first = lengths[order].tolist()
+    order = order[: np.count_nonzero(lengths)]
+    lengths, work = lengths[order], work[order]
+    longest_first = lengths.tolist()
     fitting = _best_fit(longest_first, capacity)
     count = max(-(-len(fitting) // group), 1) * group
-    bins = _spread(longest_first, work[order].tolist(), capacity, count)
+    bins = _spread(longest_first, work.tolist(), capacity, count)
     if bins is None:
         bins = _shortest(longest_first, capacity, count, fitting)
-    return [sorted(order[i] for i in held) for held in bins]
+    _even_out(bins, lengths, work, capacity)
+    return [sorted(order[held].tolist()) for held in bins]
 
 
 def _best_fit(lengths: list[int], capacity: int, most: int | None = None) -> list[list[int]] | None:
@@ -173,3 +184,34 @@ def _shortest(lengths: list[int], capacity: int, count: int, fitting: list[list[
         else:
             best, enough = found, middle
     return best + [[] for _ in range(count - len(best))]
+
+
+def _even_out(bins: list[list[int]], lengths: np.ndarray, work: np.ndarray, capacity: int) -> None:
+    """Move or exchange samples between the bins with the most and the least work, in place.
+
+    Each exchange is the one that brings the two bins' work nearest to each other. The search ends where no
+    bin has much more work than the mean, where no exchange helps, or after one exchange a bin.
+    """
+    total = _sums(work, bins).tolist()
+    enough = _EVEN * sum(total) / len(bins)
+    for _ in bins:
+        most, least = total.index(max(total)), total.index(min(total))
+        if total[most] <= enough:
+            return
+        room = capacity - int(lengths[bins[least]].sum())
+        half = (total[most] - total[least]) / 2
+        # a row for each sample that could leave the first bin; the last column takes nothing in return
+        given, taken = np.array(bins[most]), np.array([*bins[least], -1])
+        longer = lengths[given, None] - np.where(taken < 0, 0, lengths[taken])
+        more = work[given, None] - np.where(taken < 0, 0.0, work[taken])
+        off = np.where(longer <= room, np.abs(half - more), np.inf)
+        i, j = divmod(int(off.argmin()), len(taken))
+        if off[i, j] >= half * (1 - 1e-9):
+            return
+        bins[most].remove(given[i])
+        bins[least].append(int(given[i]))
+        if taken[j] >= 0:
+            bins[least].remove(taken[j])
+            bins[most].append(int(taken[j]))
+        for k in (most, least):
+            total[k] = float(work[bins[k]].sum())
