@@ -84,12 +84,18 @@ def test_equal_lengths_in_another_order_give_microbatches_of_equal_lengths(step,
     ]
 
 
-@pytest.mark.parametrize("packing", ["sort", "pack"])
+@pytest.mark.parametrize(
+    ("packing", "per_replica", "over_step", "over_rounds"),
+    [("sort", 8, 1.02, 1.15), ("pack", 8, 1.02, 1.06), ("pack", 1, 1.01, 1.01)],
+)
 @pytest.mark.parametrize("cost", [0.0, 1e-3])
-def test_replicas_get_like_work_in_each_round_and_over_the_step(packing, cost):
-    """At 8 microbatches a replica; the bounds are the largest of 200 seeds (1.037 and 1.017), rounded up."""
-    replicas, b = 8, 4
-    lengths = np.random.default_rng(3).integers(20, 1024, replicas * b * 8)
+def test_replicas_get_like_work(packing, per_replica, over_step, over_rounds, cost):
+    """Over a step, and where replicas wait for each other in each round of microbatches.
+
+    The bounds lie above the largest of 200 seeds.
+    """
+    replicas, b = 8, 8
+    lengths = np.random.default_rng(3).integers(20, 1024, replicas * b * per_replica)
     sizes = dict(micro_batch_size=b, seq_length=1024, replicas=replicas, attention_cost=cost)
     plan = plan_step(lengths, packing=packing, **sizes)
     if packing == "sort":
@@ -98,8 +104,8 @@ def test_replicas_get_like_work_in_each_round_and_over_the_step(packing, cost):
     else:
         work = np.array([(lengths[held] + cost * lengths[held] ** 2).sum() for held in plan])
     work = work.reshape(-1, replicas)
-    assert work.sum(0).max() <= 1.05 * work.sum(0).mean()
-    assert work.max(1).sum() <= 1.2 * work.mean(1).sum()
+    assert work.sum(0).max() <= over_step * work.sum(0).mean()
+    assert work.max(1).sum() <= over_rounds * work.mean(1).sum()
 
 
 def test_pack_where_no_sample_is_usable():
