@@ -52,9 +52,20 @@ class Campaign:
     """Runs jobs and keeps their metrics: the steps' metrics are looked up by stage and layout."""
 
     def __init__(
-        self, folder: Path, options: dict[str, Any] | None = None, layouts: dict[str, Layout] | None = None
+        self,
+        folder: Path,
+        options: dict[str, Any] | None = None,
+        layouts: dict[str, Layout] | None = None,
+        start: Campaign | None = None,
     ) -> None:
-        self.folder, self.options = folder, options or {}
+        """See the class.
+
+        Args:
+            options: configuration sections merged over those of every stage.
+            layouts: further layouts.
+            start: the campaign from whose reference checkpoints the stages start, in place of own ones.
+        """
+        self.folder, self.options, self.start = folder, options or {}, start or self
         self.layouts = {**LAYOUTS, **COMBINED, **(layouts or {})}
         self.trained: dict[tuple[str, str], list[dict[str, float]]] = {}
         self.resumed: dict[tuple[str, str, str], list[dict[str, float]]] = {}
@@ -115,9 +126,9 @@ class Campaign:
             for key in {*stage.sections, *self.options}
         }
         start = (
-            self.folder / "saved" / "first"
+            self.start.folder / "saved" / "first"
             if stage.kind != "route"
-            else self.checkpoint("evolve", "one rank")
+            else self.start.checkpoint("evolve", "one rank")
         )
         return Job(
             name=f"{name}|{layout}|{resume or last}",

@@ -14,13 +14,16 @@ from typing import Any
 
 import torch
 
+from megatron_evomoe.config import RunConfig
 from megatron_evomoe.config.token_types import TokenType
+from megatron_evomoe.data.batch import MicroBatch
 from megatron_evomoe.data.conversation import IGNORE_INDEX
 from tests import programs
 from tests.tiny import IMAGE_TOKENS, VOCAB
 
 ROWS = 8
 LENGTH = 24
+MULTIPLE = 8  # of a microbatch's positions, for every tensor-parallel size
 # images per row: with DP 2 and two rows per microbatch, the second replica has a microbatch without images
 IMAGES = (1, 0, 0, 0, 2, 1, 0, 0)
 # token counts of rows that are mostly padding, so that some sequence-parallel shards hold padding alone
@@ -175,6 +178,52 @@ def global_batch(step: int) -> dict[str, Any]:
         labels[i, end - supervised : end] = torch.randint(4, VOCAB, (supervised,), generator=g)
         pixels.append(torch.randint(0, 256, (images, 3, 16, 16), generator=g, dtype=torch.uint8))
     return {"tokens": tokens, "labels": labels, "types": types, "pixels": pixels}
+
+
+def microbatches(step: int, config: RunConfig) -> list[MicroBatch]:
+    """The step's microbatches, which hold the same samples whatever `data.packing` is.
+
+    With `none` all rows are padded to one length, with `sort` to the longest row of the microbatch, and with
+    `pack` a microbatch is one row of several segments. Microbatches without samples fill up a multiple of
+    `packing_replicas`.
+    """
+    batch, size, packing = global_batch(step), config.train.micro_batch_size, config.data.packing
+    real = (batch["types"] != TokenType.PADDING).sum(dim=1).tolist()
+    found = []
+    for first in range(0, ROWS, size):
+        rows = range(first, first + size)
+        lengths = [LENGTH if packing == "none" else real[i] for i in rows]
+        length = _rounded(sum(lengths) if packing == "pack" else max(lengths))
+        shape = (1, length) if packing == "pack" else (size, length)
+        micro = _empty(shape, torch.cat(batch["pixels"][first : first + size]))
+        micro.keys = [f"{step}-{i}" for i in rows]
+        start = 0
+        for row, (i, n) in enumerate(zip(rows, lengths, strict=True)):
+            to = (0, slice(start, start + n)) if packing == "pack" else (row, slice(n))
+            micro.tokens[to] = batch["tokens"][i, :n]
+            micro.labels[to] = batch["labels"][i, :n]
+            micro.token_types[to] = batch["types"][i, :n]
+            start += n
+        if packing == "pack":
+            micro.segments = tuple(lengths) if start == length else (*lengths, length - start)
+        found.append(micro)
+    while packing == "pack" and len(found) % (config.data.packing_replicas or 1):
+        found.append(_empty((1, MULTIPLE), torch.empty(0, 3, 16, 16, dtype=torch.uint8)))
+        found[-1].segments = (MULTIPLE,)
+    return found
+
+
+def _rounded(length: int) -> int:
+    return -(-length // MULTIPLE) * MULTIPLE
+
+
+def _empty(shape: tuple[int, int], images: torch.Tensor) -> MicroBatch:
+    return MicroBatch(
+        tokens=torch.zeros(shape, dtype=torch.int32),
+        labels=torch.full(shape, IGNORE_INDEX, dtype=torch.int32),
+        token_types=torch.full(shape, TokenType.PADDING, dtype=torch.int32),
+        images=images,
+    )
 
 
 def run(

@@ -8,6 +8,7 @@ ten for other processors.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -63,6 +64,13 @@ EXPERTS: dict[str, dict[str, Any]] = {
 SOME = ["TP 2", "TP 2 x ETP 2", "TP 2 x EP 2", "TP 2 x EP 2 x ETP 2", "PP 2, 2 chunks x DP 2, overlapped"]
 """Layouts for stages that differ from another stage only in the router or its capacity."""
 IN_SOME = ["route, capacity", "route, cosine"]
+FORMS: dict[str, dict[str, Any]] = {
+    "sort": {"packing": "sort"},
+    "pack": {"packing": "pack"},
+    "pack, with empty microbatches": {"packing": "pack", "packing_replicas": 8},
+}
+SOME_FORMS = ["one rank", "PP 2", "DP 2, overlapped", "TP 2", "PP 2, 2 chunks", "TP 2 x EP 2", "PP 2 x EP 2"]
+"""Layouts in which each form of microbatches is compared; the others with the slow tests."""
 TRAINED = [(stage, layout) for stage in STAGES for layout in (SOME if stage in IN_SOME else WIDE)]
 
 
@@ -117,6 +125,31 @@ def saved(campaign: Campaign, stage: str, layout: str) -> dict[str, torch.Tensor
     with safe_reads():
         tensors = dist_checkpointing.load_plain_tensors(str(find.resolve(campaign.checkpoint(stage, layout))))
     return {k: v for k, v in tensors.items() if torch.is_tensor(v) and not k.startswith("rng.")}
+
+
+@pytest.fixture(scope="session")
+def dealt(tmp_path_factory, campaign) -> Callable[[str], Campaign]:
+    """The stages trained on the same samples in other forms, from the same checkpoints."""
+
+    @functools.cache
+    def found(form: str) -> Campaign:
+        forms = Campaign(tmp_path_factory.mktemp("dealt"), {"data": FORMS[form]}, start=campaign)
+        forms.run_pairs([(stage, layout) for stage in MATRIX for layout in SOME_FORMS])
+        return forms
+
+    return found
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("layout", SOME_FORMS)
+@pytest.mark.parametrize("stage", MATRIX)
+def test_the_form_of_microbatches_changes_nothing(campaign, dealt, form, layout, stage):
+    """Rows of their own length, packed rows, and additional empty microbatches give one rank's padded run.
+
+    Loss, gradient norm, routing shares and auxiliary losses of each step are compared.
+    """
+    wanted, got = campaign.unbroken(stage)[:STEPS], dealt(form).trained[stage, layout]
+    assert deviation(wanted, got) < METRICS
 
 
 @pytest.mark.slow

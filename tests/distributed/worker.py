@@ -12,7 +12,7 @@ import torch
 
 from megatron_evomoe.parallel import backend
 from tests.distributed.campaign import deviation
-from tests.distributed.harness import ROWS, Job, Layout, configuration, global_batch
+from tests.distributed.harness import ROWS, Job, Layout, configuration, microbatches
 
 SMALL_BUCKET = 500  # parameters; megatron-core's default is so large that a small model has one bucket
 
@@ -170,27 +170,13 @@ def replica_step(number: int, config: Any) -> Any:
     Microbatch c of the global batch goes to replica c mod DP, so every DP size computes the same
     microbatches.
     """
-    from megatron_evomoe.data.batch import MicroBatch
     from megatron_evomoe.parallel import broadcast, topology
 
     place = topology.current()
     step = None
     if place.reads_data:
-        batch, size = global_batch(number), config.train.micro_batch_size
-        mine = range(place.data.rank, ROWS // size, place.data.size)
-        chunks = [slice(c * size, (c + 1) * size) for c in mine]
-        step = broadcast.Step(
-            microbatches=[
-                MicroBatch(
-                    tokens=batch["tokens"][c],
-                    labels=batch["labels"][c],
-                    token_types=batch["types"][c],
-                    images=torch.cat(batch["pixels"][c]),
-                    keys=[f"{number}-{i}" for i in range(c.start, c.stop)],
-                )
-                for c in chunks
-            ]
-        )
+        everything = microbatches(number, config)
+        step = broadcast.Step(microbatches=everything[place.data.rank :: place.data.size])
     return broadcast.to_replica(step, place, config)
 
 
