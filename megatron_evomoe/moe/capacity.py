@@ -27,6 +27,7 @@ def within_capacity(
     probs_TN: Tensor,
     routing_map_TN: Tensor,
     is_padding_T: Tensor | None,
+    starts_T: Tensor | None = None,
     *,
     topk: int,
     factor: float,
@@ -37,12 +38,15 @@ def within_capacity(
 
     Each expert keeps at most ⌈factor x real tokens x K / N⌉ of the real tokens that chose it: those with the
     highest probability, or with `by_position` the first. Among equal probabilities (to 2⁻¹²) the first tokens
-    are kept, by position and then by row. No expert keeps a padding token.
+    are kept, by position and then by row. No expert keeps a padding token. In a packed row, a segment counts
+    as a row, so the same tokens are kept as in padded rows.
 
     Args:
         probs_TN: probabilities of the chosen experts, in [0, 1].
         routing_map_TN: bool; the experts that each token chose.
         is_padding_T: bool; None if all tokens are real.
+        starts_T: bool; the first tokens of the segments of a packed row. Tokens before the first such mark,
+            or all without any mark, are in the order [s, b] of padded rows. None is without marks.
         topk: K, the experts that each token chose.
         group: ranks that share the microbatch, in the order of its positions, with equally many tokens each.
     """
@@ -51,11 +55,22 @@ def within_capacity(
     everyone = _gather(score, group)  # [R·T, N]; a choice scores at least 1
     real = (everyone > 0).any(dim=1).sum()
     capacity = (real.double() * topk / score.shape[1] * factor).ceil()
-    order = everyone.argsort(dim=0, descending=True, stable=True)
+    if starts_T is not None:
+        by_place = _by_position(_gather(starts_T.int()[:, None], group)[:, 0] > 0)
+        order = by_place[everyone[by_place].argsort(dim=0, descending=True, stable=True)]
+    else:
+        order = everyone.argsort(dim=0, descending=True, stable=True)
     place = torch.arange(len(order), device=order.device)[:, None].expand_as(order)
     rank_in_expert = torch.empty_like(order).scatter_(0, order, place)
     first = dist.get_rank(group) * len(score)
     return (rank_in_expert[first : first + len(score)] < capacity) & chosen
+
+
+def _by_position(starts: Tensor) -> Tensor:
+    """Indices of tokens, int64 [R·T], sorted by position in the segment and then by segment."""
+    index = torch.arange(len(starts), device=starts.device)
+    first = torch.where(starts, index, 0).cummax(dim=0).values
+    return (index - first).argsort(stable=True)
 
 
 def _gather(score: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -48,8 +48,8 @@ class EvoMoELayer(MoELayer):
         """Mix experts over hidden_states [s, b, C].
 
         `padding_mask` (megatron-core fixes this name) holds the `token_types` of this rank's tokens, int64
-        [b, s]; it may also be bool, True for padding. None makes every token text. Returns the output
-        [s, b, C] and None for a bias.
+        [b, s], which may mark the starts of segments (`planes.mark_starts`); it may also be bool, True for
+        padding. None makes every token text. Returns the output [s, b, C] and None for a bias.
         """
         if padding_mask is not None:
             if padding_mask.shape != (hidden_states.shape[1], hidden_states.shape[0]):
@@ -58,7 +58,7 @@ class EvoMoELayer(MoELayer):
                     f"{tuple(hidden_states.shape)}: they must be [batch, sequence], scattered along the "
                     "sequence as the hidden states are"
                 )
-            padding_mask = to_planes(padding_mask)  # [b, s, 2]; the core transposes it to [s, b, 2]
+            padding_mask = to_planes(padding_mask)  # [b, s, 3]; the core transposes it to [s, b, 3]
         if self.moe_layer_recompute and self._has_trainable() and not hidden_states.requires_grad:
             # A re-entrant checkpoint whose inputs need no gradient gives its parameters none either. In
             # `route` everything below the first router is frozen, so that router would silently not learn.

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from megatron_evomoe.config import MoEConfig
 from megatron_evomoe.config.token_types import TokenType
 from megatron_evomoe.moe.capacity import within_capacity
-from megatron_evomoe.moe.planes import from_planes
+from megatron_evomoe.moe.planes import from_planes, starts_of
 from megatron_evomoe.moe.router import draw_router, router_tensors
 
 Observer = Callable[[int, Tensor, Tensor, Tensor, Tensor], None]
@@ -99,7 +99,7 @@ class TypedRouter(TopKRouter):
     def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Route tokens [s, b, C].
 
-        `padding_mask` (megatron-core fixes this name) holds the planes [s, b, 2] of moe/planes.py; None makes
+        `padding_mask` (megatron-core fixes this name) holds the planes [s, b, 3] of moe/planes.py; None makes
         every token text. Returns probs [T, N] in `self.gate_dtype` and the bool routing_map [T, N]. Padding
         tokens are routed like any other; the auxiliary losses leave them out and no token attends to them.
         With a capacity factor, training drops padding tokens and those over capacity; evaluation drops
@@ -107,26 +107,31 @@ class TypedRouter(TopKRouter):
         """
         if padding_mask is None:
             token_types, is_padding = input.new_full(input.shape[:2], TokenType.TEXT, dtype=torch.int64), None
+            starts = None
         else:
             token_types = from_planes(padding_mask)
             is_padding = token_types == TokenType.PADDING
+            starts = starts_of(padding_mask)
         logits = self.gating(self.apply_input_jitter(input), token_types)
         if self.config.moe_router_force_load_balancing:
             logits = apply_random_logits(logits)
         self._maintain_float32_expert_bias()
         probs, routing_map = self.routing(logits, padding_mask=is_padding)
         if self.capacity_factor is not None and self.training:
-            probs, routing_map = self._drop(probs, routing_map, is_padding)
+            probs, routing_map = self._drop(probs, routing_map, is_padding, starts)
         if self.moe.router_gate == "straight_through":
             probs = straight_through(probs)
         return self._diagnose(logits, probs, routing_map, token_types.flatten())
 
-    def _drop(self, probs: Tensor, routing_map: Tensor, is_padding: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _drop(
+        self, probs: Tensor, routing_map: Tensor, is_padding: Tensor | None, starts: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """Take back what exceeds capacity. Communicates over the ranks that share the microbatch."""
         kept = within_capacity(
             probs,
             routing_map,
             None if is_padding is None else is_padding.flatten(),
+            None if starts is None else starts.flatten(),
             topk=self.topk,
             factor=self.capacity_factor,
             by_position=self.config.moe_token_drop_policy == "position",

@@ -68,3 +68,37 @@ def test_enough_capacity_drops_padding_alone():
     padding = torch.tensor([False, True, False])
     assert within_capacity(probs, probs > 0, padding, **args)[:, 0].tolist() == [True, False, True]
     assert within_capacity(probs, probs > 0, None, **args)[:, 0].tolist() == [True, True, True]
+
+
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=6),
+    padded=st.integers(0, 5),
+    factor=st.floats(0.05, 1.5),
+    by_position=st.booleans(),
+    seed=st.integers(0, 10**6),
+)
+@settings(derandomize=True, deadline=None, max_examples=200)
+def test_a_packed_row_keeps_what_padded_rows_keep(lengths, padded, factor, by_position, seed):
+    """Few distinct tokens, so that positions often decide; rows are laid out as the core has them, [s, b]."""
+    g = torch.Generator().manual_seed(seed)
+    kinds = torch.softmax(torch.randn(3, 4, generator=g), dim=-1)
+    rows = [kinds[torch.randint(3, (n,), generator=g)] for n in lengths]
+    args = dict(topk=1, factor=factor, by_position=by_position, group=torch.distributed.group.WORLD)
+
+    grid = torch.nn.utils.rnn.pad_sequence(rows)  # [s, b, N]
+    padding = torch.arange(len(grid))[:, None] >= torch.tensor(lengths)
+    kept = within_capacity(*top(grid.flatten(0, 1)), padding.flatten(), **args).view(grid.shape)
+    wanted = torch.cat([kept[:n, i] for i, n in enumerate(lengths)])
+
+    row = torch.cat([*rows, torch.zeros(padded, 4)])
+    segments = [*lengths, *([padded] if padded else [])]
+    starts = torch.cat([torch.arange(n) == 0 for n in segments])
+    is_padding = torch.arange(len(row)) >= sum(lengths)
+    got = within_capacity(*top(row), is_padding, starts, **args)
+    assert torch.equal(got[: sum(lengths)], wanted)
+
+
+def top(probs):
+    """The probability of the chosen expert, and the choice."""
+    chosen = torch.zeros_like(probs, dtype=torch.bool).scatter_(1, probs.argmax(1, keepdim=True), True)
+    return probs * chosen, chosen

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from megatron_evomoe.config import MoEConfig
 from megatron_evomoe.moe.dtr.maths import naive_dtr_logits
-from megatron_evomoe.moe.planes import from_planes, to_planes
+from megatron_evomoe.moe.planes import from_planes, mark_starts, starts_of, to_planes
 from megatron_evomoe.moe.router import ROUTERS, router_builder
 from megatron_evomoe.moe.routers.base import straight_through
 from tests.unit.moe.router_models import batch, build_router, transformer_config
@@ -93,6 +93,9 @@ def test_no_types_means_all_text_and_a_bool_mask_means_padding():
     assert all(torch.equal(a, b) for a, b in zip(router(hidden), text, strict=True))
     assert torch.equal(to_planes(types == 2), to_planes(torch.where(types == 2, 2, 0)))
     assert torch.equal(from_planes(to_planes(types)), types) and set(types.unique().tolist()) == {0, 1, 2}
+    starts = torch.rand(types.shape) < 0.5
+    marked = to_planes(mark_starts(types, starts))
+    assert torch.equal(from_planes(marked), types) and torch.equal(starts_of(marked), starts)
 
 
 @pytest.mark.parametrize("name", ROUTERS)
