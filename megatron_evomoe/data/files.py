@@ -21,5 +21,5 @@ def write_atomically(path: Path, data: bytes, *, sync: bool = True) -> None:
 
 
 def temporary_beside(path: Path) -> Path:
-    """A hidden name beside `path` that only this process uses; its host is in it, because folders are shared."""
+    """A hidden name beside `path` for this process alone; it holds the host, because hosts share folders."""
     return path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")

@@ -36,11 +36,11 @@ from rich.table import Table
 from megatron_evomoe.config import ConfigError
 from megatron_evomoe.data.conversation import parse_turns
 from megatron_evomoe.data.errors import SampleError
+from megatron_evomoe.data.files import write_atomically
 from megatron_evomoe.data.image import decode_image
 from megatron_evomoe.data.media import short
 from megatron_evomoe.data.sample_record import MAX_RECORD_BYTES, image_names, load_json, usable_record
 from megatron_evomoe.data.shard_index import load_index
-from megatron_evomoe.data.files import write_atomically
 from megatron_evomoe.data.shards import tar_bytes
 
 _PROGRESS = ".make-shards"

@@ -1,4 +1,4 @@
-"""The lengths of samples are those of the rows that training makes, at any seq_length and after any trouble."""
+"""The lengths of samples are those of the rows that training makes, at any seq_length and after trouble."""
 
 from __future__ import annotations
 
