@@ -29,6 +29,7 @@ from megatron.core.utils import make_viewless_tensor
 
 from megatron_evomoe.config import RunConfig
 from megatron_evomoe.config.kinds import StageKind
+from megatron_evomoe.model.attention import PackedSegments, SdpaAttention
 from megatron_evomoe.model.inventory import padded_vocab_size
 from megatron_evomoe.model.mlp import allow_expert_biases, dense_mlp_spec
 from megatron_evomoe.model.norm import TorchNorm
@@ -36,6 +37,27 @@ from megatron_evomoe.model.transformer_config import language_transformer_config
 from megatron_evomoe.moe.evolving_mlp import evolving_mlp_spec
 from megatron_evomoe.moe.layer import moe_layer_spec
 from megatron_evomoe.parallel import rng, topology
+
+
+class Decoder(GPTModel):
+    """A `GPTModel` whose local layers rotate each position of a packed row by its place in its segment.
+
+    The rotations are gathered once for all layers. megatron-core would rather cut the row into segments in
+    each layer, once for queries and once for keys, and read their lengths from the device each time. That is
+    what it does under Transformer Engine with `apply_rope_fusion` off; with it on, which is the default
+    there, a kernel restarts the positions.
+    """
+
+    def _preprocess(
+        self, input_ids: Any, position_ids: Any, *args: Any, packed_seq_params: Any = None, **kwargs: Any
+    ) -> tuple:
+        prepared = super()._preprocess(
+            input_ids, position_ids, *args, packed_seq_params=packed_seq_params, **kwargs
+        )
+        if not isinstance(packed_seq_params, PackedSegments) or packed_seq_params.qkv_format == "thd":
+            return prepared
+        decoder_input, rotary, *others = prepared
+        return decoder_input, rotary.index_select(0, position_ids[0]), *others
 
 
 class DecoderLayer(TransformerLayer):
@@ -106,7 +128,7 @@ def build_language_model(
     pre_process: bool = True,
     post_process: bool = True,
     vp_stage: int | None = None,
-) -> GPTModel:
+) -> Decoder:
     """This pipeline stage's part of the decoder.
 
     Layers that ``config.moe`` designates hold a dense FFN in the kinds align, warmup and dense, the
@@ -123,7 +145,7 @@ def build_language_model(
     logging.getLogger("megatron.core.transformer.transformer_layer").addFilter(_is_news)
     transformer_config = language_transformer_config(config)
     with rng.derived("language_model.embedding"):
-        model = GPTModel(
+        model = Decoder(
             config=transformer_config,
             transformer_layer_spec=language_block_spec(config, transformer_config, stage_kind, vp_stage),
             vocab_size=padded_vocab_size(config),
@@ -214,7 +236,7 @@ def _layer_spec(config: RunConfig, stage_kind: StageKind, designated: bool) -> M
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=fused if fuse_attention_norm else unfused,
-                    core_attention=backend.core_attention(),
+                    core_attention=backend.core_attention() if use_te else SdpaAttention,
                     linear_proj=backend.row_parallel_linear(),
                     q_layernorm=qk_norm,
                     k_layernorm=qk_norm,

@@ -18,6 +18,7 @@ from megatron_evomoe.config.recipe import MODULES
 from megatron_evomoe.config.token_types import TokenType
 from megatron_evomoe.data.conversation import IGNORE_INDEX
 from megatron_evomoe.data.image import processor_for
+from megatron_evomoe.model.attention import PackedSegments
 from megatron_evomoe.model.language import build_language_model
 from megatron_evomoe.model.projector import build_projector
 from megatron_evomoe.model.vision import build_vision_model
@@ -90,7 +91,8 @@ class LlavaModel(MegatronModule):
 
         Under sequence parallelism s is this rank's part of the positions. Arguments are those of `forward`.
         """
-        words = self.language_model.embedding(input_ids=tokens, position_ids=_positions(tokens))
+        # RoPE alone knows positions, so the embedding does without
+        words = self.language_model.embedding(input_ids=tokens, position_ids=None)
         is_vision = token_types == TokenType.VISION
         features = self.encode_images(images).to(words.dtype)
         # Without any image `features` is [0, t, C]. The scatter then moves nothing, but its backward still
@@ -124,13 +126,17 @@ class LlavaModel(MegatronModule):
             images: uint8 pixels [n, 3, S, S], or features [n, t, C] that were kept of them, in the order in
                 which their positions occur row by row; needed on the first pipeline stage only.
             labels: int64 [b, s], already shifted; IGNORE_INDEX where nothing is supervised.
-            segments: lengths of the segments of a packed row (b = 1), as in `data.batch.MicroBatch`.
+            segments: lengths of the segments of a packed row (b = 1), as in `data.batch.MicroBatch`. Positions
+                restart at each segment, and no position attends to another segment.
 
         Returns:
             float [b, s] loss per position (undefined where ignored), or [b, s, V] logits without labels;
             before the last stage hidden states [s, b, C].
+
+        Raises:
+            ValueError: `segments` do not fill one row.
         """
-        assert segments is None
+        packed = self._packed(tokens, segments)
         decoder_input = None
         if self.pre_process:
             assert images is not None
@@ -142,12 +148,24 @@ class LlavaModel(MegatronModule):
         targets = labels.masked_fill(labels == IGNORE_INDEX, 0) if labels is not None else None
         return self.language_model(
             input_ids=tokens,
-            position_ids=_positions(tokens),
+            position_ids=_positions(tokens, segments),
             attention_mask=None,
             decoder_input=decoder_input,
             labels=targets,
+            packed_seq_params=packed,
             padding_mask=token_types,  # the argument that megatron-core hands to every layer (moe/layer.py)
         )
+
+    def _packed(self, tokens: torch.Tensor, segments: tuple[int, ...] | None) -> PackedSegments | None:
+        if segments is None:
+            return None
+        if tokens.shape[0] != 1 or sum(segments) != tokens.shape[1]:
+            raise ValueError(
+                f"segments of lengths {list(segments)} for tokens of shape {list(tokens.shape)}: they must "
+                "fill one row"
+            )
+        thd = self.config.transformer_impl == "transformer_engine"
+        return PackedSegments.of(segments, tokens.device, thd=thd)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
@@ -161,5 +179,9 @@ class LlavaModel(MegatronModule):
         return out
 
 
-def _positions(tokens: torch.Tensor) -> torch.Tensor:
-    return torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+def _positions(tokens: torch.Tensor, segments: tuple[int, ...] | None) -> torch.Tensor:
+    """int64 [b, s], the place of each position in its row or segment; needs no device synchronisation."""
+    counted = torch.arange(max(segments or (tokens.shape[1],)), device=tokens.device)
+    if segments is None:
+        return counted.expand_as(tokens)
+    return torch.cat([counted[:length] for length in segments])[None]

@@ -11,12 +11,12 @@ from megatron.core.models.vision.clip_vit_model import CLIPViTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
-from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from megatron_evomoe.config import RunConfig
+from megatron_evomoe.model.attention import SdpaAttention
 from megatron_evomoe.model.mlp import dense_mlp_spec
 from megatron_evomoe.model.norm import TorchNorm
 from megatron_evomoe.model.transformer_config import resolve_transformer_impl, vision_transformer_config
@@ -91,7 +91,7 @@ def _local_layer_spec() -> ModuleSpec:
                 params={"attn_mask_type": AttnMaskType.no_mask},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=ColumnParallelLinear,
-                    core_attention=DotProductAttention,
+                    core_attention=SdpaAttention,
                     linear_proj=RowParallelLinear,
                 ),
             ),
