@@ -126,8 +126,8 @@ class LlavaModel(MegatronModule):
             images: uint8 pixels [n, 3, S, S], or features [n, t, C] that were kept of them, in the order in
                 which their positions occur row by row; needed on the first pipeline stage only.
             labels: int64 [b, s], already shifted; IGNORE_INDEX where nothing is supervised.
-            segments: lengths of the segments of a packed row (b = 1), as in `data.batch.MicroBatch`. Positions
-                restart at each segment, and no position attends to another segment.
+            segments: lengths of the segments of a packed row (b = 1), as in `data.batch.MicroBatch`.
+                Positions restart at each segment, and no position attends to another segment.
 
         Returns:
             float [b, s] loss per position (undefined where ignored), or [b, s, V] logits without labels;

@@ -1,12 +1,11 @@
 """Bytes of activations kept for the backward: an estimate after Korthikanti et al. 2022 (arXiv 2205.05198).
 
 Their layer keeps s·b·h·(34 + 5·a·s/h) bytes, with dropout masks, stored s × s scores, a GELU FFN of width
-4h, and everything trained. Here the same is counted for our layers: no dropout; with Transformer Engine a
-flash attention that keeps its inputs, its output and a log-sum-exp instead of scores (without it an fp32
-softmax and its copy in the parameters' type); FFNs with or without a gate, of any width; mixtures whose
-experts share the tokens evenly; linear layers that keep no input if they are frozen, and an FP8 input if
-they compute in FP8. Temporary tensors, the allocator's fragmentation and communication buffers are not
-counted.
+4h, and everything trained. Here the same is counted for our layers: no dropout; a flash attention that keeps
+its inputs, its output and a log-sum-exp instead of scores; FFNs with or without a gate, of any width;
+mixtures whose experts share the tokens evenly; linear layers that keep no input if they are frozen, and an
+FP8 input if they compute in FP8. Temporary tensors, the allocator's fragmentation and communication buffers
+are not counted.
 
 Shape legend: T tokens of a microbatch, of all TP ranks together · C width · F width of the FFN · e bytes of
     an
@@ -43,7 +42,7 @@ class Sizes:
     t: int
     seq: int
     fused: bool
-    """Whether attention is Transformer Engine's and SwiGLU is fused."""
+    """Whether layers are Transformer Engine's and SwiGLU is fused."""
     on_gpu: bool
     """Whether a GPU runs it; the DTR in PyTorch has another form on a CPU (moe/routers/dynamic.py)."""
 
@@ -145,15 +144,12 @@ def _attention(config: RunConfig, z: Sizes, flow: LayerFlow) -> int:
     if config.language.qk_layernorm:
         kept += z.T * (heads + groups) * head_size // z.t
     context = z.T * heads * head_size // z.t
-    extra = 0
-    if z.fused:
+    recomputes = "core_attn" in recomputed
+    if flow.trains_attention or not recomputes:
         kept += context
-        inputs += context if flow.fp8 and flow.trains_attention and fp8.projection_keeps_copy(config) else 0
-        extra = 0 if "core_attn" in recomputed else 4 * z.T * heads // z.t
-    else:
-        kept += context if flow.trains_attention else 0
-        extra = 0 if "core_attn" in recomputed else score_bytes(z) * z.T * z.seq * heads // z.t
-    return kept * z.e + _inputs(config, z, flow, inputs) + extra
+    if flow.fp8 and flow.trains_attention and fp8.projection_keeps_copy(config):
+        inputs += context
+    return kept * z.e + _inputs(config, z, flow, inputs) + (0 if recomputes else _log_sum_exp(z.T, heads, z))
 
 
 def _inputs(config: RunConfig, z: Sizes, flow: LayerFlow, elements: int) -> int:
@@ -166,9 +162,9 @@ def _normalized(config: RunConfig, z: Sizes) -> int:
     return z.R * z.C if not z.fused and config.language.normalization == "RMSNorm" else 0
 
 
-def score_bytes(z: Sizes) -> int:
-    """Bytes per stored score: the fp32 softmax, and its copy in the parameters' type if that is not fp32."""
-    return 4 if z.e == 4 else 4 + z.e
+def _log_sum_exp(positions: int, heads: int, z: Sizes) -> int:
+    """Bytes of the fp32 number that flash attention keeps for each query and head."""
+    return 4 * positions * heads // z.t
 
 
 def _dense_ffn(config: RunConfig, z: Sizes, flow: LayerFlow) -> int:
@@ -266,7 +262,7 @@ def projector(config: RunConfig, z: Sizes, kind: StageKind) -> int:
     parts = trained_parts(config, kind)
     v, images = config.vision, config.train.micro_batch_size
     tokens = images * v.tokens_per_image
-    kept = 0
+    kept = extra = 0
     if "projector" in parts:
         kept += tokens * 2 * z.C // z.t
         # Cached features are the step's images, which are counted there.
@@ -277,10 +273,8 @@ def projector(config: RunConfig, z: Sizes, kind: StageKind) -> int:
         positions = images * ((v.image_size // v.patch_size) ** 2 + int(v.model_type == "clip"))
         per_layer = 4 * v.hidden_size + (4 * v.hidden_size + 3 * v.ffn_hidden_size) // z.t
         kept += positions * v.num_layers_used * per_layer
-        if not z.fused:
-            scores = positions * v.num_layers_used * positions // images * v.num_attention_heads // z.t
-            kept += scores * score_bytes(z) // z.e
-    return kept * z.e
+        extra = v.num_layers_used * _log_sum_exp(positions, v.num_attention_heads, z)
+    return kept * z.e + extra
 
 
 def head(config: RunConfig, z: Sizes, kind: StageKind) -> int:
