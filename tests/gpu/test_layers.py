@@ -43,7 +43,9 @@ def copy_weights(source: torch.nn.Module, target: torch.nn.Module) -> None:
         parameter.copy_(given[name if name in given else apart])
 
 
-def loss_and_gradients(model: torch.nn.Module, images: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def loss_and_gradients(
+    model: torch.nn.Module, images: int, segments: tuple[int, ...] | None
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The mean loss of a batch, and the gradients of parameters that both implementations name alike."""
     generator = torch.Generator().manual_seed(2)
     tokens, labels = torch.randint(0, 256, (2, 2, 64), generator=generator).to(backend.device())
@@ -52,21 +54,24 @@ def loss_and_gradients(model: torch.nn.Module, images: int) -> tuple[torch.Tenso
     pixels = torch.randint(0, 256, (2, 3, 32, 32), generator=generator, dtype=torch.uint8).to(
         backend.device()
     )
-    loss = model(tokens, types, pixels, labels=labels).float().mean()
+    if segments is not None:
+        tokens, types, labels = (x.reshape(1, -1) for x in (tokens, types, labels))
+    loss = model(tokens, types, pixels, labels=labels, segments=segments).float().mean()
     loss.backward()
     return loss.detach(), {
         n: p.grad.float() for n, p in model.named_parameters() if p.grad is not None and "norm" not in n
     }
 
 
+@pytest.mark.parametrize("segments", [None, (50, 14, 1, 63)], ids=["rows", "segments"])
 @pytest.mark.parametrize("kind", ["warmup", "route"])
-def test_losses_and_gradients_agree(kind):
+def test_losses_and_gradients_agree(kind, segments):
     (local, config), (fused, _) = build(kind, "local"), build(kind, "auto")
     copy_weights(local, fused)
     images = config.vision.tokens_per_image
     (wanted, local_grads), (got, fused_grads) = (
-        loss_and_gradients(local, images),
-        loss_and_gradients(fused, images),
+        loss_and_gradients(local, images, segments),
+        loss_and_gradients(fused, images, segments),
     )
     assert got.item() == pytest.approx(wanted.item(), rel=LOSS_TOLERANCE)
     for name in local_grads.keys() & fused_grads.keys():
