@@ -56,14 +56,20 @@ def make(tmp_path, tokenizer_path):
 
 
 def load_here(path: Path):
-    """Load an export in this process, through the classes that the package registers."""
+    """The answer of an export that is loaded in this process."""
+    model = loaded(path)
+    routed = getattr(model.config.text_config, "router", "none") != "none"
+    return answer_of(model, routed=routed, image_token=model.config.image_token_index)
+
+
+def loaded(path: Path):
+    """The model of an export, loaded through the classes that the package registers."""
     from transformers import AutoModelForImageTextToText
 
     register()
     model, report = AutoModelForImageTextToText.from_pretrained(path, dtype="auto", output_loading_info=True)
     assert {key: sorted(map(str, found)) for key, found in report.items()} == CLEAN_REPORT
-    routed = getattr(model.config.text_config, "router", "none") != "none"
-    return answer_of(model.eval(), routed=routed, image_token=model.config.image_token_index)
+    return model.eval()
 
 
 def assert_same(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
@@ -129,6 +135,29 @@ def test_evolving_models_compute_with_their_first_expert(make, export):
     saved, exported = make("evolve", export=export)
     assert exported.format == ("llava" if export else "evomoe")
     assert_same(load_here(exported.output), core_answer(saved, 0))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", CUSTOM)
+def test_packed_rows_as_transformers_packs_them(make, name, attention):
+    """Samples whose positions start again in one row give the logits and routes that they give alone."""
+    _, exported = make("route", language=CUSTOM[name])
+    model = loaded(exported.output)
+    model.set_attn_implementation(attention)
+    samples = [torch.randint(5, 60, (1, n), generator=torch.Generator().manual_seed(n)) for n in (7, 1, 12)]
+    alone = [model(s, use_cache=False, output_router_logits=True) for s in samples]
+    row = torch.cat(samples, dim=1)
+    positions = torch.cat([torch.arange(s.shape[1]) for s in samples])[None]
+    packed = model(row, position_ids=positions, use_cache=False, output_router_logits=True)
+    pairs = {"logits": (packed.logits, torch.cat([out.logits for out in alone], dim=1))}
+    for i, logits in enumerate(packed.router_logits):
+        pairs[f"router {i}"] = logits, torch.cat([out.router_logits[i] for out in alone])
+    for what, (got, wanted) in pairs.items():
+        # of the largest entry, as in `assert_same`; other lengths take other kernels
+        assert (got - wanted).abs().max() < TOLERANCE * wanted.abs().max(), what
+    wanted = pairs["logits"][1]
+    assert (model(row, use_cache=False).logits - wanted).abs().max() > 1e-3 * wanted.abs().max()
 
 
 def fresh(path: Path, mode: str, tmp_path: Path, python: str = sys.executable) -> dict:

@@ -113,7 +113,7 @@ class EvoMoeAttention(nn.Module):
         self.q_norm = build_norm(config, self.head_dim) if config.qk_norm else nn.Identity()
         self.k_norm = build_norm(config, self.head_dim) if config.qk_norm else nn.Identity()
 
-    def forward(self, hidden, cos, sin, mask, cache, cache_arguments):
+    def forward(self, hidden, cos, sin, mask, cache, cache_arguments, packed_positions):
         """[b, s, C] to [b, s, C]; keys and values pass through the cache, if there is one."""
         query, key, value = (
             p(hidden).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj)
@@ -134,6 +134,7 @@ class EvoMoeAttention(nn.Module):
             dropout=0.0,
             scaling=self.head_dim**-0.5,
             sliding_window=self.config.sliding_window,
+            position_ids=packed_positions,  # where FlashAttention finds the samples of a packed row
         )
         return getattr(self, self.output_name)(output.flatten(2))
 
@@ -188,14 +189,16 @@ class EvoMoeDecoder(nn.Module):
         """
         seen = cache.get_seq_length() if cache is not None else 0
         positions = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen
+        # as in transformers' own models, positions that start again begin another sample of a packed row
+        packed_positions = position_ids if attention_mask is None and cache is None else None
         if position_ids is None:
             position_ids = _positions(attention_mask, positions, inputs_embeds)
-        mask = _mask(self.config, inputs_embeds, attention_mask, cache, positions)
+        mask = _mask(self.config, inputs_embeds, attention_mask, cache, positions, packed_positions)
         tables = rotary_tables(self.config, position_ids, inputs_embeds.dtype)
         cache_arguments = ({"cache_position": positions},) if _CACHE_WANTS_POSITIONS else ()
         hidden, router_logits = inputs_embeds, []
         for layer in self.layers:
-            hidden, logits = layer(hidden, is_vision, *tables, mask, cache, cache_arguments)
+            hidden, logits = layer(hidden, is_vision, *tables, mask, cache, cache_arguments, packed_positions)
             if logits is not None:
                 router_logits.append(logits)
         return getattr(self, self.norm_name)(hidden), tuple(router_logits)
@@ -208,7 +211,7 @@ def _positions(attention_mask, positions, inputs_embeds):
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1] :]
 
 
-def _mask(config, inputs_embeds, attention_mask, cache, positions):
+def _mask(config, inputs_embeds, attention_mask, cache, positions, packed_positions):
     """transformers' causal mask for the attention function. Its arguments depend on the version."""
     embeds = "inputs_embeds" if "inputs_embeds" in _MASK_ARGUMENTS else "input_embeds"
     arguments = {
@@ -216,6 +219,7 @@ def _mask(config, inputs_embeds, attention_mask, cache, positions):
         embeds: inputs_embeds,
         "attention_mask": attention_mask,
         "past_key_values": cache,
+        "position_ids": packed_positions,
     }
     if "cache_position" in _MASK_ARGUMENTS:
         arguments["cache_position"] = positions
@@ -366,6 +370,9 @@ class EvoMoeForConditionalGeneration(EvoMoePreTrainedModel, GenerationMixin):
         Args:
             input_ids: int64 [b, s], with `config.image_token_id` at every image position.
             attention_mask: [b, cached tokens + s], 0 at padding, which may be on either side.
+            position_ids: int64 [b, s]. Without `attention_mask` and without a cache (use_cache=False, or in
+                training), a row may hold several samples, whose positions each start at 0; no sample attends
+                to another.
             inputs_embeds: [b, s, C], instead of `input_ids`.
             image_mask: bool [b, s], with `inputs_embeds`: marks image positions for the routers. Without it
                 all positions are text.
