@@ -22,6 +22,7 @@ from megatron_evomoe.model.attention import PackedSegments
 from megatron_evomoe.model.language import build_language_model
 from megatron_evomoe.model.projector import build_projector
 from megatron_evomoe.model.vision import build_vision_model
+from megatron_evomoe.moe.planes import mark_starts
 from megatron_evomoe.parallel import rng, topology
 
 
@@ -141,6 +142,9 @@ class LlavaModel(MegatronModule):
         if self.pre_process:
             assert images is not None
             decoder_input = self.embed(tokens, token_types, images)
+        positions = _positions(tokens, segments)
+        if segments is not None and self.config.moe_expert_capacity_factor is not None:
+            token_types = mark_starts(token_types, positions == 0)  # capacity depends on positions
         if self.config.sequence_parallel:
             tp = self.config.tensor_model_parallel_size
             token_types = token_types.chunk(tp, dim=1)[topology.current().tensor.rank].contiguous()
@@ -148,7 +152,7 @@ class LlavaModel(MegatronModule):
         targets = labels.masked_fill(labels == IGNORE_INDEX, 0) if labels is not None else None
         return self.language_model(
             input_ids=tokens,
-            position_ids=_positions(tokens, segments),
+            position_ids=positions,
             attention_mask=None,
             decoder_input=decoder_input,
             labels=targets,
