@@ -21,6 +21,7 @@ from megatron_evomoe.data.image import processor_for
 from megatron_evomoe.model.attention import PackedSegments
 from megatron_evomoe.model.language import build_language_model
 from megatron_evomoe.model.projector import build_projector
+from megatron_evomoe.model.splice import splice
 from megatron_evomoe.model.vision import build_vision_model
 from megatron_evomoe.moe.planes import mark_starts
 from megatron_evomoe.parallel import rng, topology
@@ -94,12 +95,7 @@ class LlavaModel(MegatronModule):
         """
         # RoPE alone knows positions, so the embedding does without
         words = self.language_model.embedding(input_ids=tokens, position_ids=None)
-        is_vision = token_types == TokenType.VISION
-        features = self.encode_images(images).to(words.dtype)
-        # Without any image `features` is [0, t, C]. The scatter then moves nothing, but its backward still
-        # gives every parameter of the projector a zero gradient, which other data-parallel ranks wait for.
-        spliced = words.transpose(0, 1).masked_scatter(is_vision.unsqueeze(-1), features)
-        hidden = spliced.transpose(0, 1).contiguous()
+        hidden = splice(words, token_types == TokenType.VISION, self.encode_images(images).to(words.dtype))
         if self.config.sequence_parallel:
             hidden = tensor_parallel.scatter_to_sequence_parallel_region(hidden)
         recomputes = self.config.recompute_granularity == "full" or "mlp" in (
