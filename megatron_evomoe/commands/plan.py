@@ -52,6 +52,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens per sample for the estimates of time and traffic (default: "
         "seq_length, which memory estimates always use)",
     )
+    parser.add_argument(
+        "--lengths",
+        metavar="FILE",
+        help="file of the samples' lengths, .evomoe-lengths-… beside the first shard, for the same estimates; "
+        "takes the place of --mean-tokens, and knows the padding and the slowest replica",
+    )
     parser.add_argument("--top", type=whole(0), default=5, help="layouts printed per stage (default 5)")
     parser.add_argument("--json", help="file for the whole result as JSON")
     add_flags(parser)
@@ -62,14 +68,17 @@ def run(args: argparse.Namespace) -> int:
 
     Raises:
         ConfigError: the configuration is inconsistent, or neither a vocabulary size nor a tokenizer is given.
+        DataError: the file of lengths is missing or damaged.
     """
     from megatron_evomoe.parallel import backend
 
     warnings.filterwarnings("ignore", module=r"megatron\.core.*")
     backend.prepare()  # before megatron-core is imported, whose own checks are part of the plan
+    from megatron_evomoe.data.lengths_file import read_lengths
     from megatron_evomoe.plan import report, search
     from megatron_evomoe.plan.layout import LAYOUT_FLAGS
     from megatron_evomoe.plan.step_time import Machine
+    from megatron_evomoe.plan.work import SampleLengths
 
     flags = flags_from(args)
     config = _with_vocabulary(load_config(args.config, flags))
@@ -85,8 +94,10 @@ def run(args: argparse.Namespace) -> int:
     held = {LAYOUT_FLAGS[name]: value for name, value in flags.items() if name in LAYOUT_FLAGS}
     if "recompute" in held:
         held["recompute"] = held["recompute"] or "none"
+    known = None if args.lengths is None else read_lengths(Path(args.lengths))
+    lengths = SampleLengths(mean=args.mean_tokens, known=known)
     plans = [
-        search.plan_stage(config, stage, machine, held, args.mean_tokens)
+        search.plan_stage(config, stage, machine, held, lengths)
         for stage in search.stages_of(config, args.stage)
     ]
     for line in report.lines(plans, machine, args.top):

@@ -141,6 +141,21 @@ class LengthsFile:
         return len(self._sums)
 
 
+def read_lengths(path: Path) -> np.ndarray:
+    """The tokens of all samples that have a file of lengths, int32 [n]; negative where one is unusable.
+
+    Raises:
+        DataError: the file is missing or damaged.
+    """
+    try:
+        return np.array(_mapped(path)[0]["samples"][:, Column.LENGTH])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(
+            f"{path} is not a whole file of lengths ({error}); training with `packing` sort or pack writes one "
+            "beside its first shard, .evomoe-lengths-…"
+        ) from None
+
+
 def _problem(found: dict[str, Any]) -> Problem:
     return Problem(int(found["count"]), [(int(i), str(message)) for i, message in found["examples"]])
 

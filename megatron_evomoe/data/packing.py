@@ -126,6 +126,7 @@ def _packed(lengths: np.ndarray, work: np.ndarray, capacity: int, group: int) ->
     lengths, work = lengths[order], work[order]
     longest_first = lengths.tolist()
     fitting = _best_fit(longest_first, capacity)
+    assert fitting is not None, f"a sample of {longest_first[0]} tokens does not fit into {capacity}"
     count = max(-(-len(fitting) // group), 1) * group
     bins = _spread(longest_first, work.tolist(), capacity, count)
     if bins is None:

@@ -27,6 +27,7 @@ from megatron_evomoe.plan import fp8, layout
 from megatron_evomoe.plan.gradient_flow import LayerFlow, chunk_flow, recomputed_modules
 from megatron_evomoe.plan.rank_tensors import chunks, is_first, is_last
 from megatron_evomoe.plan.states import element_bytes
+from megatron_evomoe.plan.work import Work, full_microbatch
 
 
 @dataclass(frozen=True)
@@ -36,22 +37,23 @@ class Sizes:
     e: int
     C: int
     T: int
-    """Positions of one microbatch on one context-parallel rank."""
+    """Positions of one microbatch, or of other work, on one context-parallel rank."""
     R: int
     """Positions outside the TP regions: T, over TP under sequence parallelism."""
     t: int
-    seq: int
+    squares: int
+    """Sum of the squared lengths of the sequences within which attention is computed."""
     fused: bool
     """Whether layers are Transformer Engine's and SwiGLU is fused."""
     on_gpu: bool
     """Whether a GPU runs it; the DTR in PyTorch has another form on a CPU (moe/routers/dynamic.py)."""
 
 
-def sizes_of(config: RunConfig, seq_length: int | None = None, *, on_gpu: bool = True) -> Sizes:
-    """Sizes for sequences of `seq_length`, or of the longest that the stage allows."""
-    p = config.parallel
-    seq, t = seq_length or config.data.seq_length, p.tensor_model_parallel_size
-    T = seq * config.train.micro_batch_size // p.context_parallel_size
+def sizes_of(config: RunConfig, work: Work | None = None, *, on_gpu: bool = True) -> Sizes:
+    """Sizes for some work, or for one microbatch of the longest rows that the stage allows."""
+    p, work = config.parallel, work or full_microbatch(config)
+    t = p.tensor_model_parallel_size
+    T = work.positions // p.context_parallel_size
     split = p.sequence_parallel if p.sequence_parallel is not None else t > 1
     return Sizes(
         e=element_bytes(config),
@@ -59,23 +61,32 @@ def sizes_of(config: RunConfig, seq_length: int | None = None, *, on_gpu: bool =
         T=T,
         R=T // t if split else T,
         t=t,
-        seq=seq,
+        squares=work.squares // p.context_parallel_size,
         fused=layout.transformer_engine(config),
         on_gpu=on_gpu,
     )
 
 
 def activation_bytes(
-    config: RunConfig, kind: StageKind, pp_rank: int, microbatches: int, *, on_gpu: bool = True
+    config: RunConfig,
+    kind: StageKind,
+    pp_rank: int,
+    microbatches: int,
+    *,
+    step_images: int | None = None,
+    on_gpu: bool = True,
 ) -> int:
     """The most that one rank of pipeline stage `pp_rank` keeps at a time, with the step's images.
 
     Args:
         config: has layout and overrides applied.
+        microbatches: a replica's number of them in a step.
+        step_images: a replica's number of images in a step; None takes one for each row.
         on_gpu: whether to plan what a GPU runs, or what a CPU runs, for comparisons on a CPU.
     """
     z = sizes_of(config, on_gpu=on_gpu)
-    total = images(config, microbatches) if is_first(pp_rank, 0) else 0
+    count = microbatches * config.train.micro_batch_size if step_images is None else step_images
+    total = images(config, count) if is_first(pp_rank, 0) else 0
     for chunk, count in enumerate(in_flight(config, pp_rank, microbatches)):
         flows = chunk_flow(config, kind, pp_rank, chunk)
         total += count * _layers(config, z, flows)
@@ -245,13 +256,21 @@ def dtr_bytes(config: RunConfig, z: Sizes) -> int:
     return 4 * (z.R * (per_token + h) + read) + z.R + 2 * projected * z.C * z.e
 
 
-def images(config: RunConfig, microbatches: int) -> int:
-    """A step's images, uint8 pixels or cached features, which the first stage holds during the whole step.
-
-    One image per sample is assumed.
-    """
+def images(config: RunConfig, count: int) -> int:
+    """A step's images, uint8 pixels or cached features, which the first stage holds during the whole step."""
     shape, dtype = image_form(config)
-    return microbatches * config.train.micro_batch_size * math.prod(shape) * dtype.itemsize
+    return count * math.prod(shape) * dtype.itemsize
+
+
+def microbatch_images(config: RunConfig) -> int:
+    """The most images of a microbatch: one for each row, or as many as have room in a packed row."""
+    b = config.train.micro_batch_size
+    if config.data.packing != "pack":
+        return b
+    return min(
+        max(1, b * config.data.seq_length // (config.vision.tokens_per_image + 1)),
+        config.train.global_batch_size,
+    )
 
 
 def projector(config: RunConfig, z: Sizes, kind: StageKind) -> int:
@@ -260,7 +279,7 @@ def projector(config: RunConfig, z: Sizes, kind: StageKind) -> int:
     A frozen tower runs without autograd, and not at all if its features are cached.
     """
     parts = trained_parts(config, kind)
-    v, images = config.vision, config.train.micro_batch_size
+    v, images = config.vision, microbatch_images(config)
     tokens = images * v.tokens_per_image
     kept = extra = 0
     if "projector" in parts:

@@ -18,6 +18,7 @@ from megatron_evomoe.plan.activations import Sizes, sizes_of
 from megatron_evomoe.plan.gradient_flow import LayerFlow, chunk_flow, recomputed_modules
 from megatron_evomoe.plan.rank_tensors import chunks, is_first, is_last
 from megatron_evomoe.plan.states import GRADIENT_BYTES, States
+from megatron_evomoe.plan.work import Work, step_work
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,20 +49,23 @@ def volume_of(
     *,
     world_size: int,
     pp_rank: int,
-    seq_length: int | None = None,
+    work: Work | None = None,
 ) -> Volume:
-    """What a rank in pipeline stage `pp_rank` sends; `config` has layout and overrides applied."""
-    z, m = sizes_of(config, seq_length), layout.microbatches(config, world_size)
+    """What a rank in pipeline stage `pp_rank` sends; `config` has layout and overrides applied.
+
+    Args:
+        work: a step's, of one replica. None takes full rows.
+    """
+    work = work or step_work(config, kind, world_size)
+    z = sizes_of(config, work)
     tp = ep = 0
     for chunk in range(chunks(config)):
         for flow in chunk_flow(config, kind, pp_rank, chunk):
             tp += _tensor_parallel(config, z, flow)
             ep += _expert_parallel(config, z, flow)
-        tp += _ends(config, z, kind, pp_rank, chunk)
+        tp += _ends(config, z, kind, pp_rank, chunk, work.images)
     gradients, parameters = _data_parallel(config, states, world_size)
-    return Volume(
-        tp=m * tp, pp=m * _pipeline(config, z, pp_rank), ep=m * ep, gradients=gradients, parameters=parameters
-    )
+    return Volume(tp=tp, pp=_pipeline(config, z, pp_rank), ep=ep, gradients=gradients, parameters=parameters)
 
 
 def _tensor_parallel(config: RunConfig, z: Sizes, flow: LayerFlow) -> int:
@@ -99,14 +103,14 @@ def _expert_parallel(config: RunConfig, z: Sizes, flow: LayerFlow) -> int:
     return passes * (over_ep + over_etp)
 
 
-def _ends(config: RunConfig, z: Sizes, kind: StageKind, pp_rank: int, chunk: int) -> int:
-    """TP traffic of embedding, tower, projector and output layer, per microbatch."""
+def _ends(config: RunConfig, z: Sizes, kind: StageKind, pp_rank: int, chunk: int, images: int) -> int:
+    """TP traffic of embedding, tower, projector and output layer."""
     total = 0
     if z.t == 1:
         return 0
     hidden, parts = _ring(z.t, z.T * z.C * z.e), trained_parts(config, kind)
     if is_first(pp_rank, chunk):
-        v, images = config.vision, config.train.micro_batch_size
+        v = config.vision
         positions = images * ((v.image_size // v.patch_size) ** 2 + int(v.model_type == "clip"))
         # two all-reduces per layer
         tower = v.num_layers_used * 4 * _ring(z.t, positions * v.hidden_size * z.e)
@@ -120,7 +124,7 @@ def _ends(config: RunConfig, z: Sizes, kind: StageKind, pp_rank: int, chunk: int
 
 
 def _pipeline(config: RunConfig, z: Sizes, pp_rank: int) -> int:
-    """Per microbatch, every chunk but the last sends hidden states, every chunk but the first gradients."""
+    """Every chunk but the last sends hidden states, every chunk but the first gradients."""
     if config.parallel.pipeline_model_parallel_size == 1:
         return 0
     hidden = z.R * z.C * z.e

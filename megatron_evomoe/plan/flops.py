@@ -25,12 +25,15 @@ from megatron_evomoe.plan.rank_tensors import (
     layer_tensors,
     local_numel,
 )
+from megatron_evomoe.plan.work import Work, full_microbatch
 
 
-def flops(
-    config: RunConfig, kind: StageKind, pp_rank: int, seq_length: int | None = None
-) -> tuple[float, float]:
-    """(forward, backward with recompute) of one microbatch on one rank of the pipeline stage."""
+def flops(config: RunConfig, kind: StageKind, pp_rank: int, work: Work | None = None) -> tuple[float, float]:
+    """(forward, backward with recompute) of a replica's work on one rank of the pipeline stage.
+
+    Without `work` it is one microbatch of full rows.
+    """
+    work = work or full_microbatch(config)
     forward = backward = 0.0
     weights: dict[bool, LayerWeights] = {}  # of a mixture, and of a dense layer
     for chunk in range(chunks(config)):
@@ -38,9 +41,9 @@ def flops(
         for layer, flow in zip(layers, chunk_flow(config, kind, pp_rank, chunk), strict=True):
             if flow.mixture not in weights:
                 weights[flow.mixture] = _weights(config, kind, layer)
-            f, b = _layer_flops(config, weights[flow.mixture], flow, seq_length)
+            f, b = _layer_flops(config, weights[flow.mixture], flow, work)
             forward, backward = forward + f, backward + b
-        f, b = _ends_flops(config, kind, pp_rank, chunk, seq_length)
+        f, b = _ends_flops(config, kind, pp_rank, chunk, work)
         forward, backward = forward + f, backward + b
     return forward, backward
 
@@ -74,15 +77,15 @@ def _weights(config: RunConfig, kind: StageKind, layer: int) -> LayerWeights:
 
 
 def _layer_flops(
-    config: RunConfig, weights: LayerWeights, flow: LayerFlow, seq_length: int | None
+    config: RunConfig, weights: LayerWeights, flow: LayerFlow, work: Work
 ) -> tuple[float, float]:
-    z = sizes_of(config, seq_length)
+    z = sizes_of(config, work)
     # T tokens meet the weights that TP splits; a mixture's tokens come to its experts from all ranks alike
     etp = config.parallel.expert_tensor_parallel_size
     attention, ffn = 2 * z.T * weights.attention, 2 * (z.R * etp if flow.mixture else z.T) * weights.ffn
     router = 2 * z.R * weights.router
     heads, head_size = config.language.num_attention_heads, config.language.head_size
-    scores = 2 * z.T * z.seq * heads * head_size / z.t  # QKᵀ and AV, causal half
+    scores = 2 * z.squares * heads * head_size / z.t  # QKᵀ and AV, causal half
     forward = attention + ffn + router + scores
     touched = flow.ffn_input_grad or flow.trains_ffn or flow.trains_router
     backward = 0.0
@@ -105,15 +108,15 @@ def _recomputed_flops(
 
 
 def _ends_flops(
-    config: RunConfig, kind: StageKind, pp_rank: int, chunk: int, seq_length: int | None
+    config: RunConfig, kind: StageKind, pp_rank: int, chunk: int, work: Work
 ) -> tuple[float, float]:
-    z, parts = sizes_of(config, seq_length), trained_parts(config, kind)
+    z, parts = sizes_of(config, work), trained_parts(config, kind)
     forward = backward = 0.0
     if is_first(pp_rank, chunk) and not config.data.cache_vision_features:
         v = config.vision
         tower = (
             2
-            * config.train.micro_batch_size
+            * work.images
             * (v.image_size // v.patch_size) ** 2
             * sum(local_numel(config, t) for t in inventory.vision_model(config))
         )

@@ -20,6 +20,7 @@ from megatron_evomoe.plan.communication import Volume, volume_of
 from megatron_evomoe.plan.layout import Layout
 from megatron_evomoe.plan.states import States, states_of
 from megatron_evomoe.plan.step_time import Machine, StepTime, step_time
+from megatron_evomoe.plan.work import SampleLengths, Work, packing_rounds, step_work
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,14 +97,14 @@ def plan_stage(
     stage: StageConfig,
     machine: Machine,
     held: dict[str, object] | None = None,
-    seq_length: int | None = None,
+    lengths: SampleLengths | None = None,
 ) -> StagePlan:
     """Try every layout of `stage`.
 
     Args:
         config: the run's; the stage's overrides are applied here.
         held: `Layout` field -> the only value to try.
-        seq_length: tokens per sample to reckon traffic and time with; none takes the longest allowed, as
+        lengths: tokens per sample to reckon traffic and time with; none takes the longest allowed, as
             memory always does.
 
     Raises:
@@ -113,7 +114,7 @@ def plan_stage(
     check_feature_cache(config, stage)
     estimates: list[Estimate] = []
     refused: dict[str, Refusal] = {}
-    search = _Search(config, stage.kind, machine, seq_length)
+    search = _Search(config, stage.kind, machine, lengths)
     for layout in layouts.candidates(
         config, world_size=machine.world_size, gpus_per_node=machine.gpus_per_node, held=held
     ):
@@ -137,10 +138,13 @@ def plan_stage(
 class _Search:
     """One stage's estimates, with what several layouts share computed once."""
 
-    def __init__(self, config: RunConfig, kind: StageKind, machine: Machine, seq_length: int | None) -> None:
-        self.config, self.kind, self.machine, self.seq_length = config, kind, machine, seq_length
+    def __init__(
+        self, config: RunConfig, kind: StageKind, machine: Machine, lengths: SampleLengths | None
+    ) -> None:
+        self.config, self.kind, self.machine, self.lengths = config, kind, machine, lengths
         self._checked: dict[tuple, str | None] = {}
         self._states: dict[tuple, list[States]] = {}
+        self._work: dict[tuple[int, int], Work] = {}
         self._estimates: dict[Layout, Estimate] = {}
 
     def check(self, layout: Layout) -> None:
@@ -164,9 +168,21 @@ class _Search:
         counted = layout if self.kind == StageKind.ROUTE else layout.without_experts()
         if counted not in self._estimates:
             self._estimates[counted] = estimate(
-                self.config, self.kind, counted, self.machine, self.seq_length, self._states_of(counted)
+                self.config,
+                self.kind,
+                counted,
+                self.machine,
+                self._work_of(counted),
+                self._states_of(counted),
             )
         return replace(self._estimates[counted], layout=layout)
+
+    def _work_of(self, layout: Layout) -> Work:
+        config = layouts.applied(self.config, layout)
+        key = (data_parallel_size(config, self.machine.world_size), packing_rounds(config))
+        if key not in self._work:
+            self._work[key] = step_work(config, self.kind, self.machine.world_size, self.lengths)
+        return self._work[key]
 
     def _states_of(self, layout: Layout) -> list[States]:
         if layout.degrees not in self._states:
@@ -187,23 +203,28 @@ def estimate(
     kind: StageKind,
     layout: Layout,
     machine: Machine,
-    seq_length: int | None = None,
+    work: Work | None = None,
     states: list[States] | None = None,
 ) -> Estimate:
     """Memory, traffic and time of a feasible layout.
 
-    `config` has the stage's overrides but not the layout.
+    Args:
+        config: has the stage's overrides but not the layout.
+        work: a step's, of one replica. None takes full rows.
     """
     config, world = layouts.applied(config, layout), machine.world_size
     states = all_states(config, kind, machine) if states is None else states
-    m = layouts.microbatches(config, world)
-    activations = [activation_bytes(config, kind, rank, m) for rank in range(layout.pp)]
-    copies = [fp8.weight_bytes(config, kind, rank) for rank in range(layout.pp)]
-    volumes = [
-        volume_of(config, kind, states[rank], world_size=world, pp_rank=rank, seq_length=seq_length)
+    work = work or step_work(config, kind, world)
+    activations = [
+        activation_bytes(config, kind, rank, work.microbatches, step_images=work.images)
         for rank in range(layout.pp)
     ]
-    times = [step_time(config, kind, volumes[rank], machine, rank, seq_length) for rank in range(layout.pp)]
+    copies = [fp8.weight_bytes(config, kind, rank) for rank in range(layout.pp)]
+    volumes = [
+        volume_of(config, kind, states[rank], world_size=world, pp_rank=rank, work=work)
+        for rank in range(layout.pp)
+    ]
+    times = [step_time(config, kind, volumes[rank], machine, rank, work) for rank in range(layout.pp)]
     fullest = max(
         range(layout.pp), key=lambda rank: states[rank].total_bytes + copies[rank] + activations[rank]
     )
@@ -211,7 +232,7 @@ def estimate(
     return Estimate(
         layout=layout,
         data_parallel=data_parallel_size(config, world),
-        microbatches=m,
+        microbatches=work.microbatches,
         states=states[fullest],
         fp8_bytes=copies[fullest],
         activation_bytes=activations[fullest],
@@ -259,7 +280,7 @@ def _remedy(e: Estimate, fitting: set[Layout], search: _Search) -> str:
             search.config, parallel=replace(search.config.parallel, use_distributed_optimizer=True)
         )
         if (
-            estimate(sharded, search.kind, e.layout, search.machine, search.seq_length).total_bytes
+            estimate(sharded, search.kind, e.layout, search.machine).total_bytes
             <= search.machine.usable_bytes
         ):
             return "use_distributed_optimizer: true"

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 from megatron_evomoe.config import RunConfig
 from megatron_evomoe.config.kinds import StageKind
-from megatron_evomoe.plan import layout
 from megatron_evomoe.plan.communication import Volume
 from megatron_evomoe.plan.flops import flops
 from megatron_evomoe.plan.rank_tensors import chunks
+from megatron_evomoe.plan.work import Work, step_work
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,24 +75,30 @@ def step_time(
     volume: Volume,
     machine: Machine,
     pp_rank: int,
-    seq_length: int | None = None,
+    work: Work | None = None,
 ) -> StepTime:
-    """The step time if `pp_rank` is the slowest pipeline stage; `config` has layout and overrides applied."""
+    """The step time if `pp_rank` is the slowest pipeline stage; `config` has layout and overrides applied.
+
+    Args:
+        work: a step's, of one replica. None takes full rows.
+    """
     p, world = config.parallel, machine.world_size
-    m = layout.microbatches(config, world)
-    forward, backward = flops(config, kind, pp_rank, seq_length)
-    compute = m * (forward + backward) / (machine.tflops * 1e12)
+    work = work or step_work(config, kind, world)
+    forward, backward = flops(config, kind, pp_rank, work)
+    compute = (forward + backward) / (machine.tflops * 1e12)
     speed = _Speeds(machine)
     tp = volume.tp / speed.among(p.tensor_model_parallel_size)
     ep = volume.ep / speed.among(p.expert_model_parallel_size * p.expert_tensor_parallel_size)
     pp = volume.pp / speed.strided(world // p.pipeline_model_parallel_size)
-    bubble = bubble_ratio(p.pipeline_model_parallel_size, chunks(config), m) * (compute + tp + ep + pp)
+    bubble = bubble_ratio(p.pipeline_model_parallel_size, chunks(config), work.microbatches) * (
+        compute + tp + ep + pp
+    )
     replicas = speed.among(world // p.pipeline_model_parallel_size)
     reduce, gather = volume.gradients / replicas, volume.parameters / replicas
     if p.overlap_grad_reduce:
-        reduce = max(0.0, reduce - m * backward / (machine.tflops * 1e12))
+        reduce = max(0.0, reduce - backward / (machine.tflops * 1e12))
     if p.overlap_param_gather and kind != StageKind.EVOLVE:  # evolution waits for the weights
-        gather = max(0.0, gather - m * forward / (machine.tflops * 1e12))
+        gather = max(0.0, gather - forward / (machine.tflops * 1e12))
     return StepTime(compute=compute, tp=tp, ep=ep, pp=pp, dp=reduce + gather, bubble=bubble)
 
 

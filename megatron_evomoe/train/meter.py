@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from dataclasses import replace
 
@@ -12,8 +11,9 @@ from megatron_evomoe.config import RunConfig
 from megatron_evomoe.config.kinds import StageKind
 from megatron_evomoe.diagnose.collect import Watch
 from megatron_evomoe.model import inventory
-from megatron_evomoe.parallel import backend, degrees, topology
+from megatron_evomoe.parallel import backend, topology
 from megatron_evomoe.plan.flops import flops
+from megatron_evomoe.plan.work import Work
 from megatron_evomoe.train import stage_report
 from megatron_evomoe.train.held_out import Score
 from megatron_evomoe.train.hooks import StepHook
@@ -31,10 +31,9 @@ class MeterHook(StepHook):
     """
 
     def begin_stage(self, run: StageRun) -> None:
-        """Prepare the counts of a step's FLOP, and watch the routers of a mixture."""
+        """Watch the routers of a mixture."""
         self._stage_began = time.perf_counter()
         self._microbatches = 0  # since routing was last measured
-        self._flop = functools.cache(functools.partial(flop_per_gpu, run.config, run.stage.kind))
         self._watch = Watch(run.config, with_logits=False) if run.stage.kind.has_router else None
         for layer in run.built.mixtures():
             layer.router.observer = self._watch
@@ -54,8 +53,9 @@ class MeterHook(StepHook):
             "batch-size": run.config.train.global_batch_size,
             "iteration-time": seconds,
             "tokens/s": result.tokens / seconds,
-            "throughput": self._flop(result.positions // run.config.train.global_batch_size) / seconds / 1e12,
+            "throughput": flop_per_gpu(run.config, run.stage.kind, result) / seconds / 1e12,
             "supervised-tokens": result.supervised_tokens,
+            "padding-share": 1 - result.tokens / result.positions,
         }
         if backend.on_gpu():
             metrics["mem-max-allocated-bytes"] = torch.cuda.max_memory_allocated()
@@ -74,12 +74,18 @@ class MeterHook(StepHook):
         stage_report.write_row(run, scores, {"seconds": seconds, **counts})
 
 
-def flop_per_gpu(config: RunConfig, kind: StageKind, seq_length: int) -> float:
-    """FLOP of one optimizer step per GPU, without recompute.
+def flop_per_gpu(config: RunConfig, kind: StageKind, result: StepResult) -> float:
+    """FLOP of one optimizer step per GPU, a mean over replicas, without recompute.
 
-    Padding is counted, and so is one image per row (plan/flops.py).
+    Padding is counted. Each sequence has its own length, and each image its own positions (plan/flops.py).
     """
     config = replace(config, train=replace(config.train, recompute_granularity=None))
+    work = Work(
+        microbatches=result.microbatches,
+        positions=result.positions,
+        squares=result.squares,
+        images=result.image_tokens // config.vision.tokens_per_image,
+    )
     stages = config.parallel.pipeline_model_parallel_size
-    microbatches = degrees.microbatches(config, topology.current().data.size)
-    return microbatches * sum(sum(flops(config, kind, rank, seq_length)) for rank in range(stages)) / stages
+    of_all_replicas = sum(sum(flops(config, kind, rank, work)) for rank in range(stages)) / stages
+    return of_all_replicas / topology.current().data.size

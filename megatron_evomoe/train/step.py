@@ -35,6 +35,8 @@ class StepResult:
     supervised_tokens: int
     tokens: int
     """positions that are not padding, image positions included"""
+    image_tokens: int
+    """those of them that images take"""
     microbatches: int
     """forward passes of this replica, the same number on all replicas"""
     positions: int
@@ -75,23 +77,26 @@ def take_step(built: Built, step: Step, number: int) -> StepResult:
         learning_rate=learning_rate,
         supervised_tokens=counts[0],
         tokens=counts[1],
+        image_tokens=counts[2],
         microbatches=len(step.microbatches),
-        positions=counts[2],
-        squares=counts[3],
+        positions=counts[3],
+        squares=counts[4],
     )
 
 
 def _count(step: Step) -> list[int]:
     """Sums over the global batch. Communicates over replicas.
 
-    Supervised tokens, tokens without padding, positions, and squares of the lengths of sequences.
+    Supervised tokens, tokens without padding, those of images, positions, and squares of the lengths of
+    sequences.
     """
     micro = step.microbatches
     supervised = torch.stack([(m.labels != IGNORE_INDEX).sum() for m in micro]).sum()
     real = torch.stack([(m.token_types != TokenType.PADDING).sum() for m in micro]).sum()
+    vision = torch.stack([(m.token_types == TokenType.VISION).sum() for m in micro]).sum()
     lengths = [length for m in micro for length in m.lengths]
     work = torch.tensor([sum(lengths), sum(length**2 for length in lengths)], device=real.device)
-    counts = torch.cat([supervised[None], real[None], work])
+    counts = torch.cat([torch.stack([supervised, real, vision]), work])
     dist.all_reduce(counts, group=topology.current().data.group)
     return counts.tolist()
 

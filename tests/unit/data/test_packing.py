@@ -86,26 +86,27 @@ def test_equal_lengths_in_another_order_give_microbatches_of_equal_lengths(step,
 
 @pytest.mark.parametrize(
     ("packing", "per_replica", "over_step", "over_rounds"),
-    [("sort", 8, 1.02, 1.15), ("pack", 8, 1.02, 1.06), ("pack", 1, 1.01, 1.01)],
+    [("sort", 8, 1.02, 1.16), ("pack", 8, 1.02, 1.06), ("pack", 1, 1.06, 1.06)],
 )
 @pytest.mark.parametrize("cost", [0.0, 1e-3])
 def test_replicas_get_like_work(packing, per_replica, over_step, over_rounds, cost):
     """Over a step, and where replicas wait for each other in each round of microbatches.
 
-    The bounds lie above the largest of 200 seeds.
+    The bounds lie just above the largest of 200 draws.
     """
-    replicas, b = 8, 8
-    lengths = np.random.default_rng(3).integers(20, 1024, replicas * b * per_replica)
+    replicas, b = 8, 4
     sizes = dict(micro_batch_size=b, seq_length=1024, replicas=replicas, attention_cost=cost)
-    plan = plan_step(lengths, packing=packing, **sizes)
-    if packing == "sort":
-        rows = np.array([lengths[held].max() for held in plan])
-        work = rows + cost * rows**2
-    else:
-        work = np.array([(lengths[held] + cost * lengths[held] ** 2).sum() for held in plan])
-    work = work.reshape(-1, replicas)
-    assert work.sum(0).max() <= over_step * work.sum(0).mean()
-    assert work.max(1).sum() <= over_rounds * work.mean(1).sum()
+    for seed in range(100):
+        lengths = np.random.default_rng(seed).integers(20, 1024, replicas * b * per_replica)
+        plan = plan_step(lengths, packing=packing, **sizes)
+        if packing == "sort":
+            rows = np.array([lengths[held].max() for held in plan])
+            work = rows + cost * rows**2
+        else:
+            work = np.array([(lengths[held] + cost * lengths[held] ** 2).sum() for held in plan])
+        work = work.reshape(-1, replicas)
+        assert work.sum(0).max() <= over_step * work.sum(0).mean()
+        assert work.max(1).sum() <= over_rounds * work.mean(1).sum()
 
 
 def test_pack_where_no_sample_is_usable():

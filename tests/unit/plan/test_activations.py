@@ -77,7 +77,7 @@ def test_saved_for_backward(kind, recompute, bf16, norm, low, one_rank):
     planned = activations.activation_bytes(config, kind, 0, 1, on_gpu=False)
     # The block that recompute restores exists only in the backward.
     planned -= activations.recomputed_block(config, activations.sizes_of(config, on_gpu=False), kind, 0)
-    planned -= activations.images(config, 1)  # autograd does not save pixels
+    planned -= activations.images(config, config.train.micro_batch_size)  # autograd does not save pixels
     batch = rows([1, 1], length=128)
     ratio = planned / saved_by_a_microbatch(config, batch, batch["images"])
     assert low < ratio < 1.04, f"{kind} {recompute}: planned/saved {ratio:.3f}"
@@ -140,8 +140,8 @@ def test_cached_features_are_kept_once(kind, bf16, one_rank):
     batch = rows([1, 1], length=128)
     features = torch.randn(2, 4, 16, dtype=torch.bfloat16 if bf16 else torch.float32)
     assert (
-        activations.images(config, 1) == features.nbytes
-        and activations.images(config, 3) == 3 * features.nbytes
+        activations.images(config, 2) == features.nbytes
+        and activations.images(config, 6) == 3 * features.nbytes
     )
     model = build_stage(config, config.stages[0]).modules[0].train()
 
@@ -161,7 +161,7 @@ def test_cached_features_are_kept_once(kind, bf16, one_rank):
 
 def test_pixels_are_a_byte_a_colour():
     config = from_mapping({"preset": "qwen-1.8b", "train": {"micro_batch_size": 4, "bf16": True}})
-    assert activations.images(config, 8) == 8 * 4 * 3 * 336 * 336
+    assert activations.images(config, 8 * 4) == 8 * 4 * 3 * 336 * 336
     later = activations.activation_bytes(config, "warmup", 0, 2) - activations.activation_bytes(
         config, "warmup", 0, 1
     )
