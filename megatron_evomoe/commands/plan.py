@@ -55,8 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--lengths",
         metavar="FILE",
-        help="file of the samples' lengths, .evomoe-lengths-… beside the first shard, for the same estimates; "
-        "takes the place of --mean-tokens, and knows the padding and the slowest replica",
+        help="file of the samples' lengths, .evomoe-lengths-… beside the first shard, for the same "
+        "estimates; takes the place of --mean-tokens, and knows the padding and the slowest replica",
     )
     parser.add_argument("--top", type=whole(0), default=5, help="layouts printed per stage (default 5)")
     parser.add_argument("--json", help="file for the whole result as JSON")

@@ -151,8 +151,8 @@ def read_lengths(path: Path) -> np.ndarray:
         return np.array(_mapped(path)[0]["samples"][:, Column.LENGTH])
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(
-            f"{path} is not a whole file of lengths ({error}); training with `packing` sort or pack writes one "
-            "beside its first shard, .evomoe-lengths-…"
+            f"{path} is not a whole file of lengths ({error}); training with packing sort or pack writes "
+            "one beside its first shard, .evomoe-lengths-…"
         ) from None
 
 
