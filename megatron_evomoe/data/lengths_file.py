@@ -19,7 +19,7 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,7 @@ def problems_of(first: int, measured: Measured) -> dict[str, Problem]:
 
 
 class LengthsFile:
-    """The numbers of samples [first, first + n), read from a file that is mapped into memory.
+    """The numbers of n samples in a row, read from a file that is mapped into memory.
 
     Attributes:
         path: the file.
@@ -73,7 +73,7 @@ class LengthsFile:
         digest: identifies the contents.
     """
 
-    def __init__(self, path: Path, fingerprint: str, first: int, count: int) -> None:
+    def __init__(self, path: Path, fingerprint: str, samples: range) -> None:
         """Open a file and check that it is whole and that it is of these samples.
 
         Raises:
@@ -94,9 +94,9 @@ class LengthsFile:
         self.digest = _digest(metadata["about"], self._starts, self._sums)
         if self.digest != metadata.get("digest"):
             raise DamagedError(f"{path} was changed: its digest differs")
-        if (said.get("fingerprint"), said.get("first")) != (fingerprint, first):
+        if (said.get("fingerprint"), said.get("first")) != (fingerprint, samples.start):
             raise DamagedError(f"{path} holds lengths of other samples, of another tokenizer or template")
-        self._check_shapes(count)
+        self._check_shapes(len(samples))
         self._checked = np.zeros(len(self._sums), bool)
         if path.stat().st_size <= _WHOLE:
             self.check(np.arange(len(self._sums)))
@@ -111,7 +111,7 @@ class LengthsFile:
             raise DamagedError(f"{self.path} has blocks that do not follow each other")
 
     def rows(self, samples: np.ndarray) -> np.ndarray:
-        """The numbers of some samples (counted from `first`), int32 [k, 4]. Raises `DamagedError`."""
+        """The numbers of some samples, counted from the file's first, int32 [k, 4]. Raises `DamagedError`."""
         self.check(samples // BLOCK)
         return self.samples[samples]
 
@@ -198,19 +198,18 @@ def _digest(about: str, starts: np.ndarray, sums: np.ndarray) -> str:
     return digest.hexdigest()
 
 
-def write_blocks(
-    path: Path,
+def file_content(
     fingerprint: str,
     first: int,
     blocks: Sequence[tuple[np.ndarray, np.ndarray]],
     problems: dict[str, Problem],
-) -> None:
-    """Write a file of these blocks atomically.
+) -> Iterator[bytes]:
+    """The bytes of a file of these blocks, one after the other.
 
     Args:
         first: the number of the first sample.
-        blocks: rows and `several` of each block; all but the last have BLOCK rows. They are read twice, and
-            need not be in memory.
+        blocks: rows and `several` of each block; all but the last have BLOCK rows. They are read three times,
+            and need not be in memory.
     """
     sums = np.array([_sum(*block) for block in blocks], "<u4")
     starts = np.cumsum([0, *(len(several) for _, several in blocks)], dtype="<i8")
@@ -228,12 +227,12 @@ def write_blocks(
         "starts": starts.shape,
         "sums": sums.shape,
     }
-    _write(
-        path,
-        _header(shapes, {"about": about, "digest": _digest(about, starts, sums)}),
-        (block[which] for which in (0, 1) for block in blocks),
-        (starts, sums),
-    )
+    yield _header(shapes, {"about": about, "digest": _digest(about, starts, sums)})
+    for which in (0, 1):
+        for block in blocks:
+            yield np.ascontiguousarray(block[which], "<i4").tobytes()
+    yield starts.tobytes()
+    yield sums.tobytes()
 
 
 def _header(shapes: dict[str, tuple[int, ...]], metadata: dict[str, str]) -> bytes:
@@ -246,19 +245,3 @@ def _header(shapes: dict[str, tuple[int, ...]], metadata: dict[str, str]) -> byt
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
-
-
-def _write(path: Path, header: bytes, large: Iterable[np.ndarray], small: Iterable[np.ndarray]) -> None:
-    temporary = path.with_name(f"{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(header)
-            for array in large:
-                file.write(np.ascontiguousarray(array, "<i4").tobytes())
-            for array in small:
-                file.write(array.tobytes())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
-import os
 import re
-import threading
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -42,6 +39,7 @@ from megatron_evomoe.data.media import short
 from megatron_evomoe.data.sample_record import MAX_RECORD_BYTES, image_names, load_json, usable_record
 from megatron_evomoe.data.shard_index import load_index
 from megatron_evomoe.data.shards import tar_bytes
+from megatron_evomoe.data.workers import die_with_parent
 
 _PROGRESS = ".make-shards"
 _EXAMPLES_PER_REASON = 3
@@ -196,7 +194,7 @@ def _in_parallel(work: Iterator[tuple], workers: int) -> Iterator[tuple[int, int
     if workers == 1:
         yield from (write_shard(*item) for item in work)
         return
-    with ProcessPoolExecutor(workers, initializer=_die_with_parent) as pool:
+    with ProcessPoolExecutor(workers, initializer=die_with_parent) as pool:
         running: set[Future] = set()
         try:
             for item in work:
@@ -213,18 +211,6 @@ def _in_parallel(work: Iterator[tuple], workers: int) -> Iterator[tuple[int, int
             ) from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _die_with_parent() -> None:
-    """Exit with the parent process, because a killed parent cannot stop its pool."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def write_shard(records: list[Any], shard: int, output: Path, job: Job) -> tuple[int, int]:

@@ -150,13 +150,17 @@ def _member(
 def _header(block: bytes, at: int) -> tuple[bytes, int]:
     """The type and the size of a header block. Raises `TarError` if its checksum is wrong."""
     stored, rest = _number(block[148:156], at), block[:148] + b" " * 8 + block[156:]
-    as_signed = sum(rest) - 256 * sum(byte > 127 for byte in rest)  # old archives summed signed bytes
-    if stored not in (sum(rest), as_signed):
+    if stored != sum(rest) and stored != _sum_of_signed(rest):
         raise TarError(f"the header at byte {at} is damaged: its checksum is wrong")
     size = _number(block[124:136], at)
     if size < 0:
         raise TarError(f"the header at byte {at} gives a size of {size} bytes")
     return block[156:157], size
+
+
+def _sum_of_signed(block: bytes) -> int:
+    """The sum of bytes as numbers from −128 to 127, which some old archives hold."""
+    return sum(block) - 256 * sum(byte > 127 for byte in block)
 
 
 def _number(field: bytes, at: int) -> int:
