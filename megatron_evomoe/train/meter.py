@@ -33,7 +33,7 @@ class MeterHook(StepHook):
     def begin_stage(self, run: StageRun) -> None:
         """Watch the routers of a mixture."""
         self._stage_began = time.perf_counter()
-        self._microbatches = 0  # since routing was last measured
+        self._filled_microbatches = 0  # since routing was last measured
         self._watch = Watch(run.config, with_logits=False) if run.stage.kind.has_router else None
         for layer in run.built.mixtures():
             layer.router.observer = self._watch
@@ -59,10 +59,10 @@ class MeterHook(StepHook):
         }
         if backend.on_gpu():
             metrics["mem-max-allocated-bytes"] = torch.cuda.max_memory_allocated()
-        self._microbatches += result.microbatches
+        self._filled_microbatches += result.filled_microbatches
         if self._watch is not None and run.step % log.moe_metrics_interval == 0:
-            metrics |= routing_metrics(self._watch, run.config, microbatches=self._microbatches)
-            self._microbatches = 0
+            metrics |= routing_metrics(self._watch, run.config, microbatches=self._filled_microbatches)
+            self._filled_microbatches = 0
         if run.step % log.log_interval == 0 and log.log_params_norm:
             metrics["params-norm"] = params_norm(run.built.gather_weights())
         run.add_metrics(metrics)

@@ -17,7 +17,8 @@ def routing_metrics(watch: Watch, config: RunConfig, *, microbatches: int) -> di
     """Shares by modality, and auxiliary losses, since the last call. Resets `watch`. Communicates.
 
     Args:
-        microbatches: forward passes of this replica since then; the auxiliary losses are their means.
+        microbatches: those of all replicas since then that hold more than padding; the auxiliary losses are
+            their means.
     """
     counts = watch.total()
     watch.shares.reset()
@@ -37,7 +38,8 @@ def routing_metrics(watch: Watch, config: RunConfig, *, microbatches: int) -> di
                 reduce_group=place.tensor_and_context_group,
             )
         moe_utils.track_moe_metrics(
-            loss_scale=1 / microbatches,
+            # megatron-core adds microbatches up, and takes the mean over replicas
+            loss_scale=place.data.size / max(1, microbatches),
             iteration=0,
             writer=captured,
             per_layer_logging=True,

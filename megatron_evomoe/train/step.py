@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -39,6 +39,8 @@ class StepResult:
     """those of them that images take"""
     microbatches: int
     """forward passes of this replica, the same number on all replicas"""
+    filled_microbatches: int
+    """microbatches of all replicas that hold more than padding"""
     positions: int
     """positions computed by all replicas, padding included"""
     squares: int
@@ -50,14 +52,15 @@ def take_step(built: Built, step: Step, number: int) -> StepResult:
 
     The loss is the mean over *all supervised tokens of the global batch*: each microbatch contributes its
     sum, scaled so that megatron-core's averaging over microbatches and replicas gives that mean. Auxiliary
-    losses keep megatron-core's own scaling, the mean over microbatches and replicas. (Its option
-    `calculate_per_token_loss` would multiply them by all tokens / supervised tokens.)
+    losses are means over the microbatches of the global batch that hold more than padding. (megatron-core's
+    option `calculate_per_token_loss` would multiply them by all tokens / supervised tokens.)
 
     Raises:
         NonFiniteError: on every rank alike.
     """
     counts = _count(step)
-    supervised = max(1, counts[0])
+    supervised = max(1, counts.supervised)
+    _weigh_auxiliary_losses(built, len(step.microbatches), filled=counts.filled)
     losses = _forward_backward(built, step, supervised)
     loss = _reduce_loss(losses) / supervised
     if not torch.isfinite(loss):
@@ -75,30 +78,47 @@ def take_step(built: Built, step: Step, number: int) -> StepResult:
         loss=float(loss),
         grad_norm=grad_norm,
         learning_rate=learning_rate,
-        supervised_tokens=counts[0],
-        tokens=counts[1],
-        image_tokens=counts[2],
+        supervised_tokens=counts.supervised,
+        tokens=counts.real,
+        image_tokens=counts.vision,
         microbatches=len(step.microbatches),
-        positions=counts[3],
-        squares=counts[4],
+        filled_microbatches=counts.filled,
+        positions=counts.positions,
+        squares=counts.squares,
     )
 
 
-def _count(step: Step) -> list[int]:
-    """Sums over the global batch. Communicates over replicas.
+class _Counts(NamedTuple):
+    """Sums over the global batch."""
 
-    Supervised tokens, tokens without padding, those of images, positions, and squares of the lengths of
-    sequences.
-    """
+    supervised: int
+    real: int
+    """tokens that are not padding"""
+    vision: int
+    positions: int
+    squares: int
+    """of the lengths of sequences"""
+    filled: int
+    """microbatches that hold more than padding"""
+
+
+def _count(step: Step) -> _Counts:
+    """Count the global batch. Communicates over replicas."""
     micro = step.microbatches
     supervised = torch.stack([(m.labels != IGNORE_INDEX).sum() for m in micro]).sum()
-    real = torch.stack([(m.token_types != TokenType.PADDING).sum() for m in micro]).sum()
+    real = torch.stack([(m.token_types != TokenType.PADDING).sum() for m in micro])
     vision = torch.stack([(m.token_types == TokenType.VISION).sum() for m in micro]).sum()
     lengths = [length for m in micro for length in m.lengths]
     work = torch.tensor([sum(lengths), sum(length**2 for length in lengths)], device=real.device)
-    counts = torch.cat([torch.stack([supervised, real, vision]), work])
+    counts = torch.cat([torch.stack([supervised, real.sum(), vision]), work, real.count_nonzero()[None]])
     dist.all_reduce(counts, group=topology.current().data.group)
-    return counts.tolist()
+    return _Counts(*counts.tolist())
+
+
+def _weigh_auxiliary_losses(built: Built, microbatches: int, *, filled: int) -> None:
+    """Make megatron-core's mean over all microbatches and replicas one over the `filled` microbatches."""
+    for layer in built.mixtures():
+        layer.router.auxiliary_weight = microbatches * topology.current().data.size / max(1, filled)
 
 
 def _forward_backward(built: Built, step: Step, supervised: int) -> list[torch.Tensor]:

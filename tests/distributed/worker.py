@@ -77,7 +77,7 @@ def run_job(job: Job) -> list[dict[str, float]]:
         if number % 2 == 0:
             measured["params norm"] = params_norm(built.gather_weights())
         if watch is not None:
-            measured |= routing_metrics(watch, config, microbatches=result.microbatches)
+            measured |= routing_metrics(watch, config, microbatches=result.filled_microbatches)
         steps.append(measured)
     check_ranks_agree(steps)
     if job.save:

@@ -3,9 +3,9 @@
 Shape legend: s sequence · b batch · T = s·b tokens · C width · N experts · K experts per token.
 
 This package computes the logits, the drops by capacity, the z-loss and the scale of an expert's output;
-top-k and the load-balancing loss are megatron-core's (`TopKRouter.routing`). Words are megatron-core's too:
-the gate puts out *logits*, *probs* scale the experts' outputs, and *routing_map* says which expert gets
-which token.
+top-k and the formula of the load-balancing loss are megatron-core's (`TopKRouter.routing`). Words are
+megatron-core's too: the gate puts out *logits*, *probs* scale the experts' outputs, and *routing_map* says
+which expert gets which token.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ import torch
 from megatron.core.transformer.moe.moe_utils import (
     MoEAuxLossAutoScaler,
     apply_random_logits,
+    get_tokens_per_expert_and_token_count,
     save_to_aux_losses_tracker,
+    switch_load_balancing_loss_func,
 )
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -57,6 +59,13 @@ class TypedRouter(TopKRouter):
     Raises:
         ValueError: the two configurations disagree, or `straight_through` is to scale scores that are not a
             softmax over all experts.
+    """
+
+    auxiliary_weight: float = 1.0
+    """Factor of the auxiliary losses' gradients, the same for all microbatches of a step.
+
+    megatron-core takes the mean over all microbatches. With M·DP / K, where K of a step's M·DP microbatches
+    hold real tokens, it becomes the mean over those.
     """
 
     def __init__(
@@ -139,12 +148,50 @@ class TypedRouter(TopKRouter):
         )
         return probs * kept, kept
 
+    def get_aux_loss_coeff(self, aux_loss_type: str) -> float:
+        """The coefficient of an auxiliary loss in this step; megatron-core logs losses divided by it."""
+        return super().get_aux_loss_coeff(aux_loss_type) * self.auxiliary_weight
+
+    def _apply_aux_loss(
+        self,
+        probs: Tensor,
+        scores_for_aux_loss: Tensor,
+        routing_map: Tensor,
+        with_padding_mask: bool = False,
+    ) -> Tensor:
+        """Attach the load-balancing loss, exactly 0 for a microbatch of padding alone.
+
+        megatron-core's own method divides by the number of real tokens, and 0 / 0 would reach every
+        gradient. Arguments are those of that method. Communicates over TP x CP.
+        """
+        coefficient = self.get_aux_loss_coeff("aux_loss")
+        if coefficient == 0:
+            return probs
+        tokens_per_expert_N, _, tokens = get_tokens_per_expert_and_token_count(
+            routing_map=routing_map,
+            reduce_group=self.tp_cp_group,
+            topk=self.topk,
+            with_padding_mask=with_padding_mask,
+        )
+        loss = switch_load_balancing_loss_func(
+            probs=scores_for_aux_loss,
+            tokens_per_expert=tokens_per_expert_N,
+            total_num_tokens=tokens.clamp(min=1) if with_padding_mask else tokens,
+            topk=self.topk,
+            num_experts=self.config.num_moe_experts,
+            moe_aux_loss_coeff=coefficient,
+            fused=self.config.moe_router_fusion,
+        )
+        return self.attach_and_log_load_balancing_loss(
+            probs, coefficient, loss, "load_balancing_loss", self.tp_cp_group
+        )
+
     def apply_z_loss(self, logits: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """Attach the z-loss (ST-MoE, arXiv 2202.08906): coefficient x mean of logsumexp² over real tokens.
 
-        The mean is over the microbatch. megatron-core averages the means of the TP x CP ranks, which is
-        another number if padding lies unevenly on them, and logs that of one replica. Communicates over TP
-        x CP.
+        The mean is over the microbatch, and 0 if it holds padding alone. megatron-core averages the means of
+        the TP x CP ranks, which is another number if padding lies unevenly on them, and logs that of one
+        replica. Communicates over TP x CP.
         """
         if self.config.moe_z_loss_coeff is None or not (self.training and torch.is_grad_enabled()):
             return logits
@@ -162,7 +209,8 @@ class TypedRouter(TopKRouter):
         save_to_aux_losses_tracker(
             "z_loss", z_loss, self.layer_number, self.config.num_layers, reduce_group=self.tp_cp_group
         )
-        return MoEAuxLossAutoScaler.apply(logits, self.config.moe_z_loss_coeff * z_loss)
+        weight = self.config.moe_z_loss_coeff * self.auxiliary_weight
+        return MoEAuxLossAutoScaler.apply(logits, weight * z_loss)
 
     def _diagnose(
         self, logits: Tensor, probs: Tensor, routing_map: Tensor, types_T: Tensor

@@ -52,6 +52,67 @@ def test_loss_is_the_mean_over_the_global_batch_not_over_microbatches():
         torch.testing.assert_close(grads1[name], grads2[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
+def padding_alone(packed: bool):
+    """A microbatch without samples, as two rows or as one segment."""
+    batch = rows([0, 0]) if not packed else rows([0], length=7)
+    batch["token_types"].fill_(TokenType.PADDING)
+    batch["labels"].fill_(IGNORE_INDEX)
+    return {**batch, "segments": (7,) if packed else None, "keys": []}
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
+@pytest.mark.parametrize(
+    ("kind", "moe"),
+    [
+        ("warmup", {}),
+        ("evolve", {}),
+        ("route", {"router": "dtr", "moe_z_loss_coeff": 0.1}),
+        ("route", {"router": "linear", "moe_router_topk": 2, "moe_expert_capacity_factor": 1.0}),
+    ],
+)
+def test_microbatches_of_padding_change_nothing(kind, moe, packed):
+    """Loss, gradients and logged auxiliary losses are those of the step without them, to the last bit.
+
+    The steps have two and four microbatches, so that the factors that undo megatron-core's mean are exact.
+    """
+    from megatron_evomoe.diagnose.collect import Watch
+    from megatron_evomoe.train.routing_metrics import forget_auxiliary_losses, routing_metrics
+    from megatron_evomoe.train.step import take_step
+
+    filled = [rows([1, 0], seed=1), rows([0, 2], seed=2)]
+    results = []
+    for step in (filled, [padding_alone(packed), filled[0], padding_alone(packed), filled[1]]):
+        forget_auxiliary_losses()
+        built = built_for(kind, moe={"moe_aux_loss_coeff": 0.5, **moe})
+        result = take_step(built, step_of(*step), 1)
+        logged = {}
+        if kind == "route":
+            config = tiny_config(kind, moe={"moe_aux_loss_coeff": 0.5, **moe})
+            watch = Watch(config, with_logits=False)
+            logged = routing_metrics(watch, config, microbatches=result.filled_microbatches)
+        results.append((result, logged, gradients(built)))
+    (short, logged, wanted), (long, with_padding, got) = results
+    assert (short.microbatches, long.microbatches) == (2, 4)
+    assert short.filled_microbatches == long.filled_microbatches == 2
+    assert short.loss == long.loss and short.grad_norm == long.grad_norm > 0
+    for name, value in logged.items():
+        assert with_padding[name] == value or math.isnan(value), name
+    assert kind != "route" or logged["load_balancing_loss"] > 0
+    for name, gradient in wanted.items():
+        assert torch.equal(got[name], gradient), name
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
+@pytest.mark.parametrize("kind", ["warmup", "route"])
+def test_a_step_of_padding_alone_has_no_gradient(kind, packed):
+    from megatron_evomoe.train.step import take_step
+
+    built = built_for(kind, moe={"moe_z_loss_coeff": 0.1})
+    result = take_step(built, step_of(padding_alone(packed)), 1)
+    assert result.loss == result.grad_norm == 0
+    assert not any(gradient.any() for gradient in gradients(built).values())
+
+
 def test_loss_equals_cross_entropy_by_hand():
     from megatron_evomoe.train.step import take_step
 
