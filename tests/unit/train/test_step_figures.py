@@ -35,6 +35,7 @@ def result_of(config, lengths: list[int], images: int) -> StepResult:
         tokens=sum(lengths),
         image_tokens=images * config.vision.tokens_per_image,
         microbatches=2,
+        filled_microbatches=2,
         positions=sum(lengths),
         squares=sum(length**2 for length in lengths),
     )
