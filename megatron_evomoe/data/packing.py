@@ -71,14 +71,19 @@ def plan_step(
         capacity = micro_batch_size * seq_length
         bins = _packed(lengths, _work(lengths, attention_cost), capacity, group)
         squares = _sums(lengths.astype(np.float64) ** 2, bins)
-        work = _rounded(_sums(lengths, bins), multiple) + attention_cost * squares
+        work = rounded_up(_sums(lengths, bins), multiple) + attention_cost * squares
         return _dealt(bins, work.tolist(), replicas)
     assert len(lengths) % (micro_batch_size * replicas) == 0, (len(lengths), micro_batch_size, replicas)
     if packing == "none":
         return np.arange(len(lengths)).reshape(-1, micro_batch_size).tolist()
     order = np.argsort(-lengths, kind="stable").reshape(-1, micro_batch_size)
-    longest = _rounded(lengths[order[:, 0]], multiple)
+    longest = rounded_up(lengths[order[:, 0]], multiple)
     return _dealt(order.tolist(), _work(longest, attention_cost).tolist(), replicas)
+
+
+def rounded_up(lengths: np.ndarray, multiple: int) -> np.ndarray:
+    """The next multiples of `multiple` that are not below `lengths`."""
+    return -(-lengths // multiple) * multiple
 
 
 def _work(lengths: np.ndarray, attention_cost: float) -> np.ndarray:
@@ -91,10 +96,6 @@ def _sums(values: np.ndarray, bins: list[list[int]]) -> np.ndarray:
     of_bin = np.repeat(np.arange(len(bins)), [len(held) for held in bins])
     indices = np.fromiter(itertools.chain.from_iterable(bins), dtype=np.int64, count=len(of_bin))
     return np.bincount(of_bin, weights=values[indices], minlength=len(bins))
-
-
-def _rounded(lengths: np.ndarray, multiple: int) -> np.ndarray:
-    return -(-lengths // multiple) * multiple
 
 
 def _dealt(microbatches: list[list[int]], work: list[float], replicas: int) -> list[list[int]]:

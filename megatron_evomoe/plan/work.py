@@ -12,8 +12,9 @@ import numpy as np
 
 from megatron_evomoe.config import RunConfig
 from megatron_evomoe.config.kinds import StageKind
-from megatron_evomoe.data.packing import plan_step
+from megatron_evomoe.data.packing import plan_step, rounded_up
 from megatron_evomoe.model import inventory
+from megatron_evomoe.model.precision import sequence_multiple
 from megatron_evomoe.parallel import degrees
 
 _STEPS = 8
@@ -121,7 +122,7 @@ def _of_known(config: RunConfig, kind: StageKind, replicas: int, known: np.ndarr
 
 def _slowest(config: RunConfig, replicas: int, lengths: np.ndarray, cost: float) -> tuple[int, int, int, int]:
     """(microbatches, positions, squares, images) of the replica that computes most in one step."""
-    data, b = config.data, config.train.micro_batch_size
+    data, b, multiple = config.data, config.train.micro_batch_size, sequence_multiple(config)
     plan = plan_step(
         lengths,
         packing=data.packing,
@@ -130,32 +131,52 @@ def _slowest(config: RunConfig, replicas: int, lengths: np.ndarray, cost: float)
         replicas=replicas,
         packing_replicas=data.packing_replicas,
         rounds=packing_rounds(config),
+        multiple=multiple,
         attention_cost=cost,
     )
     work = []
     for replica in range(replicas):
         mine = [lengths[held] for held in plan[replica::replicas]]
-        sequences = sequences_of(mine, data.packing, b, data.seq_length, data.pad_to_seq_length)
+        sequences = np.concatenate(
+            sequences_of(
+                mine,
+                packing=data.packing,
+                micro_batch_size=b,
+                seq_length=data.seq_length,
+                static=data.pad_to_seq_length,
+                multiple=multiple,
+            )
+        )
         images = int(sum(np.count_nonzero(held) for held in mine))
         work.append((len(mine), int(sequences.sum()), int((sequences**2).sum()), images))
     return max(work, key=lambda w: w[1] + cost * w[2])
 
 
 def sequences_of(
-    microbatches: list[np.ndarray], packing: str, micro_batch_size: int, seq_length: int, static: bool
-) -> np.ndarray:
-    """The lengths of all sequences that a replica computes in a step, padding included, int64.
+    microbatches: list[np.ndarray],
+    *,
+    packing: str,
+    micro_batch_size: int,
+    seq_length: int,
+    static: bool = False,
+    multiple: int = 1,
+) -> list[np.ndarray]:
+    """The lengths of the sequences of each microbatch of a replica's step, padding included, int64.
 
     Args:
         microbatches: the lengths of the samples in each of them.
         static: whether rows have a fixed length (`pad_to_seq_length`).
+        multiple: rows are padded to a multiple of this number of positions.
     """
     if packing == "pack":
-        padding = [micro_batch_size * seq_length - held.sum() if static else 0 for held in microbatches]
-        return np.concatenate([*microbatches, padding]).astype(np.int64)
+        tokens = np.array([held.sum() for held in microbatches])
+        width = (
+            np.full_like(tokens, micro_batch_size * seq_length) if static else rounded_up(tokens, multiple)
+        )
+        return [np.append(held, w - t) for held, w, t in zip(microbatches, width, tokens, strict=True)]
     longest = np.array([held.max() for held in microbatches])
     if static:
         longest[:] = seq_length
     elif packing == "none":  # all microbatches of a step have one length
         longest[:] = longest.max()
-    return np.repeat(longest, micro_batch_size).astype(np.int64)
+    return [np.full(micro_batch_size, row) for row in rounded_up(longest, multiple)]

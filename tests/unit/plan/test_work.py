@@ -65,21 +65,24 @@ def test_a_mean_length():
 
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("packing", ["none", "sort", "pack"])
-@given(lengths=st.lists(st.integers(0, SEQ), min_size=G, max_size=G))
-def test_sequences_hold_the_samples_and_fill_the_rows(packing, static, lengths):
+@given(lengths=st.lists(st.integers(0, SEQ), min_size=G, max_size=G), multiple=st.sampled_from([1, 16]))
+def test_sequences_hold_the_samples_and_fill_the_rows(packing, static, lengths, multiple):
     lengths = np.array(lengths)
-    plan = plan_step(lengths, packing=packing, micro_batch_size=2, seq_length=SEQ, replicas=1)
-    sequences = sequences_of([lengths[held] for held in plan], packing, 2, SEQ, static)
-    assert sequences.sum() >= lengths.sum()
+    options = dict(packing=packing, micro_batch_size=2, seq_length=SEQ, multiple=multiple)
+    plan = plan_step(lengths, replicas=1, **options)
+    sequences = sequences_of([lengths[held] for held in plan], static=static, **options)
+    positions = np.array([rows.sum() for rows in sequences])
+    assert all(n >= lengths[held].sum() for n, held in zip(positions, plan, strict=True))
+    assert not (positions % multiple).any()
     if static:
-        assert sequences.sum() == len(plan) * 2 * SEQ
+        assert set(positions) == {2 * SEQ}
     elif packing == "pack":
-        assert sequences.sum() == lengths.sum()
+        assert all(n < lengths[held].sum() + multiple for n, held in zip(positions, plan, strict=True))
     elif packing == "none":
-        assert set(sequences) == {lengths.max()}
+        assert set(positions) == {2 * -(-lengths.max() // multiple) * multiple}
     else:
         # each pair of rows is as long as its longer sample
-        assert sequences.sum() == 2 * np.sort(lengths)[1::2].sum()
+        assert positions.sum() == 2 * sum(-(-n // multiple) * multiple for n in np.sort(lengths)[1::2])
 
 
 def test_known_lengths_show_what_packing_saves():
