@@ -145,7 +145,7 @@ def read_lengths(path: Path) -> np.ndarray:
     """The tokens of all samples that have a file of lengths, int32 [n]; negative where one is unusable.
 
     Raises:
-        DataError: the file is missing or damaged.
+        DataError: the file is missing, cut or something else. Checksums are not compared.
     """
     try:
         return np.array(_mapped(path)[0]["samples"][:, Column.LENGTH])

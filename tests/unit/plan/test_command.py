@@ -6,10 +6,13 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
 from megatron_evomoe.cli import main
+from megatron_evomoe.data.lengths_file import file_content
+from megatron_evomoe.data.sample_length import Column
 
 ROOT = Path(__file__).parents[3]
 
@@ -151,6 +154,31 @@ def test_recompute_and_mean_length(run_yaml, tmp_path, capsys):
     longest, mean = found
     assert longest.keys() == mean.keys()
     assert all(mean[k][0] == longest[k][0] and mean[k][1] < longest[k][1] for k in longest)
+
+
+def test_lengths_of_samples(run_yaml, tmp_path, capsys):
+    """Samples of two lengths: packed steps take less time than padded ones, in fewer microbatches."""
+    path = tmp_path / ".evomoe-lengths-0123"
+    rows = np.zeros((4096, len(Column)), np.int32)
+    rows[:, Column.LENGTH] = np.tile([500, 1500, 5000, -1], 1024)  # the last two are left out
+    empty = np.zeros(0, np.int32)
+    path.write_bytes(b"".join(file_content("of these shards", 0, [(rows, empty)], {})))
+    found = {}
+    for packing in ("none", "sort", "pack"):
+        out = tmp_path / f"{packing}.json"
+        flags = ["--packing", packing, "--lengths", str(path), "--json", str(out), "--stage", "warmup"]
+        degrees = ["--tensor-model-parallel-size", "1", "--pipeline-model-parallel-size", "1"]
+        assert main(["plan", "--config", run_yaml, "--nnodes", "1", *flags, *degrees]) == 0
+        found[packing] = json.loads(out.read_text())["stages"][0]["fits"][0]
+    seconds = {packing: fit["seconds"]["compute"] for packing, fit in found.items()}
+    assert seconds["pack"] < seconds["sort"] < seconds["none"]
+    # 256 samples in rows of 4, on 8 replicas; those that are used take a third of the rows
+    assert found["none"]["microbatches"] == found["sort"]["microbatches"] == 8
+    assert 2 <= found["pack"]["microbatches"] <= 3
+    capsys.readouterr()
+    path.write_bytes(path.read_bytes()[:-1])
+    assert main(["plan", "--config", run_yaml, "--nnodes", "1", "--lengths", str(path)]) == 2
+    assert "is not a whole file of lengths" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
