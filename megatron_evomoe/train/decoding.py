@@ -1,14 +1,18 @@
 """Greedy decoding by the model in training, under any layout.
 
 Each new token runs the whole sequence again: short answers need no key/value cache, and the measured forward
-is the one that was trained.
+is the one that was trained. So sequences are the segments of one packed row where training packs, and padded
+rows elsewhere.
+
+Shape legend: n sequences · b rows (n, or 1 of packed sequences) · s positions of a row.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -59,16 +63,23 @@ def greedy(
         images: uint8 [n, 3, S, S], in prompt order.
         stop: ids that end an answer.
     """
-    counts = _images_per_prompt(prompts, len(images), _unwrap(chunks[0]).run_config.vision.tokens_per_image)
+    config = _unwrap(chunks[0]).run_config
+    counts = _images_per_prompt(prompts, len(images), config.vision.tokens_per_image)
     images_of_prompt = images.to(backend.device()).split(counts)
     sequences: list[tuple[list[int], list[int]]] = [([*p.tokens], [*p.token_types]) for p in prompts]
     answers: list[list[int]] = [[] for _ in prompts]
     open_rows = list(range(len(prompts)))
     for _ in range(max_new_tokens):
         rows = open_rows or [0]
-        tokens, token_types, last = _pad([sequences[r] for r in rows], pad_id)
+        join = _pack if config.data.packing == "pack" else _pad
+        joined = join([sequences[r] for r in rows], pad_id)
         chosen = next_tokens(
-            chunks, tokens, token_types, torch.cat([images_of_prompt[r] for r in rows]), last
+            chunks,
+            joined.tokens,
+            joined.token_types,
+            torch.cat([images_of_prompt[r] for r in rows]),
+            joined.last,
+            segments=joined.segments,
         ).tolist()
         for row, token in zip(list(open_rows), chosen, strict=False):
             if token in stop:
@@ -88,10 +99,21 @@ def _images_per_prompt(prompts: Sequence[EncodedSample], total: int, tokens_per_
     return counts
 
 
-def _pad(
-    sequences: Sequence[tuple[list[int], list[int]]], pad_id: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Right-padded tokens and token types [b, s], s a multiple of TP, and each row's last position [b]."""
+class _Joined(NamedTuple):
+    """Sequences as the model takes them."""
+
+    tokens: torch.Tensor
+    """int64 [b, s]"""
+    token_types: torch.Tensor
+    """int64 [b, s]"""
+    last: torch.Tensor
+    """int64 [n], the last position of each sequence, in its row or in the only one"""
+    segments: tuple[int, ...] | None
+    """of a packed row; the last segment may be padding"""
+
+
+def _pad(sequences: Sequence[tuple[list[int], list[int]]], pad_id: int) -> _Joined:
+    """Right-padded rows whose length is a multiple of TP."""
     where, multiple = backend.device(), topology.current().tensor.size
     longest = max(len(tokens) for tokens, _ in sequences)
     longest += -longest % multiple
@@ -99,7 +121,24 @@ def _pad(
     token_types = torch.tensor(
         [t + [TokenType.PADDING] * (longest - len(t)) for _, t in sequences], device=where
     )
-    return tokens, token_types, torch.tensor([len(t) - 1 for t, _ in sequences], device=where)
+    last = torch.tensor([len(t) - 1 for t, _ in sequences], device=where)
+    return _Joined(tokens, token_types, last, None)
+
+
+def _pack(sequences: Sequence[tuple[list[int], list[int]]], pad_id: int) -> _Joined:
+    """One row of all sequences and, up to a multiple of TP, padding."""
+    where, multiple = backend.device(), topology.current().tensor.size
+    ends = list(itertools.accumulate(len(tokens) for tokens, _ in sequences))
+    padding = -ends[-1] % multiple
+    tokens = [*itertools.chain(*(t for t, _ in sequences)), *[pad_id] * padding]
+    token_types = [*itertools.chain(*(t for _, t in sequences)), *[TokenType.PADDING] * padding]
+    lengths = (*(len(t) for t, _ in sequences), padding)
+    return _Joined(
+        torch.tensor([tokens], device=where),
+        torch.tensor([token_types], device=where),
+        torch.tensor(ends, device=where) - 1,
+        lengths if padding else lengths[:-1],
+    )
 
 
 def _any_open(mine: bool) -> bool:
@@ -115,22 +154,32 @@ def next_tokens(
     token_types: torch.Tensor,
     images: torch.Tensor,
     at: torch.Tensor,
+    *,
+    segments: tuple[int, ...] | None = None,
 ) -> torch.Tensor:
-    """The greedy choice after position `at` [b] of every row, int64 [b].
+    """The greedy choice after the positions `at` [n], int64 [n].
 
     Every rank of the replica gets it. Communicates.
+
+    Args:
+        tokens: int64 [b, s].
+        token_types: int64 [b, s].
+        images: as in `LlavaModel.forward`.
+        at: a position of each row, or with `segments` any positions of the only row.
+        segments: lengths of the segments of a packed row.
     """
     b, s = tokens.shape
+    rows = torch.arange(b, device=at.device) if segments is None else torch.zeros_like(at)
     vocab_size = _unwrap(chunks[0]).run_config.language.vocab_size
 
     def forward_step(
         batches: Iterator[int], model: torch.nn.Module
     ) -> tuple[torch.Tensor, Callable[..., Any]]:
         next(batches)
-        logits = model(tokens, token_types, images)
+        logits = model(tokens, token_types, images, segments=segments)
 
         def choose(output: torch.Tensor, non_loss_data: bool = True) -> torch.Tensor:
-            last = output[torch.arange(b, device=output.device), at]
+            last = output[rows, at]
             if _unwrap(model).language_model.parallel_output:
                 last = tensor_parallel.gather_from_tensor_model_parallel_region(last)
             return last[:, :vocab_size].argmax(-1)  # without the embedding's padding rows
@@ -149,7 +198,7 @@ def next_tokens(
         forward_only=True,
         collect_non_loss_data=True,
     )
-    choice = found[0] if found else torch.zeros(b, dtype=torch.int64, device=tokens.device)
+    choice = found[0] if found else torch.zeros_like(at)
     stages = topology.current().pipeline
     if stages.size > 1:
         last = dist.get_global_rank(stages.group, stages.size - 1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 
@@ -47,7 +49,9 @@ def plain_greedy(model, sample: EncodedSample, images: torch.Tensor, count: int)
     return out
 
 
-def test_batched_greedy_equals_row_by_row(model):
+@pytest.mark.parametrize("packing", ["none", "pack"])
+def test_batched_greedy_equals_row_by_row(model, packing, monkeypatch):
+    """Sequences are rows, or segments of one row, of which some end before others."""
     from megatron_evomoe.train.decoding import greedy, inference
 
     wanted, start = [], 0
@@ -56,12 +60,28 @@ def test_batched_greedy_equals_row_by_row(model):
         wanted.append(plain_greedy(model, p, IMAGES[start : start + n], 5))
         start += n
     assert len({tuple(w) for w in wanted}) > 1, "prompts that all decode alike would prove nothing"
-    with inference([model]):
+    monkeypatch.setattr(model.run_config.data, "packing", packing)
+    segments = []
+    with inference([model]), noting_segments(model, segments):
         assert greedy([model], PROMPTS, IMAGES, stop=set(), max_new_tokens=5, pad_id=0) == wanted
         # The stop token is the third token of the first row; it may occur earlier in other rows.
         stop = {wanted[0][2]}
         cut = [w[: next((i for i, t in enumerate(w) if t in stop), 5)] for w in wanted]
         assert greedy([model], PROMPTS, IMAGES, stop=stop, max_new_tokens=5, pad_id=0) == cut
+    assert segments[0] == (tuple(len(p.tokens) for p in PROMPTS) if packing == "pack" else None)
+    assert packing == "none" or {len(s) for s in segments} > {4}, "some sequences end before others"
+
+
+@contextlib.contextmanager
+def noting_segments(model, segments: list):
+    """Inside, the segments of each forward are appended to a list."""
+    hook = model.register_forward_pre_hook(
+        lambda module, args, kwargs: segments.append(kwargs["segments"]), with_kwargs=True
+    )
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 class _Letters:
