@@ -65,8 +65,12 @@ class TrainingData(TypedDict):
     """The samples on which a stage was trained, and their order."""
 
     order: str
-    """The name of the rule that makes an order of `seed` (`data.order.NAME`)."""
+    """The name of the rule that makes an order of `seed` and `key` (`data.order.NAMES`)."""
     seed: Annotated[int, pydantic.Field(ge=-(1 << 64), lt=1 << 64)]
+    key: NotRequired[str]
+    """The stage whose order this is, which is another one with `continue_data`. Absent in earlier versions,
+    whose stages all had one order.
+    """
     samples: Count
     shards: list[tuple[str, Count, str]]
     """File name, number of samples and digest (`data.fingerprint.shard_digest`) of each shard, in order."""
@@ -85,7 +89,7 @@ class Record:
     step: Count
     """The optimizer steps done in this stage."""
     position: Count
-    """The samples consumed in this stage, where the data continues."""
+    """Where the data continues: the samples consumed in this stage, and with `continue_data` before it."""
     finished: bool
     """Whether this is the last step of the stage."""
     layout: dict[str, Count]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--stored-order",
         action="store_true",
-        help="show samples in stored order, not in the training order of the run or of --seed",
+        help="show samples in stored order, not in the training order of the run or shuffled by --seed",
     )
     parser.add_argument("--image-size", type=int, help="side of the model's input in pixels (default 336)")
     parser.add_argument("--patch-size", type=int, help="side of a patch in pixels (default 14)")
@@ -100,14 +101,16 @@ def run(args: argparse.Namespace) -> int:
     """
     config, flags = _config(args)
     console = Console(soft_wrap=True)
-    views = _views(config, args.stage)
     in_order = not (args.stored_order or args.eval) and (args.config is not None or "seed" in flags)
+    views = _views(config, args.stage, in_order)
     usable = 0
     for names, view in views:
         if args.config:
             console.print(_header(names, view, in_order), style="bold", markup=False, highlight=False)
         output = args.output / names[0] if args.output and len(views) > 1 else args.output
-        usable += _show(view, args, console, output, in_order)
+        key = config.order_key(names[0]) if names else ""
+        order = partial(SampleOrder, seed=view.train.seed, shuffle=in_order, key=key)
+        usable += _show(view, args, console, output, order)
         if len(views) > 1:
             console.print()
     return 0 if usable or not args.num else 1
@@ -125,17 +128,25 @@ def _config(args: argparse.Namespace) -> tuple[RunConfig, dict[str, Any]]:
     return load_config(args.config, flags) if args.config else from_mapping(_WITHOUT_CONFIG, flags), flags
 
 
-def _views(config: RunConfig, wanted: list[str] | None) -> list[tuple[list[str], RunConfig]]:
+def _views(config: RunConfig, wanted: list[str] | None, in_order: bool) -> list[tuple[list[str], RunConfig]]:
     """Group the stages that prepare samples alike: the names of a group and its configuration.
 
-    A run without stages is one group without names.
+    A run without stages is one group without names. With `in_order`, a group also has one order of samples.
     """
     if not config.stages and not wanted:
         return [([], config)]
     views: list[tuple[list[str], RunConfig]] = []
     for name in wanted or [stage.name for stage in config.stages]:
         found = config.for_stage(name)
-        same = next((names for names, other in views if _seen(other) == _seen(found)), None)
+        same = next(
+            (
+                names
+                for names, other in views
+                if _seen(other) == _seen(found)
+                and (not in_order or config.order_key(names[0]) == config.order_key(name))
+            ),
+            None,
+        )
         if same is not None:
             same.append(name)
         else:
@@ -162,7 +173,11 @@ def _header(names: list[str], config: RunConfig, in_order: bool) -> str:
 
 
 def _show(
-    config: RunConfig, args: argparse.Namespace, console: Console, output: Path | None, in_order: bool
+    config: RunConfig,
+    args: argparse.Namespace,
+    console: Console,
+    output: Path | None,
+    order_of: Callable[[int], SampleOrder],
 ) -> int:
     """Print samples as `config` prepares them, and return the number of usable ones."""
     paths = config.data.eval_data if args.eval else config.data.train_data
@@ -174,7 +189,7 @@ def _show(
     tokenizer = build_tokenizer(config.data.tokenizer)
     check_template(tokenizer, config.data.conversation_template)
     dataset = ShardDataset(paths)
-    order = SampleOrder(len(dataset), config.train.seed, shuffle=in_order)
+    order = order_of(len(dataset))
     console.print(f"{len(dataset)} samples in {len(dataset.paths)} shards", style="bold", highlight=False)
     rows = _questions(dataset, tokenizer, config) if args.eval else _training_rows(dataset, tokenizer, config)
     usable = 0

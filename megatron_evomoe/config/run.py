@@ -95,6 +95,19 @@ class RunConfig:
             raise ConfigError(f"stage {name!r}: {error}") from None
         return config
 
+    def order_key(self, name: str) -> str:
+        """The stage in whose order stage `name` takes its samples: itself, or with `continue_data` another.
+
+        This holds for a run that is trained from its first stage on. A stage that begins from a checkpoint of
+        another run goes on in the order recorded there.
+        """
+        names = [s.name for s in self.stages]
+        at = names.index(name)
+        load = self.stages[at].load
+        before = load if load in names else names[at - 1] if at and load is None else None
+        goes_on = before is not None and self.for_stage(name).data.continue_data
+        return self.order_key(before) if goes_on else name
+
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain data, which `from_mapping` reads back."""
         out = dataclasses.asdict(self)

@@ -53,6 +53,10 @@ class DataConfig:
     """Shards to train on: paths, which may have brace ranges (``shards-{00000..00127}.tar``), glob patterns,
     or directories that hold ``.tar`` files.
     """
+    continue_data: Fixed[Bool] = False
+    """Go on in the data where the stage before ended, in the same order, so that no sample is met again
+    before all have been. Otherwise each stage takes the samples from the first on, in an order of its own.
+    """
     eval_data: Logged[list[Text]] = field(default_factory=list)
     """Held-out shards, given as `train_data` is. Their questions are asked when a stage ends."""
     tokenizer: Logged[Optional[Text]] = None

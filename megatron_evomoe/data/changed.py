@@ -13,8 +13,8 @@ Shard = tuple[str, int, str]
 """File name, number of samples, digest: an entry of `ShardDataset.contents`."""
 
 _NAMED = 3  # shards that a message names
-# samples up to which repeated and lost samples are counted; the orders of 10^8 samples take 2 GB and 30
-# seconds
+# samples up to which repeated and lost samples are counted; the two orders of 10^8 samples take 2 GB and two
+# minutes
 _COUNTED = 50_000_000
 
 
@@ -56,14 +56,16 @@ def _less(some: Sequence[Shard], others: Sequence[Shard]) -> list[Shard]:
 
 
 def meaning(
-    before: Sequence[Shard], before_seed: int, now: Sequence[Shard], now_seed: int, position: int
+    before: Sequence[Shard], old: SampleOrder, now: Sequence[Shard], new: SampleOrder, position: int
 ) -> str:
     """What it means to resume at `position` in another order, in words.
 
     The text tells how many samples of the epoch repeat and how many are left out.
+
+    Args:
+        old: the order of the shards `before`.
+        new: the order of the shards `now`.
     """
-    old = SampleOrder(sum(count for _, count, _ in before), before_seed)
-    new = SampleOrder(sum(count for _, count, _ in now), now_seed)
     where = (
         f"position {position} lies in epoch {old.epoch(position)} of {old.num_samples} samples before, in "
         f"epoch {new.epoch(position)} of {new.num_samples} now"

@@ -1,8 +1,8 @@
 """The training data of one data-parallel replica, resumable with any number of ranks and workers.
 
-The global order of samples is a function of (seed, epoch, position) alone (`data.order`). A global batch is a
-slice of that order, and the microbatches of a replica are a slice of the batch. Worker processes only fetch
-samples; the batches arrive in the order in which they were requested.
+The order of all samples is a function of (seed, stage, epoch, position) alone (`data.order`). A global batch
+is a slice of that order, and the microbatches of a replica are a slice of the batch. Worker processes only
+fetch samples; the batches arrive in the order in which they were requested.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class TrainLoader:
         global_batch_size: int,
         data_parallel_rank: int,
         data_parallel_size: int,
-        seed: int,
+        order: SampleOrder,
         start_position: int = 0,
         pad_to_multiple_of: int = 1,
         features: FeatureCache | None = None,
@@ -128,12 +128,13 @@ class TrainLoader:
         """See the class.
 
         Args:
+            order: the order of the samples.
             pad_to_multiple_of: sequences are padded to a multiple of this number of positions.
             features: gives features in place of the images of the shards.
 
         Raises:
             ConfigError: the batch sizes do not divide, seq_length is not a multiple of `pad_to_multiple_of`,
-                the tokenizer cannot write the template, or the data set is empty.
+                or the tokenizer cannot write the template.
         """
         if (
             micro_batch_size < 1
@@ -159,7 +160,7 @@ class TrainLoader:
         self.position = start_position
         self.read = 0
         self.skipped: Counter[str] = Counter()
-        self.order = SampleOrder(len(dataset), seed)
+        self.order = order
         self._config, self._pad_id, self._multiple = data_config, tokenizer.pad_id, pad_to_multiple_of
         self._slice = dict(
             micro_batch_size=micro_batch_size,
@@ -207,7 +208,7 @@ class TrainLoader:
     def _indices(self, position: int) -> Iterator[list[int]]:
         while True:
             for positions in replica_positions(position, **self._slice):
-                yield [self.order.index(p) for p in positions]
+                yield self.order.indices(positions).tolist()
             position += self._slice["global_batch_size"]
 
     def _length(self, rows: list[Row]) -> int:

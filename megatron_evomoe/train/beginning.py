@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_evomoe.checkpoint import find, store
-from megatron_evomoe.checkpoint.record import Record
+from megatron_evomoe.checkpoint.record import Record, TrainingData
 from megatron_evomoe.config import RunConfig, StageConfig
 from megatron_evomoe.parallel import rng, topology
-from megatron_evomoe.train import lineage, resume_check, stage_report
+from megatron_evomoe.train import data_order, lineage, resume_check, stage_report
 from megatron_evomoe.train.built import Built, build_stage
 from megatron_evomoe.train.builtin_hooks import stage_hooks
 from megatron_evomoe.train.optimizer import course
@@ -38,14 +38,18 @@ def open_stage(session: Session, stage: StageConfig, stop: StopRequests) -> Stag
     if found is None or _has_steps_left(found, config):
         samples = training_set(config, session.topology)
     data = samples.data if samples else None
-    resumed = (found, resume_check.compare(session, found, stage, config, data)) if found else None
+    resumed = None
+    if found is not None:
+        data = data and data_order.resumed(data, find.record_of(found))
+        resumed = found, resume_check.compare(session, found, stage, config, data)
     topology.seed_everything(config.train.seed)
     built = build_stage(config, stage)
     if resumed is not None:
         record = _resume(session, built, stage, *resumed)
+        record.data = data or record.data
     else:
-        record = _begin(session, built, stage, config)
-    record.data = data or record.data
+        assert data is not None, "a stage that begins has steps left"
+        record = _begin(session, built, stage, config, data)
     session.logger.say(f"stage {stage.name}: {course(built.scheduler, config.train.train_iters)}")
     session.logger.start_stage(stage.name, config.train.train_iters, record.step)
     session.heartbeat.enter("setup", record.step)
@@ -101,9 +105,12 @@ def _resume(
     return record
 
 
-def _begin(session: Session, built: Built, stage: StageConfig, config: RunConfig) -> Record:
+def _begin(
+    session: Session, built: Built, stage: StageConfig, config: RunConfig, data: TrainingData
+) -> Record:
     """Load the weights that the stage starts from; returns a record at step 0. Communicates."""
     path = lineage.source_checkpoint(session, stage, config)
+    data, position = data_order.begun(session, stage, config, data, path)
     ancestors = []
     if path is not None:
         comparison = resume_check.compare_source(
@@ -133,7 +140,7 @@ def _begin(session: Session, built: Built, stage: StageConfig, config: RunConfig
         stage=stage.name,
         kind=stage.kind.value,
         step=0,
-        position=0,
+        position=position,
         finished=False,
         layout=rng.layout(),
         vocab_size=config.language.vocab_size or 0,
@@ -142,4 +149,5 @@ def _begin(session: Session, built: Built, stage: StageConfig, config: RunConfig
         wandb_run_id=session.logger.wandb_run_id,
         lineage=ancestors,
         num_experts=config.moe.num_experts if stage.kind.has_mixture else 0,
+        data=data,
     )

@@ -19,9 +19,10 @@ from megatron_evomoe.checkpoint.record import CheckpointError, Record, TrainingD
 from megatron_evomoe.config import RunConfig, StageConfig, text
 from megatron_evomoe.config.kinds import StageKind
 from megatron_evomoe.config.resume import OnResume
-from megatron_evomoe.data import changed
+from megatron_evomoe.data import changed, order
 from megatron_evomoe.parallel.agree import on_all_ranks
 from megatron_evomoe.train.compare import Change, changes, model_changes, show, stored_config
+from megatron_evomoe.train.data_order import sample_order
 from megatron_evomoe.train.session import Session, stage_dir
 from megatron_evomoe.train.transition import check_tokenizer
 
@@ -58,7 +59,7 @@ def compare(
 
     Args:
         config: the configuration with the stage's values in place.
-        data: what the stage would train on; none if no step is left.
+        data: what the stage would train on, in the checkpoint's order; none if no step is left.
 
     Raises:
         CheckpointError: on every rank: the checkpoint was trained with another tokenizer, belongs to another
@@ -158,10 +159,10 @@ def _compare_data(folder: Path, record: Record, data: TrainingData, config: RunC
     before = record.data
     if before is None:
         return ["the checkpoint does not say which samples it was trained on, so no data could be compared"]
-    if before["order"] != data["order"]:
+    if before["order"] not in order.NAMES:
         raise CheckpointError(
             f"{folder} took its samples in the order {before['order']!r}, this version of megatron_evomoe "
-            f"has {data['order']!r}; go on with the version that saved it"
+            f"has {' and '.join(map(repr, order.NAMES))}; go on with the version that saved it"
         )
     found = changed.differences(before["shards"], data["shards"])
     if found and not config.checkpoint.allow_changed_data:
@@ -175,9 +176,8 @@ def _compare_data(folder: Path, record: Record, data: TrainingData, config: RunC
             "--allow-changed-data"
         )
     if found or before["seed"] != data["seed"]:
-        found.append(
-            changed.meaning(before["shards"], before["seed"], data["shards"], data["seed"], record.position)
-        )
+        orders = sample_order(before), sample_order(data)
+        found.append(changed.meaning(before["shards"], orders[0], data["shards"], orders[1], record.position))
     return found
 
 

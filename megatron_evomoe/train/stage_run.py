@@ -13,6 +13,7 @@ from megatron_evomoe.observe import profile
 from megatron_evomoe.parallel.broadcast import Step
 from megatron_evomoe.train import vision_cache
 from megatron_evomoe.train.built import Built
+from megatron_evomoe.train.data_order import sample_order
 from megatron_evomoe.train.hooks import HookChain
 from megatron_evomoe.train.session import Session, stage_dir
 from megatron_evomoe.train.stop import StopRequests
@@ -64,7 +65,7 @@ class StageRun:
         Returns:
             Why the run was asked to end before all features were there, or none.
         """
-        assert self.samples is not None
+        assert self.samples is not None and self.record.data is not None
         features = vision_cache.open_cache(self)
         if reason := vision_cache.complete(features, self):
             return reason
@@ -72,6 +73,7 @@ class StageRun:
             self.session,
             self.config,
             self.samples.dataset,
+            order=sample_order(self.record.data),
             start_position=self.record.position,
             features=features,
         )

@@ -9,11 +9,12 @@ import torch.distributed as dist
 
 from megatron_evomoe.checkpoint.record import TrainingData
 from megatron_evomoe.config import ConfigError, RunConfig
-from megatron_evomoe.data import changed, order
+from megatron_evomoe.data import changed
 from megatron_evomoe.data.errors import DataError
 from megatron_evomoe.data.feature_cache import FeatureCache
 from megatron_evomoe.data.image import processor_for
 from megatron_evomoe.data.loader import StepBatch, TrainLoader
+from megatron_evomoe.data.order import NAME, SampleOrder
 from megatron_evomoe.data.shards import ShardDataset
 from megatron_evomoe.model.precision import sequence_multiple
 from megatron_evomoe.parallel import broadcast
@@ -29,7 +30,7 @@ class TrainingSet:
     dataset: ShardDataset | None
     """The shards, on ranks that read samples; none elsewhere."""
     data: TrainingData
-    """What checkpoints record of the samples; the same on all ranks."""
+    """What checkpoints record of the samples; the same on all ranks. train/data_order.py gives the order."""
 
 
 def training_set(config: RunConfig, place: Topology) -> TrainingSet:
@@ -61,7 +62,7 @@ def training_set(config: RunConfig, place: Topology) -> TrainingSet:
     )
     samples = sum(count for _, count, _ in first[0])
     return TrainingSet(
-        dataset, {"order": order.NAME, "seed": config.train.seed, "samples": samples, "shards": first[0]}
+        dataset, {"order": NAME, "seed": config.train.seed, "samples": samples, "shards": first[0]}
     )
 
 
@@ -70,6 +71,7 @@ def train_loader(
     config: RunConfig,
     dataset: ShardDataset | None,
     *,
+    order: SampleOrder,
     start_position: int,
     features: FeatureCache | None,
 ) -> TrainLoader | None:
@@ -77,6 +79,7 @@ def train_loader(
 
     Args:
         dataset: none on ranks that do not read samples.
+        order: the order of its samples.
         start_position: samples of the global order that were consumed already.
         features: kept vision features, which take the place of images.
     """
@@ -92,7 +95,7 @@ def train_loader(
         global_batch_size=config.train.global_batch_size,
         data_parallel_rank=session.topology.data.rank,
         data_parallel_size=session.topology.data.size,
-        seed=config.train.seed,
+        order=order,
         start_position=start_position,
         pad_to_multiple_of=sequence_multiple(config),
         features=features,

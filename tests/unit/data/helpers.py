@@ -139,12 +139,14 @@ def loader(dataset, tokenizer, processor, *, workers: int = 0, shuffle: bool = T
     config = {k: kwargs.pop(k) for k in list(kwargs) if k in DataConfig.__dataclass_fields__}
     config = {"seq_length": 512, "num_workers": workers, "prefetch_factor": 2, **config}
     defaults = dict(
-        micro_batch_size=2, global_batch_size=8, data_parallel_rank=0, data_parallel_size=1, seed=5
+        micro_batch_size=2,
+        global_batch_size=8,
+        data_parallel_rank=0,
+        data_parallel_size=1,
+        order=SampleOrder(len(dataset), 5, shuffle),
     )
     arguments = {**defaults, **kwargs}
-    train = TrainLoader(dataset, tokenizer, processor, DataConfig(**config), TOKENS_PER_IMAGE, **arguments)
-    train.order = SampleOrder(len(dataset), arguments["seed"], shuffle)
-    return train
+    return TrainLoader(dataset, tokenizer, processor, DataConfig(**config), TOKENS_PER_IMAGE, **arguments)
 
 
 def take(train_loader: TrainLoader, steps: int) -> list:

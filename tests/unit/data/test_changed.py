@@ -11,8 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_evomoe.data.changed import differences, meaning
-from megatron_evomoe.data.order import SampleOrder
+from megatron_evomoe.data.order import ARGSORT, SampleOrder
 
+ORDERS = [
+    *({"seed": seed, "name": ARGSORT} for seed in range(2)),
+    *({"seed": seed, "key": key} for seed in range(2) for key in "ab"),
+]
 SHARDS = st.lists(st.tuples(st.sampled_from("abcdef"), st.integers(1, 9)), min_size=1, max_size=5)
 
 
@@ -50,11 +54,11 @@ def test_any_difference_is_named_and_none_is_made_up(one, other):
 
 
 @settings(derandomize=True, deadline=None, max_examples=200)
-@given(SHARDS, SHARDS, st.integers(0, 3), st.integers(0, 3), st.integers(0, 60))
-def test_repeated_and_lost_samples_are_counted_exactly(one, other, old_seed, new_seed, position):
+@given(SHARDS, SHARDS, st.sampled_from(ORDERS), st.sampled_from(ORDERS), st.integers(0, 60))
+def test_repeated_and_lost_samples_are_counted_exactly(one, other, old_rule, new_rule, position):
     before, now = contents(one), contents(other)
-    text = meaning(before, old_seed, now, new_seed, position)
-    old, new = SampleOrder(len(samples(before)), old_seed), SampleOrder(len(samples(now)), new_seed)
+    old, new = SampleOrder(len(samples(before)), **old_rule), SampleOrder(len(samples(now)), **new_rule)
+    text = meaning(before, old, now, new, position)
     start = old.epoch(position) * old.num_samples
     seen = {samples(before)[old.index(p)] for p in range(start, position)}
     unseen = set(samples(before)) - seen

@@ -13,6 +13,7 @@ from PIL import Image
 from megatron_evomoe.commands import inspect_data
 from megatron_evomoe.config import ConfigError, load_config
 from megatron_evomoe.data.image import ImageProcessor, decode_image
+from megatron_evomoe.data.order import SampleOrder
 from megatron_evomoe.data.shards import ShardDataset, write_shards
 from megatron_evomoe.data.tokenizer import build_tokenizer
 from megatron_evomoe.train.training_set import train_loader
@@ -114,7 +115,7 @@ train: {{micro_batch_size: 1, global_batch_size: 2, seed: 7}}
 stages:
   - {{name: align, conversation_template: plain, image_aspect_ratio: square}}
   - {{name: warmup}}
-  - {{name: route, seq_length: 200, lr: 0.1}}
+  - {{name: route, seq_length: 200, lr: 0.1, continue_data: true}}
 """)
     return path
 
@@ -137,7 +138,12 @@ def test_a_runs_configuration_shows_what_the_run_sees(run_yaml, tmp_path, capsys
         )
         steps = take(
             train_loader(
-                session, stage, ShardDataset(stage.data.train_data), start_position=0, features=None
+                session,
+                stage,
+                ShardDataset(stage.data.train_data),
+                order=SampleOrder(9, 7, key=name),
+                start_position=0,
+                features=None,
             ),
             2,
         )
@@ -150,6 +156,17 @@ def test_a_runs_configuration_shows_what_the_run_sees(run_yaml, tmp_path, capsys
         for batch in batches:
             png = np.asarray(Image.open(tmp_path / "png" / name / f"{batch.keys[0]}.0.png"))
             assert np.array_equal(png, batch.images[0].permute(1, 2, 0).numpy())
+
+
+def test_stages_are_shown_together_if_their_samples_and_order_are_the_same(run_yaml, capsys):
+    assert run("--config", run_yaml, "--num", 0, "--conversation-template", "v1") == 0
+    assert "stages warmup, route: " in capsys.readouterr().out
+    run_yaml.write_text(run_yaml.read_text().replace("continue_data: true", "continue_data: false"))
+    assert run("--config", run_yaml, "--num", 0) == 0
+    printed = capsys.readouterr().out
+    assert "stage warmup: " in printed and "stage route: " in printed
+    assert run("--config", run_yaml, "--num", 0, "--stored-order") == 0
+    assert "stages warmup, route: " in capsys.readouterr().out
 
 
 def test_one_stage_flags_and_held_out_questions(run_yaml, shards, tmp_path, capsys):
@@ -197,7 +214,7 @@ def test_one_stage_flags_and_held_out_questions(run_yaml, shards, tmp_path, caps
         run("--tokenizer", tmp_path)
 
 
-def test_without_a_configuration_a_seed_gives_the_training_order(run_yaml, sp_path, tmp_path, capsys):
+def test_without_a_configuration_a_seed_shuffles(run_yaml, sp_path, tmp_path, capsys):
     found = {}
     for name, flags in {
         "stored": [],
@@ -227,4 +244,5 @@ def test_without_a_configuration_a_seed_gives_the_training_order(run_yaml, sp_pa
             == 0
         )
         found[name] = re.findall(r"^(\d{9}) of ", capsys.readouterr().out, re.M)
-    assert found["stored"] == sorted(found["stored"]) and found["seed"] == found["run"] != found["stored"]
+    assert found["stored"] == sorted(found["stored"]) == sorted(found["seed"]) == sorted(found["run"])
+    assert found["seed"] != found["stored"] and found["run"] != found["stored"]

