@@ -212,7 +212,8 @@ _MEANINGS: dict[tuple[str, str], _Meaning] = {
         c.vision.feature_select if c.vision.model_type == "clip" else "patch"
     ),
     ("moe", "evolution_beta"): lambda c, _: c.moe.evolution_ranges,
-    ("moe", "moe_layer_freq"): lambda c, _: c.moe.layer_pattern(c.language.num_layers),
+    # a damaged checkpoint may have any number of layers; no configuration has more than 4096
+    ("moe", "moe_layer_freq"): lambda c, _: c.moe.layer_pattern(min(c.language.num_layers, 4096)),
     ("optimizer", "lr_decay_iters"): lambda c, _: c.optimizer.lr_decay_iters or c.train.train_iters,
     ("parallel", "sequence_parallel"): lambda c, _: (
         c.parallel.tensor_model_parallel_size > 1
