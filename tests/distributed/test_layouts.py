@@ -69,9 +69,9 @@ FORMS: dict[str, dict[str, Any]] = {
     "pack": {"packing": "pack"},
     "pack, with empty microbatches": {"packing": "pack", "packing_replicas": 8},
 }
-IN_FORMS = ["warmup", "evolve", "route, dtr", "route, experts too", "route, capacity"]
-SOME_FORMS = ["one rank", "PP 2", "DP 2, overlapped", "TP 2", "PP 2, 2 chunks", "TP 2 x EP 2", "PP 2 x EP 2"]
-"""Layouts in which each form of microbatches is compared; the others with the slow tests."""
+IN_FORMS = ["warmup", "route, dtr", "route, experts too", "route, capacity"]
+SOME_FORMS = ["one rank", "DP 2, overlapped", "PP 2, 2 chunks", "TP 2 x EP 2", "PP 2 x EP 2"]
+"""Layouts in which each form of microbatches is compared; the others are compared by the slow tests."""
 TRAINED = [(stage, layout) for stage in STAGES for layout in (SOME if stage in IN_SOME else WIDE)]
 
 
@@ -169,6 +169,24 @@ def test_options_agree_with_one_rank(tmp_path, option, row):
             for stage, layout in itertools.product(MATRIX, layouts)
         },
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_forms_agree_under_every_layout(tmp_path, size, row):
+    """Each form against one rank's padded run; of one row a microbatch, each packed row is one sample."""
+    train = {"train": {"micro_batch_size": size}}
+    padded, stages = Campaign(tmp_path / "padded", train), [*MATRIX, "route, experts too", "route, capacity"]
+    padded.run_references(stages)
+    layouts = [name for name in LAYOUTS if LAYOUTS[name].takes(train)]
+    for form, data in FORMS.items():
+        found = Campaign(tmp_path / form.replace(" ", ""), {"data": data, **train}, start=padded)
+        found.run_layouts(stages, layouts)
+        deviations = {
+            (stage, layout): deviation(padded.unbroken(stage)[:STEPS], found.trained[stage, layout])
+            for stage, layout in itertools.product(stages, layouts)
+        }
+        report(row, f"{form}, {size} rows a microbatch", deviations)
 
 
 @pytest.mark.slow
