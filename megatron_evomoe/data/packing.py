@@ -57,7 +57,7 @@ def plan_step(
             pipeline schedules need.
         multiple: rows are padded to a multiple of this number of positions, which counts as work.
         attention_cost: work of a pair of positions in attention, if the work of one position in everything
-            else is 1 (`plan.flops.attention_cost`).
+            else is 1 (`plan.work.attention_cost`).
 
     Returns:
         K lists. With `none` and `sort`, K is G / micro_batch_size; with `pack` it is the smallest multiple of

@@ -158,9 +158,16 @@ def _attention(config: RunConfig, z: Sizes, flow: LayerFlow) -> int:
     recomputes = "core_attn" in recomputed
     if flow.trains_attention or not recomputes:
         kept += context
+    if flow.trains_attention and not recomputes and _segment_by_segment(config, z):
+        kept += context  # the segments' outputs are kept, and joined to the projection's input
     if flow.fp8 and flow.trains_attention and fp8.projection_keeps_copy(config):
         inputs += context
     return kept * z.e + _inputs(config, z, flow, inputs) + (0 if recomputes else _log_sum_exp(z.T, heads, z))
+
+
+def _segment_by_segment(config: RunConfig, z: Sizes) -> bool:
+    """Whether packed rows attend without a kernel that knows segments (model/attention.py)."""
+    return config.data.packing == "pack" and not z.fused and (not z.on_gpu or z.e == 4)
 
 
 def _inputs(config: RunConfig, z: Sizes, flow: LayerFlow, elements: int) -> int:
