@@ -1,4 +1,4 @@
-"""Turns a stored sample into the inputs of the model, and several samples into a microbatch.
+"""Turns a stored sample into the inputs of the model; and what a microbatch of several consists of.
 
 Shapes: b rows of a microbatch, s positions after padding, n images of the microbatch, S the side of an image;
 features have t positions for each image and width C.
@@ -15,7 +15,6 @@ import torch
 from megatron_evomoe.config import DataConfig
 from megatron_evomoe.config.token_types import TokenType
 from megatron_evomoe.data.conversation import (
-    IGNORE_INDEX,
     IMAGE_TOKEN,
     EncodedSample,
     check_length,
@@ -52,7 +51,10 @@ class MicroBatch:
     A segment is one sample, or padding. None if each row is one sample and its padding.
     """
     keys: list[str] = field(default_factory=list)
-    """The keys of the samples, also of unusable ones; empty on ranks that do not read samples."""
+    """The keys of the samples, also of those that were read and are unusable.
+
+    Empty on ranks that do not read samples.
+    """
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -197,23 +199,6 @@ def truncate(sample: EncodedSample, seq_length: int, tokens_per_image: int) -> t
             f"{len(sample.tokens)} tokens, and cutting to seq_length {seq_length} leaves no answer",
         )
     return cut, kept
-
-
-def collate(rows: Sequence[Row], images: torch.Tensor, length: int, pad_id: int) -> MicroBatch:
-    """Rows to tensors of `length` positions; `images` are all rows' images, as in `MicroBatch`."""
-    shape = (len(rows), length)
-    tokens = torch.full(shape, pad_id, dtype=torch.int32)
-    labels = torch.full(shape, IGNORE_INDEX, dtype=torch.int32)
-    token_types = torch.full(shape, TokenType.PADDING, dtype=torch.int32)
-    for i, row in enumerate(rows):
-        if row.sample is not None:
-            n = len(row.sample.tokens)
-            tokens[i, :n] = torch.tensor(row.sample.tokens)
-            labels[i, :n] = torch.tensor(row.sample.labels)
-            token_types[i, :n] = torch.tensor(row.sample.token_types)
-    return MicroBatch(
-        tokens=tokens, labels=labels, token_types=token_types, images=images, keys=[row.key for row in rows]
-    )
 
 
 def stack_images(images: Sequence[torch.Tensor], size: int) -> torch.Tensor:

@@ -1,30 +1,34 @@
 """The training data of one data-parallel replica, resumable with any number of ranks and workers.
 
-The order of all samples is a function of (seed, stage, epoch, position) alone (`data.order`). A global batch
-is a slice of that order, and the microbatches of a replica are a slice of the batch. Worker processes only
-fetch samples; the batches arrive in the order in which they were requested.
+The order of all samples is a function of (seed, stage, epoch, position) alone (`data.order`), and a global
+batch is a slice of that order. This process plans which samples share a microbatch (`data.step_plan`). Worker
+processes make the microbatches (`data.assemble`), which arrive in the order in which they were requested.
 """
 
 from __future__ import annotations
 
+import collections
 import itertools
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from megatron_evomoe.config import ConfigError, DataConfig
-from megatron_evomoe.data.batch import EvalSample, MicroBatch, Preparer, Row, collate, prepare_eval
+from megatron_evomoe.data.assemble import Assembled, Assembler, Skipped, blank
+from megatron_evomoe.data.batch import EvalSample, MicroBatch, Preparer, prepare_eval
 from megatron_evomoe.data.conversation import check_template
 from megatron_evomoe.data.errors import DataError
 from megatron_evomoe.data.feature_cache import FeatureCache
 from megatron_evomoe.data.image import ImageProcessor
-from megatron_evomoe.data.order import SampleOrder, replica_positions
+from megatron_evomoe.data.lengths import Lengths
+from megatron_evomoe.data.order import SampleOrder
 from megatron_evomoe.data.shards import ShardDataset
+from megatron_evomoe.data.step_plan import StepPlan, StepPlanner, Task
 from megatron_evomoe.data.tokenizer import Tokenizer
 
 __all__ = ["EvalSample", "MicroBatch", "SampleOrder", "StepBatch", "TrainLoader", "prepare_eval"]
@@ -48,23 +52,6 @@ class StepBatch:
     """The pass over the data in which this step begins."""
     skipped: dict[str, int] = field(default_factory=dict)
     """Unusable samples of this step on this replica, by reason."""
-
-
-class _Rows(Dataset):
-    """Sample numbers to (rows, images).
-
-    One tensor holds the images of a batch, so that they cross processes in shared memory.
-    """
-
-    def __init__(self, preparer: Preparer) -> None:
-        self.preparer = preparer
-
-    def __getitems__(self, indices: list[int]) -> tuple[list[Row], torch.Tensor]:
-        rows = [self.preparer.row(i) for i in indices]
-        images = self.preparer.stack([image for row in rows for image in row.images])
-        for row in rows:
-            row.images = []
-        return rows, images
 
 
 def _as_is(batch: Any) -> Any:
@@ -103,7 +90,8 @@ class TrainLoader:
 
     Attributes:
         position: samples that all replicas have consumed.
-        read: samples that this replica has read since it was constructed.
+        read: samples that this replica has consumed since it was constructed. Samples that were left out by
+            their known length, and not read, are shared among the replicas and counted here too.
         skipped: those of them that were unusable, by reason.
         order: the order of the samples.
     """
@@ -124,6 +112,9 @@ class TrainLoader:
         start_position: int = 0,
         pad_to_multiple_of: int = 1,
         features: FeatureCache | None = None,
+        lengths: Lengths | None = None,
+        rounds: int = 1,
+        attention_cost: float = 0.0,
     ) -> None:
         """See the class.
 
@@ -131,15 +122,19 @@ class TrainLoader:
             order: the order of the samples.
             pad_to_multiple_of: sequences are padded to a multiple of this number of positions.
             features: gives features in place of the images of the shards.
+            lengths: the lengths of all samples, which `packing` sort and pack need.
+            rounds: with `packing` pack, microbatches of a step are a multiple of this number.
+            attention_cost: how work is balanced with `packing` sort and pack (`packing.plan_step`).
 
         Raises:
             ConfigError: the batch sizes do not divide, seq_length is not a multiple of `pad_to_multiple_of`,
                 or the tokenizer cannot write the template.
         """
+        packed = data_config.packing == "pack"
         if (
             micro_batch_size < 1
             or global_batch_size < 1
-            or global_batch_size % (micro_batch_size * data_parallel_size)
+            or (global_batch_size % (micro_batch_size * data_parallel_size) and not packed)
         ):
             raise ConfigError(
                 f"global_batch_size {global_batch_size} must be a multiple of micro_batch_size "
@@ -161,24 +156,28 @@ class TrainLoader:
         self.read = 0
         self.skipped: Counter[str] = Counter()
         self.order = order
-        self._config, self._pad_id, self._multiple = data_config, tokenizer.pad_id, pad_to_multiple_of
-        self._slice = dict(
+        self._config, self._dataset, self._pad_id = data_config, dataset, tokenizer.pad_id
+        self._planner = StepPlanner(
+            data=data_config,
+            lengths=lengths,
             micro_batch_size=micro_batch_size,
             global_batch_size=global_batch_size,
             data_parallel_rank=data_parallel_rank,
             data_parallel_size=data_parallel_size,
+            multiple=pad_to_multiple_of,
+            rounds=rounds,
+            attention_cost=attention_cost,
         )
-        self._rows = _Rows(
-            Preparer.from_config(
-                dataset,
-                tokenizer,
-                image_processor,
-                data_config,
-                template=data_config.conversation_template,
-                tokens_per_image=tokens_per_image,
-                features=features,
-            )
+        preparer = Preparer.from_config(
+            dataset,
+            tokenizer,
+            image_processor,
+            data_config,
+            template=data_config.conversation_template,
+            tokens_per_image=tokens_per_image,
+            features=features,
         )
+        self._assembler = Assembler(preparer, str(lengths.path) if lengths is not None else "")
         self._examples: dict[str, list[str]] = {}
 
     def __iter__(self) -> Iterator[StepBatch]:
@@ -186,67 +185,81 @@ class TrainLoader:
 
         Raises:
             DataError: of at least 100 samples read, a larger share than max_bad_sample_rate was unusable, or
-                a larger one than max_long_sample_rate was too long.
+                a larger one than max_long_sample_rate was too long; or the file of lengths was damaged.
         """
-        batches = iter(fetching(self._rows, self._indices(self.position), self._config))
-        step = self._slice["global_batch_size"]
-        per_step = len(replica_positions(0, **self._slice))
+        planned: collections.deque[StepPlan] = collections.deque()
+        made = iter(fetching(self._assembler, self._tasks(self.position, planned), self._config))
         while True:
-            # copied out of shared memory, where each tensor keeps a file descriptor open; a step can have
-            # hundreds
-            fetched = [
-                (rows, images.clone() if images.is_shared() else images)
-                for rows, images in itertools.islice(batches, per_step)
-            ]
-            skipped = self._count([row for rows, _ in fetched for row in rows])
-            length = self._length([row for rows, _ in fetched for row in rows])
-            microbatches = [collate(rows, images, length, self._pad_id) for rows, images in fetched]
+            first = next(made)  # this step is planned when its first microbatch is there
+            plan = planned.popleft()
+            parts = [first, *itertools.islice(made, len(plan.tasks) - 1)]
+            microbatches = self._microbatches(parts)
+            skipped = self._count(plan, parts)
             epoch = self.order.epoch(self.position)
-            self.position += step
+            self.position += self._planner.global_batch_size
             yield StepBatch(microbatches, self.position, epoch, skipped)
 
-    def _indices(self, position: int) -> Iterator[list[int]]:
+    def _tasks(self, position: int, planned: collections.deque[StepPlan]) -> Iterator[Task]:
+        """The tasks of all steps from `position` on; each step's plan is added to `planned`."""
         while True:
-            for positions in replica_positions(position, **self._slice):
-                yield self.order.indices(positions).tolist()
-            position += self._slice["global_batch_size"]
+            planned.append(self._planner.plan(self.order, position))
+            yield from planned[-1].tasks
+            position += self._planner.global_batch_size
 
-    def _length(self, rows: list[Row]) -> int:
-        """The number of positions to which all microbatches of the step are padded."""
-        if self._config.pad_to_seq_length:
-            return self._config.seq_length
-        longest = max((len(row.sample.tokens) for row in rows if row.sample is not None), default=0)
-        return -(-max(longest, 1) // self._multiple) * self._multiple
+    def _microbatches(self, parts: list[Assembled]) -> list[MicroBatch]:
+        """The microbatches of a step, outside of shared memory.
 
-    def _count(self, rows: list[Row]) -> dict[str, int]:
+        Each tensor there keeps a file descriptor open, and a step can have hundreds.
+        """
+        if self._config.packing == "none":
+            longest = max(part.text.shape[-1] for part in parts)
+            parts = [self._widened(part, self._planner.row_length(longest)) for part in parts]
+        return [
+            replace(
+                part,
+                text=part.text.clone() if part.text.is_shared() else part.text,
+                images=part.images.clone() if part.images.is_shared() else part.images,
+            ).micro_batch()
+            for part in parts
+        ]
+
+    def _widened(self, part: Assembled, positions: int) -> Assembled:
+        _, rows, own = part.text.shape
+        if own == positions:
+            return part
+        text = blank(rows, positions, self._pad_id)
+        text[..., :own] = part.text
+        return replace(part, text=text)
+
+    def _count(self, plan: StepPlan, parts: list[Assembled]) -> dict[str, int]:
         """Count and log the samples that were left out. Raises `DataError` where they are too many."""
-        skipped: Counter[str] = Counter()
-        for row in rows:
-            if row.problem is not None:
-                reason, message = row.problem
-                skipped[reason] += 1
-                long = self.skipped[_LONG] + skipped[_LONG]
-                if reason != _LONG:
-                    logger.warning("skipped sample %s of %s: %s: %s", row.key, row.shard, reason, message)
-                # long samples are ordinary and can be many: all are counted, only some are logged
-                elif long in _POWERS_OF_TEN:
-                    logger.warning(
-                        "skipped sample %s of %s: %s: %s (long samples so far: %d of about %d)",
-                        row.key,
-                        row.shard,
-                        reason,
-                        message,
-                        long,
-                        self.read + len(rows),
-                    )
-                examples = self._examples.setdefault(reason, [])
-                if len(examples) < _EXAMPLES:
-                    examples.append(f"{row.key} of {row.shard} ({message})")
-        self.read += len(rows)
-        self.skipped += skipped
+        counts: Counter[str] = Counter()
+        found = [skipped for part in parts for skipped in part.skipped]
+        found += [
+            Skipped(self._dataset.key(i), str(self._dataset.shard(i)), reason, message)
+            for i, reason, message in plan.left_out
+        ]
+        read = sum(len(part.keys) for part in parts) + len(plan.left_out)
+        for skipped in found:
+            counts[skipped.reason] += 1
+            self._log(skipped, self.skipped[_LONG] + counts[_LONG], self.read + read)
+            examples = self._examples.setdefault(skipped.reason, [])
+            if len(examples) < _EXAMPLES:
+                examples.append(f"{skipped.key} of {skipped.shard} ({skipped.message})")
+        self.read += read
+        self.skipped += counts
         if self.read >= _MIN_READ_TO_JUDGE:
             self._judge()
-        return dict(skipped)
+        return dict(counts)
+
+    @staticmethod
+    def _log(skipped: Skipped, long: int, read: int) -> None:
+        line = f"skipped sample {skipped.key} of {skipped.shard}: {skipped.reason}: {skipped.message}"
+        if skipped.reason != _LONG:
+            logger.warning("%s", line)
+        # long samples are ordinary and can be many: all are counted, only some are logged
+        elif long in _POWERS_OF_TEN:
+            logger.warning("%s (long samples so far: %d of about %d)", line, long, read)
 
     def _judge(self) -> None:
         config, long = self._config, self.skipped[_LONG]

@@ -136,20 +136,3 @@ def _hash(digits: np.ndarray, key: np.ndarray) -> np.ndarray:
     x = (x ^ (x >> _SHIFTS[0])) * _MIX_1
     x = (x ^ (x >> _SHIFTS[1])) * _MIX_2
     return x ^ (x >> _SHIFTS[2])
-
-
-def replica_positions(
-    start: int,
-    *,
-    micro_batch_size: int,
-    global_batch_size: int,
-    data_parallel_rank: int,
-    data_parallel_size: int,
-) -> list[list[int]]:
-    """The positions that one replica reads of the global batch [start, start + G), one list per microbatch.
-
-    Microbatch m of replica r has the b positions from start + m·b·DP + r·b on.
-    """
-    stride = micro_batch_size * data_parallel_size
-    first = start + data_parallel_rank * micro_batch_size
-    return [list(range(p, p + micro_batch_size)) for p in range(first, first + global_batch_size, stride)]

@@ -23,7 +23,7 @@ from megatron_evomoe.observe import jsonl
 
 log = logging.getLogger(__name__)
 
-PHASES = ("setup", "features", "data", "step", "save", "evaluate")
+PHASES = ("setup", "lengths", "features", "data", "step", "save", "evaluate")
 """The phases in the order of a step."""
 _INTERVAL = 2.0
 """Seconds between two reports of a rank. A rank counts as silent after five intervals."""

@@ -17,7 +17,7 @@ from megatron_evomoe.train.data_order import sample_order
 from megatron_evomoe.train.hooks import HookChain
 from megatron_evomoe.train.session import Session, stage_dir
 from megatron_evomoe.train.stop import StopRequests
-from megatron_evomoe.train.training_set import TrainingSet, next_step, train_loader
+from megatron_evomoe.train.training_set import TrainingSet, next_step, sample_lengths, train_loader
 
 
 @dataclass(kw_only=True)
@@ -58,22 +58,26 @@ class StageRun:
         return self.step >= self.config.train.train_iters
 
     def open_samples(self) -> str | None:
-        """Open the stage's samples from the record's position on, and compute the cached vision features.
+        """Open the stage's samples from the record's position on.
 
-        Features are computed only if the configuration keeps them. Communicates.
+        Before that, the lengths of samples are counted and vision features are computed, if the configuration
+        needs them. Communicates.
 
         Returns:
             Why the run was asked to end before all features were there, or none.
         """
         assert self.samples is not None and self.record.data is not None
+        lengths = sample_lengths(self.session, self.config, self.samples.dataset)
         features = vision_cache.open_cache(self)
         if reason := vision_cache.complete(features, self):
             return reason
         self.loader = train_loader(
             self.session,
             self.config,
+            self.stage.kind,
             self.samples.dataset,
             order=sample_order(self.record.data),
+            lengths=lengths,
             start_position=self.record.position,
             features=features,
         )

@@ -9,17 +9,20 @@ import torch.distributed as dist
 
 from megatron_evomoe.checkpoint.record import TrainingData
 from megatron_evomoe.config import ConfigError, RunConfig
+from megatron_evomoe.config.kinds import StageKind
 from megatron_evomoe.data import changed
 from megatron_evomoe.data.errors import DataError
 from megatron_evomoe.data.feature_cache import FeatureCache
 from megatron_evomoe.data.image import processor_for
+from megatron_evomoe.data.lengths import Lengths, open_lengths
 from megatron_evomoe.data.loader import StepBatch, TrainLoader
 from megatron_evomoe.data.order import NAME, SampleOrder
 from megatron_evomoe.data.shards import ShardDataset
 from megatron_evomoe.model.precision import sequence_multiple
 from megatron_evomoe.parallel import broadcast
-from megatron_evomoe.parallel.agree import require_all
+from megatron_evomoe.parallel.agree import await_all_ranks, require_all
 from megatron_evomoe.parallel.topology import Topology
+from megatron_evomoe.plan.work import attention_cost, packing_rounds
 from megatron_evomoe.train.session import Session
 
 
@@ -66,12 +69,56 @@ def training_set(config: RunConfig, place: Topology) -> TrainingSet:
     )
 
 
+def sample_lengths(session: Session, config: RunConfig, dataset: ShardDataset | None) -> Lengths | None:
+    """The lengths of all samples, counted now if they are not known; none where they are not needed.
+
+    The ranks that read samples count together, through files, and the others wait for them without a limit
+    of time. Communicates.
+
+    Args:
+        dataset: none on ranks that do not read samples.
+
+    Raises:
+        ConfigError: on every rank: lengths cannot be written or read on some rank, or differ between ranks.
+    """
+    if config.data.packing == "none":
+        return None
+    session.heartbeat.enter("lengths")
+    found, problem = None, None
+    if dataset is not None:
+        say = session.logger.say if session.topology.rank == 0 else None
+        try:
+            found = open_lengths(
+                dataset,
+                session.tokenizer,
+                config.data,
+                config.vision.tokens_per_image,
+                folder=session.run_dir,
+                say=say,
+            )
+        except (ConfigError, DataError, OSError) as error:
+            problem = str(error)
+    await_all_ranks()
+    require_all(problem, ConfigError)
+    first = [found.digest if found is not None else None]
+    dist.broadcast_object_list(first, src=0)
+    if found is not None and found.digest != first[0]:
+        problem = (
+            f"rank {session.topology.rank} has other lengths of samples in {found.path} than rank 0; delete "
+            "that file on every node"
+        )
+    require_all(problem, ConfigError)
+    return found
+
+
 def train_loader(
     session: Session,
     config: RunConfig,
+    kind: StageKind,
     dataset: ShardDataset | None,
     *,
     order: SampleOrder,
+    lengths: Lengths | None,
     start_position: int,
     features: FeatureCache | None,
 ) -> TrainLoader | None:
@@ -80,6 +127,7 @@ def train_loader(
     Args:
         dataset: none on ranks that do not read samples.
         order: the order of its samples.
+        lengths: of all samples, if `packing` needs them.
         start_position: samples of the global order that were consumed already.
         features: kept vision features, which take the place of images.
     """
@@ -99,6 +147,9 @@ def train_loader(
         start_position=start_position,
         pad_to_multiple_of=sequence_multiple(config),
         features=features,
+        lengths=lengths,
+        rounds=packing_rounds(config),
+        attention_cost=attention_cost(config, kind),
     )
 
 

@@ -19,7 +19,6 @@ from megatron_evomoe.data.conversation import IGNORE_INDEX
 from megatron_evomoe.data.errors import DataError
 from megatron_evomoe.data.image import ImageProcessor, decode_image
 from megatron_evomoe.data.loader import SampleOrder, prepare_eval
-from megatron_evomoe.data.order import replica_positions
 from megatron_evomoe.data.shards import RawSample, ShardDataset, write_shards
 from megatron_evomoe.data.tokenizer import build_tokenizer
 
@@ -33,22 +32,6 @@ def keys_of(steps):
 def same(a, b):
     tensors = ("tokens", "labels", "token_types", "images")
     return a.keys == b.keys and all(torch.equal(getattr(a, name), getattr(b, name)) for name in tensors)
-
-
-# ---- order
-
-
-def test_replicas_tile_the_global_batch():
-    for b, dp in ((1, 1), (2, 2), (1, 4), (4, 2)):
-        parts = [
-            replica_positions(
-                100, micro_batch_size=b, global_batch_size=16, data_parallel_rank=r, data_parallel_size=dp
-            )
-            for r in range(dp)
-        ]
-        assert sorted(p for part in parts for micro in part for p in micro) == list(range(100, 116))
-        assert parts[dp - 1][0] == [100 + (dp - 1) * b + i for i in range(b)]
-        assert [p for m in range(16 // b // dp) for part in parts for p in part[m]] == list(range(100, 116))
 
 
 # ---- batches
@@ -239,21 +222,10 @@ def test_workers_fork_while_gloo_runs(shard_dir, sp_path):
     order = SampleOrder(50, seed=5)
     for step in range(4):
         assert results[0][step][0] == results[1][step][0] == 8
-        expected = {
-            r: [
-                f"{order.index(p):09d}"
-                for m in replica_positions(
-                    step * 8,
-                    micro_batch_size=2,
-                    global_batch_size=8,
-                    data_parallel_rank=r,
-                    data_parallel_size=2,
-                )
-                for p in m
-            ]
-            for r in range(2)
-        }
-        assert {r: results[r][step][1] for r in range(2)} == expected
+        for rank in range(2):
+            first = 8 * step + 2 * rank
+            positions = [first, first + 1, first + 4, first + 5]  # microbatches of two samples in turn
+            assert results[rank][step][1] == [f"{order.index(p):09d}" for p in positions]
 
 
 def test_workers_use_one_thread(dataset, sp, processor, monkeypatch):
