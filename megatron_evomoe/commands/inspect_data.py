@@ -1,34 +1,36 @@
 """``inspect-data``: show samples as the model sees them, with the supervised text marked.
 
-The supervised spans come from the labels and are decoded back, so what is shown is what the model learns.
-With ``--config`` the samples are prepared as that run prepares them, stage by stage where its stages differ.
+``--html`` writes a page with samples and figures of the whole data set, ``--lengths`` counts the lengths that
+packing needs, before a job is sent. With ``--config`` the samples are prepared as that run prepares them,
+stage by stage where its stages differ.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from PIL import Image
 from rich.console import Console
-from rich.text import Text
 
 from megatron_evomoe.config import ConfigError, RunConfig, add_flags, flags_from, from_mapping, load_config
-from megatron_evomoe.config.token_types import TokenType
+from megatron_evomoe.config.arguments import whole
 from megatron_evomoe.data.batch import EvalSample, Preparer, Row, prepare_eval
-from megatron_evomoe.data.conversation import IGNORE_INDEX, TEMPLATES, EncodedSample, check_template
+from megatron_evomoe.data.conversation import TEMPLATES, check_template
 from megatron_evomoe.data.errors import SampleError
+from megatron_evomoe.data.files import write_atomically
 from megatron_evomoe.data.image import processor_for
+from megatron_evomoe.data.lengths import Lengths, open_lengths
 from megatron_evomoe.data.order import SampleOrder
 from megatron_evomoe.data.shards import ShardDataset
 from megatron_evomoe.data.tokenizer import Tokenizer, build_tokenizer
+from megatron_evomoe.observe.console import plain_table
+from megatron_evomoe.observe.data_page import Section, data_page
+from megatron_evomoe.observe.data_report import DataReport
+from megatron_evomoe.observe.samples import describe, save_images, shown
 
 # our own flag -> the run's
 _ALIASES = {
@@ -68,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="shards: paths, brace ranges, globs or folders of tar files",
     )
     parser.add_argument("--template", choices=sorted(TEMPLATES), help="conversation template (default v1)")
-    parser.add_argument("--num", type=int, default=4, help="samples to show (default %(default)s)")
+    parser.add_argument("--num", type=int, help="samples to show (default 4, with --html 24)")
     parser.add_argument("--start", type=int, default=0, help="position to start at (default %(default)s)")
     parser.add_argument(
         "--stored-order",
@@ -86,6 +88,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output", type=Path, help="folder for PNG files of the images as the model sees them"
     )
     parser.add_argument(
+        "--html",
+        type=Path,
+        metavar="FILE",
+        help="write a page instead: samples with their pictures, lengths, padding, duplicates, and what is "
+        "left out",
+    )
+    parser.add_argument(
+        "--lengths",
+        action="store_true",
+        help="count the lengths of all samples, which packing needs and keeps beside the shards, and show "
+        "what they mean for the run instead of samples",
+    )
+    parser.add_argument(
+        "--processes",
+        type=whole(1, 1024),
+        help="processes that count lengths (default: one for each core)",
+    )
+    parser.add_argument(
+        "--replicas",
+        type=whole(1),
+        default=1,
+        help="data-parallel size for which --html and --lengths compute the padding (default 1)",
+    )
+    parser.add_argument(
         "--preset", dest="cfg_preset", help="named model shape, or the model.yaml of an import"
     )
     add_flags(
@@ -94,25 +120,49 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the samples; returns 1 if none of them is usable.
+    """Print samples, or write or print the report; returns 1 if no sample is usable.
 
     Raises:
         ConfigError: the configuration, shards, tokenizer or template do not exist or fit.
+        DataError: lengths cannot be written, because the disk is full.
     """
     config, flags = _config(args)
     console = Console(soft_wrap=True)
+    is_report = args.html is not None or args.lengths
     in_order = not (args.stored_order or args.eval) and (args.config is not None or "seed" in flags)
-    views = _views(config, args.stage, in_order)
-    usable = 0
+
+    def alike(name: str, view: RunConfig) -> tuple:
+        seen = _seen_in_report(view) if is_report else _seen(view)
+        return *seen, config.order_key(name) if in_order else ""
+
+    views = _views(config, args.stage, alike)
+    usable, sections = 0, []
     for names, view in views:
+        header = _header(names, view, in_order)
         if args.config:
-            console.print(_header(names, view, in_order), style="bold", markup=False, highlight=False)
-        output = args.output / names[0] if args.output and len(views) > 1 else args.output
+            console.print(header, style="bold", markup=False, highlight=False)
         key = config.order_key(names[0]) if names else ""
         order = partial(SampleOrder, seed=view.train.seed, shuffle=in_order, key=key)
-        usable += _show(view, args, console, output, order)
+        source = _Source.of(view, args.eval, order)
+        console.print(
+            f"{len(source.dataset)} samples in {len(source.dataset.paths)} shards",
+            style="bold",
+            highlight=False,
+        )
+        output = args.output / names[0] if args.output and len(views) > 1 else args.output
+        if is_report:
+            section, found = _reported(source, args, console, header)
+            sections.append(section)
+            usable += found
+        else:
+            usable += _show(source, args, console, output)
         if len(views) > 1:
             console.print()
+    if args.html is not None:
+        args.html.parent.mkdir(parents=True, exist_ok=True)
+        page = data_page(f"Data of {args.config or ', '.join(config.data.train_data)}", sections)
+        write_atomically(args.html, page.encode())
+        console.print(f"wrote {args.html}", markup=False, highlight=False)
     return 0 if usable or not args.num else 1
 
 
@@ -121,6 +171,10 @@ def _config(args: argparse.Namespace) -> tuple[RunConfig, dict[str, Any]]:
     flags |= {name: value for alias, name in _ALIASES.items() if (value := getattr(args, alias)) is not None}
     if args.data:
         flags["eval_data" if args.eval else "train_data"] = args.data
+    if args.num is None:
+        args.num = 24 if args.html else 4
+    if args.lengths and args.eval:
+        raise ConfigError("--lengths is about training samples; leave --eval out")
     if min(args.start, args.num) < 0:
         raise ConfigError(f"--start {args.start} and --num {args.num} must not be negative")
     if args.config is None and args.stage:
@@ -128,25 +182,19 @@ def _config(args: argparse.Namespace) -> tuple[RunConfig, dict[str, Any]]:
     return load_config(args.config, flags) if args.config else from_mapping(_WITHOUT_CONFIG, flags), flags
 
 
-def _views(config: RunConfig, wanted: list[str] | None, in_order: bool) -> list[tuple[list[str], RunConfig]]:
-    """Group the stages that prepare samples alike: the names of a group and its configuration.
+def _views(
+    config: RunConfig, wanted: list[str] | None, alike: Callable[[str, RunConfig], tuple]
+) -> list[tuple[list[str], RunConfig]]:
+    """Group the stages for which `alike` is the same: the names of a group and its configuration.
 
-    A run without stages is one group without names. With `in_order`, a group also has one order of samples.
+    A run without stages is one group without names.
     """
     if not config.stages and not wanted:
         return [([], config)]
     views: list[tuple[list[str], RunConfig]] = []
     for name in wanted or [stage.name for stage in config.stages]:
         found = config.for_stage(name)
-        same = next(
-            (
-                names
-                for names, other in views
-                if _seen(other) == _seen(found)
-                and (not in_order or config.order_key(names[0]) == config.order_key(name))
-            ),
-            None,
-        )
+        same = next((names for names, other in views if alike(names[0], other) == alike(name, found)), None)
         if same is not None:
             same.append(name)
         else:
@@ -158,6 +206,13 @@ def _seen(config: RunConfig) -> tuple:
     """All fields that samples depend on."""
     data = asdict(config.data)
     return *(data[name] for name in _SEEN), asdict(config.vision), config.train.seed
+
+
+def _seen_in_report(config: RunConfig) -> tuple:
+    """All fields that the report depends on."""
+    data, train = config.data, config.train
+    batches = train.micro_batch_size, train.global_batch_size
+    return *_seen(config), *batches, data.packing, data.packing_replicas, data.pad_to_seq_length
 
 
 def _header(names: list[str], config: RunConfig, in_order: bool) -> str:
@@ -172,64 +227,114 @@ def _header(names: list[str], config: RunConfig, in_order: bool) -> str:
     )
 
 
-def _show(
-    config: RunConfig,
-    args: argparse.Namespace,
-    console: Console,
-    output: Path | None,
-    order_of: Callable[[int], SampleOrder],
-) -> int:
-    """Print samples as `config` prepares them, and return the number of usable ones."""
-    paths = config.data.eval_data if args.eval else config.data.train_data
-    if not paths:
-        raise ConfigError(
-            f"no shards to show; set {'eval_data' if args.eval else 'train_data'} in the run's file, or give "
-            "--data"
+@dataclass
+class _Source:
+    """The samples of a configuration, and how they are prepared."""
+
+    config: RunConfig
+    dataset: ShardDataset
+    tokenizer: Tokenizer
+    order: SampleOrder
+    is_eval: bool
+
+    @classmethod
+    def of(cls, config: RunConfig, is_eval: bool, order_of: Callable[[int], SampleOrder]) -> _Source:
+        paths = config.data.eval_data if is_eval else config.data.train_data
+        if not paths:
+            raise ConfigError(
+                f"no shards to show; set {'eval_data' if is_eval else 'train_data'} in the run's file, or "
+                "give --data"
+            )
+        tokenizer = build_tokenizer(config.data.tokenizer)
+        check_template(tokenizer, config.data.conversation_template)
+        dataset = ShardDataset(paths)
+        return cls(config, dataset, tokenizer, order_of(len(dataset)), is_eval)
+
+    def preparer(self) -> Preparer:
+        """What makes rows of training samples."""
+        return Preparer.from_config(
+            self.dataset,
+            self.tokenizer,
+            processor_for(self.config),
+            self.config.data,
+            template=self.config.data.conversation_template,
+            tokens_per_image=self.config.vision.tokens_per_image,
         )
-    tokenizer = build_tokenizer(config.data.tokenizer)
-    check_template(tokenizer, config.data.conversation_template)
-    dataset = ShardDataset(paths)
-    order = order_of(len(dataset))
-    console.print(f"{len(dataset)} samples in {len(dataset.paths)} shards", style="bold", highlight=False)
-    rows = _questions(dataset, tokenizer, config) if args.eval else _training_rows(dataset, tokenizer, config)
-    usable = 0
-    for position in range(args.start, args.start + args.num):
-        for row, answer in rows(order.index(position)):
-            usable += row.sample is not None
-            console.print()
-            text = describe(row, tokenizer, config.vision.tokens_per_image, colour=console.is_terminal)
-            console.print(text.append(f"\nexpected: {answer}") if answer is not None else text)
-            for path in save_images(row, output) if output is not None else ():
-                console.print(f"wrote {path}", markup=False, highlight=False)
+
+    def lengths(self, args: argparse.Namespace, say: Callable[[str], None]) -> Lengths:
+        """The lengths of all samples, where training looks for them."""
+        save = self.config.checkpoint.save
+        return open_lengths(
+            self.dataset,
+            self.tokenizer,
+            self.config.data,
+            self.config.vision.tokens_per_image,
+            folder=Path(save) if save else args.html and args.html.parent,
+            workers=args.processes,
+            say=say,
+        )
+
+    def rows(self, start: int, count: int) -> Iterator[tuple[Row, str | None]]:
+        """The samples at some positions of the order; of held-out ones each question and its answer."""
+        row = _questions(self) if self.is_eval else None
+        preparer = self.preparer()
+        for position in range(start, start + count):
+            i = self.order.index(position)
+            yield from row(i) if row is not None else [(preparer.row(i), None)]
+
+
+def _show(source: _Source, args: argparse.Namespace, console: Console, output: Path | None) -> int:
+    """Print samples, and return the number of usable ones."""
+    usable, tokens_per_image = 0, source.config.vision.tokens_per_image
+    for row, answer in source.rows(args.start, args.num):
+        usable += row.sample is not None
+        console.print()
+        text = describe(row, source.tokenizer, tokens_per_image, colour=console.is_terminal)
+        console.print(text.append(f"\nexpected: {answer}") if answer is not None else text)
+        for path in save_images(row, output) if output is not None else ():
+            console.print(f"wrote {path}", markup=False, highlight=False)
     return usable
 
 
-def _training_rows(
-    dataset: ShardDataset, tokenizer: Tokenizer, config: RunConfig
-) -> Callable[[int], list[tuple[Row, None]]]:
-    preparer = Preparer.from_config(
-        dataset,
-        tokenizer,
-        processor_for(config),
-        config.data,
-        template=config.data.conversation_template,
-        tokens_per_image=config.vision.tokens_per_image,
-    )
-    return lambda i: [(preparer.row(i), None)]
+def _reported(
+    source: _Source, args: argparse.Namespace, console: Console, header: str
+) -> tuple[Section, int]:
+    """The section of a page, and whether it shows or counts a usable sample."""
+
+    def say(line: str) -> None:
+        console.print(line, markup=False, highlight=False)
+
+    section, usable = Section(header.partition(":")[0], header), 0
+    if not source.is_eval:
+        lengths = source.lengths(args, say)
+        report = DataReport(source.config, lengths, source.order, source.preparer(), args.replicas)
+        usable += int(report.summary.kept.any())
+        if args.lengths:
+            say(f"lengths: {lengths.path}")
+            for table in filter(lambda table: table.rows, report.tables()):
+                rows = [[cell.partition("; ")[0] for cell in row] for row in table.rows]  # one example
+                say(plain_table(f"\n{table.title}. {table.note}", table.columns, rows))
+        if args.html is not None:
+            section.parts = report.parts(say)
+    if args.html is not None:
+        for row, answer in source.rows(args.start, args.num):
+            usable += row.sample is not None
+            section.samples.append(
+                shown(row, answer, source.tokenizer, source.config.vision.tokens_per_image)
+            )
+    return section, usable
 
 
-def _questions(
-    dataset: ShardDataset, tokenizer: Tokenizer, config: RunConfig
-) -> Callable[[int], list[tuple[Row, str | None]]]:
+def _questions(source: _Source) -> Callable[[int], list[tuple[Row, str | None]]]:
     """A function from a sample's index to its held-out questions and their expected answers."""
-    processor = processor_for(config)
+    config, dataset, processor = source.config, source.dataset, processor_for(source.config)
 
     def found(i: int) -> list[tuple[Row, str | None]]:
         key, shard = dataset.key(i), str(dataset.shard(i))
         try:
             samples: list[EvalSample] = prepare_eval(
                 dataset.read(i),
-                tokenizer,
+                source.tokenizer,
                 processor,
                 config.data.conversation_template,
                 config.vision.tokens_per_image,
@@ -243,71 +348,3 @@ def _questions(
         ]
 
     return found
-
-
-def describe(row: Row, tokenizer: Tokenizer, tokens_per_image: int, *, colour: bool = False) -> Text:
-    """A sample's key, counts and text. Supervised spans are green, or in ⟦ ⟧ without colour."""
-    out = Text(f"{row.key} of {row.shard}\n", style="bold" if colour else "")
-    if row.sample is None:
-        reason, message = row.problem or ("unknown", "")
-        return out.append(f"skipped: {reason}: {message}", style="red" if colour else "")
-    sample = row.sample
-    images = ", ".join(f"{image.shape[2]} x {image.shape[1]}" for image in row.images) or "none"
-    out.append(
-        f"{len(sample.tokens)} tokens: {sample.token_types.count(TokenType.VISION)} vision, "
-        f"{sample.num_supervised} supervised; images: {images}\n",
-        style="dim" if colour else "",
-    )
-    for text, is_supervised in spans(sample, tokenizer, tokens_per_image):
-        if is_supervised:
-            text = text if colour else f"⟦{text}⟧"
-        out.append(text, style="bold green" if colour and is_supervised else "")
-    return out
-
-
-def spans(sample: EncodedSample, tokenizer: Tokenizer, tokens_per_image: int) -> list[tuple[str, bool]]:
-    """The text of a sample in spans, each with whether it is supervised.
-
-    A token is supervised if the label at the position before it is its id.
-    """
-    supervised = [False, *(label != IGNORE_INDEX for label in sample.labels[:-1])]
-    kinds = zip(sample.token_types, supervised, sample.tokens, strict=True)
-    found = []
-    for (kind, is_supervised), group in groupby(kinds, key=lambda item: item[:2]):
-        ids = [token for _, _, token in group]
-        if kind == TokenType.VISION:
-            found.append(("<image>" * (len(ids) // tokens_per_image), False))
-        else:
-            found.append((_decode_visibly(ids, tokenizer), is_supervised))
-    return found
-
-
-def _decode_visibly(ids: list[int], tokenizer: Tokenizer) -> str:
-    """Decode tokens, and write out the special tokens that `decode` would drop."""
-    names = {tokenizer.bos_id: "<bos>", tokenizer.eos_id: "<eos>"}
-    known = {
-        piece: tokenizer.special_id(piece)
-        for piece in ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "</s>")
-    }
-    names |= {i: piece for piece, i in known.items() if i is not None}
-    text = ""
-    for special, group in groupby(ids, key=names.get):
-        run_of_ids = list(group)
-        text += special * len(run_of_ids) if special else tokenizer.decode(run_of_ids)
-    return text
-
-
-def save_images(row: Row, folder: Path) -> list[Path]:
-    """Write the processed images, uint8 [3, S, S] each, as PNG files named by the sample's key."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for i, image in enumerate(row.images):
-        paths.append(
-            folder / f"{row.key.replace('/', '_')[-60:]}.{i}.png"
-        )  # a key may be longer than a file's name
-        Image.fromarray(_hwc(image)).save(paths[-1])
-    return paths
-
-
-def _hwc(image: torch.Tensor) -> np.ndarray:
-    return np.ascontiguousarray(image.permute(1, 2, 0).numpy())

@@ -13,6 +13,7 @@ from PIL import Image
 from megatron_evomoe.commands import inspect_data
 from megatron_evomoe.config import ConfigError, load_config
 from megatron_evomoe.data.image import ImageProcessor, decode_image
+from megatron_evomoe.data.lengths import open_lengths
 from megatron_evomoe.data.order import SampleOrder
 from megatron_evomoe.data.shards import ShardDataset, write_shards
 from megatron_evomoe.data.tokenizer import build_tokenizer
@@ -246,3 +247,52 @@ def test_without_a_configuration_a_seed_shuffles(run_yaml, sp_path, tmp_path, ca
         found[name] = re.findall(r"^(\d{9}) of ", capsys.readouterr().out, re.M)
     assert found["stored"] == sorted(found["stored"]) == sorted(found["seed"]) == sorted(found["run"])
     assert found["seed"] != found["stored"] and found["run"] != found["stored"]
+
+
+def test_page_of_a_run(run_yaml, tmp_path, capsys):
+    """The page has a section for each group of stages, with figures of all samples and some of them shown."""
+    page = tmp_path / "out" / "page.html"
+    assert run("--config", run_yaml, "--html", page, "--num", 3, "--processes", 1) == 0
+    text = page.read_text()
+    assert (
+        text.count("<h2>") == 2 and "<h2>stage align</h2>" in text and "<h2>stages warmup, route</h2>" in text
+    )
+    assert text.count("<article>") == text.count("<img") == 6
+    assert re.search(r"<mark> There are \d\.&lt;/s&gt;</mark>", text)
+    for title in ("Lengths", "Tokens of a sample", "Padding", "Left out", "Duplicates"):
+        assert text.count(f"<h3>{title}</h3>") == 2
+    assert "among 9 of 9 samples: 0 could be left out" in text
+    assert "9 of 9, evenly spread; 0 of them are unusable" in text
+    assert f"wrote {page}" in capsys.readouterr().out
+    assert run("--config", run_yaml, "--stage", "align", "--html", page, "--eval") == 0
+    text = page.read_text()
+    assert "<p>expected:</p><pre>A seven</pre>" in text and "<h3>Padding</h3>" not in text
+
+
+def test_lengths_of_a_run(run_yaml, tmp_path, capsys):
+    """`--lengths` counts what training will look for, and says what a sample's length means for the run."""
+    arguments = ["--config", run_yaml, "--lengths", "--processes", 1, "--seq-length", 60]
+    assert run(*arguments) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"lengths of samples in \S+: 9 of 9 samples", printed)
+    config = load_config(run_yaml).for_stage("warmup")
+    lengths = open_lengths(
+        ShardDataset(config.data.train_data),
+        build_tokenizer(config.data.tokenizer),
+        config.data,
+        config.vision.tokens_per_image,
+        say=lambda line: pytest.fail(f"counted again: {line}"),
+    )
+    assert f"lengths: {lengths.path}" in printed
+    longer = int((lengths[range(9)] > 60).sum())
+    assert longer > 0 and re.search(rf"left out as too long +{longer}\n", printed.split("stages warmup")[1])
+    assert re.search(r"(?m)^pack +0\.0 %", printed)
+    assert run(*arguments) == 0  # `align`, whose samples are short, has usable ones
+    assert run(*arguments, "--stage", "warmup") == 1
+    assert "9 of 9 samples" not in capsys.readouterr().out
+    with pytest.raises(
+        ConfigError, match="--replicas 2 x micro_batch_size 2 must divide global_batch_size 2"
+    ):
+        run(*arguments, "--replicas", 2, "--micro-batch-size", 2)
+    with pytest.raises(ConfigError, match="--lengths is about training samples"):
+        run(*arguments, "--eval")
