@@ -9,6 +9,7 @@ Shape legend: s positions · b rows · t positions of the only row of a packed m
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import itertools
@@ -24,6 +25,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 _CAUSAL = {
     AttnMaskType.causal: True,
@@ -79,6 +81,8 @@ class SdpaAttention(MegatronModule):
     The softmax is computed in float32 for inputs of 16 bits, as `attention_softmax_in_fp32` asks, and in the
     inputs' own type for others. `apply_query_key_layer_scaling` changes nothing: it divides the scores by the
     number of the layer before they are stored and multiplies them by it afterwards, and here none are stored.
+    With `deterministic_mode` all scores are kept, because the fused kernels of GPUs add up gradients in any
+    order.
 
     Raises:
         ValueError: the configuration asks for dropout, another softmax, a window that reaches ahead, context
@@ -145,18 +149,18 @@ class SdpaAttention(MegatronModule):
                 "has none; pass PackedSegments.of(…)"
             )
         if query.dim() == 4:
-            one_row = (x.squeeze(1) for x in (query, key, value))
-            return self._attend_segments(*one_row, packed_seq_params, causal).unsqueeze(1)
+            q, k, v = query.squeeze(1), key.squeeze(1), value.squeeze(1)
+            return self._attend_segments(q, k, v, packed_seq_params, causal).unsqueeze(1)
         return self._attend_segments(query, key, value, packed_seq_params, causal)
 
     def _attend_segments(
         self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSegments, causal: bool
     ) -> Tensor:
         """[t, h, d], [t, g, d] and [t, g, d] to [t, h·d]."""
-        if _has_varlen_kernel(query):
+        if _has_varlen_kernel(query) and not self.config.deterministic_mode:
             return varlen(query, key, value, packed, self._window(causal), self.softmax_scale).flatten(1)
         parts = zip(*(x.unsqueeze(1).split(packed.segments) for x in (query, key, value)), strict=True)
-        return torch.cat([self._attend(*part, causal) for part in parts]).squeeze(1)
+        return torch.cat([self._attend(q, k, v, causal) for q, k, v in parts]).squeeze(1)
 
     def _window(self, causal: bool) -> tuple[int, int]:
         """How many positions a query sees before and after its own; −1 for all."""
@@ -172,10 +176,11 @@ class SdpaAttention(MegatronModule):
         options: dict[str, Any] = {"scale": self.softmax_scale}
         if k.shape[1] != q.shape[1]:
             options["enable_gqa"] = True
-        if self.window is None or q.shape[2] <= self.window + 1:
-            attended = F.scaled_dot_product_attention(q, k, v, is_causal=causal, **options)
-        else:
-            attended = _sliding(q, k, v, self.window, options)
+        with sdpa_kernel(SDPBackend.MATH) if self.config.deterministic_mode else contextlib.nullcontext():
+            if self.window is None or q.shape[2] <= self.window + 1:
+                attended = F.scaled_dot_product_attention(q, k, v, is_causal=causal, **options)
+            else:
+                attended = _sliding(q, k, v, self.window, options)
         return attended.permute(2, 0, 1, 3).flatten(2)
 
 
@@ -239,7 +244,7 @@ def varlen(
     )
 
 
-def _varlen_attn() -> Callable[..., Tensor] | None:
+def _varlen_attn() -> Callable[..., Any] | None:
     """PyTorch's attention over segments, if this version has it with windows and shared heads."""
     try:
         from torch.nn.attention.varlen import varlen_attn

@@ -52,6 +52,7 @@ def cases(tp: int) -> dict[str, torch.Tensor]:
         "phi": PHI,
     }.items():
         out.update({f"{name} {k}": v for k, v in language({**LANGUAGE, **extra}, tp).items()})
+    out.update({f"packed {k}": v for k, v in packed(tp).items()})
     return {**out, **vision(tp)}
 
 
@@ -73,14 +74,45 @@ def language(section: dict, tp: int) -> dict[str, torch.Tensor]:
         model(tokens, None, None, decoder_input=hidden)
     )
     logits.pow(2).mean().backward()
-    out = {"logits": logits.detach()}
-    for parameter_name, parameter in model.named_parameters():
-        if "layernorm" in parameter_name:
+    return {"logits": logits.detach(), **replicated_gradients(model)}
+
+
+def replicated_gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Gradients of norms and routers, whole on every rank."""
+    out = {}
+    for name, parameter in model.named_parameters():
+        if "layernorm" in name or ".router." in name:
             gradient = parameter.grad.clone()
             if getattr(parameter, "sequence_parallel", False):
                 torch.distributed.all_reduce(gradient)
-            out[parameter_name] = gradient
+            out[name] = gradient
     return out
+
+
+def packed(tp: int) -> dict[str, torch.Tensor]:
+    """Losses of a packed row through a mixture, and gradients of it and of a row of padding alone.
+
+    No segment ends where the ranks' parts of the row meet, and one of them holds padding alone.
+    """
+    from megatron_evomoe.config import from_mapping
+    from megatron_evomoe.config.token_types import TokenType
+    from megatron_evomoe.model.llava import LlavaModel
+
+    torch.manual_seed(2)
+    moe = {"router": "linear", "moe_aux_loss_coeff": 0.1, "moe_z_loss_coeff": 0.1}
+    config = from_mapping({"language": LANGUAGE, "moe": moe, "parallel": {"tensor_model_parallel_size": tp}})
+    model = LlavaModel(config, stage_kind="route")
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.randint(0, 128, (1, 40), generator=generator)
+    types = torch.full_like(tokens, TokenType.TEXT)
+    types[0, 3:19] = TokenType.VISION
+    types[0, 20:] = TokenType.PADDING
+    pixels = torch.randint(0, 256, (1, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    losses = model(tokens, types, pixels, labels=tokens, segments=(1, 18, 1, 20))
+    padding = torch.full_like(tokens, TokenType.PADDING)
+    empty = model(tokens, padding, pixels[:0], labels=tokens, segments=(40,))
+    (losses[types != TokenType.PADDING].mean() + 0 * empty.sum()).backward()
+    return {"losses": losses.detach(), **replicated_gradients(model)}
 
 
 def vision(tp: int) -> dict[str, torch.Tensor]:

@@ -138,17 +138,19 @@ def test_a_row_without_its_dimension_of_rows():
 
 
 @pytest.mark.usefixtures("one_rank")
-@pytest.mark.parametrize("scaling", [False, True])
+@pytest.mark.parametrize(
+    "changes", [{}, {"apply_query_key_layer_scaling": True}, {"deterministic_mode": True}]
+)
 @pytest.mark.parametrize(
     ("mask", "window"),
     [(AttnMaskType.causal, None), (AttnMaskType.causal, (4, 0)), (AttnMaskType.no_mask, None)],
 )
-def test_takes_the_place_of_megatron_core_s(mask, window, scaling):
-    settings = {"window_size": window, "num_query_groups": 2, "apply_query_key_layer_scaling": scaling}
+def test_takes_the_place_of_megatron_core_s(mask, window, changes):
+    changes = {**changes, "window_size": window, "num_query_groups": 2, "masked_softmax_fusion": False}
     tensors = inputs(11, 2, 4, 2, 8, dtype=torch.float32)
     results = []
     for cls in (SdpaAttention, DotProductAttention):
-        module = layer(mask, cls=cls, masked_softmax_fusion=False, **settings)
+        module = layer(mask, cls=cls, **changes)
         assert not module.sharded_state_dict(metadata={"dp_cp_group": None}) and not list(module.parameters())
         results.append(output_and_gradients(lambda *x, m=module: m(*x, None), tensors))
     # fp32; the largest difference seen is 2e-7
@@ -168,13 +170,16 @@ def test_sixteen_bits_keep_the_precision_of_their_output(dtype, tolerance):
 
 
 def test_what_is_kept_grows_with_the_row_and_not_with_its_square():
-    def kept(n):
+    def kept(n, **changes):
         sizes = []
         with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.nbytes), lambda x: x):
-            layer()(*inputs(n, 1, 4, 4, 8, dtype=torch.float32), None)
+            layer(**changes)(*inputs(n, 1, 4, 4, 8, dtype=torch.float32), None)
         return sum(sizes)
 
     assert kept(512) < 2.1 * kept(256)
+    assert kept(512, deterministic_mode=True) > 3 * kept(
+        256, deterministic_mode=True
+    )  # without fused kernels
 
 
 @pytest.mark.skipif(attention._varlen_attn() is None, reason="this PyTorch has no kernel for segments")
