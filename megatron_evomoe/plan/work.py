@@ -6,11 +6,11 @@ whose microbatches differ are computed in the same way.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from megatron_evomoe.config import RunConfig
+from megatron_evomoe.config import ParallelConfig, RunConfig
 from megatron_evomoe.config.kinds import StageKind
 from megatron_evomoe.data.packing import plan_step, rounded_up
 from megatron_evomoe.model import inventory
@@ -60,10 +60,12 @@ class SampleLengths:
 def attention_cost(config: RunConfig, kind: StageKind) -> float:
     """FLOP of a pair of positions in attention ÷ FLOP of one position in all else, without the tower.
 
-    Each weight that a position meets costs 2 FLOP; a pair costs 2 per head and channel, its causal half.
+    Each weight that a position meets costs 2 FLOP; a pair costs 2 per head and channel, its causal half. The
+    number is the same in every layout, as the plan of a step must be.
     """
     language, experts, topk = config.language, config.moe.num_experts, config.moe.moe_router_topk
-    weights = inventory.padded_vocab_size(config) * language.hidden_size
+    one_rank = replace(config, parallel=ParallelConfig())  # TP pads the vocabulary
+    weights = inventory.padded_vocab_size(one_rank) * language.hidden_size
     weights += sum(
         t.numel * topk // experts if t.expert is not None else t.numel
         for t in inventory.language_model(config, kind, first=False, last=False)

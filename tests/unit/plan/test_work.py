@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 
 from megatron_evomoe.config import from_mapping
 from megatron_evomoe.data.packing import plan_step
+from megatron_evomoe.model import inventory
 from megatron_evomoe.plan.flops import flops
 from megatron_evomoe.plan.work import (
     SampleLengths,
@@ -116,3 +119,20 @@ def test_attention_cost_is_that_of_the_flops(kind):
     # `flops` counts half of the router's weights that serve one modality alone
     tolerance = 1e-12 if kind == "warmup" else 0.3
     assert attention_cost(config, kind) == pytest.approx(per_pair / per_position, rel=tolerance)
+
+
+def test_attention_cost_is_the_same_in_every_layout():
+    """The vocabulary is padded for 4 TP ranks, and the plan of a step does not change."""
+    config = config_of("pack")
+    config = replace(config, language=replace(config.language, make_vocab_size_divisible_by=48))
+    split = replace(
+        config,
+        parallel=replace(
+            config.parallel,
+            tensor_model_parallel_size=4,
+            pipeline_model_parallel_size=2,
+            expert_model_parallel_size=2,
+        ),
+    )
+    assert inventory.padded_vocab_size(split) > inventory.padded_vocab_size(config)
+    assert attention_cost(split, "route") == attention_cost(config, "route")
