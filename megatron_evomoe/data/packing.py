@@ -3,7 +3,8 @@
 `none` takes samples as they come, `sort` puts samples of like length together, and `pack` puts several
 samples into one row. All three take the same samples in the same step, so the loss of a step does not depend
 on the choice. Nothing here depends on workers, ranks or the contents of a sample: each rank makes the same
-plan from the same lengths.
+plan from the same lengths. Work is therefore counted in whole numbers, whose sums are the same on every
+processor.
 
 Shapes: G samples of a global batch · K microbatches of a step, over all replicas.
 """
@@ -22,8 +23,10 @@ Packing = Literal["none", "sort", "pack"]
 _BISECTIONS = 6
 """Attempts at balancing full bins; each halves the difference between the best known and the least possible
 length of the longest bin."""
-_EVEN = 1.01
-"""Bins whose work is at most this many times the mean are not evened out further."""
+_EVEN_PERCENT = 101
+"""Bins whose work is at most this much of the mean are not evened out further."""
+_WORK_UNIT = 1024
+"""Units of work in one position."""
 
 
 def plan_step(
@@ -69,16 +72,15 @@ def plan_step(
         group = (packing_replicas or replicas) * rounds
         assert group % replicas == 0, (packing_replicas, rounds, replicas)
         capacity = micro_batch_size * seq_length
-        bins = _packed(lengths, _work(lengths, attention_cost), capacity, group)
-        squares = _sums(lengths.astype(np.float64) ** 2, bins)
-        work = rounded_up(_sums(lengths, bins), multiple) + attention_cost * squares
-        return _dealt(bins, work.tolist(), replicas)
+        bins = _packed(lengths, _work(lengths, lengths**2, attention_cost), capacity, group)
+        positions = rounded_up(_sums(lengths, bins), multiple)
+        return _dealt(bins, _work(positions, _sums(lengths**2, bins), attention_cost), replicas)
     assert len(lengths) % (micro_batch_size * replicas) == 0, (len(lengths), micro_batch_size, replicas)
     if packing == "none":
         return np.arange(len(lengths)).reshape(-1, micro_batch_size).tolist()
     order = np.argsort(-lengths, kind="stable").reshape(-1, micro_batch_size)
     longest = rounded_up(lengths[order[:, 0]], multiple)
-    return _dealt(order.tolist(), _work(longest, attention_cost).tolist(), replicas)
+    return _dealt(order.tolist(), _work(longest, longest**2, attention_cost), replicas)
 
 
 def rounded_up(lengths: np.ndarray, multiple: int) -> np.ndarray:
@@ -86,31 +88,32 @@ def rounded_up(lengths: np.ndarray, multiple: int) -> np.ndarray:
     return -(-lengths // multiple) * multiple
 
 
-def _work(lengths: np.ndarray, attention_cost: float) -> np.ndarray:
-    """Work of rows or segments of these lengths, in positions, float64."""
-    return lengths + attention_cost * lengths.astype(np.float64) ** 2
+def _work(positions: np.ndarray, squares: np.ndarray, attention_cost: float) -> np.ndarray:
+    """Work of so many positions and pairs of positions, int64."""
+    return np.rint(_WORK_UNIT * (positions + attention_cost * squares)).astype(np.int64)
 
 
 def _sums(values: np.ndarray, bins: list[list[int]]) -> np.ndarray:
-    """The sum of `values` over each of K bins of indices, float64 [K]."""
+    """The sum of whole numbers over each of K bins of indices, int64 [K]."""
     of_bin = np.repeat(np.arange(len(bins)), [len(held) for held in bins])
     indices = np.fromiter(itertools.chain.from_iterable(bins), dtype=np.int64, count=len(of_bin))
-    return np.bincount(of_bin, weights=values[indices], minlength=len(bins))
+    # in float64, which is exact up to 2^53
+    return np.bincount(of_bin, weights=values[indices], minlength=len(bins)).astype(np.int64)
 
 
-def _dealt(microbatches: list[list[int]], work: list[float], replicas: int) -> list[list[int]]:
+def _dealt(microbatches: list[list[int]], work: np.ndarray, replicas: int) -> list[list[int]]:
     """Deal microbatches to replicas in rounds of like work, so that the sums of work are balanced.
 
     In each round, the most work goes to the replica that has the least so far.
     """
-    order = sorted(range(len(work)), key=lambda k: (-work[k], k))
-    total = [0.0] * replicas
+    order = np.argsort(-work, kind="stable").tolist()
+    total = [0] * replicas
     dealt: list[list[int]] = []
     for first in range(0, len(order), replicas):
         to = sorted(range(replicas), key=lambda r: (total[r], r))
         of_replica = dict(zip(to, order[first : first + replicas], strict=True))
         for r in range(replicas):
-            total[r] += work[of_replica[r]]
+            total[r] += int(work[of_replica[r]])
             dealt.append(microbatches[of_replica[r]])
     return dealt
 
@@ -157,11 +160,11 @@ def _best_fit(lengths: list[int], capacity: int, most: int | None = None) -> lis
     return bins
 
 
-def _spread(lengths: list[int], work: list[float], capacity: int, count: int) -> list[list[int]] | None:
+def _spread(lengths: list[int], work: list[int], capacity: int, count: int) -> list[list[int]] | None:
     """`count` bins of balanced work: each sample goes to the bin with the least; None if it does not fit."""
     bins: list[list[int]] = [[] for _ in range(count)]
     free = [capacity] * count
-    least = [(0.0, k) for k in range(count)]
+    least = [(0, k) for k in range(count)]
     for i, length in enumerate(lengths):
         so_far, k = least[0]
         if length > free[k]:
@@ -195,25 +198,25 @@ def _even_out(bins: list[list[int]], lengths: np.ndarray, work: np.ndarray, capa
     bin has much more work than the mean, where no exchange helps, or after one exchange a bin.
     """
     total = _sums(work, bins).tolist()
-    enough = _EVEN * sum(total) / len(bins)
+    enough = _EVEN_PERCENT * sum(total) // (100 * len(bins))
     for _ in bins:
         most, least = total.index(max(total)), total.index(min(total))
         if total[most] <= enough:
             return
         room = capacity - int(lengths[bins[least]].sum())
-        half = (total[most] - total[least]) / 2
+        difference = total[most] - total[least]
         # a row for each sample that could leave the first bin; the last column takes nothing in return
         given, taken = np.array(bins[most]), np.array([*bins[least], -1])
         longer = lengths[given, None] - np.where(taken < 0, 0, lengths[taken])
-        more = work[given, None] - np.where(taken < 0, 0.0, work[taken])
-        off = np.where(longer <= room, np.abs(half - more), np.inf)
-        i, j = divmod(int(off.argmin()), len(taken))
-        if off[i, j] >= half * (1 - 1e-9):
+        more = work[given, None] - np.where(taken < 0, 0, work[taken])
+        left = np.where(longer <= room, np.abs(difference - 2 * more), difference)
+        i, j = divmod(int(left.argmin()), len(taken))
+        if left[i, j] >= difference:
             return
         bins[most].remove(given[i])
         bins[least].append(int(given[i]))
         if taken[j] >= 0:
             bins[least].remove(taken[j])
             bins[most].append(int(taken[j]))
-        for k in (most, least):
-            total[k] = float(work[bins[k]].sum())
+        total[most] -= int(more[i, j])
+        total[least] += int(more[i, j])
