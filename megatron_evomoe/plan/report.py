@@ -32,7 +32,7 @@ def lines(plans: Sequence[StagePlan], machine: Machine, top: int) -> Iterator[st
 def _stage(plan: StagePlan, machine: Machine, top: int) -> Iterator[str]:
     too_big, refused = sum(len(g.estimates) for g in plan.too_big), sum(len(g.layouts) for g in plan.refused)
     shown = distinct(plan)
-    train, gpu = plan.config.train, plan.config.gpu
+    train, gpu, packing = plan.config.train, plan.config.gpu, plan.config.data.packing
     precision = ("bf16" if train.bf16 else "fp32") + (
         f" and FP8 ({gpu.fp8_recipe})" if gpu.fp8_format else ""
     )
@@ -40,7 +40,8 @@ def _stage(plan: StagePlan, machine: Machine, top: int) -> Iterator[str]:
     yield (
         f"stage {plan.name} ({plan.kind}): {len(plan.fits)} layouts fit, {too_big} are too big, {refused} "
         f"cannot run (micro_batch_size {train.micro_batch_size}, global_batch_size "
-        f"{train.global_batch_size}, seq_length {plan.config.data.seq_length}, {precision}, distributed "
+        f"{train.global_batch_size}, seq_length {plan.config.data.seq_length}, "
+        f"{'' if packing == 'none' else f'packing {packing}, '}{precision}, distributed "
         f"optimizer {'on' if plan.config.parallel.use_distributed_optimizer else 'off'})"
     )
     for i, e in enumerate(shown[:top]):

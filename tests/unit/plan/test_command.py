@@ -170,6 +170,7 @@ def test_lengths_of_samples(run_yaml, tmp_path, capsys):
         degrees = ["--tensor-model-parallel-size", "1", "--pipeline-model-parallel-size", "1"]
         assert main(["plan", "--config", run_yaml, "--nnodes", "1", *flags, *degrees]) == 0
         found[packing] = json.loads(out.read_text())["stages"][0]["fits"][0]
+        assert ("packing" in capsys.readouterr().out) == (packing != "none")
     seconds = {packing: fit["seconds"]["compute"] for packing, fit in found.items()}
     assert seconds["pack"] < seconds["sort"] < seconds["none"]
     # 256 samples in rows of 4, on 8 replicas; those that are used take a third of the rows
