@@ -129,9 +129,9 @@ def open_lengths(
         for place in (dataset.paths[0].parent, folder)
         if place is not None
     ]
-    for work in places:
-        if (found := _existing(work)) is not None:
-            return Lengths(found, tokens_per_image)
+    for place in places:
+        if (existing := _existing(place)) is not None:
+            return Lengths(existing, tokens_per_image)
     work = next((work for work in places if work.can_write()), None)
     if work is None:
         raise ConfigError(

@@ -34,7 +34,7 @@ BLOCK = 4096
 _WHOLE = 1 << 26  # bytes of a file up to which all blocks are compared when it is opened
 _MAX_HEADER = 1 << 24
 _EXAMPLES = 5
-_DTYPES = {"I32": np.dtype("<i4"), "I64": np.dtype("<i8"), "U32": np.dtype("<u4")}
+_DTYPES: dict[str, np.dtype[Any]] = {"I32": np.dtype("<i4"), "I64": np.dtype("<i8"), "U32": np.dtype("<u4")}
 _FORM = {"samples": "I32", "several": "I32", "starts": "I64", "sums": "U32"}
 
 
@@ -186,9 +186,7 @@ def _mapped(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
 
 
 def _sum(rows: np.ndarray, several: np.ndarray) -> int:
-    return zlib.crc32(
-        np.ascontiguousarray(several, "<i4").tobytes(), zlib.crc32(np.ascontiguousarray(rows, "<i4"))
-    )
+    return zlib.crc32(several.astype("<i4").tobytes(), zlib.crc32(rows.astype("<i4").tobytes()))
 
 
 def _digest(about: str, starts: np.ndarray, sums: np.ndarray) -> str:
