@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import multiprocessing
 import os
@@ -17,7 +18,8 @@ from hypothesis import strategies as st
 
 from megatron_evomoe.config import ConfigError, DataConfig
 from megatron_evomoe.data import lengths_file, lengths_work
-from megatron_evomoe.data.batch import Preparer
+from megatron_evomoe.data.batch import Preparer, truncate
+from megatron_evomoe.data.conversation import check_length, encode, parse_turns
 from megatron_evomoe.data.errors import DataError, SampleError
 from megatron_evomoe.data.lengths import open_lengths
 from megatron_evomoe.data.lengths_file import file_content
@@ -61,6 +63,24 @@ def prepared(dataset, tokenizer, template, seq_length, long_samples):
     return found, problems
 
 
+def cut(dataset, i, tokenizer, template, length):
+    """Tokens that `truncate` leaves of a usable sample; 0 where it is refused."""
+    turns, sample = encoded(dataset, i, tokenizer, template)
+    try:
+        check_length(turns, length)
+        if len(sample.tokens) > length:
+            sample, _ = truncate(sample, length, TOKENS_PER_IMAGE)
+        return len(sample.tokens)
+    except SampleError:
+        return 0
+
+
+@functools.lru_cache(maxsize=64)
+def encoded(dataset, i, tokenizer, template):
+    turns, images = dataset.record(i)["conversations"], len(dataset.images_of(i)[1])
+    return parse_turns(turns), encode(turns, images, tokenizer, template, TOKENS_PER_IMAGE)
+
+
 def opened(dataset, tokenizer, template="v1", folder=None, **more):
     config = DataConfig(conversation_template=template)
     return open_lengths(dataset, tokenizer, config, TOKENS_PER_IMAGE, folder=folder, **{"workers": 1, **more})
@@ -89,11 +109,13 @@ def test_lengths_are_those_of_rows(tokenizer, template, tmp_path):
         examples = {i: (reason, m) for reason, p in measured.problems.items() for i, m in p.examples}
         assert examples.items() <= problems.items()
         assert sum(p.count for p in measured.problems.values()) == len(problems)
-        lengths_of_interest = {seq_length, *(max(1, n + d) for n in whole if n for d in (-1, 0, 1))}
-        for length in sorted(lengths_of_interest):
-            for rule in ("skip", "truncate"):
-                expected, _ = prepared(dataset, tokenizer, template, length, rule)
-                assert measured.usable(everything, length, rule).tolist() == expected
+        for rule in ("skip", "truncate"):
+            expected, _ = prepared(dataset, tokenizer, template, seq_length, rule)
+            assert measured.usable(everything, seq_length, rule).tolist() == expected
+        longest = max(whole)
+        for length in (*range(1, 60), longest - 1, longest, longest + 1):
+            expected = [cut(dataset, i, tokenizer, template, length) if whole[i] else 0 for i in everything]
+            assert measured.usable(everything, length, "truncate").tolist() == expected
         measured.path.unlink()
 
     run()
