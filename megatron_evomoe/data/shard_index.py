@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import mmap
 import os
 import stat
 from collections.abc import Iterable
@@ -22,10 +23,10 @@ from typing import NamedTuple
 
 import numpy as np
 import safetensors.numpy
-from safetensors import SafetensorError
 
 from megatron_evomoe.config import ConfigError
 from megatron_evomoe.data.fingerprint import sampled_sum
+from megatron_evomoe.data.mapped_arrays import map_arrays
 from megatron_evomoe.data.shard_members import DEFECTS, MAX_KEY, find_samples, split_name
 from megatron_evomoe.data.tar import BLOCK, Member, TarError, next_member
 
@@ -76,6 +77,8 @@ class ShardIndex:
     """uint32 [n]: checksums of the bytes that `fingerprint.sampled_sum` reads of each sample."""
     problems: dict[str, list[str]] = field(default_factory=dict)
     """What was left out or is odd: slug to the names of members or keys."""
+    is_stored: bool = False
+    """Whether a file holds the index."""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -101,7 +104,7 @@ def _range(at: np.ndarray, lead: np.integer) -> Range:
     return Range(int(at[0]), int(at[1]), int(lead))
 
 
-_ARRAYS = tuple(f.name for f in fields(ShardIndex) if f.name != "problems")
+_ARRAYS = tuple(f.name for f in fields(ShardIndex) if f.name not in ("problems", "is_stored"))
 
 
 def index_path(tar: Path) -> Path:
@@ -109,13 +112,43 @@ def index_path(tar: Path) -> Path:
     return tar.with_name(f".{tar.name}.evomoe-index")
 
 
-def load_index(tar: Path) -> ShardIndex:
-    """The index of a tar: the one beside it if it is current and matches the tar, else a new one.
+def index_places(tar: Path, cache: Path | None) -> list[Path]:
+    """Where the index of a tar may lie: beside it, or in `cache`, if its own directory is read-only."""
+    beside = index_path(tar)
+    if cache is None:
+        return [beside]
+    folder = hashlib.sha256(os.path.abspath(tar.parent).encode(errors="surrogateescape")).hexdigest()[:16]
+    return [beside, cache / folder / beside.name]
 
-    A new index is written beside the tar unless the directory is read-only.
+
+def load_index(tar: Path, cache: Path | None = None) -> ShardIndex:
+    """The index of a tar: one that is there, if it is current and matches the tar, else a new one.
+
+    A new index is written beside the tar, or in `cache` if that directory is read-only. `is_stored` tells
+    whether a file holds it.
 
     Raises:
         ConfigError: the file is missing, empty, compressed or not a tar.
+    """
+    stamp = _stamp(*tar_stamp(tar)[:2])
+    if (index := stored_index(tar, stamp, cache)) is not None:
+        return index
+    return renewed_index(tar, cache)
+
+
+def renewed_index(tar: Path, cache: Path | None = None) -> ShardIndex:
+    """A new index of a tar, which is also written. Raises `ConfigError` as `load_index` does."""
+    stamp = _stamp(*tar_stamp(tar)[:2])
+    index = build_index(tar)
+    index.is_stored = any(_write(path, stamp, index) for path in index_places(tar, cache))
+    return index
+
+
+def tar_stamp(tar: Path) -> tuple[int, int, int]:
+    """Size, time of modification and time of the last change of the inode, the times in nanoseconds.
+
+    Raises:
+        ConfigError: there is no such file.
     """
     try:
         status = tar.stat()
@@ -125,13 +158,36 @@ def load_index(tar: Path) -> ShardIndex:
         ) from None
     if not stat.S_ISREG(status.st_mode):
         raise ConfigError(f"shard {tar} is not a file; give the path of a tar, or of a directory with tars")
-    stamp = np.array([_VERSION, status.st_size, status.st_mtime_ns], dtype=np.int64)
-    path = index_path(tar)
-    index = _read(path, stamp)
-    if index is None or not _is_of(tar, index):
-        index = build_index(tar)
-        _write(path, stamp, index)
-    return index
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _stamp(size: int, mtime: int) -> np.ndarray:
+    return np.array([_VERSION, size, mtime], dtype=np.int64)
+
+
+def stored_index(
+    tar: Path,
+    stamp: np.ndarray | tuple[int, int],
+    cache: Path | None = None,
+    *,
+    is_known: bool = False,
+    compare: bool = True,
+) -> ShardIndex | None:
+    """The index of a tar, mapped from a file; none if no file has it, or it does not match the tar.
+
+    Args:
+        stamp: size and time of modification of the tar.
+        is_known: the file was checked before by this process, and is not read as a whole again.
+        compare: compare three members with the tar.
+    """
+    if not isinstance(stamp, np.ndarray):
+        stamp = _stamp(*stamp)
+    for path in index_places(tar, cache):
+        index = _read(path, stamp, is_known)
+        if index is not None and (is_known or not compare or _is_of(tar, index)):
+            index.is_stored = True
+            return index
+    return None
 
 
 def build_index(tar: Path) -> ShardIndex:
@@ -231,24 +287,28 @@ def _is_of(tar: Path, index: ShardIndex) -> bool:
     return True
 
 
-def _read(path: Path, stamp: np.ndarray) -> ShardIndex | None:
+def _read(path: Path, stamp: np.ndarray, is_known: bool) -> ShardIndex | None:
     """The index in a file; None if it is missing, stale or damaged, or cannot belong to such a tar."""
     size = int(stamp[1])
     try:
-        status = path.stat()
         # each sample takes at least a header in the tar, and its key and the ranges of its members here
-        if not stat.S_ISREG(status.st_mode) or status.st_size > 4 * size + _SLACK:
+        saved, mapped = map_arrays(path, 4 * size + _SLACK)
+        if not np.array_equal(saved["stamp"], stamp):
             return None
-        saved = safetensors.numpy.load(path.read_bytes())
-        if not np.array_equal(saved["stamp"], stamp) or saved["digest"].tobytes() != _digest(saved):
+        if not is_known and saved["digest"].tobytes() != _digest(saved):
             return None
         index = ShardIndex(
             saved["keys"].reshape(-1).view(f"S{saved['keys'].shape[1]}"),
             **{name: saved[name] for name in _ARRAYS[1:]},
-            problems=json.loads(saved["problems"].tobytes()),
+            is_stored=True,
+            problems={} if is_known else json.loads(saved["problems"].tobytes()),
         )
-        return index if _holds_together(index, size) else None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, SafetensorError):
+        if not is_known:
+            is_whole = _holds_together(index, size)
+            mapped.madvise(mmap.MADV_DONTNEED)  # of the pages read for this, few are needed again
+            return index if is_whole else None
+        return index
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
 
 
@@ -276,7 +336,7 @@ def _holds_together(index: ShardIndex, size: int) -> bool:
         "caption_lead": np.uint8,
         "content": np.uint32,
     }
-    if n == 0 or index.keys.itemsize > MAX_KEY + 24 or not _are_problems(index.problems):
+    if n == 0 or index.keys.itemsize > MAX_KEY + 24 or not are_problems(index.problems):
         return False
     if any(
         getattr(index, name).shape != shape or getattr(index, name).dtype != dtypes.get(name, np.int64)
@@ -319,7 +379,8 @@ def _lie_within(ranges: np.ndarray, lead: np.ndarray, size: int) -> bool:
     )
 
 
-def _are_problems(problems: object) -> bool:
+def are_problems(problems: object) -> bool:
+    """Whether an object read from a file maps slugs to lists of names."""
     return isinstance(problems, dict) and all(
         isinstance(names, list) and all(isinstance(name, str) for name in names)
         for names in problems.values()
@@ -334,10 +395,10 @@ def _digest(saved: dict[str, np.ndarray]) -> bytes:
     return digest.digest()
 
 
-def _write(path: Path, stamp: np.ndarray, index: ShardIndex) -> None:
+def _write(path: Path, stamp: np.ndarray, index: ShardIndex) -> bool:
     """Write the file of an index atomically, because several ranks can write it at once.
 
-    A read-only directory is not an error.
+    A read-only directory is not an error. Returns whether the file was written.
     """
     arrays = {name: np.ascontiguousarray(getattr(index, name)) for name in _ARRAYS}
     arrays["keys"] = arrays["keys"].view(np.uint8).reshape(len(index), -1)
@@ -345,9 +406,12 @@ def _write(path: Path, stamp: np.ndarray, index: ShardIndex) -> None:
     arrays["digest"] = np.frombuffer(_digest(arrays), dtype=np.uint8)
     temporary = path.with_name(f"{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(safetensors.numpy.save(arrays))
         os.replace(temporary, path)
+        return True
     except OSError as error:
-        logger.info("index %s cannot be written (%s); it is rebuilt in memory at every start", path, error)
+        logger.info("index %s cannot be written (%s)", path, error)
         with contextlib.suppress(OSError):
             temporary.unlink()
+        return False

@@ -17,7 +17,7 @@ import math
 import os
 import re
 import tarfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,8 +37,18 @@ from megatron_evomoe.data.sample_record import (
     load_text,
     usable_record,
 )
-from megatron_evomoe.data.shard_index import Range, extension_of, index_path, load_index
+from megatron_evomoe.data.shard_index import (
+    Range,
+    ShardIndex,
+    extension_of,
+    index_path,
+    load_index,
+    renewed_index,
+    stored_index,
+    tar_stamp,
+)
 from megatron_evomoe.data.shard_members import DEFECTS, image_order, is_image
+from megatron_evomoe.data.shard_set import ShardSet, open_set
 from megatron_evomoe.data.tar import BLOCK
 
 logger = logging.getLogger(__name__)
@@ -117,30 +127,57 @@ def _expand_one(path: str) -> list[Path]:
 class ShardDataset:
     """All samples of some shards, by number.
 
-    It consists of a few arrays and opens files when it reads them, at most 64 in each process; a forked copy
-    opens its own.
+    A table with one row per shard is mapped (`shard_set`). The index of a shard is mapped when one of its
+    samples is read, and checked when that happens first in a process. At most 64 indexes and 64 shards are
+    open in each process; a forked copy opens its own.
 
     Attributes:
         paths: the files of the shards.
         problems: what is odd inside them: slug to number of members or keys.
     """
 
-    def __init__(self, paths: Sequence[str | Path] | str) -> None:
-        """Load or build the index of each shard, and log what is odd inside.
+    def __init__(
+        self,
+        paths: Sequence[str | Path] | str,
+        *,
+        cache: Path | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Open the table of the shards, or make it and the index of each shard, and log what is odd inside.
+
+        Processes that open the same shards at the same time share the work.
+
+        Args:
+            cache: the directory for the table and the indexes of shards in read-only directories. Without it
+                these are made in memory at each start.
+            progress: called with the finished and the total number of shards while indexes are made.
 
         Raises:
             ConfigError: a shard is missing, empty or unreadable.
         """
-        self.paths = expand_paths(paths)  # type: ignore[arg-type]
-        indexes = [load_index(path) for path in self.paths]
-        self._indexes = indexes
-        self._starts = np.cumsum([0, *(len(index) for index in indexes)])
+        found, kept = open_set(expand_paths(paths), cache, progress)  # type: ignore[arg-type]
+        found.log_problems()
+        self._use(found, kept, cache)
+
+    @classmethod
+    def of(cls, found: ShardSet, cache: Path | None = None) -> ShardDataset:
+        """The samples of a set that another process has opened or made."""
+        dataset = cls.__new__(cls)
+        dataset._use(found, {}, cache)
+        return dataset
+
+    def _use(self, found: ShardSet, kept: dict[int, ShardIndex], cache: Path | None) -> None:
+        self._set, self._kept, self._cache = found, kept, cache
+        self.paths = found.paths
+        self._starts = found.starts
+        self._checked = bytearray(len(found))
+        self._changed: dict[int, tuple[str, str]] = {}
+        self._mapped: collections.OrderedDict[int, ShardIndex] = collections.OrderedDict()
         self._files: collections.OrderedDict[int, int] = collections.OrderedDict()
         self.problems: dict[str, int] = {}
-        for path, index in zip(self.paths, indexes, strict=True):
-            for slug, names in index.problems.items():
+        for problems in found.problems.values():
+            for slug, names in problems.items():
                 self.problems[slug] = self.problems.get(slug, 0) + len(names)
-                logger.warning("shard %s: %s: %d (%s)", path, slug, len(names), ", ".join(names[:3]))
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -148,7 +185,7 @@ class ShardDataset:
     def key(self, i: int) -> str:
         """The key of sample i in its shard."""
         shard, local = self._locate(i)
-        return bytes(self._indexes[shard].keys[local]).decode(errors="replace")
+        return bytes(self._index(shard).keys[local]).decode(errors="replace")
 
     def shard(self, i: int) -> Path:
         """The shard of sample i."""
@@ -167,7 +204,7 @@ class ShardDataset:
     def record(self, i: int) -> dict[str, Any]:
         """The LLaVA record of sample i. Raises as `read` does."""
         shard, local = self._locate(i)
-        index = self._indexes[shard]
+        index = self._index(shard)
         if index.defects[local]:
             raise SampleError(
                 DEFECTS[index.defects[local]],
@@ -190,13 +227,13 @@ class ShardDataset:
         found = [self._image(shard, image) for image in images]
         extensions = [extension for extension, _ in found]
         if extensions != sorted(extensions, key=image_order):
-            raise self._stale(shard, self._indexes[shard].image_range(images[0]))
+            raise self._stale(shard, self._index(shard).image_range(images[0]))
         return [data for _, data in found]
 
     def images_of(self, i: int) -> tuple[int, range]:
         """The number of the shard of sample i, and the numbers of its images in that shard."""
         shard, local = self._locate(i)
-        first, end = self._indexes[shard].first[local : local + 2]
+        first, end = self._index(shard).first[local : local + 2]
         return shard, range(int(first), int(end))
 
     def image(self, shard: int, image: int) -> bytes:
@@ -205,7 +242,7 @@ class ShardDataset:
 
     def _image(self, shard: int, image: int) -> tuple[str, bytes]:
         """The extension and the bytes of an image."""
-        index = self._indexes[shard]
+        index = self._index(shard)
         owner, found = int(np.searchsorted(index.first, image, side="right")) - 1, index.image_range(image)
         if found.size > _MAX_IMAGE_BYTES:
             raise SampleError("image-too-large", f"{found.size} bytes; at most {_MAX_IMAGE_BYTES} are read")
@@ -216,17 +253,16 @@ class ShardDataset:
 
     def num_images(self, shard: int) -> int:
         """The number of images in a shard."""
-        return len(self._indexes[shard].images)
+        return int(self._set.images[shard])
 
     def contents(self) -> list[tuple[str, int, str]]:
         """File name, number of samples and digest (`fingerprint.shard_digest`) of each shard, in order."""
-        return [
-            (path.name, len(index), shard_digest(index))
-            for path, index in zip(self.paths, self._indexes, strict=True)
-        ]
+        samples = self._set.samples.tolist()
+        return [(path.name, samples[i], self._set.digest(i)) for i, path in enumerate(self.paths)]
 
     def close(self) -> None:
         """Close the files that this process has open; reading opens them again."""
+        self._mapped.clear()
         while self._files:
             os.close(self._files.popitem()[1])
 
@@ -235,7 +271,59 @@ class ShardDataset:
             self.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": collections.OrderedDict()}
+        return {**self.__dict__, "_files": collections.OrderedDict(), "_mapped": collections.OrderedDict()}
+
+    def _index(self, shard: int) -> ShardIndex:
+        """The index of a shard, mapped from its file, or made again if that is missing or damaged.
+
+        Raises:
+            SampleError: stale-index: the shard holds other samples than when its row was made.
+        """
+        if shard in self._kept:
+            return self._kept[shard]
+        if shard in self._mapped:
+            self._mapped.move_to_end(shard)
+            return self._mapped[shard]
+        if shard in self._changed:
+            raise SampleError(*self._changed[shard])
+        path, stamp = self.paths[shard], tuple(self._set.stamps[shard, :2].tolist())
+        index = stored_index(path, stamp, self._cache, is_known=bool(self._checked[shard]))
+        if index is None or not self._is_row_of(shard, index):
+            try:
+                index = self._made_again(shard, path, stamp)
+            except SampleError as error:
+                self._changed[shard] = error.reason, error.message
+                raise
+        self._checked[shard] = 1
+        if index.is_stored:
+            if len(self._mapped) >= _OPEN_FILES:
+                self._mapped.popitem(last=False)
+            self._mapped[shard] = index
+        else:
+            self._kept[shard] = index
+        return index
+
+    def _made_again(self, shard: int, path: Path, stamp: tuple[int, int]) -> ShardIndex:
+        """The index of a shard whose file is missing, damaged or of another tar."""
+        try:
+            if tar_stamp(path)[:2] != stamp:  # the tar was changed; its headers tell which samples are there
+                index = stored_index(path, stamp, self._cache, compare=False)
+            else:
+                index = renewed_index(path, self._cache)
+                index = index if shard_digest(index) == self._set.digest(shard) else None
+        except ConfigError as error:
+            raise SampleError("read-error", str(error)) from None
+        if index is None or not self._is_row_of(shard, index):
+            raise SampleError(
+                "stale-index",
+                f"{path} was changed after its samples were counted; start again, and if this comes again, "
+                f"delete {self._set.path} and {index_path(path)}",
+            )
+        return index
+
+    def _is_row_of(self, shard: int, index: ShardIndex) -> bool:
+        """Whether an index has as many samples and images as the table says."""
+        return (len(index), len(index.images)) == (self._set.samples[shard], self._set.images[shard])
 
     def _locate(self, i: int) -> tuple[int, int]:
         if not 0 <= i < len(self):
@@ -267,7 +355,7 @@ class ShardDataset:
             raise SampleError(
                 "read-error", f"{path} ends within the sample; it was cut after its index was built"
             )
-        extension = extension_of(data[:lead], found, bytes(self._indexes[shard].keys[local]))
+        extension = extension_of(data[:lead], found, bytes(self._index(shard).keys[local]))
         if extension is None:
             raise self._stale(shard, found)
         return extension, data[lead:]

@@ -36,7 +36,7 @@ def open_stage(session: Session, stage: StageConfig, stop: StopRequests) -> Stag
     session.heartbeat.enter("setup", 0, stage.name)
     samples = None
     if found is None or _has_steps_left(found, config):
-        samples = training_set(config, session.topology)
+        samples = training_set(session, config)
     data = samples.data if samples else None
     resumed = None
     if found is not None:

@@ -23,6 +23,7 @@ from megatron_evomoe.parallel import broadcast
 from megatron_evomoe.parallel.agree import await_all_ranks, require_all
 from megatron_evomoe.parallel.topology import Topology
 from megatron_evomoe.plan.work import attention_cost, packing_rounds
+from megatron_evomoe.train.open_shards import open_shards
 from megatron_evomoe.train.session import Session
 
 
@@ -36,22 +37,28 @@ class TrainingSet:
     """What checkpoints record of the samples; the same on all ranks. train/data_order.py gives the order."""
 
 
-def training_set(config: RunConfig, place: Topology) -> TrainingSet:
+def training_set(session: Session, config: RunConfig) -> TrainingSet:
     """The shards of `train_data`, opened where samples are read. Communicates.
 
     Raises:
         ConfigError: on every rank: `train_data` is empty, or a rank cannot read it or finds other samples in
             it than rank 0.
     """
+    place = session.topology
     dataset, contents, problem = None, [], None
-    if place.reads_data:
-        try:
-            if not config.data.train_data:
-                raise ConfigError("train_data is empty; name shard sets, e.g. train_data: [data/train]")
-            dataset = ShardDataset(config.data.train_data)
-            contents = dataset.contents()
-        except (ConfigError, DataError, OSError) as error:
-            problem = str(error)
+    try:
+        if not config.data.train_data:
+            raise ConfigError("train_data is empty; name shard sets, e.g. train_data: [data/train]")
+        dataset = open_shards(
+            config.data.train_data,
+            session.run_dir / "shard_index",
+            reads=place.reads_data,
+            readers=place.data.size,
+            say=session.logger.say,
+        )
+        contents = dataset.contents() if dataset is not None else []
+    except (ConfigError, DataError, OSError) as error:
+        problem = str(error)
     require_all(problem, ConfigError)
     first = [contents]
     dist.broadcast_object_list(first, src=0)  # rank 0 reads samples in every layout

@@ -71,15 +71,20 @@ def built(monkeypatch):
 
 def test_it_is_kept_and_follows_the_tar(tmp_path, built):
     path = write_tar(tmp_path / "a.tar", [("x.json", record())])
-    assert len(ShardDataset(path)) == 1 and len(built) == 1
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".a.tar.evomoe-index", "a.tar"]
-    assert len(ShardDataset(path)) == 1 and len(built) == 1
+    assert len(everything(path)) == 1 and len(built) == 1
+    names = sorted(p.name for p in tmp_path.iterdir())
+    assert len(names) == 3 and names[1:] == [".a.tar.evomoe-index", "a.tar"]
+    assert names[0].endswith(".evomoe-set")
+    assert len(everything(path)) == 1 and len(built) == 1
     index_path(path).write_bytes(b"PK damaged")
-    assert len(ShardDataset(path)) == 1 and len(built) == 2
+    assert len(everything(path)) == 1 and len(built) == 2
     write_tar(path, [("x.json", record()), ("y.json", record())])
-    assert len(ShardDataset(path)) == 2 and len(built) == 3
+    assert len(everything(path)) == 2 and len(built) == 3
     os.utime(path, (1, 1))
-    assert len(ShardDataset(path)) == 2 and len(built) == 4
+    assert len(everything(path)) == 2 and len(built) == 4
+    assert len(list(tmp_path.glob(".*.evomoe-set"))) == 1, "the tables of former states are removed"
+    os.chmod(path, 0o600)
+    assert len(everything(path)) == 2 and len(built) == 4, "the inode alone has changed"
 
 
 def test_it_is_in_nobodys_way(tmp_path):
@@ -161,8 +166,9 @@ def test_read_only_folder(tmp_path, monkeypatch):
         raise PermissionError(30, "Read-only file system")
 
     # The failure is simulated because tests may run as root, for whom file modes have no effect.
+    monkeypatch.setattr(type(tmp_path), "mkdir", refuse)
     monkeypatch.setattr(shard_index.safetensors.numpy, "save", refuse)
-    assert len(ShardDataset(path)) == 1
+    assert len(everything(path)) == 1
     assert [p.name for p in tmp_path.iterdir()] == ["a.tar"]
 
 
@@ -171,9 +177,9 @@ def rewrite(path, *, seal=True, **arrays):
     saved = {**safetensors.numpy.load(index_path(path).read_bytes()), **arrays}
     if seal:
         saved["digest"] = np.frombuffer(shard_index._digest(saved), np.uint8)
-    index_path(path).write_bytes(
-        safetensors.numpy.save({name: np.ascontiguousarray(a) for name, a in saved.items()})
-    )
+    other = index_path(path).with_suffix(".other")  # files of indexes are mapped, and so replaced
+    other.write_bytes(safetensors.numpy.save({name: np.ascontiguousarray(a) for name, a in saved.items()}))
+    os.replace(other, index_path(path))
 
 
 def shifted(path):
