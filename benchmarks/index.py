@@ -3,9 +3,9 @@
     python benchmarks/index.py --samples 1000000 1000000000 --shards 100000
 
 Real: the order of samples, the table of the shards, the list and a `stat` of all shards, and looking up the
-shards of 1000 samples, each in a process of its own. Simulated: the shards are sparse files without bytes, and
-the table is written by this program, since to index 10^9 samples takes half a day; no index is mapped and no
-member is read. Building an index is measured on real shards of small samples.
+shards of 1000 samples, each in a process of its own. Simulated: the shards are sparse files without bytes,
+and the table is written by this program, since to index 10^9 samples takes half a day; no index is mapped and
+no member is read. Building an index is measured on real shards of small samples.
 """
 
 from __future__ import annotations

@@ -100,9 +100,9 @@ def _from_node(
     target, folder = Path(told["place"]), Path(told["folder"])
     table = ShardSet.open(target, folder)
     if table is None and told["plan"] is not None:
-        draft = ShardSet.open(Path(told["plan"]), folder, is_plan=True)
+        plan_read = ShardSet.open(Path(told["plan"]), folder, is_plan=True)
         try:
-            table = complete(draft, target, cache, progress) if draft is not None else None
+            table = complete(plan_read, target, cache, progress) if plan_read is not None else None
         except OSError:  # a full disk
             return None
     return ShardDataset.of(table, cache) if table is not None else None
