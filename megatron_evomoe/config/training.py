@@ -196,6 +196,11 @@ class TrainConfig:
     """Samples in one forward pass on each data-parallel replica."""
     global_batch_size: Fixed[PositiveCount] = 1
     """Samples in one optimizer step over all replicas."""
+    vision_batch_size: Logged[Optional[PositiveCount]] = None
+    """Images that the vision tower computes at a time; it runs once a step, over the images of all
+    microbatches. A trained tower keeps the activations of one such batch and computes those of the others
+    again. None means 32, and 8 where the tower trains.
+    """
     seed: Fixed[Seed] = 1234
     """The seed of new weights, of the order of samples and of the random numbers that evolution draws."""
     bf16: Logged[Bool] = False

@@ -86,7 +86,7 @@ def activation_bytes(
     """
     z = sizes_of(config, on_gpu=on_gpu)
     count = microbatches * config.train.micro_batch_size if step_images is None else step_images
-    total = images(config, count) if is_first(pp_rank, 0) else 0
+    total = step_images_bytes(config, z, kind, count) if is_first(pp_rank, 0) else 0
     for chunk, count in enumerate(in_flight(config, pp_rank, microbatches)):
         flows = chunk_flow(config, kind, pp_rank, chunk)
         total += count * _layers(config, z, flows)
@@ -269,6 +269,35 @@ def images(config: RunConfig, count: int) -> int:
     return count * math.prod(shape) * dtype.itemsize
 
 
+def step_images_bytes(config: RunConfig, z: Sizes, kind: StageKind, count: int) -> int:
+    """What the first stage holds of a step's `count` images during the whole step, as train/tower.py does.
+
+    Pixels, the features of all of them, and for a trained tower their gradients, and activations of the one
+    batch that is not computed again. Cached features take the place of pixels, and no tower runs.
+    """
+    if config.data.cache_vision_features:
+        return images(config, count)
+    v, trains = config.vision, "vision" in trained_parts(config, kind)
+    features = count * v.tokens_per_image * v.hidden_size * z.e
+    kept = tower(config, z, min(count, vision_batch_size(config, kind))) if trains else 0
+    return images(config, count) + features * (2 if trains else 1) + kept
+
+
+def vision_batch_size(config: RunConfig, kind: StageKind) -> int:
+    """The most images that the vision tower computes at a time in a stage of this kind."""
+    default = 8 if "vision" in trained_parts(config, kind) else 32
+    return config.train.vision_batch_size or default
+
+
+def tower(config: RunConfig, z: Sizes, count: int) -> int:
+    """Activations of the vision tower for `count` images that it keeps for its backward."""
+    v = config.vision
+    positions = count * ((v.image_size // v.patch_size) ** 2 + int(v.model_type == "clip"))
+    per_layer = 4 * v.hidden_size + (4 * v.hidden_size + 3 * v.ffn_hidden_size) // z.t
+    extra = v.num_layers_used * _log_sum_exp(positions, v.num_attention_heads, z)
+    return positions * v.num_layers_used * per_layer * z.e + extra
+
+
 def microbatch_images(config: RunConfig) -> int:
     """The most images of a microbatch: one for each row, or as many as have room in a packed row."""
     b = config.train.micro_batch_size
@@ -281,26 +310,11 @@ def microbatch_images(config: RunConfig) -> int:
 
 
 def projector(config: RunConfig, z: Sizes, kind: StageKind) -> int:
-    """Activations of tower and projector.
-
-    A frozen tower runs without autograd, and not at all if its features are cached.
-    """
+    """Activations of the projector in a microbatch; its input is among the step's features."""
     parts = trained_parts(config, kind)
-    v, images = config.vision, microbatch_images(config)
-    tokens = images * v.tokens_per_image
-    kept = extra = 0
-    if "projector" in parts:
-        kept += tokens * 2 * z.C // z.t
-        # Cached features are the step's images, which are counted there.
-        kept += 0 if config.data.cache_vision_features else tokens * v.hidden_size
-    elif "vision" in parts:
-        kept += tokens * z.C // z.t
-    if "vision" in parts:
-        positions = images * ((v.image_size // v.patch_size) ** 2 + int(v.model_type == "clip"))
-        per_layer = 4 * v.hidden_size + (4 * v.hidden_size + 3 * v.ffn_hidden_size) // z.t
-        kept += positions * v.num_layers_used * per_layer
-        extra = v.num_layers_used * _log_sum_exp(positions, v.num_attention_heads, z)
-    return kept * z.e + extra
+    tokens = microbatch_images(config) * config.vision.tokens_per_image
+    kept = 2 if "projector" in parts else 1 if "vision" in parts else 0
+    return kept * tokens * z.C // z.t * z.e
 
 
 def head(config: RunConfig, z: Sizes, kind: StageKind) -> int:

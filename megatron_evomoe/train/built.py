@@ -15,6 +15,7 @@ from megatron_evomoe.moe.evolving_mlp import EvolvingMLP
 from megatron_evomoe.moe.layer import EvoMoELayer
 from megatron_evomoe.train import optimizer as optim
 from megatron_evomoe.train.clock import StepClock
+from megatron_evomoe.train.tower import StepTower
 
 
 @dataclass
@@ -28,6 +29,8 @@ class Built:
     scheduler: Any
     clock: StepClock
     """Is told where each backward ends."""
+    tower: StepTower | None
+    """Computes the step's image features, on the first pipeline stage; none elsewhere."""
 
     @property
     def evolving(self) -> list[EvolvingMLP]:
@@ -70,8 +73,11 @@ def build_stage(config: RunConfig, stage: StageConfig) -> Built:
     optimizer = optim.build_optimizer(wrapped, config)
     scheduler = optim.build_scheduler(optimizer, config)
     clock = StepClock()
+    tower = StepTower(wrapped[0], config, stage.kind) if modules[0].pre_process else None
 
     def finalize(*args: Any, **kwargs: Any) -> None:
+        if tower is not None:
+            tower.backward()
         clock.backward_done()
         finalize_model_grads(*args, **kwargs)
 
@@ -80,4 +86,4 @@ def build_stage(config: RunConfig, stage: StageConfig) -> Built:
         core_config.finalize_model_grads_func = finalize
         core_config.grad_scale_func = optimizer.scale_loss
         core_config.no_sync_func = no_sync
-    return Built(modules, wrapped, optimizer, scheduler, clock)
+    return Built(modules, wrapped, optimizer, scheduler, clock, tower)

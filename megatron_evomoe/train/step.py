@@ -59,10 +59,9 @@ def take_step(built: Built, step: Step, number: int) -> StepResult:
         NonFiniteError: on every rank alike.
     """
     counts = _count(step)
-    supervised = max(1, counts.supervised)
     _weigh_auxiliary_losses(built, len(step.microbatches), filled=counts.filled)
-    losses = _forward_backward(built, step, supervised)
-    loss = _reduce_loss(losses) / supervised
+    losses = _forward_backward(built, step, counts)
+    loss = _reduce_loss(losses) / max(1, counts.supervised)
     if not torch.isfinite(loss):
         _explain("loss", float(loss), step, losses, number)
     with phase("optimizer"):
@@ -100,6 +99,8 @@ class _Counts(NamedTuple):
     """of the lengths of sequences"""
     filled: int
     """microbatches that hold more than padding"""
+    images: list[int]
+    """images of each replica, on the first pipeline stage; zeros elsewhere"""
 
 
 def _count(step: Step) -> _Counts:
@@ -110,9 +111,14 @@ def _count(step: Step) -> _Counts:
     vision = torch.stack([(m.token_types == TokenType.VISION).sum() for m in micro]).sum()
     lengths = [length for m in micro for length in m.lengths]
     work = torch.tensor([sum(lengths), sum(length**2 for length in lengths)], device=real.device)
-    counts = torch.cat([torch.stack([supervised, real.sum(), vision]), work, real.count_nonzero()[None]])
-    dist.all_reduce(counts, group=topology.current().data.group)
-    return _Counts(*counts.tolist())
+    replicas = topology.current().data
+    images = torch.zeros(replicas.size, dtype=torch.int64, device=real.device)
+    images[replicas.rank] = sum(len(m.images) for m in micro if m.images is not None)
+    sums = torch.stack([supervised, real.sum(), vision])
+    counts = torch.cat([sums, work, real.count_nonzero()[None], images])
+    dist.all_reduce(counts, group=replicas.group)
+    found = counts.tolist()
+    return _Counts(*found[: -replicas.size], images=found[-replicas.size :])
 
 
 def _weigh_auxiliary_losses(built: Built, microbatches: int, *, filled: int) -> None:
@@ -121,7 +127,7 @@ def _weigh_auxiliary_losses(built: Built, microbatches: int, *, filled: int) -> 
         layer.router.auxiliary_weight = microbatches * topology.current().data.size / max(1, filled)
 
 
-def _forward_backward(built: Built, step: Step, supervised: int) -> list[torch.Tensor]:
+def _forward_backward(built: Built, step: Step, counts: _Counts) -> list[torch.Tensor]:
     """Loss sums of this rank's microbatches; empty except on the last pipeline stage."""
     for wrapped in built.wrapped:
         wrapped.zero_grad_buffer()
@@ -129,12 +135,14 @@ def _forward_backward(built: Built, step: Step, supervised: int) -> list[torch.T
     m = len(step.microbatches)
     # the shapes of all microbatches, or megatron-core's schedules ask the neighbouring stage for each one's
     b, s = step.microbatches[0].tokens.shape
-    scale = m * topology.current().data.size / supervised
+    scale = m * topology.current().data.size / max(1, counts.supervised)
+    images = _encoded(built, step, counts)
 
     def forward_step(batches: Iterator[int], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
-        micro = step.microbatches[next(batches)]
+        number = next(batches)
+        micro = step.microbatches[number]
         output = model(
-            micro.tokens, micro.token_types, micro.images, labels=micro.labels, segments=micro.segments
+            micro.tokens, micro.token_types, images[number], labels=micro.labels, segments=micro.segments
         )
 
         def loss_func(losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -156,6 +164,13 @@ def _forward_backward(built: Built, step: Step, supervised: int) -> list[torch.T
         forward_only=False,
     )
     return [r["loss_sum"] for r in reports]
+
+
+def _encoded(built: Built, step: Step, counts: _Counts) -> list[torch.Tensor | None]:
+    """The features of each microbatch's images on the first pipeline stage, nothing elsewhere."""
+    if built.tower is None:
+        return [None] * len(step.microbatches)
+    return [*built.tower.features([m.images for m in step.microbatches], counts.images)]
 
 
 def _reduce_loss(losses: list[torch.Tensor]) -> torch.Tensor:

@@ -23,6 +23,11 @@ class Stage:
 STAGES = {
     "align": Stage(kind="align"),
     "warmup": Stage(kind="warmup"),
+    # The replicas hold different numbers of images, so they exchange them; two at a time, others again.
+    "warmup, tower too": Stage(
+        kind="warmup",
+        sections={"train": {"trainable": ["vision", "projector", "language"], "vision_batch_size": 2}},
+    ),
     "evolve": Stage(kind="evolve"),
     "route, linear": Stage(kind="route", sections={"moe": {"router": "linear"}}),
     "route, dtr": Stage(kind="route"),

@@ -41,9 +41,9 @@ def test_loss_is_the_mean_over_the_global_batch_not_over_microbatches():
     results = []
     for step in (step_of(short, long), step_of(both)):
         built = built_for("warmup")
-        supervised, *_ = _count(step)
-        loss = _reduce_loss(_forward_backward(built, step, supervised)) / supervised
-        results.append((supervised, loss.item(), gradients(built)))
+        counts = _count(step)
+        loss = _reduce_loss(_forward_backward(built, step, counts)) / counts.supervised
+        results.append((counts.supervised, loss.item(), gradients(built)))
     (n1, loss1, grads1), (n2, loss2, grads2) = results
     assert n1 == n2 == 10
     # The fp32 sums have another order; the largest relative difference seen is 4e-7.
