@@ -389,6 +389,7 @@ def disturbed(tmp_path, digits, tiny_yaml, disk, order, *, seed, stages) -> Coun
     # Therefore every step is logged.
     common = {
         "stages": stages,
+        "data": {"packing": "pack"},
         "train": {"eval_samples": 4},
         "log": {"log_interval": 2, "moe_metrics_interval": 1},
         "parallel": {"expert_model_parallel_size": 2, "distributed_timeout_minutes": 0.2},
