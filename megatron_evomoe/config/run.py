@@ -105,8 +105,9 @@ class RunConfig:
         at = names.index(name)
         load = self.stages[at].load
         before = load if load in names else names[at - 1] if at and load is None else None
-        goes_on = before is not None and self.for_stage(name).data.continue_data
-        return self.order_key(before) if goes_on else name
+        if before is None or not self.for_stage(name).data.continue_data:
+            return name
+        return self.order_key(before)
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain data, which `from_mapping` reads back."""

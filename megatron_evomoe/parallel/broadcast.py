@@ -131,7 +131,7 @@ def _send_images(
     stacked = torch.empty(sum(counts), *shape, dtype=dtype, device=where)
     if topology.reads_data:
         assert step is not None
-        stacked.copy_(torch.cat([micro.images for micro in step.microbatches]))
+        stacked.copy_(torch.cat([m.images for m in step.microbatches if m.images is not None]))
     if topology.tensor.size > 1 and len(stacked):
         dist.broadcast(stacked, dist.get_global_rank(group, 0), group=group)
     return stacked.split(counts)

@@ -118,7 +118,7 @@ def _count(step: Step) -> _Counts:
     counts = torch.cat([sums, work, real.count_nonzero()[None], images])
     dist.all_reduce(counts, group=replicas.group)
     found = counts.tolist()
-    return _Counts(*found[: -replicas.size], images=found[-replicas.size :])
+    return _Counts(*found[: -replicas.size], found[-replicas.size :])
 
 
 def _weigh_auxiliary_losses(built: Built, microbatches: int, *, filled: int) -> None:
@@ -170,7 +170,8 @@ def _encoded(built: Built, step: Step, counts: _Counts) -> list[torch.Tensor | N
     """The features of each microbatch's images on the first pipeline stage, nothing elsewhere."""
     if built.tower is None:
         return [None] * len(step.microbatches)
-    return [*built.tower.features([m.images for m in step.microbatches], counts.images)]
+    images = [m.images for m in step.microbatches if m.images is not None]
+    return [*built.tower.features(images, counts.images)]
 
 
 def _reduce_loss(losses: list[torch.Tensor]) -> torch.Tensor:
