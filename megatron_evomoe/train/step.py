@@ -117,8 +117,8 @@ def _count(step: Step) -> _Counts:
     sums = torch.stack([supervised, real.sum(), vision])
     counts = torch.cat([sums, work, real.count_nonzero()[None], images])
     dist.all_reduce(counts, group=replicas.group)
-    found = counts.tolist()
-    return _Counts(*found[: -replicas.size], found[-replicas.size :])
+    n_supervised, n_real, n_vision, positions, squares, filled, *of_replicas = counts.tolist()
+    return _Counts(n_supervised, n_real, n_vision, positions, squares, filled, of_replicas)
 
 
 def _weigh_auxiliary_losses(built: Built, microbatches: int, *, filled: int) -> None:
