@@ -12,6 +12,7 @@ from PIL import Image
 
 from megatron_evomoe.commands import inspect_data
 from megatron_evomoe.config import ConfigError, load_config
+from megatron_evomoe.config.kinds import StageKind
 from megatron_evomoe.data.image import ImageProcessor, decode_image
 from megatron_evomoe.data.lengths import open_lengths
 from megatron_evomoe.data.order import SampleOrder
@@ -141,8 +142,10 @@ def test_a_runs_configuration_shows_what_the_run_sees(run_yaml, tmp_path, capsys
             train_loader(
                 session,
                 stage,
+                StageKind(name),
                 ShardDataset(stage.data.train_data),
                 order=SampleOrder(9, 7, key=name),
+                lengths=None,
                 start_position=0,
                 features=None,
             ),
