@@ -140,11 +140,12 @@ class Preparer:
             return Row(key, shard, None, problem=(error.reason, error.message))
         return Row(key, shard, sample, images)
 
-    def stack(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The images of a microbatch in one tensor, as in `MicroBatch`; there may be none."""
-        if self.features is not None and not images:
-            return torch.empty((0, *self.features.shape), dtype=self.features.dtype)
-        return stack_images(images, self.processor.size)
+    @property
+    def image_form(self) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and dtype of one image, as in `MicroBatch`."""
+        if self.features is not None:
+            return self.features.shape, self.features.dtype
+        return (3, self.processor.size, self.processor.size), torch.uint8
 
     def _encode(self, i: int) -> tuple[EncodedSample, int]:
         """The encoded text, and how many of the images it keeps.

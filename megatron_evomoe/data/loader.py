@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from megatron_evomoe.config import ConfigError, DataConfig
-from megatron_evomoe.data.assemble import Assembled, Assembler, Skipped, blank
+from megatron_evomoe.data.assemble import Assembled, Assembler, Skipped, fill_with_padding
 from megatron_evomoe.data.batch import EvalSample, MicroBatch, Preparer, prepare_eval
 from megatron_evomoe.data.conversation import check_template
 from megatron_evomoe.data.errors import DataError
@@ -28,6 +28,7 @@ from megatron_evomoe.data.image import ImageProcessor
 from megatron_evomoe.data.lengths import Lengths
 from megatron_evomoe.data.order import SampleOrder
 from megatron_evomoe.data.shards import ShardDataset
+from megatron_evomoe.data.slots import Form, Slots
 from megatron_evomoe.data.step_plan import StepPlan, StepPlanner, Task
 from megatron_evomoe.data.tokenizer import Tokenizer
 
@@ -38,6 +39,8 @@ logger = logging.getLogger(__name__)
 _MIN_READ_TO_JUDGE = 100
 _EXAMPLES = 5
 _LONG = "too-long"
+_MAX_KEPT = 256  # microbatches of a step that lie in reused memory
+_SPARE = 4096  # bytes, for alignment
 _POWERS_OF_TEN = frozenset(10**n for n in range(12))
 
 
@@ -168,7 +171,7 @@ class TrainLoader:
             rounds=rounds,
             attention_cost=attention_cost,
         )
-        preparer = Preparer.from_config(
+        self._preparer = Preparer.from_config(
             dataset,
             tokenizer,
             image_processor,
@@ -177,7 +180,7 @@ class TrainLoader:
             tokens_per_image=tokens_per_image,
             features=features,
         )
-        self._assembler = Assembler(preparer, str(lengths.path) if lengths is not None else "")
+        self._lengths_file = str(lengths.path) if lengths is not None else ""
         self._examples: dict[str, list[str]] = {}
 
     def __iter__(self) -> Iterator[StepBatch]:
@@ -188,46 +191,58 @@ class TrainLoader:
                 a larger one than max_long_sample_rate was too long; or the file of lengths was damaged.
         """
         planned: collections.deque[StepPlan] = collections.deque()
-        made = iter(fetching(self._assembler, self._tasks(self.position, planned), self._config))
+        slots = self._slots()
+        assembler = Assembler(self._preparer, slots, self._lengths_file)
+        made = iter(fetching(assembler, self._requests(self.position, planned, slots), self._config))
         while True:
             first = next(made)  # this step is planned when its first microbatch is there
             plan = planned.popleft()
             parts = [first, *itertools.islice(made, len(plan.tasks) - 1)]
-            microbatches = self._microbatches(parts)
+            parts = [part.received(slots) for part in parts]
             skipped = self._count(plan, parts)
+            microbatches = [part.micro_batch() for part in self._of_one_length(parts)]
             epoch = self.order.epoch(self.position)
             self.position += self._planner.global_batch_size
             yield StepBatch(microbatches, self.position, epoch, skipped)
+            del first, parts, microbatches  # or their memory would not be free for the next step
 
-    def _tasks(self, position: int, planned: collections.deque[StepPlan]) -> Iterator[Task]:
+    def _slots(self) -> Slots:
+        """Memory for what workers prepare and for two steps; microbatches beyond go other ways."""
+        workers = self._config.num_workers
+        if not workers:
+            return Slots(0, 0)
+        planner, (shape, dtype) = self._planner, self._preparer.image_form
+        positions = planner.micro_batch_size * self._config.seq_length
+        images = -(-positions // self._preparer.tokens_per_image)
+        count = -(-planner.global_batch_size // (planner.micro_batch_size * planner.data_parallel_size))
+        return Slots(
+            workers * self._config.prefetch_factor + 2 * min(count, _MAX_KEPT),
+            Form((3, positions), torch.int32).size + Form((images, *shape), dtype).size + _SPARE,
+        )
+
+    def _requests(
+        self, position: int, planned: collections.deque[StepPlan], slots: Slots
+    ) -> Iterator[tuple[Task, int | None]]:
         """The tasks of all steps from `position` on; each step's plan is added to `planned`."""
         while True:
             planned.append(self._planner.plan(self.order, position))
-            yield from planned[-1].tasks
+            for task in planned[-1].tasks:
+                yield task, slots.take()
             position += self._planner.global_batch_size
 
-    def _microbatches(self, parts: list[Assembled]) -> list[MicroBatch]:
-        """The microbatches of a step, outside of shared memory.
-
-        Each tensor there keeps a file descriptor open, and a step can have hundreds.
-        """
-        if self._config.packing == "none":
-            longest = max(part.text.shape[-1] for part in parts)
-            parts = [self._widened(part, self._planner.row_length(longest)) for part in parts]
-        return [
-            replace(
-                part,
-                text=part.text.clone() if part.text.is_shared() else part.text,
-                images=part.images.clone() if part.images.is_shared() else part.images,
-            ).micro_batch()
-            for part in parts
-        ]
+    def _of_one_length(self, parts: list[Assembled]) -> list[Assembled]:
+        """The microbatches, all padded to the longest of the step with `packing` none."""
+        if self._config.packing != "none":
+            return parts
+        longest = max(part.text.shape[-1] for part in parts)
+        return [self._widened(part, self._planner.row_length(longest)) for part in parts]
 
     def _widened(self, part: Assembled, positions: int) -> Assembled:
         _, rows, own = part.text.shape
         if own == positions:
             return part
-        text = blank(rows, positions, self._pad_id)
+        text = torch.empty(3, rows, positions, dtype=torch.int32)
+        fill_with_padding(text, self._pad_id)
         text[..., :own] = part.text
         return replace(part, text=text)
 
