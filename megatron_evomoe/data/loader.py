@@ -8,10 +8,11 @@ processes make the microbatches (`data.assemble`), which arrive in the order in 
 from __future__ import annotations
 
 import collections
+import contextlib
 import itertools
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from megatron_evomoe.config import ConfigError, DataConfig
+from megatron_evomoe.data.ahead import one_ahead
 from megatron_evomoe.data.assemble import Assembled, Assembler, Skipped, fill_with_padding
 from megatron_evomoe.data.batch import EvalSample, MicroBatch, Preparer, prepare_eval
 from megatron_evomoe.data.conversation import check_template
@@ -193,18 +195,29 @@ class TrainLoader:
         planned: collections.deque[StepPlan] = collections.deque()
         slots = self._slots()
         assembler = Assembler(self._preparer, slots, self._lengths_file)
+        # workers are forked here, and not in the thread
         made = iter(fetching(assembler, self._requests(self.position, planned, slots), self._config))
+        steps = self._prepared(made, planned, slots)
+        with contextlib.closing(one_ahead(steps) if self._config.num_workers else steps) as prepared:
+            del made, steps
+            for plan, parts in prepared:
+                skipped = self._count(plan, parts)
+                epoch = self.order.epoch(self.position)
+                self.position += self._planner.global_batch_size
+                microbatches = [part.micro_batch() for part in parts]
+                del parts  # or their memory would not be free for the next steps
+                yield StepBatch(microbatches, self.position, epoch, skipped)
+                del microbatches
+
+    def _prepared(
+        self, made: Iterator[Assembled], planned: collections.deque[StepPlan], slots: Slots
+    ) -> Generator[tuple[StepPlan, list[Assembled]], None, None]:
+        """The plan and the microbatches of each step."""
         while True:
             first = next(made)  # this step is planned when its first microbatch is there
             plan = planned.popleft()
             parts = [first, *itertools.islice(made, len(plan.tasks) - 1)]
-            parts = [part.received(slots) for part in parts]
-            skipped = self._count(plan, parts)
-            microbatches = [part.micro_batch() for part in self._of_one_length(parts)]
-            epoch = self.order.epoch(self.position)
-            self.position += self._planner.global_batch_size
-            yield StepBatch(microbatches, self.position, epoch, skipped)
-            del first, parts, microbatches  # or their memory would not be free for the next step
+            yield plan, self._of_one_length([part.received(slots) for part in parts])
 
     def _slots(self) -> Slots:
         """Memory for what workers prepare and for two steps; microbatches beyond go other ways."""
