@@ -8,6 +8,8 @@ from collections.abc import Generator
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+_PATIENCE = 10.0
+"""Seconds for which closing waits for the item that is being computed."""
 
 
 def one_ahead(items: Generator[T, None, None]) -> Generator[T, None, None]:
@@ -32,8 +34,9 @@ def one_ahead(items: Generator[T, None, None]) -> Generator[T, None, None]:
             del answer  # or the item would not be free before the next one is there
     finally:
         wanted.put(False)
-        thread.join()
-        items.close()
+        thread.join(_PATIENCE)
+        if not thread.is_alive():  # otherwise it is inside of `items`, which cannot be closed then
+            items.close()
 
 
 def _compute(items: Generator[T, None, None], wanted: queue.SimpleQueue, found: queue.SimpleQueue) -> None:

@@ -101,11 +101,12 @@ class Assembler(Dataset):
         for image, picture in zip(images, pictures, strict=True):
             image.copy_(picture)
         return Assembled(
-            *(forms if tensors else (text, images)),
-            segments_of(task) if task.packed else None,
-            [row.key for row in rows],
-            [Skipped(row.key, row.shard, *row.problem) for row in rows if row.problem is not None],
-            slot,
+            text=forms[0] if tensors else text,
+            images=forms[1] if tensors else images,
+            segments=segments_of(task) if task.packed else None,
+            keys=[row.key for row in rows],
+            skipped=[Skipped(row.key, row.shard, *row.problem) for row in rows if row.problem is not None],
+            slot=slot,
         )
 
     def _rows(self, task: Task) -> Iterator[Row]:

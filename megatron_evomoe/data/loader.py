@@ -68,7 +68,7 @@ def _start_worker(_: int) -> None:
     torch.set_num_threads(1)
 
 
-def fetching(dataset: Dataset, batches: Iterable[list[Any]], data: DataConfig) -> DataLoader:
+def fetching(dataset: Dataset, batches: Iterable[Any], data: DataConfig) -> DataLoader:
     """Iterates over `dataset.__getitems__(batch)` for each of `batches`, in order.
 
     The data section's `num_workers` processes compute the results.
@@ -251,6 +251,7 @@ class TrainLoader:
         return [self._widened(part, self._planner.row_length(longest)) for part in parts]
 
     def _widened(self, part: Assembled, positions: int) -> Assembled:
+        assert isinstance(part.text, torch.Tensor)
         _, rows, own = part.text.shape
         if own == positions:
             return part

@@ -138,6 +138,7 @@ def test_a_runs_configuration_shows_what_the_run_sees(run_yaml, tmp_path, capsys
             topology=SimpleNamespace(reads_data=True, data=SimpleNamespace(rank=0, size=1)),
             tokenizer=build_tokenizer(stage.data.tokenizer),
         )
+        stage.language.vocab_size = session.tokenizer.vocab_size
         steps = take(
             train_loader(
                 session,
