@@ -79,12 +79,12 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 TESTS=(-m pytest -rs -p no:cacheprovider --junitxml "$OUT/tests.xml" tests/gpu)
 if [ -n "$TINY" ]; then
     ROUTER=(--tokens 32 --width 64 --hidden 2 --rank 2 --ffn 64 --rounds 1 --threads 1)
-    step tests 120 "$PYTHON" "${TESTS[@]}"
-    step router 60 "$PYTHON" benchmarks/router.py "${ROUTER[@]}" --output "$OUT/router.json"
-    step layer 60 "$PYTHON" benchmarks/layer.py --tiny --train router experts --output "$OUT/layer.json"
-    step step 120 "$PYTHON" benchmarks/step.py --tiny --models 1.8b --stages warmup route --output "$OUT/step.json"
-    step peer 60 "$PYTHON" benchmarks/peer.py --tiny --output "$OUT/peer.json"
-    step checkpoint 60 "$PYTHON" benchmarks/checkpoint.py --hidden 64 --layers 2 --rounds 1 --output "$OUT/checkpoint.json"
+    step tests 180 "$PYTHON" "${TESTS[@]}"
+    step router 180 "$PYTHON" benchmarks/router.py "${ROUTER[@]}" --output "$OUT/router.json"
+    step layer 180 "$PYTHON" benchmarks/layer.py --tiny --train router experts --output "$OUT/layer.json"
+    step step 180 "$PYTHON" benchmarks/step.py --tiny --models 1.8b --stages warmup route --output "$OUT/step.json"
+    step peer 180 "$PYTHON" benchmarks/peer.py --tiny --output "$OUT/peer.json"
+    step checkpoint 180 "$PYTHON" benchmarks/checkpoint.py --hidden 64 --layers 2 --rounds 1 --output "$OUT/checkpoint.json"
 else
     ROUTER=(--dtype bf16 --width 2048 4096)
     step tests 300 "$PYTHON" "${TESTS[@]}" tests/unit/moe/test_dtr_triton.py

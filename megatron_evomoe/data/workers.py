@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import multiprocessing
 import multiprocessing.connection
@@ -99,7 +100,7 @@ def _sendable(error: Exception) -> Exception:
     """The error, or one with its text if it cannot be sent or would not fit into a pipe that nobody reads."""
     try:
         data = pickle.dumps(error)
-        pickle.loads(data)
+        copy.deepcopy(error)  # built anew, as the receiver builds it
     except Exception:
         return RuntimeError(repr(error)[:_MAX_TEXT])
     return error if len(data) < _MAX_TEXT else RuntimeError(str(error)[:_MAX_TEXT])

@@ -53,12 +53,12 @@ EXPERTS: dict[str, dict[str, Any]] = {
     "as they are": {},
     "two of 8, capacity 0.6": {
         "moe": {"num_experts": 8, "moe_router_topk": 2, "moe_expert_capacity_factor": 0.6},
-        "optimizer": {"lr": 1e-4},
+        "optimizer": {"lr": 1e-4, "adam_eps": 1e-6},
     },
     "two of 8, capacity 0.6, full recompute, one row": {
         "moe": {"num_experts": 8, "moe_router_topk": 2, "moe_expert_capacity_factor": 0.6},
         "train": {"recompute_granularity": "full", "micro_batch_size": 1},
-        "optimizer": {"lr": 1e-4},
+        "optimizer": {"lr": 1e-4, "adam_eps": 1e-6},
     },
 }
 SOME = ["TP 2", "TP 2 x ETP 2", "TP 2 x EP 2", "TP 2 x EP 2 x ETP 2", "PP 2, 2 chunks x DP 2, overlapped"]

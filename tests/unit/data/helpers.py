@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import multiprocessing
+import multiprocessing.context
 import os
 import tarfile
 from pathlib import Path
@@ -27,6 +29,15 @@ LINES = [
     "Ist das ein schönes Bild?  Ja!",
 ]
 TOKENS_PER_IMAGE = 4
+
+
+def forked_children() -> list[multiprocessing.process.BaseProcess]:
+    """The forked processes of this one that still run; the server that megatron-core keeps is not forked."""
+    return [
+        child
+        for child in multiprocessing.active_children()
+        if isinstance(child, multiprocessing.context.ForkProcess)
+    ]
 
 
 def save_hf_tokenizer(folder: Path, kind: str) -> Path:

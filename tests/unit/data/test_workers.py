@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -13,6 +12,8 @@ import time
 import pytest
 
 from megatron_evomoe.data.workers import WorkerKilledError, run_in_processes
+
+from .helpers import forked_children
 
 
 def nothing():
@@ -30,7 +31,7 @@ def mark(folder):
 def test_each_process_works_once(tmp_path):
     run_in_processes(3, lambda: mark(tmp_path), nothing)
     assert len(files(tmp_path)) == 3 and str(os.getpid()) not in files(tmp_path)
-    assert not multiprocessing.active_children()
+    assert not forked_children()
 
 
 class UnsendableError(Exception):
@@ -92,7 +93,7 @@ def test_processes_end_with_what_the_caller_raises():
             run_in_processes(2, lambda: time.sleep(600), stop)
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert not multiprocessing.active_children()
+    assert not forked_children()
 
 
 def test_processes_do_not_outlive_a_killed_parent(tmp_path):
