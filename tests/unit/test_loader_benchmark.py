@@ -110,9 +110,9 @@ def test_memory_of_several_processes_is_counted_once():
             for end in (*ready, *finish):
                 os.close(end)
 
-    # a child's own tables and the pages that it writes to by running take a few MiB
-    assert added(fill=False) < size / 4
-    assert size <= added(fill=True) < size * 1.25
+    # a child's own tables and the pages that it writes to by running take some MiB, more in a large process
+    assert added(fill=False) < size / 2
+    assert size <= added(fill=True) < size * 1.5
 
 
 def test_the_script_runs_and_names_loaders_that_are_not_installed():
