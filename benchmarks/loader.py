@@ -7,8 +7,9 @@
 Samples are made: a JPEG of 640 x 480 that becomes 336 x 336 pixels, and three turns of text. Each loader
 (`loader_peers.py`) runs in a process of its own, with worker processes, and all take turns, so that other
 load on the machine slows all alike. Before each turn's measurement, the loader runs until what was prepared
-while it waited is used up. A loader whose package is not installed is named and left out. The figures are
-medians over the rounds:
+while it waited is used up; after it, until its workers have prepared as much again. A loader whose package is
+not installed is named and left out. The figures are medians over the
+rounds:
 
 * images/s, while nothing is done with the batches;
 * CPU time a sample, of all processes, and of the training process (the one that takes the batches) alone;
@@ -50,6 +51,7 @@ from megatron_evomoe.data.shards import ShardDataset, write_shards  # noqa: E402
 from megatron_evomoe.data.tokenizer import Tokenizer, build_tokenizer, train_sentencepiece  # noqa: E402
 
 VOCABULARY = 4000
+_IDLE = 5  # tenths of a second in which workers did nothing
 
 
 def parse_args() -> argparse.Namespace:
@@ -134,12 +136,24 @@ def taken(batches: Iterator[Any], unmeasured: int, measured: int) -> dict[str, f
     for _ in range(measured):
         next(batches)
     seconds, own = time.perf_counter() - start, time.process_time() - own
+    cpu = own + _cpu_seconds(workers) - theirs
+    _wait_until_idle(workers)
     return {
         "seconds": seconds,
-        "cpu": own + _cpu_seconds(workers) - theirs,
+        "cpu": cpu,
         "own_cpu": own,
         "mib": memory([psutil.Process(), *workers]) / 2**20,
     }
+
+
+def _wait_until_idle(workers: Iterable[psutil.Process]) -> None:
+    """Wait until batches are prepared ahead, because that work would slow the loader whose turn is next."""
+    before, idle = _cpu_seconds(workers), 0
+    while idle < _IDLE:
+        time.sleep(0.1)
+        now = _cpu_seconds(workers)
+        idle = idle + 1 if now - before < 0.02 else 0
+        before = now
 
 
 def _cpu_seconds(processes: Iterable[psutil.Process]) -> float:

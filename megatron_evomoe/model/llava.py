@@ -98,12 +98,12 @@ class LlavaModel(MegatronModule):
         hidden = splice(words, token_types == TokenType.VISION, self.encode_images(images).to(words.dtype))
         if self.config.sequence_parallel:
             hidden = tensor_parallel.scatter_to_sequence_parallel_region(hidden)
-        recomputes = self.config.recompute_granularity == "full" or "mlp" in (
+        recomputes = self.config.recompute_granularity == "full" or {"mlp", "layernorm"} & set(
             self.config.recompute_modules or ()
         )
         if self.training and recomputes:
             # Re-entrant recompute gives no gradients inside a block if none of its inputs needs one, as
-            # below the first trained FFN of `evolve`.
+            # below the first trained FFN of `evolve`; a norm that is recomputed needs one of its output.
             hidden = hidden if hidden.requires_grad else hidden.detach().requires_grad_()
         return hidden
 

@@ -59,9 +59,12 @@ class EvoMoELayer(MoELayer):
                     "sequence as the hidden states are"
                 )
             padding_mask = to_planes(padding_mask)  # [b, s, 3]; the core transposes it to [s, b, 3]
-        if self.moe_layer_recompute and self._has_trainable() and not hidden_states.requires_grad:
-            # A re-entrant checkpoint whose inputs need no gradient gives its parameters none either. In
-            # `route` everything below the first router is frozen, so that router would silently not learn.
+        needs_input_gradient = self.moe_layer_recompute or self.config.moe_permute_fusion
+        if needs_input_gradient and self._has_trainable() and not hidden_states.requires_grad:
+            # In `route` everything below the first router is frozen, and that router would silently not learn
+            # from the task: a re-entrant checkpoint whose inputs need no gradient gives its parameters none
+            # either, and Transformer Engine's fused permutation computes the gradient of the probabilities
+            # only with that of the tokens (transformer_engine/pytorch/permutation.py).
             hidden_states = hidden_states.detach().requires_grad_()
         return super().forward(hidden_states, intermediate_tensors, padding_mask)
 

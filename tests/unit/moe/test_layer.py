@@ -6,6 +6,7 @@ import pytest
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 
@@ -148,6 +149,63 @@ def test_router_above_a_frozen_stack_learns_under_selective_recompute():
         gradients.append([p.grad for p in layer.router.parameters()])
     assert all(g is not None and torch.equal(plain, g) for plain, g in zip(*gradients, strict=True))
     assert all(gradient.any() for gradient in gradients[0])
+
+
+class PermuteAsTransformerEngine(torch.autograd.Function):
+    """megatron-core's permutation with the gradients that Transformer Engine's fused one computes.
+
+    The probabilities have a gradient only if the tokens need one.
+    """
+
+    @staticmethod
+    def forward(ctx, tokens, probs, routing_map):
+        ctx.save_for_backward(tokens, probs, routing_map)
+        permuted, permuted_probs, indices = moe_utils.permute(tokens, routing_map, probs)
+        ctx.mark_non_differentiable(indices)
+        return permuted, permuted_probs, indices
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        if not ctx.needs_input_grad[0]:
+            return None, None, None
+        tokens, probs, routing_map = ctx.saved_tensors
+        with torch.enable_grad():
+            inputs = tokens.detach().requires_grad_(), probs.detach().requires_grad_()
+            outputs = moe_utils.permute(inputs[0], routing_map, inputs[1])[:2]
+        return *torch.autograd.grad(outputs, inputs, gradients[:2]), None
+
+
+def test_router_above_a_frozen_stack_learns_under_fused_permutation(monkeypatch):
+    def permute(tokens, probs, routing_map, num_out_tokens):
+        return PermuteAsTransformerEngine.apply(tokens, probs, routing_map)
+
+    def unpermute(tokens, indices, merging_probs, restore_shape):
+        assert merging_probs is None  # the experts apply them
+        return moe_utils.unpermute(tokens, indices, restore_shape)
+
+    def sort_chunks(chunks, *arguments):
+        *probs, sizes, order = arguments
+        sorted_chunks, sorted_probs = moe_utils.sort_chunks_by_idxs(chunks, sizes, order, *probs)
+        return (sorted_chunks, sorted_probs) if probs else sorted_chunks
+
+    kernels = {
+        "fused_permute_with_probs": permute,
+        "fused_unpermute": unpermute,
+        "fused_sort_chunks_by_index": sort_chunks,
+        "fused_sort_chunks_by_index_with_probs": sort_chunks,
+    }
+    for name, kernel in ({"HAVE_TE": True} | kernels).items():
+        monkeypatch.setattr(moe_utils, name, kernel, raising=False)
+    gradients = []
+    for fused in (False, True):
+        layer = build_layer(MoEConfig(moe_aux_loss_coeff=0.1))
+        layer.config.moe_permute_fusion = fused
+        layer.experts.requires_grad_(False)
+        hidden, types = batch()
+        layer(hidden.detach(), padding_mask=types)[0].square().sum().backward()
+        gradients.append([p.grad for p in layer.router.parameters()])
+    for plain, fused in zip(*gradients, strict=True):
+        assert plain.any() and torch.equal(plain, fused)
 
 
 def test_an_image_tokens_output_ignores_the_text_hypernetwork():
