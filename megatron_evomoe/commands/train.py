@@ -47,6 +47,8 @@ def run(args: argparse.Namespace, hooks: Sequence[StepHook] = ()) -> int:
 
     from megatron_evomoe.parallel import backend
 
+    if config.train.deterministic_mode:
+        backend.choose_deterministic_kernels()
     backend.prepare()
     backend.init_process_group(config.parallel.distributed_timeout_minutes)
     try:

@@ -226,7 +226,9 @@ class TrainConfig:
     the experts are interchangeable. 0 skips the test.
     """
     deterministic_mode: Logged[Bool] = False
-    """Use only deterministic kernels on a GPU. On a CPU they always are."""
+    """Use only deterministic kernels on a GPU; the environment variables of its libraries are set for that
+    (docs/gpu.md). On a CPU they always are.
+    """
     trainable: Fixed[list[Part]] = field(default_factory=list)
     """The parts of the model to train. An empty list means those of the stage's kind (config/recipe.py)."""
     exit_signal_handler: Free[Bool] = True

@@ -13,10 +13,17 @@ import socket
 import torch
 import torch.distributed as dist
 
+from megatron_evomoe.config import ConfigError
 from megatron_evomoe.parallel import attempt
 
 _prepared = False
 _INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+_DETERMINISTIC = {
+    "NVTE_ALLOW_NONDETERMINISTIC_ALGO": ("0",),
+    "CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8"),
+    "NCCL_ALGO": ("^NVLS", "Tree", "Ring", "CollnetDirect", "CollnetChain"),
+}
+"""By variable, what makes its library deterministic; the first is what is set."""
 SET_BY = "_EVOMOE_LOOPBACKSET_BY"
 
 
@@ -52,6 +59,25 @@ def prepare() -> None:
 
         cpu.adapt()
     _prepared = True
+
+
+def choose_deterministic_kernels() -> None:
+    """Tell the GPU's libraries by their environment variables to give the same bits every time.
+
+    Without a GPU nothing is done. Call it before CUDA is used, because each library reads its variable once.
+    megatron-core's Transformer Engine layers require the first, and Megatron-LM all three.
+
+    Raises:
+        ConfigError: a variable asks for something else already.
+    """
+    if not on_gpu():
+        return
+    for name, accepted in _DETERMINISTIC.items():
+        if os.environ.setdefault(name, accepted[0]) not in accepted:
+            raise ConfigError(
+                f"deterministic_mode, but the environment has {name}={os.environ[name]}; unset it, or set it "
+                f"to {' or '.join(accepted)}"
+            )
 
 
 def init_process_group(timeout_minutes: float) -> None:
