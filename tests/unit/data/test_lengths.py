@@ -346,7 +346,7 @@ def kill_once_there_is_a_part(path, how_many):
     done = []
 
     def look():
-        children = multiprocessing.active_children()
+        children = forked_children()
         if not done and children and list(parts_folder(path, 13).glob("*.part")):
             done.append(len(children))
             for child in children[:how_many]:
