@@ -47,7 +47,7 @@ def run(args: argparse.Namespace, hooks: Sequence[StepHook] = ()) -> int:
 
     from megatron_evomoe.parallel import backend
 
-    if config.train.deterministic_mode:
+    if any(config.for_stage(stage.name).train.deterministic_mode for stage in config.stages):
         backend.choose_deterministic_kernels()
     backend.prepare()
     backend.init_process_group(config.parallel.distributed_timeout_minutes)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 
 import pytest
 
+from megatron_evomoe.commands import train
 from megatron_evomoe.config import ConfigError
 from megatron_evomoe.parallel import backend
 
@@ -45,3 +47,29 @@ def test_nothing_is_set_without_a_gpu(environment, monkeypatch):
     environment["NCCL_ALGO"] = "NVLS"
     backend.choose_deterministic_kernels()
     assert [name for name in VARIABLES if name in environment] == ["NCCL_ALGO"]
+
+
+@pytest.mark.parametrize(
+    ("train_section", "route", "asked"),
+    [("false", "false", False), ("false", "true", True), ("true", "true", True)],
+)
+def test_training_sets_them_first_if_any_stage_asks(
+    environment, monkeypatch, tmp_path, train_section, route, asked
+):
+    class Stop(Exception):
+        pass
+
+    def stop():
+        raise Stop
+
+    monkeypatch.setattr(backend, "prepare", stop)
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"preset: tiny\ntrain: {{deterministic_mode: {train_section}}}\n"
+        f"stages: [{{name: align}}, {{name: route, deterministic_mode: {route}}}]\n"
+    )
+    parser = argparse.ArgumentParser()
+    train.add_arguments(parser)
+    with pytest.raises(Stop):
+        train.run(parser.parse_args(["--config", str(config)]))
+    assert ("NCCL_ALGO" in environment) == asked
