@@ -175,7 +175,13 @@ class PermuteAsTransformerEngine(torch.autograd.Function):
         return *torch.autograd.grad(outputs, inputs, gradients[:2]), None
 
 
-def test_router_above_a_frozen_stack_learns_under_fused_permutation(monkeypatch):
+@pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
+@pytest.mark.parametrize("router", ["linear", "dtr", "cosine"])
+def test_router_above_a_frozen_stack_learns_under_fused_permutation(monkeypatch, router, dispatcher):
+    def permute_tokens(tokens, routing_map, num_out_tokens):
+        permuted, _, indices = moe_utils.permute(tokens, routing_map)
+        return permuted, indices
+
     def permute(tokens, probs, routing_map, num_out_tokens):
         return PermuteAsTransformerEngine.apply(tokens, probs, routing_map)
 
@@ -189,6 +195,7 @@ def test_router_above_a_frozen_stack_learns_under_fused_permutation(monkeypatch)
         return (sorted_chunks, sorted_probs) if probs else sorted_chunks
 
     kernels = {
+        "fused_permute": permute_tokens,
         "fused_permute_with_probs": permute,
         "fused_unpermute": unpermute,
         "fused_sort_chunks_by_index": sort_chunks,
@@ -198,7 +205,8 @@ def test_router_above_a_frozen_stack_learns_under_fused_permutation(monkeypatch)
         monkeypatch.setattr(moe_utils, name, kernel, raising=False)
     gradients = []
     for fused in (False, True):
-        layer = build_layer(MoEConfig(moe_aux_loss_coeff=0.1))
+        moe = MoEConfig(router=router, moe_token_dispatcher_type=dispatcher, moe_aux_loss_coeff=0.1)
+        layer = build_layer(moe)
         layer.config.moe_permute_fusion = fused
         layer.experts.requires_grad_(False)
         hidden, types = batch()
