@@ -8,8 +8,7 @@ Samples are made: a JPEG of 640 x 480 that becomes 336 x 336 pixels, and three t
 (`loader_peers.py`) runs in a process of its own, with worker processes, and all take turns, so that other
 load on the machine slows all alike. Before each turn's measurement, the loader runs until what was prepared
 while it waited is used up; after it, until its workers have prepared as much again. A loader whose package is
-not installed is named and left out. The figures are medians over the
-rounds:
+not installed is named and left out. The figures are medians over the rounds:
 
 * images/s, while nothing is done with the batches;
 * CPU time a sample, of all processes, and of the training process (the one that takes the batches) alone;

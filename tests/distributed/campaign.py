@@ -39,9 +39,9 @@ STAGES = {
             "train": {"trainable": ["router", "experts"]},
         },
     ),
-    # Where tokens are dropped, some gradients are zero up to rounding; Adam's first steps would be as long
+    # Where tokens are dropped, some gradients are zero up to rounding, and Adam's first steps may be as long
     # for them as for any other. At the usual learning rate, the gradient norm of a stage with the DTR would
-    # differ by 2e-5 after three steps; at the usual epsilon, one bias in four would by a thousandth.
+    # differ by 2e-5 after three steps; at the usual epsilon, an element of a bias would differ by 1e-3.
     "route, capacity": Stage(
         kind="route",
         sections={

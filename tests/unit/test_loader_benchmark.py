@@ -110,9 +110,11 @@ def test_memory_of_several_processes_is_counted_once():
             for end in (*ready, *finish):
                 os.close(end)
 
-    # a child's own tables and the pages that it writes to by running take some MiB, more in a large process
-    assert added(fill=False) < size / 2
-    assert size <= added(fill=True) < size * 1.5
+    # A child's own tables and the pages that it writes to by running take some MiB, more in a large process,
+    # and equally many whether it fills memory of its own.
+    overhead = added(fill=False)
+    assert overhead < size / 2
+    assert size <= added(fill=True) < size * 1.25 + overhead
 
 
 def test_the_script_runs_and_names_loaders_that_are_not_installed():
